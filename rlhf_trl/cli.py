@@ -1,0 +1,226 @@
+"""The command line, and the only place that configures logging or turns a user's mistake into a message.
+
+A command imports its step inside, so that `--help` and `validate` answer without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from rlhf_trl import __version__
+from rlhf_trl.recipe import STEPS, Recipe, UserError, load_recipe
+from rlhf_trl.rundir import RunDir
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From preference pairs to shared LoRA adapters with the evidence attached.",
+)
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (demo).")]
+SetOption = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set stages.dpo.args.beta=0.3. Repeatable."),
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
+AccelerateOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--accelerate", metavar="PROFILE", help="Launch training with a profile of accelerate_configs/, e.g. ddp."),
+]
+ProcessesOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--processes", min=1, help="Number of training processes; overrides the profile's."),
+]
+RUNS = Path("runs")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes place, problem and remedy, and exit status 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("rlhf_trl").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import that an optional kernel is absent
+    try:
+        app()
+    except UserError as error:
+        count = len(error.problems)
+        print(f"\n{count} problem{'s' * (count > 1)} found" if count > 1 else "\nerror", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def show_version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _open(recipe: str, overrides: list[str] | None, runs: Path, processes: int | None = None) -> tuple[Recipe, RunDir]:
+    from rlhf_trl.launch import shipped
+
+    loaded = load_recipe(shipped("recipes", recipe), overrides or [], processes or 1)
+    return loaded, RunDir(runs / loaded.name)
+
+
+@app.command()
+def validate(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    processes: ProcessesOption = None,
+    show: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as JSON.")] = False,
+) -> None:
+    """Check a recipe and report every problem at once; nothing is run or written."""
+    loaded, _ = _open(recipe, overrides, RUNS, processes)
+    if show:
+        print(json.dumps(loaded.model_dump(), indent=2))
+    else:
+        print(f"{recipe}: a valid recipe with the stages {', '.join(loaded.stages)}")
+
+
+@app.command()
+def explore(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Describe the preference data: lengths, depth, biases, patterns; figures and samples."""
+    loaded, run = _open(recipe, overrides, runs)
+    _run_step(loaded, run, "explore")
+
+
+@app.command()
+def prepare(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Clean the pairs, split them by prompt, and write the views that training reads."""
+    loaded, run = _open(recipe, overrides, runs)
+    _run_step(loaded, run, "prepare")
+
+
+@app.command()
+def train(
+    recipe: RecipeArg,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The name of a stage.")],
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    accelerate: AccelerateOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Train one stage; also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
+    if accelerate or processes:
+        _train_in_child(recipe, overrides, runs, stage, accelerate, processes)
+        return
+    from rlhf_trl.launch import require_processes
+    from rlhf_trl.options import nearest
+
+    require_processes()
+    loaded, run = _open(recipe, overrides, runs, int(os.environ.get("WORLD_SIZE", "1")))
+    if stage not in loaded.stages:
+        near = nearest(stage, loaded.stages)
+        remedy = f"did you mean {near!r}?" if near else f"the stages are: {', '.join(loaded.stages)}"
+        raise UserError(recipe, f"there is no stage {stage!r}", remedy)
+    if run.is_done(loaded, stage):
+        print(f"{stage}: done already, nothing to do")
+        return
+    with run.lock(stage) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        from rlhf_trl.train import train as train_stage
+
+        train_stage(loaded, run, stage)
+
+
+@app.command()
+def evaluate(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Measure reward, KL and length of every policy on held-out prompts, and the reward model's accuracy."""
+    loaded, run = _open(recipe, overrides, runs)
+    _run_step(loaded, run, "evaluate")
+
+
+@app.command()
+def report(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Write report.html from the results of the run."""
+    loaded, run = _open(recipe, overrides, runs)
+    _run_step(loaded, run, "report")
+
+
+@app.command()
+def run(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    accelerate: AccelerateOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Run every step of a recipe, from the pairs to the report; finished steps are skipped."""
+    loaded, directory = _open(recipe, overrides, runs, processes)
+    plan = ["explore", "prepare", *loaded.stages, "evaluate", "report"]
+    waiting = [step for step in plan if not directory.is_done(loaded, step)]
+    print(f"run {directory.root}: {len(plan)} steps, {len(plan) - len(waiting)} done already")
+    for step in waiting:
+        print(f"\n=== {step} ({plan.index(step) + 1} of {len(plan)})", flush=True)
+        if step in STEPS:
+            _run_step(loaded, directory, step)
+        else:
+            _train_in_child(recipe, overrides, runs, step, accelerate, processes)
+    print(f"\nreport: {directory.report}")
+
+
+@contextlib.contextmanager
+def _timed(step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    print(f"{step}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def _run_step(recipe: Recipe, run: RunDir, step: str) -> None:
+    """Run one step that is not a stage, under its lock, and mark it done."""
+    with run.lock(step), _timed(step):
+        start = time.perf_counter()
+        action = _load_step(step)
+        run.write_provenance(recipe)
+        run.replace(step)
+        action(recipe, run)
+        run.mark_done(recipe, step, time.perf_counter() - start)
+
+
+def _load_step(step: str) -> Any:
+    if step == "explore":
+        from rlhf_trl.data.explore import explore as action
+    elif step == "prepare":
+        from rlhf_trl.data.preprocess import prepare as action
+    elif step == "evaluate":
+        from rlhf_trl.evaluate import evaluate as action
+    else:
+        from rlhf_trl.report import report as action
+    return action
+
+
+def _train_in_child(
+    recipe: str, overrides: list[str] | None, runs: Path, stage: str, accelerate: str | None, processes: int | None
+) -> None:
+    """Train a stage in processes of its own: memory is returned, and each has the launcher it needs.
+
+    Raises:
+        UserError: `--processes` without a profile.
+        typer.Exit: with the status of a child that failed; it has said why.
+    """
+    from rlhf_trl.launch import launch_command, run_command
+
+    if processes is not None and accelerate is None:
+        raise UserError("--processes", "needs a profile to launch with", "add --accelerate ddp")
+    arguments = ["train", recipe, stage, "--runs", str(runs)]
+    for override in overrides or []:
+        arguments += ["--set", override]
+    with _timed(stage):
+        status = run_command(*launch_command(arguments, accelerate, processes))
+    if status != 0:
+        raise typer.Exit(status)

@@ -1,0 +1,116 @@
+"""Starting training processes: the accelerate profiles by name, and the check that as many run as were asked for.
+
+Reads `accelerate_configs/`; writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+from ruamel.yaml import YAML
+
+from rlhf_trl.options import nearest
+from rlhf_trl.recipe import UserError
+
+PACKAGE = Path(__file__).parent
+ASKED = "RLHF_TRL_PROCESSES"
+
+
+def shipped(kind: str, name: str) -> Path:
+    """Find a file that ships with the project: `recipes` or `accelerate_configs`, by path or by name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    folders = [folder for folder in (PACKAGE / kind, PACKAGE.parent / kind) if folder.is_dir()]
+    known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if name in known:
+        return known[name]
+    near = nearest(name, known)
+    remedy = f"did you mean {near!r}?" if near else f"give a path, or one of: {', '.join(known)}"
+    raise UserError(name, f"there is no such file in {kind}/", remedy)
+
+
+def launch_command(arguments: Sequence[str], profile: str | None, processes: int | None) -> tuple[list[str], dict[str, str]]:
+    """Build the command that runs `rlhf-trl ARGUMENTS` in training processes, and its environment.
+
+    Args:
+        profile: a file of `accelerate_configs/` by name or path; None for one process without the launcher.
+        processes: overrides the profile's number of processes.
+    """
+    environment = dict(os.environ)
+    command = [sys.executable, "-m"]
+    if profile is not None:
+        config = shipped("accelerate_configs", profile)
+        command += ["accelerate.commands.launch", "--config_file", str(config)]
+        asked = processes or _profile_processes(config)
+        if asked is not None:
+            command += ["--num_processes", str(asked)]
+            environment[ASKED] = str(asked)
+        command.append("-m")
+    return [*command, "rlhf_trl", *arguments], environment
+
+
+def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command to its end and return its exit status.
+
+    A Ctrl-C reaches the child, which saves a checkpoint; this process waits for it. SIGTERM is passed on.
+    """
+    with subprocess.Popen(command, env=environment) as child:
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
+        try:
+            status = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def require_processes() -> None:
+    """Refuse to train in fewer processes than were asked for.
+
+    `accelerate launch --cpu --num_processes 2` runs one process without a word (huggingface/accelerate#2741).
+
+    Raises:
+        UserError: with both numbers.
+    """
+    asked = int(os.environ[ASKED]) if ASKED in os.environ else _launcher_processes()
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked is not None and running < asked:
+        raise UserError("accelerate launch", f"{asked} processes were asked for and {running} is running" if running == 1 else
+                        f"{asked} processes were asked for and {running} are running",
+                        "launch with `--config_file accelerate_configs/ddp.yaml` (without `--cpu`), or with torchrun")  # fmt: skip
+
+
+def _launcher_processes() -> int | None:
+    """The number of processes on the command line of the `accelerate launch` above this process, if there is one."""
+    words = psutil.Process(os.getppid()).cmdline()
+    for index, word in enumerate(words):
+        if Path(word).name in ("accelerate-launch", "accelerate.commands.launch") or (
+            Path(word).name == "accelerate" and words[index + 1 : index + 2] == ["launch"]
+        ):
+            from accelerate.commands.launch import launch_command_parser
+
+            args, _ = launch_command_parser().parse_known_args(words[index + 1 + (Path(word).name == "accelerate") :])
+            if args.num_processes is not None:
+                return args.num_processes
+            return _profile_processes(Path(args.config_file)) if args.config_file else None
+    return None
+
+
+def _profile_processes(config: Path) -> int | None:
+    try:
+        return YAML(typ="safe", pure=True).load(config.read_text(encoding="utf-8")).get("num_processes")
+    except OSError as error:
+        raise UserError(str(config), f"cannot read the profile: {error.strerror}", "give a file or a name of accelerate_configs/") from None

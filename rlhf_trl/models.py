@@ -1,0 +1,399 @@
+"""Tokenizer, base model, adapters, reward model, sampling and KL: everything that touches weights, for every step.
+
+A policy is a base plus one adapter; its reference is the same base with the adapter off. One text encoding (`encode`) serves
+reward training, preference optimisation, the rewards of online training and evaluation, so that all score the same tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import ModelConfig, get_quantization_config
+
+from rlhf_trl.recipe import Recipe, UserError
+from rlhf_trl.rundir import RunDir
+
+Messages = list[dict[str, str]]
+
+TINY = "builtin:tiny"
+HH_TEMPLATE = Path(__file__).parent / "templates" / "hh.jinja"
+# Bytes that no UTF-8 text holds. In a byte-level BPE their tokens never come out of text, so that one can serve for padding.
+NON_UTF8_BYTE_TOKENS = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø")
+
+
+# --- tokenizer ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
+    """Set up the tokenizer of the recipe's base model; `prepare` records it in the run for every later step."""
+    return set_up_tokenizer(base_path(recipe.model, run), recipe.model)
+
+
+def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the run's tokenizer, or that of a reward stage which has a base of its own."""
+    if stage and recipe.model_block(stage)["model_name_or_path"] != recipe.model["model_name_or_path"]:
+        return set_up_tokenizer(base_path(recipe.model_block(stage), run), recipe.model_block(stage))
+    return AutoTokenizer.from_pretrained(run.tokenizer, padding_side="left")
+
+
+def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and give it what every stage needs.
+
+    That is: a padding token that differs from the end-of-sequence token (else the end of an answer is masked and can be
+    neither learned nor scored) and lies inside the vocabulary (so that the embedding is not resized and adapters fit the
+    public base); padding on the left; a chat template, the HH one where the model has none, that does not depend on the date.
+
+    Raises:
+        UserError: there is no end-of-sequence token, or no token to pad with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.get("model_revision", "main"))
+    except (OSError, ValueError) as error:
+        raise _unreachable(path, error) from error
+    if tokenizer.eos_token is None:
+        raise UserError(path, "the tokenizer has no end-of-sequence token", "use a model with one")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = HH_TEMPLATE.read_text(encoding="utf-8")
+    if "strftime_now" in tokenizer.chat_template:
+        tokenizer.chat_template = '{%- set date_string = "26 Jul 2024" -%}' + tokenizer.chat_template
+    tokenizer.padding_side = "left"
+    tokenizer.add_special_tokens({"pad_token": _pad_token(tokenizer, path)})
+    return tokenizer
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
+    in_use = {tokenizer.eos_token, tokenizer.bos_token}
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in in_use and tokenizer.pad_token in vocabulary:
+        return tokenizer.pad_token
+    added = sorted((index, token.content) for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    spare = [token for _, token in added if token not in in_use and token not in tokenizer.chat_template]
+    named = [token for token in spare if "pad" in token.lower()]
+    bytes_ = [token for token in NON_UTF8_BYTE_TOKENS if token in vocabulary and len(tokenizer(token).input_ids) > 1]
+    for token in (*named, *spare, *bytes_):
+        return token
+    raise UserError(path, "no token of the vocabulary can serve for padding", "use a model whose tokenizer has a pad token")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) -> tuple[str, str]:
+    """Render a conversation: the prompt up to where the answer begins, and the answer up to its end-of-sequence token.
+
+    Raises:
+        UserError: the chat template renders a prompt differently once an answer follows.
+    """
+    start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    answered = [*prompt, {"role": "assistant", "content": answer.strip()}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    if not whole.startswith(start):
+        raise UserError("chat template", "the prompt's text changes when an answer follows", "use a prefix-preserving template")
+    text, eos, _ = whole[len(start) :].rpartition(tokenizer.eos_token)
+    return start, text + eos if eos else whole[len(start) :] + tokenizer.eos_token
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str | None = None, finished: bool = True
+) -> tuple[list[int], list[int]]:
+    """Encode a prompt and an answer as the policy sees them.
+
+    Args:
+        prompt: messages that end on a user turn.
+        answer: the answer's text, or None.
+        finished: whether the answer ended by itself; one cut at the length limit is scored without the end token.
+
+    Returns:
+        Token ids of the prompt (with the generation prompt) and of the answer (with its end token; empty without an answer).
+    """
+    if answer is None:
+        start, rest = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), ""
+    else:
+        start, rest = render(tokenizer, prompt, answer)
+    prompt_ids = tokenizer(start, add_special_tokens=False).input_ids
+    answer_ids = tokenizer(rest, add_special_tokens=False).input_ids if rest else []
+    return prompt_ids, answer_ids if finished else answer_ids[:-1]
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def base_path(model: dict[str, Any], run: RunDir) -> str:
+    """Where the base model of a `model` block lies; builds `builtin:tiny` on first use."""
+    if model["model_name_or_path"] != TINY:
+        return str(model["model_name_or_path"])
+    if not run.base.exists():
+        from rlhf_trl.data.demo import build_tiny
+
+        with _staged(run.base) as folder:
+            build_tiny(folder)
+    return str(run.base)
+
+
+def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
+    """Where the model that a stage starts from lies: its `init` stage's, or the base.
+
+    The adapter of the `init` stage is merged into a full-precision base once, next to that adapter: a folder that every
+    loader understands (4-bit, ZeRO-3), and the exact reference of what is trained on it.
+    """
+    init = recipe.stages[stage].init
+    if init is None:
+        return base_path(recipe.model_block(stage), run)
+    path = run.model(init)
+    if not path.exists():
+        config = ModelConfig(**recipe.model_block(init))
+        base = _load(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
+        merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
+        with _staged(path) as folder:
+            merged.save_pretrained(folder)
+            recorded_tokenizer(recipe, run).save_pretrained(folder)
+    return str(path)
+
+
+@contextlib.contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is complete."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load a language model as the recipe's `model` block says (dtype, attention, quantisation)."""
+    model = _load(AutoModelForCausalLM, path, config)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # A model may stop at several tokens; the policy is trained and scored with the one that its template writes.
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def load_classifier(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the same weights under a head with one output; the head is random until an adapter brings its own."""
+    model = _load(AutoModelForSequenceClassification, path, config, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _load(auto: Any, path: str, config: ModelConfig, quantize: bool = True, **more: Any) -> PreTrainedModel:
+    quantization = get_quantization_config(config) if quantize else None
+    if quantization is not None:
+        more |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+    try:
+        return auto.from_pretrained(
+            path,
+            revision=config.model_revision,
+            dtype=config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            **more,
+        )
+    except OSError as error:
+        raise _unreachable(path, error) from error
+
+
+def _unreachable(path: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(path, f"the model cannot be loaded: {reason}", "check `model.model_name_or_path`, the network, and access")
+
+
+@dataclass
+class RewardModel:
+    """A model with a scalar head and the tokenizer that renders text for it."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[Messages], answers: Sequence[str], finished: Sequence[bool], batch_size: int = 16
+    ) -> Tensor:
+        """Score answers, each rendered with the reward model's own template.
+
+        Batches are sorted by length and padded on the right, so that neither their size nor their order matters.
+
+        Returns:
+            Scores in float32, shape (N,).
+        """
+        ids = [
+            sum(encode(self.tokenizer, prompt, answer, done), [])
+            for prompt, answer, done in zip(prompts, answers, finished, strict=True)
+        ]
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        scores = torch.empty(len(ids))
+        self.model.eval()
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            input_ids, mask = pad_right([ids[row] for row in rows], self.tokenizer.pad_token_id)
+            device = self.model.device
+            logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            scores[rows] = logits.squeeze(-1).float().cpu()
+        return scores
+
+
+def load_reward_model(recipe: Recipe, run: RunDir, stage: str) -> RewardModel:
+    """Load the model of a reward stage for scoring.
+
+    Raises:
+        UserError: the adapter has no reward head, so that its scores would be those of a random one.
+    """
+    tokenizer = recorded_tokenizer(recipe, run, stage)
+    config = ModelConfig(**recipe.model_block(stage))
+    if not config.use_peft:
+        model = load_classifier(str(run.model(stage)), config, tokenizer)
+    else:
+        weights = run.adapter(stage) / "adapter_model.safetensors"
+        with safe_open(weights, framework="pt") as file:
+            if not any(".score." in key for key in file.keys()):  # noqa: SIM118 (not a dict)
+                raise UserError(str(weights), "the adapter has no reward head (`score`)", f"train the stage {stage!r} again")
+        model = load_classifier(start_path(recipe, run, stage), config, tokenizer)
+        model = PeftModel.from_pretrained(model, run.adapter(stage))
+    model.requires_grad_(False)
+    return RewardModel(model.to(PartialState().device).eval(), tokenizer)
+
+
+class Policies:
+    """The policies of a run that start from one model, as adapters on one base in memory."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, names: Sequence[str], tokenizer: PreTrainedTokenizerBase):
+        self.recipe, self.run, self.tokenizer = recipe, run, tokenizer
+        self.path = start_path(recipe, run, names[0])
+        self.base: Any = load_causal(self.path, ModelConfig(**recipe.model_block(names[0])), tokenizer)
+        self.base.to(PartialState().device)
+        self.adapters = [name for name in names if recipe.model_block(name).get("use_peft")]
+        for name in self.adapters:
+            if isinstance(self.base, PeftModel):
+                self.base.load_adapter(run.adapter(name), adapter_name=name)
+            else:
+                self.base = PeftModel.from_pretrained(self.base, run.adapter(name), adapter_name=name)
+        self.base.eval()
+
+    @contextlib.contextmanager
+    def use(self, name: str) -> Iterator[Any]:
+        """Yield the model of a policy, or of the `reference`."""
+        if name == "reference":
+            with self.base.disable_adapter() if self.adapters else contextlib.nullcontext():
+                yield self.base
+        elif name in self.adapters:
+            self.base.set_adapter(name)
+            yield self.base
+        else:  # fine-tuned whole
+            model: Any = load_causal(str(self.run.model(name)), ModelConfig(**self.recipe.model_block(name)), self.tokenizer)
+            yield model.to(PartialState().device).eval()
+
+
+# --- sampling and KL ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer."""
+
+    ids: list[int]
+    text: str
+    finished: bool
+    """Whether the answer ended by itself, before the length limit."""
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    progress: str = "",
+) -> list[Completion]:
+    """Sample one answer a prompt from the model's own distribution: temperature 1, no top-k, no top-p.
+
+    Each batch is seeded by its prompts, so that the policies of a comparison share their random numbers.
+
+    Returns:
+        Completions in the order of the prompts.
+    """
+    ids = [encode(tokenizer, prompt)[0] for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
+    answers: list[Completion | None] = [None] * len(ids)
+    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=not progress, leave=False):
+        rows = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
+        digest = hashlib.sha256(repr((seed, [ids[row] for row in rows])).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        output = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+        )[:, batch["input_ids"].shape[1] :]
+        for row, answer in zip(rows, output.tolist(), strict=True):
+            finished = tokenizer.eos_token_id in answer
+            answer = answer[: answer.index(tokenizer.eos_token_id) + 1] if finished else answer
+            answers[row] = Completion(answer, tokenizer.decode(answer, skip_special_tokens=True).strip(), finished)
+    return [answer for answer in answers if answer is not None]
+
+
+def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
+    """Sum the exact KL(policy || reference) over the vocabulary and over an answer's tokens.
+
+    At each position of an answer sampled from the policy, sum_v pi(v) [log pi(v) - log ref(v)]; its sum over the answer is the
+    Rao-Blackwellised estimate of the sequence KL: unbiased and never negative.
+
+    Args:
+        logits: policy, (B, T, V).
+        ref_logits: reference, (B, T, V).
+        mask: 1 on the answer's tokens, its end token included, (B, T).
+
+    Returns:
+        Nats per answer, (B,).
+    """
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    log_q = F.log_softmax(ref_logits.float(), dim=-1)
+    return ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum(-1)
+
+
+@torch.no_grad()
+def answer_logits(model: Any, prompt_ids: Tensor, answer_ids: Tensor, prompt_mask: Tensor, answer_mask: Tensor) -> Tensor:
+    """Compute the logits that predict each token of the answers.
+
+    Args:
+        prompt_ids: padded on the left, (B, P); `prompt_mask` likewise.
+        answer_ids: padded on the right, (B, A); `answer_mask` likewise.
+
+    Returns:
+        Logits at temperature 1, (B, A, V).
+    """
+    mask = torch.cat([prompt_mask, answer_mask], dim=1)
+    output = model(
+        input_ids=torch.cat([prompt_ids, answer_ids], dim=1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=answer_ids.shape[1] + 1,
+        use_cache=False,
+    )
+    return output.logits[:, :-1]
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right: ids and mask, both (B, T)."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.long(), (torch.arange(ids.shape[1]) < lengths[:, None]).long()

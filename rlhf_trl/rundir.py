@@ -1,0 +1,218 @@
+"""A run directory: every path name in it, atomic writes, locks and done-markers.
+
+The run directory is the interface between the steps: each step reads files of earlier ones and writes only its own
+directory. `done.json`, written last, holds the fingerprint of what the step depended on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rlhf_trl import __version__
+from rlhf_trl.recipe import STEPS, Recipe, UserError
+
+# The directory of each step that is not a stage; the report lies in the run's root.
+STEP_DIRS = dict(zip(STEPS, ("exploration", "data", "evaluation", "."), strict=True))
+PACKAGES = "torch trl transformers peft accelerate datasets tokenizers bitsandbytes numpy".split()
+
+
+class RunDir:
+    """The paths of one run, `<root>/<recipe name>/`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.recipe = root / "recipe.json"
+        self.env = root / "env.json"
+        self.report = root / "report.html"
+        self.base = root / "base"  # the tiny model of `builtin:tiny`
+        self.exploration = root / "exploration"
+        self.data = root / "data"
+        self.summary = self.data / "summary.json"
+        self.quarantine = self.data / "quarantine.jsonl"
+        self.tokenizer = self.data / "tokenizer"
+        self.evaluation = root / "evaluation"
+        self.metrics = self.evaluation / "metrics.json"
+
+    def pairs(self, split: str) -> Path:
+        """Preference view (`prompt`, `chosen`, `rejected`, `subset`, `row`) of `train` or `test`."""
+        return self.data / f"{split}.jsonl"
+
+    def prompts(self, split: str) -> Path:
+        """Prompt view (`prompt`, `subset`, `id`) of `train` or `test`: every prompt once."""
+        return self.data / f"prompts_{split}.jsonl"
+
+    def completions(self, policy: str) -> Path:
+        """Answers of one policy, or of `reference`, to the held-out prompts."""
+        return self.evaluation / f"completions-{policy}.jsonl"
+
+    def step(self, step: str) -> Path:
+        """The directory that a step owns."""
+        return self.root / STEP_DIRS.get(step, step)
+
+    def adapter(self, stage: str) -> Path:
+        """The LoRA adapter of a stage."""
+        return self.root / stage / "adapter"
+
+    def model(self, stage: str) -> Path:
+        """The full model of a stage: fine-tuned whole, or its adapter merged for the stages that start from it."""
+        return self.root / stage / "model"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.root / stage / "checkpoints"
+
+    def training_stats(self, stage: str) -> Path:
+        return self.root / stage / "training_stats.json"
+
+    def training_curves(self, stage: str) -> Path:
+        return self.root / stage / "training_curves.png"
+
+    def started(self, stage: str) -> Path:
+        """Marks the fingerprint that the checkpoints of an unfinished stage belong to."""
+        return self.root / stage / "started.json"
+
+    def done(self, step: str) -> Path:
+        return self.step(step) / "done.json"
+
+    def is_done(self, recipe: Recipe, step: str) -> bool:
+        """Tell whether the step has finished with exactly what it depends on now."""
+        return self.fingerprint_of(step) == recipe.fingerprint(step)
+
+    def fingerprint_of(self, step: str) -> str | None:
+        """The fingerprint that the step last finished with, or None."""
+        done = read_json(self.done(step)) if self.done(step).exists() else {}
+        return done.get("fingerprint") if done.get("step") == step else None
+
+    def mark_done(self, recipe: Recipe, step: str, seconds: float) -> None:
+        """Write the step's `done.json`; the step's last act."""
+        marker = {"step": step, "fingerprint": recipe.fingerprint(step), "seconds": round(seconds, 3), "finished": now()}
+        write_json(self.done(step), marker)
+
+    def require(self, recipe: Recipe, step: str, command: str) -> None:
+        """Refuse to go on without an earlier step that is finished and current.
+
+        Raises:
+            UserError: naming the command that runs the missing step.
+        """
+        if not self.is_done(recipe, step):
+            state = "is not finished" if self.fingerprint_of(step) is None else "was made with other settings"
+            raise UserError(str(self.step(step)), f"the step {step!r} {state}", f"run `rlhf-trl {command}` first")
+
+    def replace(self, step: str) -> Path:
+        """Give a step an empty directory; what a finished stage left there is kept under `replaced/`."""
+        path = self.step(step)
+        if step in STEPS:
+            self.done(step).unlink(missing_ok=True)
+            if path != self.root:
+                shutil.rmtree(path, ignore_errors=True)
+        elif self.done(step).exists():
+            (self.root / "replaced").mkdir(exist_ok=True)
+            path.rename(self.root / "replaced" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}")
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextlib.contextmanager
+    def lock(self, step: str) -> Iterator[None]:
+        """Hold a step for this process; the operating system lets go of it when the process dies.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        path = self.root / ".locks" / step
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = path.read_text() if path.exists() else "another process"
+            raise UserError(str(self.step(step)), f"the step {step!r} is held by {holder}", "wait for it, or stop it") from None
+        try:
+            path.write_text(f"process {os.getpid()} on {platform.node()} since {now()}")
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            lock.release()
+
+    def write_provenance(self, recipe: Recipe) -> None:
+        """Write the resolved recipe and the environment beside it."""
+        write_json(self.recipe, recipe.model_dump())
+        write_json(self.env, environment())
+
+
+def now() -> str:
+    """Local time with its UTC offset, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git state and hardware, without importing torch."""
+    versions = {"rlhf-trl": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "versions": versions,
+        "git": _output("git", "rev-parse", "HEAD"),
+        "git_dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [line.strip() for line in _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines()],
+    }  # fmt: skip
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys; NaN and infinity are refused.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON object a line."""
+    write_text(path, "".join(json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,57 @@
+"""Numbers with their uncertainty. The prompt is the unit; comparisons on the same prompts are paired.
+
+Reads and writes nothing; works on arrays, without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval over `n` units."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+
+def wilson(successes: float, n: int) -> Estimate:
+    """Estimate a share with the score interval of Wilson (1927); a tie may count as half a success.
+
+    Raises:
+        ValueError: `n` is 0 or `successes` lies outside 0 to `n`.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}")
+    low, high = proportion_confint(successes, n, alpha=0.05, method="wilson")
+    return Estimate(successes / n, float(low), float(high), n)
+
+
+def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
+    """Estimate a mean with a percentile bootstrap over the units (Efron, 1979).
+
+    For a paired comparison, give the differences.
+
+    Raises:
+        ValueError: there are no values, or one is not finite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0 or not np.isfinite(array).all():
+        raise ValueError("a mean needs at least one value, and finite ones")
+    picks = np.random.default_rng(seed).integers(0, array.size, size=(RESAMPLES, array.size))
+    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
+    return Estimate(float(array.mean()), float(low), float(high), int(array.size))
