@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_trl.recipe import UserError
@@ -92,9 +94,11 @@ class History(TrainerCallback):
         named = {NAMES[key]: value for key, value in finite.items() if key in NAMES}
         if not named or "train_runtime" in logs:
             return
-        row = {"step": state.global_step, "epoch": state.epoch, "seconds": round(self.seconds, 3), **named,
-               "peak_memory_bytes": peak_memory(), "log": finite}  # fmt: skip
-        self.stats["history"].append(row)
+        history = self.stats["history"]
+        if not history or history[-1]["step"] != state.global_step:  # a validation joins the row of its step
+            history.append({"step": state.global_step, "epoch": state.epoch, "log": {}})
+        history[-1] |= {**named, "seconds": round(self.seconds, 3), "peak_memory_bytes": peak_memory()}
+        history[-1]["log"] |= finite
         if state.is_world_process_zero:
             write_json(self.path, self.stats)
 
@@ -110,7 +114,17 @@ class History(TrainerCallback):
 
 
 class Health(TrainerCallback):
-    """Stop a run whose loss or gradient is no longer finite, before it can reach the weights."""
+    """Stop a run whose loss or gradient is no longer finite, before it can reach the weights; tell what training changed."""
+
+    def __init__(self) -> None:
+        self.before: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.before = _digests(model)
+
+    def count_changed(self, model: torch.nn.Module) -> int:
+        """Count the trainable tensors (of this process's shard) that differ from those at the start."""
+        return sum(now != then for now, then in zip(_digests(model), self.before, strict=True))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         grads = [param.grad for param in model.parameters() if param.grad is not None]
@@ -122,6 +136,14 @@ class Health(TrainerCallback):
             value = logs.get(key)
             if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
                 raise diverged(state.global_step, key, args.output_dir)
+
+
+def _digests(model: torch.nn.Module) -> list[float]:
+    tensors = [param for param in model.parameters() if param.requires_grad]
+    if is_deepspeed_zero3_enabled():
+        tensors = [param.ds_tensor for param in tensors]
+    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [float(tensor.detach().double().abs().sum()) for tensor in tensors]
 
 
 def diverged(step: int, what: str, checkpoints: str) -> UserError:
@@ -138,10 +160,14 @@ class Interrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+        self.handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: Any) -> None:
         self.signal = number

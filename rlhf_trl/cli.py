@@ -58,7 +58,8 @@ def main() -> None:
         app()
     except UserError as error:
         count = len(error.problems)
-        print(f"\n{count} problem{'s' * (count > 1)} found" if count > 1 else "\nerror", file=sys.stderr)
+        rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"\n{count} problems found" if count > 1 else f"\nerror{rank}", file=sys.stderr)
         for problem in error.problems:
             print(f"  {problem}", file=sys.stderr)
         sys.exit(2)

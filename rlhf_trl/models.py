@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -192,7 +193,13 @@ def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBa
 
 def load_classifier(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Load the same weights under a head with one output; the head is random until an adapter brings its own."""
-    model = _load(AutoModelForSequenceClassification, path, config, num_labels=1)
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)  # it reports the head, which no language model has, as a fault
+    try:
+        model = _load(AutoModelForSequenceClassification, path, config, num_labels=1)
+    finally:
+        report.setLevel(level)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 

@@ -9,6 +9,7 @@ loop is copied. What is repaired, and how:
 - `gradient_checkpointing` was never turned on.
 - the logged averages were too small by that factor: they are scaled back.
 - an entropy bonus, `entropy_coef`, is subtracted from the loss as it enters `backward`.
+- with several processes the policy was looked for on the distributed wrapper: it is put there.
 - fewer prompts than a batch made the loop spin for ever: they are refused.
 """
 
@@ -105,7 +106,12 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         self._entropies: list[float] = []
         self._tokens = 0
         self.optimizer.optimizer.register_step_pre_hook(self._clip)
-        policy = self.accelerator.unwrap_model(self.model).policy
+        inner = self.accelerator.unwrap_model(self.model)
+        if inner is not self.model:
+            # The loop and the saving reach for these on the distributed wrapper; they must not be registered twice.
+            for name, item in (("policy", inner.policy), ("value_model", inner.value_model), ("config", inner.config)):
+                object.__setattr__(self.model, name, item)
+        policy = inner.policy
         self._generate = policy.generate
         policy.generate = self._generate_and_measure
         self._context_length = 0
@@ -142,7 +148,7 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         norm = torch.nn.utils.clip_grad_norm_(params, limit)
         if not norm.isfinite():
             raise diverged(self.state.global_step, "the gradient", self.args.output_dir)
-        self._grad_norms.append(float(norm))
+        self._grad_norms.append(norm.item())
 
     def _generate_and_measure(self, *args: Any, **kwargs: Any) -> Any:
         self._context_length = kwargs["input_ids"].shape[1]
@@ -162,5 +168,5 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         with torch.set_grad_enabled(self.args.entropy_coef != 0):
             log_p = answer.float().log_softmax(-1)
             entropy = (-(log_p.exp() * log_p).sum(-1) * mask).sum() / mask.sum()
-        self._entropies.append(float(entropy))
+        self._entropies.append(entropy.item())
         self._backward(loss - self.args.entropy_coef * entropy, **kwargs)

@@ -1,8 +1,9 @@
-"""Step `report`: one page, for a reader who has never seen the run, that says what came out and where each number is from.
+"""Step `report`: one page, for a reader new to the run, that says what came out and where each number is from.
 
-Reads the JSON and JSONL files of the run directory; writes `report.html`, which needs no other file and holds no script.
-Every value on the page is put there by its address, `evaluation/metrics.json#/policies/dpo/kl` (file, then a JSON Pointer as in
-RFC 6901; lines of a JSONL file count from 0), and carries it as `data-source`; the template can print no number otherwise.
+Reads the JSON and JSONL files of the run directory; writes `report.html`, which needs no other file and no script.
+A value gets onto the page by its address, `evaluation/metrics.json#/policies/dpo/kl` (the file and a JSON Pointer, see
+RFC 6901; lines of a JSONL file count from 0), and carries it as `data-source`; the template cannot print a number
+otherwise.
 
     rlhf-trl report recipes/demo.yaml
 """
@@ -13,7 +14,7 @@ import io
 import math
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ SAMPLES = 8
 # A text longer than this is cut for display, and the page says so; longer than PREVIEW, it is folded.
 MAX_CHARACTERS = 20_000
 PREVIEW = 420
-# Joiners that scripts and emoji need; every other invisible character is made visible.
-JOINERS = "\u200c\u200d"
+# Characters that act or cannot be seen: controls, format marks (such as those that turn the direction of text), lone
+# surrogates, separators; all but line ends, tabs and the joiners that scripts and emoji need.
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+HARMLESS = "\n\t\u200c\u200d"
 
 
 def report(recipe: Recipe, run: RunDir) -> None:
@@ -54,8 +57,11 @@ def report(recipe: Recipe, run: RunDir) -> None:
 def render(recipe: Recipe, run: RunDir) -> str:
     """Render the page from the files of a finished run."""
     files = _name_files(recipe, run)
-    documents = {name: (read_jsonl if name.endswith("l") else read_json)(run.root / name) for name in _flat(files)}
+    documents: dict[str, Any] = {
+        name: (read_jsonl if name.endswith(".jsonl") else read_json)(run.root / name) for name in _flat(files)
+    }
     metrics, stats = documents[files["metrics"]], {stage: documents[name] for stage, name in files["stats"].items()}
+    verdicts = {name: judge_gain(metrics["policies"][name]) for name in recipe.policies}
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -65,24 +71,30 @@ def render(recipe: Recipe, run: RunDir) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= {"value": partial(show_value, documents), "source": partial(show_source, documents)}
-    return environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         recipe=recipe,
-        recipe_lines=_as_yaml(documents[files["recipe"]]).splitlines(),
+        recipe_lines=_as_yaml(documents[files["recipe"]]).split("\n"),
         files=files,
         contents=list_contents(recipe, run),
         metrics=metrics,
         summary=documents[files["summary"]],
         env=documents[files["env"]],
         stats=stats,
-        verdicts={name: judge_gain(metrics["policies"][name]) for name in recipe.policies},
+        quarantine=_relative(run, run.quarantine),
+        completions={policy: documents[name] for policy, name in files["completions"].items()},
+        verdicts=verdicts,
+        better=[name for name, verdict in verdicts.items() if verdict == "better"],
+        others=[name for name, verdict in verdicts.items() if verdict != "better"],
         reward_verdict=judge_reward_model(metrics["reward_model"]) if metrics["reward_model"] else None,
         trained_on_judge=[name for name in recipe.policies if recipe.stages[name].reward == metrics["reward_stage"]],
+        trainers=list(dict.fromkeys(recipe.stages[name].trainer.upper() for name in recipe.policies)),
         starts=sorted({recipe.stages[name].init or "" for name in recipe.policies}),
         scatter=draw_scatter(recipe, metrics),
         panels={stage: draw_panels(stage, stats[stage]["history"]) for stage in recipe.stages},
         samples=choose_samples([documents[files["completions"][name]] for name in files["completions"]]),
         PREVIEW=PREVIEW,
     )
+    return page.lstrip()
 
 
 def _name_files(recipe: Recipe, run: RunDir) -> dict[str, Any]:
@@ -120,7 +132,7 @@ def _as_yaml(recipe: Any) -> str:
     yaml.default_flow_style = False
     buffer = io.StringIO()
     yaml.dump(recipe, buffer)
-    return buffer.getvalue()
+    return buffer.getvalue().rstrip("\n")
 
 
 def list_contents(recipe: Recipe, run: RunDir) -> list[tuple[str, str]]:
@@ -140,11 +152,14 @@ def list_contents(recipe: Recipe, run: RunDir) -> list[tuple[str, str]]:
         weights = (run.adapter(stage), "LoRA adapter") if adapted else (run.model(stage), "full model")
         rows += [weights, (run.training_stats(stage), "every logged step"), (run.training_curves(stage), "its curves")]
     rows += [(run.metrics, "the numbers of this page's results")]
-    rows += [(run.completions(name), f"every answer of {name}") for name in (REFERENCE, *recipe.policies) if recipe.policies]
+    if recipe.policies:
+        rows += [
+            (run.completions(name), "every answer, with its reward and KL") for name in (REFERENCE, *recipe.policies)
+        ]
     return [(_relative(run, path), content) for path, content in rows]
 
 
-# --- what the numbers say ----------------------------------------------------------------------------------------------
+# --- what the numbers say --------------------------------------------------------------------------------------------
 
 
 def judge_gain(policy: Mapping[str, Any]) -> str:
@@ -177,8 +192,9 @@ def draw_scatter(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Markup]:
     label = "Reward gain over the reference against KL to the reference. " + " ".join(
         f"{p.name}: {format_estimate(p.gain, sign='+')} at {format_estimate(p.kl)} nats." for p in points
     )
-    height = 380 + 14 * max(0, len(points) - 6)
-    return [Markup(plot_reward_kl(points, width, height, f"reward-kl-{width}", label)) for width in (760, 350)]
+    more = max(0, len(points) - 6)  # names need room
+    sizes = {"wide": (900, 380 + 14 * more), "narrow": (360, 380 + 32 * more)}
+    return [Markup(plot_reward_kl(points, *size, f"reward-kl-{name}", label)) for name, size in sizes.items()]
 
 
 def draw_panels(stage: str, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -189,9 +205,8 @@ def draw_panels(stage: str, history: Sequence[Mapping[str, Any]]) -> list[dict[s
         series = [key for key in labels if rows[key]]
         if not series:
             continue
-        words = [
-            f"{labels[key] or key}: from {history[rows[key][0]][key]:.3g} to {history[rows[key][-1]][key]:.3g}." for key in series
-        ]
+        ends = {key: (history[rows[key][0]][key], history[rows[key][-1]][key]) for key in series}
+        words = [f"{labels[key] or key}: from {first:.3g} to {last:.3g}." for key, (first, last) in ends.items()]
         label = f"{title} of {stage} by step, up to step {history[-1]['step']}. {' '.join(words)}"
         panels.append({
             "title": title,
@@ -219,18 +234,19 @@ def choose_samples(completions: Sequence[Sequence[Mapping[str, Any]]]) -> list[l
     return [[of[completions[0][line]["id"]] for of in lines] for _, line in sorted(order)[:SAMPLES]]
 
 
-# --- values on the page ------------------------------------------------------------------------------------------------
+# --- values on the page ----------------------------------------------------------------------------------------------
 
 
 def show_value(documents: Mapping[str, Any], style: str, file: str, *keys: str | int) -> Markup:
     """Print the value at an address, marked with that address; a value that is null prints a dash."""
     value = _resolve(documents, file, keys)
-    text = Markup("{}").format(printable(STYLES[style](value))) if value is not None else Markup("–")
+    text = printable(STYLES[style](value)) if value is not None else "–"
     if isinstance(value, dict):
         mean, bracket, interval = text.partition(" [")
-        text = Markup('<b>{}</b>').format(mean) + Markup(' <span class="ci">{}</span>').format(bracket[1:] + interval)
-    address = pointer(file, keys)
-    return Markup('<span data-source="{0}" title="{0}">{1}</span>').format(printable(address), text)
+        text = Markup('<b>{}</b><span class="ci">{}</span>').format(mean, bracket + interval)
+    address = printable(pointer(file, keys))
+    kind = "text" if style == "text" else "number"
+    return Markup('<span class="{0}" data-source="{1}" title="{1}">{2}</span>').format(kind, address, text)
 
 
 def show_source(documents: Mapping[str, Any], file: str, *keys: str | int) -> Markup:
@@ -270,29 +286,25 @@ def printable(value: Any) -> Any:
 
 
 def _visible(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character in JOINERS:
-        return character
-    if character < " ":
-        return chr(0x2400 + ord(character))  # its picture, such as ␛
-    return f"⟨U+{ord(character):04X}⟩"
+    hidden = unicodedata.category(character) in HIDDEN and character not in HARMLESS
+    return f"⟨U+{ord(character):04X}⟩" if hidden else character
 
 
 def format_estimate(estimate: Mapping[str, float], sign: str = "", percent: bool = False) -> str:
-    """Print mean and interval with two digits of the interval's half-width; the mean alone where there is no spread."""
-    scale = 100 if percent else 1
+    """Print mean and interval to two digits of the interval's width; the mean alone where there is no spread."""
+    scale, unit, fewest = (100, "\u00a0%", 1) if percent else (1, "", 0)
     mean, low, high = (scale * estimate[key] for key in ("mean", "low", "high"))
-    unit = " %" if percent else ""
     if low == high:
         return f"{mean:{sign}.3g}{unit}".replace("-", "−")
-    decimals = min(6, max(0, 1 - math.floor(math.log10((high - low) / 2))))
+    decimals = min(6, max(fewest, 1 - math.floor(math.log10(high - low))))
+    mean, low, high = (round(number, decimals) + 0.0 for number in (mean, low, high))  # + 0.0: no minus nought
     text = f"{mean:{sign}.{decimals}f}{unit} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
     return text.replace("-", "−")
 
 
 def format_number(value: float) -> str:
-    """Print two decimals, or two digits where those would be zeros."""
-    small = 0 < abs(value) < 0.095
-    return f"{value:.2g}".replace("-", "−") if small else f"{value:.2f}".replace("-", "−")
+    """Print two decimals, or the first digit where those would be zeros."""
+    return (f"{value:.1g}" if 0 < abs(value) < 0.005 else f"{value:.2f}").replace("-", "−")
 
 
 def format_seconds(value: float) -> str:
@@ -308,15 +320,18 @@ def format_bytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
-STYLES = {
+STYLES: dict[str, Callable[[Any], str]] = {
     "estimate": format_estimate,
     "gain": partial(format_estimate, sign="+"),
     "share": partial(format_estimate, percent=True),
     "number": format_number,
-    "percent": lambda value: f"{100 * value:.1f} %",
-    "count": lambda value: f"{value:,.0f}",
+    "percent": lambda value: f"{100 * value:.1f}\u00a0%",
+    "count": lambda value: f"{value:,.0f}" if value == round(value) else f"{value:,.1f}",
     "seconds": format_seconds,
     "bytes": format_bytes,
+    "short": lambda value: f"{value:.3g}".replace("-", "−"),
+    "plain": str,
     "date": lambda value: value[:10],
+    "moment": lambda value: value[:16].replace("T", " "),
     "text": str,
 }

@@ -24,7 +24,6 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config
 
 from rlhf_trl.callbacks import AtomicCheckpoints, Health, History, Interrupt, last_valid_checkpoint, peak_memory
@@ -109,10 +108,9 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     config = build_config(config_class, {**args, **_own_settings(run, stage, trainer_word)}, f"stages.{stage}.args")
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
     resume = _prepare_directory(recipe, run, stage)
-    history, interrupt = History(run.training_stats(stage), stage, trainer_word), Interrupt()
+    history, health, interrupt = History(run.training_stats(stage), stage, trainer_word), Health(), Interrupt()
     trainer = build_trainer(recipe, run, stage, config)
-    before = _digests(trainer.model)
-    for callback in (history, Health(), *([] if trainer_word == "ppo" else [interrupt])):
+    for callback in (history, health, *([] if trainer_word == "ppo" else [interrupt])):
         trainer.add_callback(callback)
     if trainer_word == "ppo":
         trainer.train()
@@ -120,7 +118,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if interrupt.signal:
         _stop_interrupted(trainer, interrupt.signal, stage)
-    _finish(recipe, run, stage, trainer, history, before)
+    _finish(recipe, run, stage, trainer, history, health)
     if PartialState().is_main_process:
         run.mark_done(recipe, stage, time.perf_counter() - started)
 
@@ -246,12 +244,12 @@ def _stop_interrupted(trainer: Any, number: int, stage: str) -> None:
     raise SystemExit(128 + number)
 
 
-def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: History, before: list[float]) -> None:
+def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: History, health: Health) -> None:
     """Save what was trained, check that training did something, and write the statistics."""
     steps = trainer.state.global_step
     if steps == 0:
         raise UserError(f"stages.{stage}", "training ended after 0 steps", "use more data, more epochs, or smaller batches")
-    changed = sum(now != then for now, then in zip(_digests(trainer.model), before, strict=True))
+    changed = health.count_changed(trainer.model)
     if changed == 0:
         raise UserError(f"stages.{stage}", "training changed no weight", "raise learning_rate, or check that the data differ")
     uses_peft = bool(recipe.model_block(stage).get("use_peft"))
@@ -297,12 +295,3 @@ def _check_saved(folder: Path, needs_head: bool) -> int:
         missing = "weights" if count == 0 else "reward head"
         raise UserError(str(folder), f"the {missing} were not saved", "report this together with the accelerate config")
     return count
-
-
-def _digests(model: torch.nn.Module) -> list[float]:
-    """One number for each trainable tensor (of this process's shard under ZeRO-3), to tell whether training changed it."""
-    partitioned = is_deepspeed_zero3_enabled()
-    tensors = [param.ds_tensor if partitioned else param for param in model.parameters() if param.requires_grad]
-    return [float(tensor.detach().double().abs().sum()) for tensor in tensors]
-
-

@@ -1,0 +1,29 @@
+# Each target creates .venv on first use. PYTHON chooses the interpreter; ARGS passes options on.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: demo test lint clean
+
+demo: .venv/.installed
+	$(BIN)/rlhf-trl run recipes/demo.yaml $(ARGS)
+
+# The test processes share the cores: two threads each would make both slower.
+test: .venv/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
+
+# torch comes first and alone: a later package must not choose another build of it.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@

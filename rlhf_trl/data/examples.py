@@ -1,0 +1,132 @@
+"""Pairs to read: the content of `exploration/samples.md`, the same for the same rows in any order.
+
+Works on values in memory. The texts are hostile by design, so each stands in a fence that it cannot close, with
+control characters spelt out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Any
+
+from rapidfuzz.distance import Indel
+
+from rlhf_trl.data.hh import Pair, RowError
+from rlhf_trl.data.sources import Row
+
+RANDOM_PAIRS = 3
+MAX_CHARACTERS = 1200
+JOINERS = "\u200c\u200d"  # without them Persian and emoji come apart
+
+
+@dataclass(frozen=True)
+class _Example:
+    rank: tuple[float, str]
+    row: int
+    subset: str
+    content: Pair | Any
+    reason: str = ""
+
+
+@dataclass
+class Examples:
+    """The best examples so far, as rows go by."""
+
+    seed: int
+    random: dict[str, list[_Example]] = field(default_factory=dict)
+    extreme: dict[tuple[str, str], _Example] = field(default_factory=dict)
+    unusable: dict[str, _Example] = field(default_factory=dict)
+
+    def add(self, row: Row, pair: Pair, refuses: tuple[bool, bool]) -> None:
+        number, subset, raw = row
+        key = _hash(self.seed, raw)
+        best = [*self.random.get(subset, []), _Example((0, key), number, subset, pair)]
+        self.random[subset] = sorted(best, key=lambda example: example.rank)[:RANDOM_PAIRS]
+        ratio = (1 + len(pair.chosen)) / (1 + len(pair.rejected))
+        alike = Indel.normalized_similarity(pair.chosen, pair.rejected, score_cutoff=0.8)
+        ranks = {
+            "The chosen answer is the longest beside its rejected one": -ratio,
+            "The chosen answer is the shortest beside its rejected one": ratio,
+            "The two answers are nearly the same": -alike if alike else None,
+            "Only the chosen answer refuses": 0.0 if refuses == (True, False) else None,
+            "Only the rejected answer refuses": 0.0 if refuses == (False, True) else None,
+        }
+        for title, rank in ranks.items():
+            if rank is not None:
+                _keep_best(self.extreme, (subset, title), _Example((rank, key), number, subset, pair))
+
+    def add_unusable(self, row: Row, error: RowError) -> None:
+        number, subset, raw = row
+        reasons = ", ".join(reason.value for reason in error.reasons)
+        example = _Example((0, _hash(self.seed, raw)), number, subset, error.pair or raw, reasons)
+        _keep_best(self.unusable, error.reasons[0].value, example)
+
+    def render(self, source: str) -> str:
+        """Write the page."""
+        note = "Pairs as they stand in the data; some may offend. Row numbers count from 0 over the source."
+        parts = [f"# Samples of {_inline(source)}\n\n{note}\n"]
+        for subset in sorted(self.random):
+            parts.append(f"## {_inline(subset)}\n")
+            parts += [_render_pair("Drawn by hash", example) for example in self.random[subset]]
+            parts += [
+                _render_pair(title, example)
+                for (name, title), example in sorted(self.extreme.items())
+                if name == subset
+            ]
+        if self.unusable:
+            parts.append("## Rows that `prepare` drops\n\nOne for each reason (see `data/quarantine.jsonl`).\n")
+        for reason in sorted(self.unusable):
+            example = self.unusable[reason]
+            if isinstance(example.content, Pair):
+                parts.append(_render_pair(example.reason, example))
+            else:
+                raw = json.dumps(example.content, default=str, indent=1, ensure_ascii=False)
+                parts.append(f"### {example.reason} (row {example.row} of {_inline(example.subset)})\n\n{_fence(raw)}")
+        return "\n".join(parts)
+
+
+def _hash(seed: int, raw: Any) -> str:
+    return hashlib.sha256(f"{seed} {json.dumps(raw, sort_keys=True, default=str)}".encode()).hexdigest()
+
+
+def _keep_best(best: dict[Any, _Example], key: Any, example: _Example) -> None:
+    if key not in best or example.rank < best[key].rank:
+        best[key] = example
+
+
+def _render_pair(title: str, example: _Example) -> str:
+    pair: Pair = example.content
+    earlier = len(pair.prompt) - 1
+    asked = pair.prompt[-1]["content"] if pair.prompt else ""
+    return (
+        f"### {title} (row {example.row} of {_inline(example.subset)})\n\n"
+        f"**User**{f', after {earlier} earlier turns' if earlier > 0 else ''}\n\n{_fence(asked)}\n"
+        f"**Chosen**, {len(pair.chosen)} characters\n\n{_fence(pair.chosen)}\n"
+        f"**Rejected**, {len(pair.rejected)} characters\n\n{_fence(pair.rejected)}"
+    )
+
+
+def _fence(text: str) -> str:
+    """A Markdown code block that no run of backticks in the text ends."""
+    more = len(text) - MAX_CHARACTERS
+    text = _visible(text[:MAX_CHARACTERS].replace("\r\n", "\n")) + (
+        f"\n[… {more} more characters]" if more > 0 else ""
+    )
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}\n"
+
+
+def _inline(text: str) -> str:
+    return "`" + _visible(text[:60]).replace("`", "'").replace("\n", " ") + "`"
+
+
+def _visible(text: str) -> str:
+    """Spell out what a terminal or a page would act on: escapes, direction marks, lone surrogates."""
+    categories = {char: unicodedata.category(char) for char in set(text)}
+    hidden = {char for char, category in categories.items() if category in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    hidden -= set("\n\t" + JOINERS)
+    return "".join(f"\\u{{{ord(char):x}}}" if char in hidden else char for char in text)

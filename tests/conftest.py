@@ -1,0 +1,93 @@
+"""Fixtures: the shared data, and one small run whose five stages are trained once for a whole test session."""
+
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+
+from rlhf_trl.recipe import Recipe, load_recipe
+from rlhf_trl.rundir import RunDir
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+COMMON = "bf16: false, gradient_checkpointing: false, save_strategy: 'no', logging_steps: 1, per_device_train_batch_size: 8"
+RECIPE = f"""
+name: small
+seed: 3
+model: {{model_name_or_path: builtin:tiny, use_peft: true, lora_r: 4, lora_dropout: 0.0, lora_target_modules: all-linear}}
+data: {{source: builtin:demo, max_rows: 240, max_length: 192, test_fraction: 0.2}}
+stages:
+  sft: {{trainer: sft, model: {{use_peft: false}}, args: {{{COMMON}, max_steps: 12, learning_rate: 3e-3}}}}
+  rm: {{trainer: reward, init: sft, args: {{{COMMON}, max_steps: 6, learning_rate: 2e-3, eval_strategy: steps, eval_steps: 3}}}}
+  dpo: {{trainer: dpo, init: sft, args: {{{COMMON}, max_steps: 4, learning_rate: 1e-3}}}}
+  grpo:
+    trainer: grpo
+    init: sft
+    reward: rm
+    args: {{{COMMON}, max_steps: 2, num_generations: 4, max_completion_length: 16, learning_rate: 1e-3, beta: 0.1,
+            scale_rewards: none, disable_dropout: true}}
+  ppo:
+    trainer: ppo
+    init: sft
+    reward: rm
+    args: {{{COMMON}, gradient_accumulation_steps: 2, total_episodes: 32, response_length: 16, stop_token: eos, temperature: 1.0,
+            missing_eos_penalty: 1.0, num_ppo_epochs: 2, num_mini_batches: 2, kl_coef: 0.05, entropy_coef: 0.01,
+            learning_rate: 1e-3}}
+evaluation: {{reward: rm, prompts: 12, max_new_tokens: 16}}
+"""
+
+
+def small_recipe(folder: Path, overrides: tuple[str, ...] = (), text: str = RECIPE) -> Recipe:
+    """Load the small recipe with overrides."""
+    path = folder / "small.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def shared(*parts: str) -> Path:
+    """A path in ../shared; the test is skipped where that folder is missing."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not part of the project")
+    return path
+
+
+def train_all(recipe: Recipe, run: RunDir) -> None:
+    """Prepare the data and train every stage of a recipe in this process."""
+    from rlhf_trl.data.preprocess import prepare
+    from rlhf_trl.train import train
+
+    run.replace("prepare")
+    prepare(recipe, run)
+    run.mark_done(recipe, "prepare", 0.0)
+    for stage in recipe.stages:
+        train(recipe, run, stage)
+        reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    """Forget the process-wide state that one trainer leaves to the next; a stage has a process of its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate(request):
+    yield
+    if "torch" in __import__("sys").modules:
+        reset_accelerate()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> tuple[Recipe, RunDir]:
+    """The small recipe with every stage trained. Read only: a test that writes takes a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = small_recipe(folder)
+    run = RunDir(folder / "runs" / recipe.name)
+    train_all(recipe, run)
+    return recipe, run
