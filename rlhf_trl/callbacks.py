@@ -1,6 +1,7 @@
 """What happens around a training loop: history, health, interruption, and checkpoints that are whole or absent.
 
-Writes `<stage>/training_stats.json` at every log, and `<stage>/checkpoints/checkpoint-N/` with a `manifest.json` in each.
+Writes `<stage>/training_stats.json` at every log, and `<stage>/checkpoints/checkpoint-N/` with a `manifest.json` in
+each.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ class History(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        finite = {key: value for key, value in logs.items() if isinstance(value, int | float) and abs(value) < float("inf")}
+        finite = {
+            key: value for key, value in logs.items() if isinstance(value, int | float) and abs(value) < float("inf")
+        }
         named = {NAMES[key]: value for key, value in finite.items() if key in NAMES}
         if not named or "train_runtime" in logs:
             return
@@ -114,7 +117,8 @@ class History(TrainerCallback):
 
 
 class Health(TrainerCallback):
-    """Stop a run whose loss or gradient is no longer finite, before it can reach the weights; tell what training changed."""
+    """Stop a run whose loss or gradient is no longer finite, before it can reach the weights; tell what training
+    changed."""
 
     def __init__(self) -> None:
         self.before: list[float] = []
@@ -139,7 +143,7 @@ class Health(TrainerCallback):
 
 
 def _digests(model: torch.nn.Module) -> list[float]:
-    tensors = [param for param in model.parameters() if param.requires_grad]
+    tensors: list[Any] = [param for param in model.parameters() if param.requires_grad]
     if is_deepspeed_zero3_enabled():
         tensors = [param.ds_tensor for param in tensors]
     tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -189,8 +193,8 @@ class Interrupt(TrainerCallback):
 class AtomicCheckpoints:
     """Mixin for a `transformers.Trainer`: a checkpoint appears under its name only when all of it is on disk.
 
-    The library writes checkpoints in place, so that a kill leaves a half-written newest one that then breaks the resume
-    (huggingface/transformers#35782). They are written to a staging folder here, hashed, synced and renamed.
+    The library writes checkpoints in place, so that a kill leaves a half-written newest one that then breaks the
+    resume (huggingface/transformers#35782). They are written to a staging folder here, hashed, synced and renamed.
     """
 
     def _save_checkpoint(self: Any, model: Any, trial: Any = None) -> None:
@@ -257,7 +261,7 @@ def last_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     Returns:
         The checkpoint, or None, and one sentence on each newer one that was passed over.
     """
-    rejected = []
+    rejected: list[str] = []
     numbered = [(int(path.name.removeprefix("checkpoint-")), path) for path in folder.glob("checkpoint-*")
                 if path.name.removeprefix("checkpoint-").isdigit()]  # fmt: skip
     for _, path in sorted(numbered, reverse=True):

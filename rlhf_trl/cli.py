@@ -29,15 +29,21 @@ app = typer.Typer(
     help="From preference pairs to shared LoRA adapters with the evidence attached.",
 )
 
-RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (demo).")]
+RecipeArg = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (demo).")
+]
 SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set stages.dpo.args.beta=0.3. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, e.g. --set stages.dpo.args.beta=0.3. Repeatable."
+    ),
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
 AccelerateOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--accelerate", metavar="PROFILE", help="Launch training with a profile of accelerate_configs/, e.g. ddp."),
+    typer.Option(
+        "--accelerate", metavar="PROFILE", help="Launch training with a profile of accelerate_configs/, e.g. ddp."
+    ),
 ]
 ProcessesOption = Annotated[
     Optional[int],  # noqa: UP045
@@ -66,7 +72,9 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def show_version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+def show_version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
     if version:
         print(__version__)
         raise typer.Exit

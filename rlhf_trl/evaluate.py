@@ -1,6 +1,8 @@
-"""Step `evaluate`: every policy and the reference on the same held-out prompts, and the reward model on held-out pairs.
+"""Step `evaluate`: every policy and the reference on the same held-out prompts, and the reward model on held-out
+pairs.
 
-Reads the adapters and the test views of `data/`; writes `evaluation/completions-<policy>.jsonl` and `evaluation/metrics.json`.
+Reads the adapters and the test views of `data/`; writes `evaluation/completions-<policy>.jsonl` and
+`evaluation/metrics.json`.
 
     rlhf-trl evaluate recipes/demo.yaml
 """
@@ -17,20 +19,10 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_trl.models import (
-    Completion,
-    Policies,
-    RewardModel,
-    answer_logits,
-    encode,
-    load_reward_model,
-    pad_right,
-    recorded_tokenizer,
-    sample,
-    token_kl,
-)
+from rlhf_trl.models import Policies, RewardModel, encode, load_reward_model, pad_right, recorded_tokenizer
 from rlhf_trl.recipe import Recipe
 from rlhf_trl.rundir import RunDir, read_jsonl, write_json, write_jsonl
+from rlhf_trl.sampling import Completion, answer_logits, sample, token_kl
 from rlhf_trl.stats import bootstrap_mean, wilson
 
 logger = logging.getLogger(__name__)
@@ -81,7 +73,9 @@ def choose_prompts(run: RunDir, count: int, seed: int) -> list[dict[str, Any]]:
     rows = read_jsonl(run.prompts("test"))
     rows.sort(key=lambda row: hashlib.sha256(f"{seed} {row['id']}".encode()).hexdigest())
     if len(rows) < count:
-        logger.warning("evaluation.prompts is %d, and there are %d held-out prompts: all of them are used", count, len(rows))
+        logger.warning(
+            "evaluation.prompts is %d, and there are %d held-out prompts: all of them are used", count, len(rows)
+        )
     return rows[:count]
 
 
@@ -99,8 +93,8 @@ def measure_policies(
     reference_scores = None
     for name in (REFERENCE, *recipe.policies):
         with policies.use(name) as model:
-            answers = sample(model, tokenizer, prompts, settings.max_new_tokens, settings.generation_batch_size, recipe.seed,
-                             progress=f"{name}: answers")  # fmt: skip
+            limits = (settings.max_new_tokens, settings.generation_batch_size)
+            answers = sample(model, tokenizer, prompts, *limits, recipe.seed, progress=f"{name}: answers")
         kl = [0.0] * len(rows) if name == REFERENCE else measure_kl(policies, name, prompts, answers)
         records = [
             {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "answer": answer.text,
@@ -108,42 +102,47 @@ def measure_policies(
             for row, answer, value in zip(rows, answers, kl, strict=True)
         ]  # fmt: skip
         if rewards:
-            scores = rewards.score(prompts, [a.text for a in answers], [a.finished for a in answers], settings.score_batch_size)
-            for record, score in zip(records, scores.tolist(), strict=True):
-                record["reward"] = score
+            scores = rewards.score(
+                prompts, [a.text for a in answers], [a.finished for a in answers], settings.score_batch_size
+            )
+            for record, score, start in zip(
+                records, scores.tolist(), reference_scores or scores.tolist(), strict=True
+            ):
+                record |= {"reward": score, "reward_gain": score - start}
         write_jsonl(run.completions(name), records)
-        measured[name] = summarise(records, reference_scores, recipe.seed)
+        measured[name] = summarise(records, recipe.seed)
         if name == REFERENCE and rewards:
             reference_scores = [record["reward"] for record in records]
     return measured
 
 
-def summarise(records: Sequence[dict[str, Any]], reference: Sequence[float] | None, seed: int) -> dict[str, Any]:
-    """Turn the records of one policy into estimates; `reference` holds the reference's rewards in the same order."""
-    result = {
-        "kl": bootstrap_mean([row["kl"] for row in records], seed).as_dict(),
+def summarise(records: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Turn the records of one policy into estimates."""
+    means: dict[str, Any] = {
+        key: bootstrap_mean([row[key] for row in records], seed).as_dict()
+        for key in ("kl", "answer_tokens", "reward", "reward_gain")
+        if key in records[0]
+    }
+    return {
+        **means,
         "kl_per_token": bootstrap_mean([row["kl"] / row["answer_tokens"] for row in records], seed).as_dict(),
-        "answer_tokens": bootstrap_mean([row["answer_tokens"] for row in records], seed).as_dict(),
         "finished": wilson(sum(row["finished"] for row in records), len(records)).as_dict(),
     }
-    if "reward" in records[0]:
-        result["reward"] = bootstrap_mean([row["reward"] for row in records], seed).as_dict()
-    if reference is not None:
-        gains = [row["reward"] - score for row, score in zip(records, reference, strict=True)]
-        result["reward_gain"] = bootstrap_mean(gains, seed).as_dict()
-    return result
 
 
 @torch.no_grad()
 def measure_kl(policies: Policies, name: str, prompts: Sequence[Any], answers: Sequence[Completion]) -> list[float]:
-    """Measure the exact KL of a policy to the reference on its own answers, nats per answer, in the order of the prompts."""
+    """Measure the exact KL of a policy to the reference on its own answers, nats per answer, in the order of the
+    prompts."""
     tokenizer = policies.tokenizer
     kl = [0.0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(answers[index].ids))
     with policies.use(name) as policy:
         for start in tqdm(range(0, len(order), KL_BATCH), desc=f"{name}: KL", leave=False):
             rows = order[start : start + KL_BATCH]
-            prompt = tokenizer.pad({"input_ids": [encode(tokenizer, prompts[row])[0] for row in rows]}, return_tensors="pt")
+            prompt = tokenizer.pad(
+                {"input_ids": [encode(tokenizer, prompts[row])[0] for row in rows]}, return_tensors="pt"
+            )
             answer_ids, answer_mask = pad_right([answers[row].ids for row in rows], tokenizer.pad_token_id)
             batch = [tensor.to(policy.device) for tensor in
                      (prompt["input_ids"], answer_ids, prompt["attention_mask"], answer_mask)]  # fmt: skip
@@ -156,20 +155,28 @@ def measure_kl(policies: Policies, name: str, prompts: Sequence[Any], answers: S
 
 
 def measure_reward_model(recipe: Recipe, run: RunDir, rewards: RewardModel) -> dict[str, Any]:
-    """Measure accuracy on the held-out pairs, ties half, beside the length-only baseline on the same pairs, by subset."""
+    """Measure accuracy on the held-out pairs, ties half, beside "the longer answer is chosen" on the same pairs, by
+    subset."""
     pairs = read_jsonl(run.pairs("test"))
     prompts, finished = [pair["prompt"] for pair in pairs], [True] * len(pairs)
     batch = recipe.evaluation.score_batch_size
-    chosen, rejected = (rewards.score(prompts, [pair[side] for pair in pairs], finished, batch) for side in ("chosen", "rejected"))
+    chosen, rejected = (
+        rewards.score(prompts, [pair[side] for pair in pairs], finished, batch) for side in ("chosen", "rejected")
+    )
     right = ((chosen > rejected).double() + 0.5 * (chosen == rejected)).tolist()
     longer = [_longer(pair) for pair in pairs]
     subsets = sorted({pair["subset"] for pair in pairs})
-    result: dict[str, Any] = {"stage": recipe.evaluation.reward, "ties": int((chosen == rejected).sum()), "subsets": {}}
+    result: dict[str, Any] = {
+        "stage": recipe.evaluation.reward,
+        "ties": int((chosen == rejected).sum()),
+        "subsets": {},
+    }
     for subset in ("all", *subsets):
         rows = [index for index, pair in enumerate(pairs) if subset in ("all", pair["subset"])]
         entry = {
             "accuracy": wilson(sum(right[row] for row in rows), len(rows)).as_dict(),
             "length_baseline": wilson(sum(longer[row] for row in rows), len(rows)).as_dict(),
+            "over_baseline": bootstrap_mean([right[row] - longer[row] for row in rows], recipe.seed).as_dict(),
         }
         if subset == "all":
             result |= entry

@@ -1,4 +1,5 @@
-"""Figures of the run that more than one step draws. Pure functions from JSON to a PNG or an SVG text; no global state."""
+"""Figures of the run that more than one step draws. Pure functions from JSON to a PNG or an SVG text; no global
+state."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ PANELS: dict[str, dict[str, str]] = {
     "Reward accuracy": {"reward_accuracy": "training", "validation_reward_accuracy": "held-out"},
     "Reward margin": {"reward_margin": "training", "validation_reward_margin": "held-out"},
     "Reward": {"reward": "training"},
-    "KL to the reference (nats)": {"kl": "training"},
+    "KL to the reference": {"kl": "training"},
     "Entropy (nats per token)": {"entropy": "training"},
     "Gradient norm": {"grad_norm": "before clipping"},
     "Learning rate": {"learning_rate": ""},
@@ -26,7 +27,9 @@ PANELS: dict[str, dict[str, str]] = {
 def plot_training(stats: dict[str, Any], path: Path) -> None:
     """Draw the training curves of one stage, a panel for each quantity that was logged."""
     history = stats["history"]
-    panels = {title: series for title, series in PANELS.items() if any(key in row for row in history for key in series)}
+    panels = {
+        title: series for title, series in PANELS.items() if any(key in row for row in history for key in series)
+    }
     columns = min(3, max(1, len(panels)))
     rows = -(-max(1, len(panels)) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
@@ -35,8 +38,12 @@ def plot_training(stats: dict[str, Any], path: Path) -> None:
         for color, (key, label) in zip((BLUE, ORANGE, GREEN), series.items(), strict=False):
             points = [(row["step"], row[key]) for row in history if key in row]
             if points:
-                axes.plot(*zip(*points, strict=True), color=color, label=label, marker="o" if len(points) < 12 else "", ms=3)
+                axes.plot(
+                    *zip(*points, strict=True), color=color, label=label, marker="o" if len(points) < 12 else "", ms=3
+                )
         axes.set_title(title, fontsize=10)
+        if title.startswith("KL"):
+            axes.set_ylabel("nats per token" if stats["trainer"] == "grpo" else "nats per answer")
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
         if sum(key in row for key in series for row in history[-5:]) and len(series) > 1:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 
 from rlhf_trl.options import nearest
 from rlhf_trl.recipe import UserError
@@ -29,18 +29,24 @@ def shipped(kind: str, name: str) -> Path:
         UserError: there is none of that name.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.is_file():
         return path
     folders = [folder for folder in (PACKAGE / kind, PACKAGE.parent / kind) if folder.is_dir()]
     known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
     if name in known:
         return known[name]
-    near = nearest(name, known)
+    if path.exists() and not path.is_dir():  # a pipe, such as /dev/stdin
+        return path
+    here = {str(file): file for file in sorted(path.parent.glob("*.y*ml"))} if path.parent.is_dir() else {}
+    near = nearest(name, [*here, *known]) or nearest(path.stem, known)
     remedy = f"did you mean {near!r}?" if near else f"give a path, or one of: {', '.join(known)}"
-    raise UserError(name, f"there is no such file in {kind}/", remedy)
+    problem = "is a folder" if path.is_dir() else f"there is no such file, and none of that name ships in {kind}/"
+    raise UserError(name, problem, remedy)
 
 
-def launch_command(arguments: Sequence[str], profile: str | None, processes: int | None) -> tuple[list[str], dict[str, str]]:
+def launch_command(
+    arguments: Sequence[str], profile: str | None, processes: int | None
+) -> tuple[list[str], dict[str, str]]:
     """Build the command that runs `rlhf-trl ARGUMENTS` in training processes, and its environment.
 
     Args:
@@ -88,14 +94,17 @@ def require_processes() -> None:
     asked = int(os.environ[ASKED]) if ASKED in os.environ else _launcher_processes()
     running = int(os.environ.get("WORLD_SIZE", "1"))
     if asked is not None and running < asked:
-        raise UserError("accelerate launch", f"{asked} processes were asked for and {running} is running" if running == 1 else
-                        f"{asked} processes were asked for and {running} are running",
-                        "launch with `--config_file accelerate_configs/ddp.yaml` (without `--cpu`), or with torchrun")  # fmt: skip
+        problem = f"{asked} processes were asked for and {running} {'is' if running == 1 else 'are'} running"
+        remedy = "launch with `--config_file accelerate_configs/ddp.yaml` (without `--cpu`), or with torchrun"
+        raise UserError("accelerate launch", problem, remedy)
 
 
 def _launcher_processes() -> int | None:
     """The number of processes on the command line of the `accelerate launch` above this process, if there is one."""
-    words = psutil.Process(os.getppid()).cmdline()
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:  # it has ended, or belongs to somebody else
+        return None
     for index, word in enumerate(words):
         if Path(word).name in ("accelerate-launch", "accelerate.commands.launch") or (
             Path(word).name == "accelerate" and words[index + 1 : index + 2] == ["launch"]
@@ -110,7 +119,13 @@ def _launcher_processes() -> int | None:
 
 
 def _profile_processes(config: Path) -> int | None:
+    remedy = "give a file or a name of accelerate_configs/"
     try:
-        return YAML(typ="safe", pure=True).load(config.read_text(encoding="utf-8")).get("num_processes")
+        profile = YAML(typ="safe", pure=True).load(config.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(str(config), f"cannot read the profile: {error.strerror}", "give a file or a name of accelerate_configs/") from None
+        raise UserError(str(config), f"cannot read the profile: {error.strerror}", remedy) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(str(config), f"not valid YAML: {' '.join(str(error).split())}", remedy) from None
+    if not isinstance(profile, dict):
+        raise UserError(str(config), "is not a profile of accelerate", remedy)
+    return profile.get("num_processes")

@@ -1,28 +1,27 @@
-"""Tokenizer, base model, adapters, reward model, sampling and KL: everything that touches weights, for every step.
+"""Tokenizer, base model, adapters and reward model: everything that loads weights, for every step.
 
-A policy is a base plus one adapter; its reference is the same base with the adapter off. One text encoding (`encode`) serves
-reward training, preference optimisation, the rewards of online training and evaluation, so that all score the same tokens.
+A policy is a base plus one adapter; its reference is the same base with the adapter off. One text encoding
+(`encode`) serves reward training, preference optimisation, the rewards of online training and evaluation, so that
+all score the same tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -39,11 +38,13 @@ Messages = list[dict[str, str]]
 
 TINY = "builtin:tiny"
 HH_TEMPLATE = Path(__file__).parent / "templates" / "hh.jinja"
-# Bytes that no UTF-8 text holds. In a byte-level BPE their tokens never come out of text, so that one can serve for padding.
+# Bytes that no UTF-8 text holds. In a byte-level BPE their tokens never come out of text, so that one can serve for
+# padding.
 NON_UTF8_BYTE_TOKENS = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø")
 
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------------
+# --- tokenizer
+# ---------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
@@ -61,9 +62,10 @@ def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) ->
 def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Load a tokenizer and give it what every stage needs.
 
-    That is: a padding token that differs from the end-of-sequence token (else the end of an answer is masked and can be
-    neither learned nor scored) and lies inside the vocabulary (so that the embedding is not resized and adapters fit the
-    public base); padding on the left; a chat template, the HH one where the model has none, that does not depend on the date.
+    That is: a padding token that differs from the end-of-sequence token (else the end of an answer is masked and can
+    be neither learned nor scored) and lies inside the vocabulary (so that the embedding is not resized and adapters
+    fit the public base); padding on the left; a chat template, the HH one where the model has none, that does not
+    depend on the date.
 
     Raises:
         UserError: there is no end-of-sequence token, or no token to pad with.
@@ -94,7 +96,9 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
     bytes_ = [token for token in NON_UTF8_BYTE_TOKENS if token in vocabulary and len(tokenizer(token).input_ids) > 1]
     for token in (*named, *spare, *bytes_):
         return token
-    raise UserError(path, "no token of the vocabulary can serve for padding", "use a model whose tokenizer has a pad token")
+    raise UserError(
+        path, "no token of the vocabulary can serve for padding", "use a model whose tokenizer has a pad token"
+    )
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) -> tuple[str, str]:
@@ -107,7 +111,9 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) ->
     answered = [*prompt, {"role": "assistant", "content": answer.strip()}]
     whole = tokenizer.apply_chat_template(answered, tokenize=False)
     if not whole.startswith(start):
-        raise UserError("chat template", "the prompt's text changes when an answer follows", "use a prefix-preserving template")
+        raise UserError(
+            "chat template", "the prompt's text changes when an answer follows", "use a prefix-preserving template"
+        )
     text, eos, _ = whole[len(start) :].rpartition(tokenizer.eos_token)
     return start, text + eos if eos else whole[len(start) :] + tokenizer.eos_token
 
@@ -123,18 +129,20 @@ def encode(
         finished: whether the answer ended by itself; one cut at the length limit is scored without the end token.
 
     Returns:
-        Token ids of the prompt (with the generation prompt) and of the answer (with its end token; empty without an answer).
+        Token ids of the prompt (with the generation prompt) and of the answer (with its end token; empty without an
+        answer).
     """
     if answer is None:
         start, rest = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), ""
     else:
         start, rest = render(tokenizer, prompt, answer)
-    prompt_ids = tokenizer(start, add_special_tokens=False).input_ids
-    answer_ids = tokenizer(rest, add_special_tokens=False).input_ids if rest else []
+    prompt_ids = tokenizer(start, add_special_tokens=False, verbose=False).input_ids
+    answer_ids = tokenizer(rest, add_special_tokens=False, verbose=False).input_ids if rest else []
     return prompt_ids, answer_ids if finished else answer_ids[:-1]
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models
+# ------------------------------------------------------------------------------------------------------------
 
 
 def base_path(model: dict[str, Any], run: RunDir) -> str:
@@ -152,8 +160,8 @@ def base_path(model: dict[str, Any], run: RunDir) -> str:
 def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
     """Where the model that a stage starts from lies: its `init` stage's, or the base.
 
-    The adapter of the `init` stage is merged into a full-precision base once, next to that adapter: a folder that every
-    loader understands (4-bit, ZeRO-3), and the exact reference of what is trained on it.
+    The adapter of the `init` stage is merged into a full-precision base once, next to that adapter: a folder that
+    every loader understands (4-bit, ZeRO-3), and the exact reference of what is trained on it.
     """
     init = recipe.stages[stage].init
     if init is None:
@@ -222,7 +230,9 @@ def _load(auto: Any, path: str, config: ModelConfig, quantize: bool = True, **mo
 
 def _unreachable(path: str, error: Exception) -> UserError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(path, f"the model cannot be loaded: {reason}", "check `model.model_name_or_path`, the network, and access")
+    return UserError(
+        path, f"the model cannot be loaded: {reason}", "check `model.model_name_or_path`, the network, and access"
+    )
 
 
 @dataclass
@@ -244,7 +254,7 @@ class RewardModel:
             Scores in float32, shape (N,).
         """
         ids = [
-            sum(encode(self.tokenizer, prompt, answer, done), [])
+            list(chain(*encode(self.tokenizer, prompt, answer, done)))
             for prompt, answer, done in zip(prompts, answers, finished, strict=True)
         ]
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -273,7 +283,9 @@ def load_reward_model(recipe: Recipe, run: RunDir, stage: str) -> RewardModel:
         weights = run.adapter(stage) / "adapter_model.safetensors"
         with safe_open(weights, framework="pt") as file:
             if not any(".score." in key for key in file.keys()):  # noqa: SIM118 (not a dict)
-                raise UserError(str(weights), "the adapter has no reward head (`score`)", f"train the stage {stage!r} again")
+                raise UserError(
+                    str(weights), "the adapter has no reward head (`score`)", f"train the stage {stage!r} again"
+                )
         model = load_classifier(start_path(recipe, run, stage), config, tokenizer)
         model = PeftModel.from_pretrained(model, run.adapter(stage))
     model.requires_grad_(False)
@@ -306,97 +318,10 @@ class Policies:
             self.base.set_adapter(name)
             yield self.base
         else:  # fine-tuned whole
-            model: Any = load_causal(str(self.run.model(name)), ModelConfig(**self.recipe.model_block(name)), self.tokenizer)
+            model: Any = load_causal(
+                str(self.run.model(name)), ModelConfig(**self.recipe.model_block(name)), self.tokenizer
+            )
             yield model.to(PartialState().device).eval()
-
-
-# --- sampling and KL ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled answer."""
-
-    ids: list[int]
-    text: str
-    finished: bool
-    """Whether the answer ended by itself, before the length limit."""
-
-
-@torch.no_grad()
-def sample(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Messages],
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    progress: str = "",
-) -> list[Completion]:
-    """Sample one answer a prompt from the model's own distribution: temperature 1, no top-k, no top-p.
-
-    Each batch is seeded by its prompts, so that the policies of a comparison share their random numbers.
-
-    Returns:
-        Completions in the order of the prompts.
-    """
-    ids = [encode(tokenizer, prompt)[0] for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
-    answers: list[Completion | None] = [None] * len(ids)
-    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=not progress, leave=False):
-        rows = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
-        digest = hashlib.sha256(repr((seed, [ids[row] for row in rows])).encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
-        )[:, batch["input_ids"].shape[1] :]
-        for row, answer in zip(rows, output.tolist(), strict=True):
-            finished = tokenizer.eos_token_id in answer
-            answer = answer[: answer.index(tokenizer.eos_token_id) + 1] if finished else answer
-            answers[row] = Completion(answer, tokenizer.decode(answer, skip_special_tokens=True).strip(), finished)
-    return [answer for answer in answers if answer is not None]
-
-
-def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
-    """Sum the exact KL(policy || reference) over the vocabulary and over an answer's tokens.
-
-    At each position of an answer sampled from the policy, sum_v pi(v) [log pi(v) - log ref(v)]; its sum over the answer is the
-    Rao-Blackwellised estimate of the sequence KL: unbiased and never negative.
-
-    Args:
-        logits: policy, (B, T, V).
-        ref_logits: reference, (B, T, V).
-        mask: 1 on the answer's tokens, its end token included, (B, T).
-
-    Returns:
-        Nats per answer, (B,).
-    """
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    log_q = F.log_softmax(ref_logits.float(), dim=-1)
-    return ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum(-1)
-
-
-@torch.no_grad()
-def answer_logits(model: Any, prompt_ids: Tensor, answer_ids: Tensor, prompt_mask: Tensor, answer_mask: Tensor) -> Tensor:
-    """Compute the logits that predict each token of the answers.
-
-    Args:
-        prompt_ids: padded on the left, (B, P); `prompt_mask` likewise.
-        answer_ids: padded on the right, (B, A); `answer_mask` likewise.
-
-    Returns:
-        Logits at temperature 1, (B, A, V).
-    """
-    mask = torch.cat([prompt_mask, answer_mask], dim=1)
-    output = model(
-        input_ids=torch.cat([prompt_ids, answer_ids], dim=1),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=answer_ids.shape[1] + 1,
-        use_cache=False,
-    )
-    return output.logits[:, :-1]
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """The options of TRL's configuration classes, read from the libraries' source without importing them.
 
 Importing TRL takes five seconds and torch; a misspelt key should be named in less than one. The classes are plain
-dataclasses, so their fields, types, defaults and choices can be read with `ast`. Nothing is re-declared here but what the
-libraries state nowhere a program can read: the choices that they check only while training, and the ranges of numbers.
-The constructors of the classes are run afterwards by `rlhf_trl.train.build_config`, which has the last word.
+dataclasses, so their fields, types, defaults and choices can be read with `ast`. Nothing is re-declared here but what
+the libraries state nowhere a program can read: the choices that they check only while training, and the ranges of
+numbers. The constructors are run afterwards by `rlhf_trl.train.build_config`, which has the last word.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import ast
 import builtins
 import functools
 import importlib.util
+import json
 import math
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,22 +55,31 @@ LATE_CHOICES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("grpo", "multi_objective_aggregation"): ("sum_then_normalize", "normalize_then_sum"),
     ("sft", "loss_type"): ("nll", "dft", "chunked_nll"),
 }
+LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
+LATE_CHOICES |= {
+    (kind, name): LOG_LEVELS for kind in CLASSES if kind != "model" for name in ("log_level", "log_level_replica")
+}
 
 # Numbers are not negative unless their default is. These must also be above zero ...
-POSITIVE = frozenset(
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_length"
-    " num_iterations max_completion_length generation_batch_size steps_per_generation temperature num_ppo_epochs"
-    " num_mini_batches response_length local_rollout_forward_batch_size total_episodes lora_r lora_alpha"
-    " missing_eos_penalty save_steps eval_steps logging_steps dataset_num_proc repetition_penalty".split()
-)
-# ... and these lie in an interval (closed, unless the bound is named in OPEN).
+# fmt: off
+POSITIVE = frozenset({
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+    "max_length", "num_iterations", "max_completion_length", "generation_batch_size", "steps_per_generation",
+    "temperature", "num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size",
+    "total_episodes", "lora_r", "lora_alpha", "missing_eos_penalty", "save_steps", "eval_steps", "logging_steps",
+    "dataset_num_proc", "repetition_penalty", "learning_rate",
+})
+# fmt: on
+# ... and these lie in a closed interval.
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("label_smoothing", "adam_beta1", "adam_beta2", "lora_dropout", "cliprange"), (0.0, 1.0)),
-    **dict.fromkeys(("gamma", "lam", "top_p", "min_p", "epsilon", "ref_model_mixup_alpha", "ld_alpha"), (0.0, 1.0)),
+    **dict.fromkeys(("label_smoothing", "adam_beta1", "adam_beta2", "lora_dropout", "cliprange"), (0, 1)),
+    **dict.fromkeys(("gamma", "lam", "top_p", "min_p", "epsilon", "ref_model_mixup_alpha", "ld_alpha"), (0, 1)),
     "num_generations": (2, math.inf),
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
 }
+# Stands for a default that the source computes (that of `optim` depends on torch).
+UNREAD = ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,13 @@ class Option:
 
     @property
     def type_name(self) -> str:
-        return getattr(self.annotation, "__name__", None) or str(self.annotation).replace("typing.", "")
+        parts = (
+            typing.get_args(self.annotation)
+            if typing.get_origin(self.annotation) is typing.Union
+            else (self.annotation,)
+        )
+        names = [str(part) if typing.get_args(part) else part.__name__ for part in parts]
+        return " or ".join(name.replace("typing.", "").replace("NoneType", "null") for name in names)
 
 
 def _source(path: str) -> ast.Module:
@@ -115,15 +132,19 @@ class _Names(dict[str, Any]):
 def _read_field(node: ast.AnnAssign) -> Option:
     names = _Names(vars(builtins) | {"Any": Any, "Literal": typing.Literal})
     used = [n.id for n in ast.walk(node.annotation) if isinstance(n, ast.Name)]
-    annotation = typing.Union[tuple(eval(ast.unparse(part), {}, names) for part in _union_parts(node.annotation))]  # noqa: S307, UP007
+    parts = tuple(eval(ast.unparse(part), {}, names) for part in _union_parts(node.annotation))
+    annotation: Any = typing.Union[parts]  # noqa: UP007
     default: Any = None
     choices: tuple[Any, ...] = next((_enums()[name] for name in used if name in _enums()), ())
-    if typing.get_origin(annotation) is typing.Literal:
-        choices = typing.get_args(annotation)
+    for part in (annotation, *typing.get_args(annotation)):
+        if typing.get_origin(part) is typing.Literal:
+            choices = typing.get_args(part)
     if isinstance(node.value, ast.Call):
         for keyword in node.value.keywords:
-            if keyword.arg == "default" and isinstance(keyword.value, ast.Constant | ast.UnaryOp):
-                default = ast.literal_eval(keyword.value)
+            if keyword.arg == "default":
+                default = UNREAD if isinstance(keyword.value, ast.Name) else ast.literal_eval(keyword.value)
+            elif keyword.arg == "default_factory":
+                default = _made_by(keyword.value)
             elif keyword.arg == "metadata" and isinstance(keyword.value, ast.Dict):
                 for key, value in zip(keyword.value.keys, keyword.value.values, strict=True):
                     if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(value, ast.List):
@@ -131,6 +152,11 @@ def _read_field(node: ast.AnnAssign) -> Option:
     elif node.value is not None:
         default = ast.literal_eval(node.value)
     return Option(annotation, default, choices)
+
+
+def _made_by(factory: ast.expr) -> Any:
+    """What a `default_factory` gives: `list`, or a lambda around a literal."""
+    return ast.literal_eval(factory.body) if isinstance(factory, ast.Lambda) else eval(ast.unparse(factory), {})()
 
 
 def _union_parts(node: ast.expr) -> list[ast.expr]:
@@ -169,56 +195,80 @@ def check_value(kind: str, name: str, value: Any) -> tuple[str, str] | None:
         The problem and its remedy, or None where the value is good.
     """
     option = read_options(kind)[name]
+    shown = show(value)
     takes_list = "list[" in str(option.annotation)
     if takes_list and isinstance(value, str) and "," in value:
-        return f"{value!r} is one text, not a list", f"write [{value}]"
+        return f"{shown} is one text, not a list", f"write [{value}]"
     # The classes turn a single text into a list of one themselves, and fields typed `str` may have a boolean default.
-    if not (takes_list and isinstance(value, str)) and value not in (*option.choices, option.default):
+    text = isinstance(value, str) and (takes_list or option.choices)
+    if not text and not _is_one_of(value, (*option.choices, option.default)):
         try:
             adapter = pydantic.TypeAdapter(option.annotation, config=pydantic.ConfigDict(strict=True))
             adapter.validate_python(value)
         except pydantic.ValidationError:
-            return f"{value!r} is not of the type {option.type_name}", _type_remedy(option, value)
+            return f"{shown} is not of the type {option.type_name}", _type_remedy(option, value)
     if isinstance(value, float) and not math.isfinite(value):
-        return f"{value!r} is not a finite number", "give a finite number"
+        return f"{shown} is not a finite number", "give a finite number"
     if option.choices and value is not None:
-        for item in value if isinstance(value, list) else [value]:
-            if item not in option.choices:
+        for item in (value or [None]) if isinstance(value, list) else [value]:
+            if not _is_one_of(item, option.choices):
                 near = nearest(str(item), [str(choice) for choice in option.choices])
-                known = ", ".join(str(choice) for choice in option.choices)
-                return f"{item!r} is not a choice", f"did you mean {near!r}?" if near else f"choose one of: {known}"
+                return f"{show(item)} is not a choice", f"did you mean {near!r}?" if near else _choose(option)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return _check_range(option, name, value)
+        found = _check_range(option, name, value)
+        return found and (f"{shown} {found[0]}", found[1])
     return None
 
 
+def show(value: Any) -> str:
+    """A value as YAML writes it, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_one_of(value: Any, known: typing.Iterable[Any]) -> bool:
+    """Compare with the type, too: 1, 1.0 and True are three values."""
+    return any(type(value) is type(item) and value == item for item in known)
+
+
 def _check_range(option: Option, name: str, value: float) -> tuple[str, str] | None:
-    low, high = RANGES.get(name, (0.0, math.inf))
+    low, high = RANGES.get(name, (0, math.inf))
     allows_negative = isinstance(option.default, int | float) and option.default < 0
     if name in POSITIVE and value <= 0:
-        return f"{value} is not above 0", "give a positive number"
+        return "is not above 0", "give a positive number"
     if not allows_negative and not low <= value <= high:
-        allowed = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
-        return f"{value} is out of range", f"give a number {allowed}"
+        return (
+            "is out of range",
+            f"give a number from {low} to {high}" if high < math.inf else f"give a number of {low} or more",
+        )
     return None
 
 
 def _type_remedy(option: Option, value: Any) -> str:
     if option.choices:
-        return f"choose one of: {', '.join(str(choice) for choice in option.choices)}"
+        return _choose(option)
     if isinstance(value, list) and len(value) > 1 and "list[" not in str(option.annotation):
         return "give one value here; several values to compare go under `sweep:`"
-    return f"give a value of the type {option.type_name}" + (
-        f", such as its default {option.default!r}" if option.default is not None else ""
-    )
+    if "bool" in option.type_name:
+        return "write true or false"
+    if isinstance(value, str) and re.fullmatch(r"[-+.\de]+", value) and re.search("int|float", option.type_name):
+        return "write it without quotes"
+    example = "" if option.default in (None, UNREAD) else f", such as its default {show(option.default)}"
+    return f"give a value of the type {option.type_name}{example}"
+
+
+def _choose(option: Option) -> str:
+    return "choose one of: " + ", ".join(show(choice).strip('"') for choice in option.choices)
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str | None:
-    """Return the known word that `word` most likely misspells, or None where none is close."""
+    """Return the known word that `word` most likely misspells or begins, or None where none is close."""
     from rapidfuzz import fuzz, process
 
-    match = process.extractOne(word, list(known), scorer=fuzz.ratio, score_cutoff=60)
-    return match[0] if match else None
+    words = list(known)
+    longer = [other for other in words if len(word) >= 4 and other.startswith(word)]
+    match = process.extractOne(word, words, scorer=fuzz.ratio, processor=str.lower, score_cutoff=60)
+    return longer[0] if longer else match[0] if match else None
 
 
 def value_of(kind: str, args: Mapping[str, Any], name: str) -> Any:

@@ -1,9 +1,10 @@
 """PPO: the trainer of TRL 1.12, repaired through its own seams.
 
-TRL removed PPOTrainer in 1.13 (huggingface/trl#7020), so everything that is specific to it stands here, and nothing of its
-loop is copied. What is repaired, and how:
+TRL removed PPOTrainer in 1.13 (huggingface/trl#7020), so everything that is specific to it stands here, and nothing
+of its loop is copied. What is repaired, and how:
 
-- `num_mini_batches` and `max_grad_norm` had no effect: the accelerator's accumulation steps are set after construction, and
+- `num_mini_batches` and `max_grad_norm` had no effect: the accelerator's accumulation steps are set after
+construction, and
   a hook of the optimizer clips (and stops a run whose gradient is not finite).
 - `bf16` reached neither the rollout nor the reference: the whole of `train` runs under autocast.
 - `gradient_checkpointing` was never turned on.
@@ -31,7 +32,6 @@ from rlhf_trl.callbacks import AtomicCheckpoints, diverged
 from rlhf_trl.models import RewardModel, load_causal, load_classifier
 from rlhf_trl.recipe import UserError
 
-
 # Logged means of a table with one place for each (epoch, mini-batch, accumulation step of the whole batch).
 AVERAGED = {
     *("policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg"),
@@ -45,7 +45,10 @@ class PPOConfig(trl_ppo.PPOConfig):
 
     entropy_coef: float = field(
         default=0.0,
-        metadata={"help": "Coefficient c of the entropy bonus: c times the mean entropy of the answer tokens joins the objective."},
+        metadata={
+            "help": "Coefficient c of the entropy bonus: c times the mean entropy of the answer tokens is added to "
+            "the objective."
+        },
     )
 
 
@@ -62,15 +65,19 @@ def build_ppo_models(
     The value model is a LoRA classifier on the same base. The reference is the policy with its adapter off.
 
     Raises:
-        UserError: there are fewer prompts than one batch, or the reward model reads other tokens than the policy writes.
+        UserError: there are fewer prompts than one batch, or the reward model reads other tokens than the policy
+        writes.
     """
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     per_process = prompts // PartialState().num_processes
     if per_process < batch:
         raise UserError("data", f"{per_process} training prompts per process are fewer than one PPO batch of {batch}",
-                        "lower per_device_train_batch_size or gradient_accumulation_steps, or use more data")  # fmt: skip
-    if reward.tokenizer.get_vocab() != tokenizer.get_vocab() or reward.tokenizer.chat_template != tokenizer.chat_template:
-        raise UserError("stages", "PPO scores the policy's own tokens, and the reward model has another tokenizer or template",
+                        "lower the batch size or gradient_accumulation_steps, or use more data")  # fmt: skip
+    if (
+        reward.tokenizer.get_vocab() != tokenizer.get_vocab()
+        or reward.tokenizer.chat_template != tokenizer.chat_template
+    ):
+        raise UserError("stages", "PPO scores the policy's own tokens, and its reward model has another tokenizer",
                         "train the reward model on the policy's base, or use grpo, which scores text")  # fmt: skip
     policy: Any = load_causal(path, model_config, tokenizer)
     value: Any = load_classifier(path, model_config, tokenizer)
@@ -100,7 +107,8 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         super().__init__(args=args, processing_class=processing_class, **kwargs)
         steps = args.gradient_accumulation_steps // args.num_mini_batches
         self.accelerator.gradient_accumulation_steps = steps
-        # Accelerate ends an accumulation with each pass through the data, which would cut the mini-batches of its last batch.
+        # Accelerate ends an accumulation with each pass through the data, which would cut the mini-batches of its
+        # last batch.
         self.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
         self._grad_norms: list[float] = []
         self._entropies: list[float] = []
@@ -153,7 +161,9 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
     def _generate_and_measure(self, *args: Any, **kwargs: Any) -> Any:
         self._context_length = kwargs["input_ids"].shape[1]
         output = self._generate(*args, **kwargs)
-        self._tokens += int((output.sequences != self.processing_class.pad_token_id).sum()) * self.accelerator.num_processes
+        self._tokens += (
+            int((output.sequences != self.processing_class.pad_token_id).sum()) * self.accelerator.num_processes
+        )
         return output
 
     def _keep_output(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

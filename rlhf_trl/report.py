@@ -73,7 +73,7 @@ def render(recipe: Recipe, run: RunDir) -> str:
     environment.globals |= {"value": partial(show_value, documents), "source": partial(show_source, documents)}
     page = environment.get_template("report.html.j2").render(
         recipe=recipe,
-        recipe_lines=_as_yaml(documents[files["recipe"]]).split("\n"),
+        recipe_lines=_as_yaml(documents[files["recipe"]], list(recipe.stages)).split("\n"),
         files=files,
         contents=list_contents(recipe, run),
         metrics=metrics,
@@ -127,11 +127,14 @@ def _flat(files: Mapping[str, Any]) -> list[str]:
     return [name for value in files.values() for name in (_flat(value) if isinstance(value, dict) else [value])]
 
 
-def _as_yaml(recipe: Any) -> str:
+def _as_yaml(recipe: dict[str, Any], order: Sequence[str]) -> str:
+    """Write a recipe in the order that people write it in; in JSON its keys, stages included, are sorted."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     buffer = io.StringIO()
-    yaml.dump(recipe, buffer)
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    recipe = {key: recipe[key] for key in Recipe.model_fields}
+    yaml.dump({**recipe, "stages": {stage: recipe["stages"][stage] for stage in order}}, buffer)
     return buffer.getvalue().rstrip("\n")
 
 

@@ -25,7 +25,8 @@ from rlhf_trl.recipe import STEPS, Recipe, UserError
 
 # The directory of each step that is not a stage; the report lies in the run's root.
 STEP_DIRS = dict(zip(STEPS, ("exploration", "data", "evaluation", "."), strict=True))
-PACKAGES = "torch trl transformers peft accelerate datasets tokenizers bitsandbytes numpy".split()
+PACKAGE = str(Path(__file__).parent)
+PACKAGES = ["torch", "trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy"]
 
 
 class RunDir:
@@ -96,7 +97,12 @@ class RunDir:
 
     def mark_done(self, recipe: Recipe, step: str, seconds: float) -> None:
         """Write the step's `done.json`; the step's last act."""
-        marker = {"step": step, "fingerprint": recipe.fingerprint(step), "seconds": round(seconds, 3), "finished": now()}
+        marker = {
+            "step": step,
+            "fingerprint": recipe.fingerprint(step),
+            "seconds": round(seconds, 3),
+            "finished": now(),
+        }
         write_json(self.done(step), marker)
 
     def require(self, recipe: Recipe, step: str, command: str) -> None:
@@ -114,13 +120,14 @@ class RunDir:
         path = self.step(step)
         if step in STEPS:
             self.done(step).unlink(missing_ok=True)
-            if path != self.root:
-                shutil.rmtree(path, ignore_errors=True)
+            if path != self.root and path.exists():
+                shutil.rmtree(path)
         elif self.done(step).exists():
             (self.root / "replaced").mkdir(exist_ok=True)
-            path.rename(self.root / "replaced" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}")
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+            moment = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
+            path.rename(self.root / "replaced" / f"{step}-{moment}")
+        elif path.exists():
+            shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -129,18 +136,24 @@ class RunDir:
         """Hold a step for this process; the operating system lets go of it when the process dies.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or the run's folder cannot be written to.
         """
         path = self.root / ".locks" / step
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
+        lock = FileLock(path.with_name(f"{step}.lock"))
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            holder = path.read_text() if path.exists() else "another process"
-            raise UserError(str(self.step(step)), f"the step {step!r} is held by {holder}", "wait for it, or stop it") from None
+            holder = "another process"
+            with contextlib.suppress(FileNotFoundError):
+                holder = path.read_text(encoding="utf-8")
+            problem = f"the step {step!r} is held by {holder}"
+            raise UserError(str(self.step(step)), problem, "wait for it, or stop it") from None
+        except OSError as error:
+            remedy = "choose a folder that you may write to with --runs"
+            raise UserError(str(self.root), f"cannot write here: {error.strerror}", remedy) from None
         try:
-            path.write_text(f"process {os.getpid()} on {platform.node()} since {now()}")
+            path.write_text(f"process {os.getpid()} on {platform.node()} since {now()}", encoding="utf-8")
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -163,14 +176,15 @@ def environment() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    gpus = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     return {
         "versions": versions,
-        "git": _output("git", "rev-parse", "HEAD"),
-        "git_dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "git": _output("git", "-C", PACKAGE, "rev-parse", "HEAD"),
+        "git_dirty": bool(_output("git", "-C", PACKAGE, "status", "--porcelain", "--untracked-files=no")),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "gpus": [line.strip() for line in _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines()],
-    }  # fmt: skip
+        "gpus": [line.strip() for line in gpus.splitlines()],
+    }
 
 
 def _output(*command: str) -> str:
@@ -210,7 +224,8 @@ def read_json(path: Path) -> Any:
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write one JSON object a line."""
-    write_text(path, "".join(json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) for row in rows)
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_jsonl(path: Path) -> list[Any]:

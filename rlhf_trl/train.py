@@ -1,7 +1,7 @@
 """Step `train STAGE`: one library trainer, configured by the recipe's block, on the views that `prepare` wrote.
 
-Reads `data/` and the directories of the stages that `init` and `reward` name; writes `<stage>/adapter/` (or `model/` where the
-stage is fine-tuned whole), `checkpoints/`, `training_stats.json` and `training_curves.png`.
+Reads `data/` and the directories of the stages that `init` and `reward` name; writes `<stage>/adapter/` (or `model/`
+where the stage is fine-tuned whole), `checkpoints/`, `training_stats.json` and `training_curves.png`.
 
     rlhf-trl train recipes/demo.yaml dpo
     accelerate launch --config_file accelerate_configs/ddp.yaml -m rlhf_trl train recipes/hh_gpt2.yaml dpo
@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from rlhf_trl.figures import plot_training
 from rlhf_trl.models import encode, load_causal, load_classifier, load_reward_model, recorded_tokenizer, start_path
 from rlhf_trl.ppo import PPOConfig, PPOTrainer, build_ppo_models
 from rlhf_trl.recipe import Recipe, UserError
-from rlhf_trl.rundir import RunDir, read_json, write_json
+from rlhf_trl.rundir import RunDir, environment, read_json, write_json
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,7 +59,8 @@ class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
     pass
 
 
-# --- dataset views -----------------------------------------------------------------------------------------------------
+# --- dataset views
+# -----------------------------------------------------------------------------------------------------
 
 
 def sft_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,12 +70,18 @@ def sft_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict
 
 
 def reward_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{side}_ids": sum(encode(tokenizer, row["prompt"], row[side]), []) for side in ("chosen", "rejected")}
+    return {
+        f"{side}_ids": list(chain(*encode(tokenizer, row["prompt"], row[side]))) for side in ("chosen", "rejected")
+    }
 
 
 def dpo_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
     prompt, chosen = encode(tokenizer, row["prompt"], row["chosen"])
-    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": encode(tokenizer, row["prompt"], row["rejected"])[1]}
+    return {
+        "prompt_ids": prompt,
+        "chosen_ids": chosen,
+        "rejected_ids": encode(tokenizer, row["prompt"], row["rejected"])[1],
+    }
 
 
 def grpo_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +169,9 @@ def _prepare_directory(recipe: Recipe, run: RunDir, stage: str) -> Path | None:
     marker = run.started(stage)
     resume = None
     if state.is_main_process:
-        unfinished = marker.exists() and read_json(marker)["fingerprint"] == fingerprint and not run.done(stage).exists()
+        unfinished = (
+            marker.exists() and read_json(marker)["fingerprint"] == fingerprint and not run.done(stage).exists()
+        )
         if not unfinished or recipe.stages[stage].trainer == "ppo":
             run.replace(stage)
             write_json(marker, {"fingerprint": fingerprint})
@@ -193,7 +203,9 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     }
     if word == "ppo":
         reward = load_reward_model(recipe, run, str(recipe.stages[stage].reward))
-        return trainer_class(**shared, **build_ppo_models(path, model_config, tokenizer, reward, config, len(train_data)))
+        return trainer_class(
+            **shared, **build_ppo_models(path, model_config, tokenizer, reward, config, len(train_data))
+        )
     load = load_classifier if word == "reward" else load_causal
     shared |= {"model": load(path, model_config, tokenizer), "peft_config": get_peft_config(model_config)}
     if word == "grpo":
@@ -205,7 +217,9 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
 def _load_view(path: Path, view: Callable[[Any, Any], dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     with PartialState().main_process_first():
         rows = Dataset.from_json(str(path))
-        return rows.map(lambda row: view(tokenizer, row), remove_columns=rows.column_names, desc=f"Encoding {path.name}")
+        return rows.map(
+            lambda row: view(tokenizer, row), remove_columns=rows.column_names, desc=f"Encoding {path.name}"
+        )
 
 
 def _require_prompts(config: Any, prompts: int) -> None:
@@ -213,7 +227,7 @@ def _require_prompts(config: Any, prompts: int) -> None:
     needed = config.generation_batch_size // config.num_generations
     if prompts < needed:
         raise UserError("data", f"{prompts} training prompts are fewer than the {needed} of one rollout",
-                        "lower per_device_train_batch_size or gradient_accumulation_steps, or use more data")  # fmt: skip
+                        "lower the batch size or gradient_accumulation_steps, or use more data")  # fmt: skip
 
 
 def build_reward_function(
@@ -233,7 +247,8 @@ def build_reward_function(
     return reward
 
 
-# --- the end of a run --------------------------------------------------------------------------------------------------
+# --- the end of a run
+# --------------------------------------------------------------------------------------------------
 
 
 def _stop_interrupted(trainer: Any, number: int, stage: str) -> None:
@@ -248,10 +263,14 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
     """Save what was trained, check that training did something, and write the statistics."""
     steps = trainer.state.global_step
     if steps == 0:
-        raise UserError(f"stages.{stage}", "training ended after 0 steps", "use more data, more epochs, or smaller batches")
+        raise UserError(
+            f"stages.{stage}", "training ended after 0 steps", "use more data, more epochs, or smaller batches"
+        )
     changed = health.count_changed(trainer.model)
     if changed == 0:
-        raise UserError(f"stages.{stage}", "training changed no weight", "raise learning_rate, or check that the data differ")
+        raise UserError(
+            f"stages.{stage}", "training changed no weight", "raise learning_rate, or check that the data differ"
+        )
     uses_peft = bool(recipe.model_block(stage).get("use_peft"))
     target = run.adapter(stage) if uses_peft else run.model(stage)
     staging = target.with_name(f".{target.name}.staging")
@@ -276,6 +295,7 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
         "trainable_parameters": trainable,
         "tensors_saved": tensors,
         "tensors_changed": changed,
+        "environment": environment(),
     })  # fmt: skip
     plot_training(history.stats, run.training_curves(stage))
 
@@ -288,10 +308,14 @@ def _check_saved(folder: Path, needs_head: bool) -> int:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 tensor = tensors.get_tensor(key)
                 if tensor.numel() == 0 or not tensor.float().isfinite().all():
-                    raise UserError(str(folder), f"the tensor {key} is empty or not finite", "lower learning_rate and train again")
+                    raise UserError(
+                        str(folder), f"the tensor {key} is empty or not finite", "lower learning_rate and train again"
+                    )
                 count += 1
                 heads += "score" in key
     if count == 0 or (needs_head and heads == 0):
         missing = "weights" if count == 0 else "reward head"
-        raise UserError(str(folder), f"the {missing} were not saved", "report this together with the accelerate config")
+        raise UserError(
+            str(folder), f"the {missing} were not saved", "report this together with the accelerate config"
+        )
     return count

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false"
+)
 
 import pytest
 
@@ -13,29 +15,67 @@ from rlhf_trl.rundir import RunDir
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
-COMMON = "bf16: false, gradient_checkpointing: false, save_strategy: 'no', logging_steps: 1, per_device_train_batch_size: 8"
+COMMON = """
+      bf16: false
+      gradient_checkpointing: false
+      save_strategy: "no"
+      logging_steps: 1
+      per_device_train_batch_size: 8
+      learning_rate: 1e-3"""
 RECIPE = f"""
 name: small
 seed: 3
-model: {{model_name_or_path: builtin:tiny, use_peft: true, lora_r: 4, lora_dropout: 0.0, lora_target_modules: all-linear}}
+model:
+  model_name_or_path: builtin:tiny
+  use_peft: true
+  lora_r: 4
+  lora_dropout: 0.0
+  lora_target_modules: all-linear
 data: {{source: builtin:demo, max_rows: 240, max_length: 192, test_fraction: 0.2}}
 stages:
-  sft: {{trainer: sft, model: {{use_peft: false}}, args: {{{COMMON}, max_steps: 12, learning_rate: 3e-3}}}}
-  rm: {{trainer: reward, init: sft, args: {{{COMMON}, max_steps: 6, learning_rate: 2e-3, eval_strategy: steps, eval_steps: 3}}}}
-  dpo: {{trainer: dpo, init: sft, args: {{{COMMON}, max_steps: 4, learning_rate: 1e-3}}}}
+  sft:
+    trainer: sft
+    model: {{use_peft: false}}
+    args: {COMMON}
+      max_steps: 12
+  rm:
+    trainer: reward
+    init: sft
+    args: {COMMON}
+      max_steps: 6
+      eval_strategy: steps
+      eval_steps: 3
+  dpo:
+    trainer: dpo
+    init: sft
+    args: {COMMON}
+      max_steps: 4
   grpo:
     trainer: grpo
     init: sft
     reward: rm
-    args: {{{COMMON}, max_steps: 2, num_generations: 4, max_completion_length: 16, learning_rate: 1e-3, beta: 0.1,
-            scale_rewards: none, disable_dropout: true}}
+    args: {COMMON}
+      max_steps: 2
+      num_generations: 4
+      max_completion_length: 16
+      beta: 0.1
+      scale_rewards: none
+      disable_dropout: true
   ppo:
     trainer: ppo
     init: sft
     reward: rm
-    args: {{{COMMON}, gradient_accumulation_steps: 2, total_episodes: 32, response_length: 16, stop_token: eos, temperature: 1.0,
-            missing_eos_penalty: 1.0, num_ppo_epochs: 2, num_mini_batches: 2, kl_coef: 0.05, entropy_coef: 0.01,
-            learning_rate: 1e-3}}
+    args: {COMMON}
+      gradient_accumulation_steps: 2
+      total_episodes: 32
+      response_length: 16
+      stop_token: eos
+      temperature: 1.0
+      missing_eos_penalty: 1.0
+      num_ppo_epochs: 2
+      num_mini_batches: 2
+      kl_coef: 0.05
+      entropy_coef: 0.01
 evaluation: {{reward: rm, prompts: 12, max_new_tokens: 16}}
 """
 

@@ -1,4 +1,5 @@
-"""Training: each trainer learns through its adapter alone, scores what it trained on, resumes, and refuses what cannot work."""
+"""Training: each trainer learns through its adapter alone, scores what it trained on, resumes, and refuses what
+cannot work."""
 
 import hashlib
 import json
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,9 @@ def test_what_a_stage_leaves_behind(trained):
         stats = read_json(run.training_stats(stage))
         assert stats["summary"]["steps"] == len({row["step"] for row in stats["history"]})
         assert stats["summary"]["tensors_changed"] > 0
-        assert {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "peak_memory_bytes"} <= stats["history"][-1].keys()
+        assert {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "peak_memory_bytes"} <= stats["history"][
+            -1
+        ].keys()
         assert run.training_curves(stage).stat().st_size > 5000
         assert run.is_done(recipe, stage)
     reward = read_json(run.training_stats("rm"))["history"]
@@ -101,7 +105,8 @@ def test_fresh_adapters_start_at_the_reference(trained):
 
 
 def test_reward_is_the_same_on_every_path(trained):
-    """Reward training, scoring, GRPO's reward function and PPO's `get_reward` see the same tokens and give the same score."""
+    """Reward training, scoring, GRPO's reward function and PPO's `get_reward` see the same tokens and give the same
+    score."""
     from trl.experimental.utils import get_reward
 
     recipe, run = trained
@@ -116,14 +121,16 @@ def test_reward_is_the_same_on_every_path(trained):
     config = config_of(recipe, RunDir(run.root.parent / "parity"), "rm")
     trainer = build_trainer(recipe, run, "rm", config)
     row = trainer.eval_dataset[0]
-    assert row["chosen_ids"] == sum(encode(tokenizer, prompts[0], answers[0]), [])
+    assert row["chosen_ids"] == list(chain(*encode(tokenizer, prompts[0], answers[0])))
     # GRPO
     ids = [encode(tokenizer, *pair, done)[1] for *pair, done in zip(prompts, answers, finished, strict=True)]
     scores = build_reward_function(recipe, run, "rm", tokenizer)(prompts=prompts, completion_ids=ids)
     assert torch.allclose(torch.tensor(scores), one, atol=1e-4)
     # PPO: prompts padded on the left, answers on the right
     merged = load_reward_model(recipe, run, "rm").model.merge_and_unload()
-    starts = tokenizer.pad({"input_ids": [encode(tokenizer, prompt)[0] for prompt in prompts]}, return_tensors="pt").input_ids
+    starts = tokenizer.pad(
+        {"input_ids": [encode(tokenizer, prompt)[0] for prompt in prompts]}, return_tensors="pt"
+    ).input_ids
     width = max(map(len, ids))
     ends = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])
     _, rewards, _ = get_reward(merged, torch.cat([starts, ends], 1), tokenizer.pad_token_id, starts.shape[1])
@@ -141,14 +148,18 @@ def test_reward_model_scores_the_same_in_a_fresh_process(copy, monkeypatch):
     train(recipe, run, "rm")
     tokenizer = recorded_tokenizer(recipe, run)
     pairs = read_jsonl(run.pairs("test"))[:4]
-    ids = [sum(encode(tokenizer, pair["prompt"], pair["chosen"]), []) for pair in pairs]
+    ids = [list(chain(*encode(tokenizer, pair["prompt"], pair["chosen"]))) for pair in pairs]
     model = built[0].model.eval()
     with torch.no_grad():
-        expected = [model(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row))).logits.item() for row in ids]
+        expected = [
+            model(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row))).logits.item() for row in ids
+        ]
     code = f"""
 import json, sys
 from pathlib import Path
-from rlhf_trl.recipe import load_recipe; from rlhf_trl.rundir import RunDir, read_jsonl; from rlhf_trl.models import load_reward_model
+from rlhf_trl.recipe import load_recipe
+from rlhf_trl.rundir import RunDir, read_jsonl
+from rlhf_trl.models import load_reward_model
 run = RunDir(Path({str(run.root)!r})); pairs = read_jsonl(run.pairs("test"))[:4]
 model = load_reward_model(load_recipe(Path({str(run.root.parent.parent / "small.yaml")!r})), run, "rm")
 print(json.dumps(model.score([p["prompt"] for p in pairs], [p["chosen"] for p in pairs], [True] * 4).tolist()))
@@ -172,7 +183,9 @@ def test_the_same_seed_gives_the_same_adapter(trained, copy, stage):
     _, first = trained
     run, load = copy
     train(load(), run, stage)
-    assert sha(run.adapter(stage) / "adapter_model.safetensors") == sha(first.adapter(stage) / "adapter_model.safetensors")
+    assert sha(run.adapter(stage) / "adapter_model.safetensors") == sha(
+        first.adapter(stage) / "adapter_model.safetensors"
+    )
     assert list((run.root / "replaced").glob(f"{stage}-*"))  # the finished stage is kept
 
 
@@ -203,7 +216,7 @@ def test_a_stage_on_a_lora_sft_starts_from_the_merged_model(tmp_path, trained):
     from rlhf_trl.models import start_path
 
     _, source = trained
-    text = RECIPE.replace("model: {use_peft: false}, args", "args")
+    text = RECIPE.replace("    model: {use_peft: false}\n", "")
     recipe = small_recipe(tmp_path, ("stages.sft.args.max_steps=2", "stages.dpo.args.max_steps=1"), text)
     run = RunDir(tmp_path / "run")
     shutil.copytree(source.data, run.data)
@@ -241,13 +254,14 @@ def test_too_few_prompts_are_refused_with_both_numbers(copy, stage):
 
 
 def test_a_stage_needs_its_inputs(copy):
-    run, load = copy
+    run, _ = copy
     shutil.rmtree(run.step("rm"))
     with pytest.raises(UserError, match="run `rlhf-trl train RECIPE rm` first"):
         train(small_recipe(run.root.parent.parent), run, "grpo")
 
 
-# --- interruption ------------------------------------------------------------------------------------------------------
+# --- interruption
+# ------------------------------------------------------------------------------------------------------
 
 SAVING = ("save_strategy=steps", "save_steps=1", "max_steps=6")
 
@@ -257,7 +271,9 @@ def start(run: RunDir, stage: str, *extra: str) -> subprocess.Popen:
                "--runs", str(run.root.parent)]  # fmt: skip
     for item in (*SAVING, *extra):
         command += ["--set", f"stages.{stage}.args.{item}"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def wait_for(path: Path) -> None:
@@ -267,7 +283,9 @@ def wait_for(path: Path) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("stage", "number"), [("dpo", signal.SIGKILL), ("grpo", signal.SIGKILL), ("dpo", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("stage", "number"), [("dpo", signal.SIGKILL), ("grpo", signal.SIGKILL), ("dpo", signal.SIGTERM)]
+)
 def test_an_interrupted_run_goes_on_to_the_same_weights(copy, stage, number):
     run, load = copy
     load()

@@ -1,10 +1,11 @@
 """The embedded data and model of the demo: `builtin:demo` and `builtin:tiny`.
 
-The pairs are transcripts of our own writing in the format of Anthropic HH-RLHF, put together from sentences of known quality,
-so that there is something true to learn: an answer is good when it is friendly, concrete and on the topic, or when it declines
-a harmful request and offers something better. Labels follow Bradley and Terry: the better answer is chosen with probability
-sigmoid(difference in quality), so that even a perfect reward model is not always right. Both sides are drawn alike, so that
-length says little. A few rows are broken on purpose, one for each thing that `prepare` has to catch.
+The pairs are transcripts of our own writing in the format of Anthropic HH-RLHF, put together from sentences of known
+quality, so that there is something true to learn: an answer is good when it is friendly, concrete and on the topic,
+or when it declines a harmful request and offers something better. Labels follow Bradley and Terry: the better answer
+is chosen with probability sigmoid(3 x difference in quality), so that even a perfect reward model is not always
+right. Good sentences are a little longer than bad ones, so that "the longer answer is chosen" holds more often than
+not, as in real data. A few rows are broken on purpose, for the things that `prepare` has to catch.
 
     python -m rlhf_trl.data.demo        # writes demo.jsonl.gz again, byte for byte
 """
@@ -66,7 +67,13 @@ QUESTIONS = (
     "Is {topic} hard?",
     "Tell me about {topic}, please.",
 )
-FOLLOW_UPS = ("And what else?", "Could you say more?", "What comes next?", "Why is that?", "Thanks. Anything to avoid?")
+FOLLOW_UPS = (
+    "And what else?",
+    "Could you say more?",
+    "What comes next?",
+    "Why is that?",
+    "Thanks. Anything to avoid?",
+)
 EARLIER = (
     "Hello, can I ask you something?",
     "Hi, are you there?",
@@ -203,7 +210,9 @@ def _broken_rows(rng: random.Random) -> list[dict[str, Any]]:
     prompt = f"{human}Can you help me with making tea?{assistant}"
     answer = "Happy to help with making tea. First warm the pot, then let the leaves stand four minutes."
     other = "I do not care, so go and find it out by yourself."
-    long_talk = "".join(f"{human}Is step {i} done?{assistant}Yes, step {i} is done. Let me know how it goes." for i in range(40))
+    long_talk = "".join(
+        f"{human}Is step {i} done?{assistant}Yes, step {i} is done. Let me know how it goes." for i in range(40)
+    )
     made = [
         (prompt + answer, prompt + answer),
         (prompt + answer, prompt + answer + "!"),
@@ -211,7 +220,10 @@ def _broken_rows(rng: random.Random) -> list[dict[str, Any]]:
         (prompt + answer, prompt.rstrip()),
         (prompt + answer, prompt.replace("tea", "coffee") + other),
         (prompt + answer + f"{human}Thank you.", prompt + other + f"{human}Thank you."),
-        (f"{human}Hello.{human}Are you there?{assistant}Yes, I am here.", f"{human}Hello.{human}Are you there?{assistant}No."),
+        (
+            f"{human}Hello.{human}Are you there?{assistant}Yes, I am here.",
+            f"{human}Hello.{human}Are you there?{assistant}No.",
+        ),
         (prompt + "<|endoftext|>" + answer, prompt + other),
         ("Can you help me? No transcript here.", "Can you help me? Nor here."),
         (long_talk + prompt + answer, long_talk + prompt + other),
@@ -223,8 +235,14 @@ def _broken_rows(rng: random.Random) -> list[dict[str, Any]]:
     rows.append({"subset": "helpful", "chosen": prompt + answer})
     rows += good[:3]  # exact duplicates below
     rows += good[:3]
-    rows += [{**row, "chosen": row["chosen"].upper(), "rejected": row["rejected"].upper()} for row in good[3:5]] + good[3:5]
+    for row in good[3:5]:  # near duplicates: the same but for the case of the answers
+        rows += [row, {**row, "chosen": _shout(row["chosen"]), "rejected": _shout(row["rejected"])}]
     return rows
+
+
+def _shout(transcript: str) -> str:
+    prompt, marker, answer = transcript.rpartition("\n\nAssistant: ")
+    return prompt + marker + answer.upper()
 
 
 def build_tiny(folder: Path) -> None:
@@ -243,7 +261,8 @@ def build_tiny(folder: Path) -> None:
     special = ["<|endoftext|>", "<|pad|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=special[0], eos_token=special[0], pad_token=special[1], model_max_length=512

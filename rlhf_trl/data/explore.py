@@ -102,7 +102,8 @@ def explore(recipe: Recipe, run: RunDir) -> None:
     tokenizer = load_tokenizer(recipe, run)
 
     def count_tokens(texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
+        ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+        return [len(answer) for answer in ids]
 
     subsets: dict[str, Subset] = {}
     examples = Examples(recipe.seed)

@@ -23,6 +23,7 @@ SUBSETS = (("#009E73", "o"), ("#CC79A7", "s"), ("#56B4E9", "^"), ("#E69F00", "D"
 GREY = "#555555"
 TITLE: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "parse_math": False}
 DEEPEST = 9
+FEW = 10
 
 
 def draw(folder: Path, statistics: dict[str, Any], lengths: dict[str, dict[str, np.ndarray]]) -> None:
@@ -101,7 +102,7 @@ def _draw_length_bias(subsets: dict[str, Any]) -> Figure:
         spread = (index - (len(subsets) - 1) / 2) * 0.16
         for axes, line, estimates in (
             (left, "none", [stats["chosen_longer"][unit] for unit in units]),
-            (right, "-", [part["longer_is_chosen"] for part in stats["verbosity"]]),
+            (right, "-", [_if_many(part["longer_is_chosen"]) for part in stats["verbosity"]]),
         ):
             places = np.arange(len(estimates)) + spread
             _intervals(axes, places, estimates, color=colour, marker=marker, linestyle=line, label=_short(name))
@@ -113,7 +114,7 @@ def _draw_length_bias(subsets: dict[str, Any]) -> Figure:
     right.set_xticks(range(len(bins)), [_ratio_label(part) for part in bins])
     right.set_xlim(-0.5, len(bins) - 0.5)
     right.set_xlabel("words of the longer answer ÷ words of the shorter one")
-    right.set_title("… by how much longer it is", fontsize=10)
+    right.set_title(f"… by how much longer it is (bins of {FEW} pairs or more)", fontsize=10)
     low, high = left.get_ylim()
     left.yaxis.set_major_locator(MultipleLocator(0.05 if high - low < 0.5 else 0.1))
     for axes in (left, right):
@@ -127,6 +128,10 @@ def _bias_finding(stats: dict[str, Any]) -> str:
     share = stats["chosen_longer"]["words"]
     verdict = " (long preferred)" if share["low"] > 0.5 else " (short preferred)" if share["high"] < 0.5 else ""
     return f"the longer answer is chosen {share['mean']:.0%} of the time{verdict}"
+
+
+def _if_many(share: dict[str, float] | None) -> dict[str, float] | None:
+    return share if share and share["n"] >= FEW else None
 
 
 def _ratio_label(part: dict[str, Any]) -> str:

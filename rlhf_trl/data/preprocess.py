@@ -210,7 +210,7 @@ def fit(tokenizer: Any, pair: Pair, max_length: int, where: str) -> tuple[Pair, 
         start, chosen = render(tokenizer, pair.prompt, pair.chosen)
         rejected = render(tokenizer, pair.prompt, pair.rejected)[1]
         # As in `encode`, but the three texts in one call: this is most of the step's time.
-        ids = tokenizer([start, chosen, rejected], add_special_tokens=False).input_ids
+        ids = tokenizer([start, chosen, rejected], add_special_tokens=False, verbose=False).input_ids
         length, *answers = map(len, ids)
         room = max_length - max(answers)
         if length <= room:
@@ -219,8 +219,8 @@ def fit(tokenizer: Any, pair: Pair, max_length: int, where: str) -> tuple[Pair, 
         turns = pair.prompt[len(system) :]
         shorter = [system + turns[start:] for start in range(2, len(turns), 2)]  # roles alternate
         text = turns[-1]["content"]
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        tails = [text[start:].lstrip() for start, _ in offsets[1:][-max(room, 1) :]]
+        cuts = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        tails = [text[start:].lstrip() for start, _ in cuts[1:][-max(room, 1) :]]
         shorter += [[*system, {"role": "user", "content": tail}] for tail in tails if tail]
         # Text may break into other tokens where it is cut, so each candidate is measured whole.
         first = bisect.bisect_left(shorter, True, key=lambda prompt: tokens(prompt) <= room)
