@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -140,6 +140,18 @@ class Health(TrainerCallback):
             value = logs.get(key)
             if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
                 raise diverged(state.global_step, key, args.output_dir)
+
+    def require_agreement(self, model: torch.nn.Module) -> None:
+        """Check that the processes of a run which shards no parameter hold the same weights at its end.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        sharded = is_deepspeed_zero3_enabled() or any(isinstance(param, DTensor) for param in model.parameters())
+        if PartialState().num_processes > 1 and not sharded:
+            digests = gather_object([_digests(model)])
+            if any(other != digests[0] for other in digests):
+                raise RuntimeError("the processes hold different weights after training")
 
 
 def _digests(model: torch.nn.Module) -> list[float]:

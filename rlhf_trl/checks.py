@@ -223,10 +223,9 @@ def _check_evaluation(links: Links, wrong: Set[str]) -> Iterator[Problem]:
         yield from _check_reward("evaluation.reward", recipe.evaluation.reward, links)
     starts: dict[Any, str] = {}
     for name in recipe.policies:
-        if f"stages.{name}.init" in wrong:
-            continue
-        block = recipe.model_block(name)
-        starts.setdefault((recipe.stages[name].init, block.get("model_name_or_path")), name)
+        if not {f"stages.{name}.init", f"stages.{name}.model.model_name_or_path"} & wrong:
+            base = recipe.stages[name].model.get("model_name_or_path")
+            starts.setdefault((recipe.stages[name].init, base), name)
     if len(starts) > 1:
         first, second, *_ = starts.values()
         problem = f"{first!r} and {second!r} start from different models: KL and reward gain have no common reference"

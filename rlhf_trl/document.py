@@ -80,6 +80,7 @@ class Document:
     """Dotted key -> line number."""
     problems: list[Problem] = field(default_factory=list)
     overridden: list[str] = field(default_factory=list)
+    constructor: Any = field(default_factory=lambda: YAML(typ="safe", pure=True).constructor, repr=False)
 
     def override(self, text: str) -> None:
         """Lay a `path.to.key=value` over the document; the value is read as YAML."""
@@ -254,7 +255,7 @@ def _plain(document: Document, node: Node | None, place: str, depth: int = 0) ->
         return node.value
     elif node.tag in [TAG + kind for kind in ("null", "bool", "int", "float")]:
         try:
-            value = YAML(typ="safe", pure=True).constructor.construct_object(node)
+            value = document.constructor.construct_object(node)
         except ValueError:
             problem = (f"{node.value[:40]!r} is not a number", "give a number")
         else:

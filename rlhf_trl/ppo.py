@@ -25,6 +25,7 @@ from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_peft_config
 from trl.experimental import ppo as trl_ppo
 
@@ -105,6 +106,9 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         # PPOTrainer builds an Accelerator of its own, which reads the precision from here alone.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
         super().__init__(args=args, processing_class=processing_class, **kwargs)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise UserError("--accelerate", "PPO cannot generate from parameters that are sharded (FSDP, ZeRO-3)",
+                            "use ddp or zero2")  # fmt: skip
         steps = args.gradient_accumulation_steps // args.num_mini_batches
         self.accelerator.gradient_accumulation_steps = steps
         # Accelerate ends an accumulation with each pass through the data, which would cut the mini-batches of its

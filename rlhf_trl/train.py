@@ -172,7 +172,10 @@ def _prepare_directory(recipe: Recipe, run: RunDir, stage: str) -> Path | None:
         unfinished = (
             marker.exists() and read_json(marker)["fingerprint"] == fingerprint and not run.done(stage).exists()
         )
-        if not unfinished or recipe.stages[stage].trainer == "ppo":
+        if unfinished and recipe.stages[stage].trainer == "ppo":
+            logger.warning("ppo cannot go on from a checkpoint: the stage starts again")
+            unfinished = False
+        if not unfinished:
             run.replace(stage)
             write_json(marker, {"fingerprint": fingerprint})
     state.wait_for_everyone()
@@ -271,6 +274,7 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
         raise UserError(
             f"stages.{stage}", "training changed no weight", "raise learning_rate, or check that the data differ"
         )
+    health.require_agreement(trainer.model)
     uses_peft = bool(recipe.model_block(stage).get("use_peft"))
     target = run.adapter(stage) if uses_peft else run.model(stage)
     staging = target.with_name(f".{target.name}.staging")
