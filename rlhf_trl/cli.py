@@ -126,7 +126,8 @@ def train(
     processes: ProcessesOption = None,
 ) -> None:
     """Train one stage; also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
-    if accelerate or processes:
+    _require_profile(accelerate, processes)
+    if accelerate:
         _train_in_child(recipe, overrides, runs, stage, accelerate, processes)
         return
     from rlhf_trl.launch import require_processes
@@ -170,6 +171,7 @@ def run(
     processes: ProcessesOption = None,
 ) -> None:
     """Run every step of a recipe, from the pairs to the report; finished steps are skipped."""
+    _require_profile(accelerate, processes)
     loaded, directory = _open(recipe, overrides, runs, processes)
     plan = ["explore", "prepare", *loaded.stages, "evaluate", "report"]
     waiting = [step for step in plan if not directory.is_done(loaded, step)]
@@ -181,6 +183,15 @@ def run(
         else:
             _train_in_child(recipe, overrides, runs, step, accelerate, processes)
     print(f"\nreport: {directory.report}")
+
+
+def _require_profile(accelerate: str | None, processes: int | None) -> None:
+    if accelerate is not None:
+        from rlhf_trl.launch import shipped
+
+        shipped("accelerate_configs", accelerate)
+    elif processes is not None:
+        raise UserError("--processes", "needs a profile to launch with", "add --accelerate ddp")
 
 
 @contextlib.contextmanager
@@ -219,13 +230,10 @@ def _train_in_child(
     """Train a stage in processes of its own: memory is returned, and each has the launcher it needs.
 
     Raises:
-        UserError: `--processes` without a profile.
         typer.Exit: with the status of a child that failed; it has said why.
     """
     from rlhf_trl.launch import launch_command, run_command
 
-    if processes is not None and accelerate is None:
-        raise UserError("--processes", "needs a profile to launch with", "add --accelerate ddp")
     arguments = ["train", recipe, stage, "--runs", str(runs)]
     for override in overrides or []:
         arguments += ["--set", override]

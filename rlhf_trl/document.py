@@ -141,7 +141,7 @@ class Document:
     def error(self, found: Sequence[Problem]) -> RecipeError:
         """Build the error that tells the document's own problems and those found later, each once with its line."""
         own = [problem.place for problem in self.problems]
-        told = {*own, *meant(found)}
+        told = {*own, *(meant(found) - self.lines.keys() - set(self.overridden))}
         rest = [
             problem
             for problem in found

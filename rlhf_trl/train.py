@@ -129,6 +129,9 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     _finish(recipe, run, stage, trainer, history, health)
     if PartialState().is_main_process:
         run.mark_done(recipe, stage, time.perf_counter() - started)
+    # A process that leaves early aborts, and the launcher then kills the one that is still saving.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def build_config(cls: type[T], values: Mapping[str, Any], where: str) -> T:

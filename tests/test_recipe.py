@@ -1,6 +1,7 @@
-"""Recipes: every mistake is named with its place and a remedy, all at once; sweeps and fingerprints do what they promise."""
+"""Recipes: every mistake is named with place and remedy, all at once; sweeps and fingerprints keep their promise."""
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -119,7 +120,7 @@ def first_difference(text: str) -> int:
     return next(number for number, (new, old) in enumerate(pairs, 1) if new != old)
 
 
-# --- one mistake, one message --------------------------------------------------------------------------------------------
+# --- one mistake, one message ----------------------------------------------------------------------------------------
 
 IN_RM, IN_DPO, IN_GRPO, IN_PPO = "center_rewards_coefficient: 0.01", "beta: 0.1", "num_generations: 4", "kl_coef: 0.05"
 # What is typed wrong, the place that the message names, and what its problem and remedy say.
@@ -224,7 +225,7 @@ MISTAKES = {
     "negative": (
         change("learning_rate: 3e-3", "learning_rate: -1"),
         "stages.sft.args.learning_rate",
-        "positive number",
+        "0 or more",
     ),
     "zero": (
         add(IN_DPO, "per_device_train_batch_size: 0"),
@@ -498,7 +499,7 @@ def test_positions_are_read_from_the_config_of_a_local_folder(tmp_path, refuse, 
         assert accept(text)
 
 
-# --- files that are no recipe --------------------------------------------------------------------------------------------
+# --- files that are no recipe ----------------------------------------------------------------------------------------
 
 UNREADABLE = {
     "empty": ("", "", "the recipe is empty"),
@@ -544,7 +545,8 @@ def test_yaml_is_version_1_2_and_dates_are_text(accept):
 
 
 def test_anchors_are_refused_before_they_grow_or_circle(refuse):
-    laughs = "a: &a [x]\n" + "".join(f"{new}: &{new} [{f'*{old},' * 9}]\n" for old, new in zip("abcdefgh", "bcdefghi"))
+    pairs = itertools.pairwise("abcdefghi")
+    laughs = "a: &a [x]\n" + "".join(f"{new}: &{new} [{f'*{old},' * 9}]\n" for old, new in pairs)
     start = time.perf_counter()
     assert all("not read" in problem.problem for problem in refuse(laughs + GOOD))
     assert "not read" in refuse(change("beta: 0.1", "beta: &x [*x]"))[0].problem
@@ -577,7 +579,7 @@ def test_a_file_without_permission_is_named(recipe_file):
         load_recipe(path)
 
 
-# --- all at once ---------------------------------------------------------------------------------------------------------
+# --- all at once -----------------------------------------------------------------------------------------------------
 
 
 def test_all_mistakes_are_reported_in_one_go(refuse):
@@ -624,12 +626,17 @@ def test_what_only_follows_from_a_mistake_is_not_told(refuse):
         assert len(refuse(change(old, new))) == 1, new
 
 
+def test_a_misspelt_key_beside_the_real_one_hides_no_mistake_of_that(refuse):
+    problems = refuse(change("beta: 0.1", "beta: x", add(IN_DPO, "bta: 1")))
+    assert [p.place.partition(": ")[2] for p in problems] == ["stages.dpo.args.beta", "stages.dpo.args.bta"]
+
+
 def test_a_single_stage_with_an_unknown_trainer_hides_nothing_of_the_model(refuse):
     text = "name: x\nmodel: {model_name_or_path: builtin:tiny, lora_rr: 1}\nstages: {a: {trainer: foo}}\n"
     assert [p.place.partition(": ")[2] for p in refuse(text)] == ["stages.a.trainer", "model.lora_rr"]
 
 
-# --- one letter wrong in any key of any shipped recipe -------------------------------------------------------------------
+# --- one letter wrong in any key of any shipped recipe ---------------------------------------------------------------
 
 
 def keys_of(text: str) -> list[tuple[list[str], int]]:
@@ -650,22 +657,19 @@ def keys_of(text: str) -> list[tuple[list[str], int]]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_wrong_letter_in_any_key_is_refused_with_the_right_key(path, refuse):
-    text, draw, count = path.read_text(), random.Random(5), 0
-    for keys, start in keys_of(text):
-        for letter in draw.sample(range(len(keys[-1])), 2):
-            key = keys[-1]
-            wrong = key[:letter] + ("z" if key[letter] != "z" else "q") + key[letter + 1 :]
-            problems = refuse(text[:start] + wrong + text[start + len(key) :])
-            place = ".".join([*keys[:-1], wrong])
-            line = text.count("\n", 0, start) + 1
-            assert [p.remedy for p in problems if p.place == f":{line}: {place}"] == [f"did you mean {key!r}?"], (
-                problems
-            )
-            count += 1
-    assert count > 80
+    text, draw = path.read_text(), random.Random(5)
+    found = keys_of(text)
+    for keys, start in found:
+        key = keys[-1]
+        letter = draw.randrange(len(key))
+        wrong = key[:letter] + ("z" if key[letter] != "z" else "q") + key[letter + 1 :]
+        problems = refuse(text[:start] + wrong + text[start + len(key) :])
+        place = f":{text.count(chr(10), 0, start) + 1}: {'.'.join([*keys[:-1], wrong])}"
+        assert [p.remedy for p in problems if p.place == place] == [f"did you mean {key!r}?"], problems
+    assert len(found) > 40
 
 
-# --- access tokens -------------------------------------------------------------------------------------------------------
+# --- access tokens ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -705,7 +709,7 @@ def test_a_token_is_told_once_and_names_that_look_like_one_are_not_tokens(refuse
         assert accept(change("builtin:demo", source))
 
 
-# --- overrides -----------------------------------------------------------------------------------------------------------
+# --- overrides -------------------------------------------------------------------------------------------------------
 
 BAD_SETS = {
     "stages.dpo.args.beta": ("stages.dpo.args.beta", "path.to.key=value"),
@@ -764,7 +768,7 @@ def test_an_override_reaches_a_stage_whose_name_holds_dots(accept):
     assert accept(text, "stages.dpo-v1.5.args.beta=0.3").stages["dpo-v1.5"].args["beta"] == 0.3
 
 
-# --- without torch, and fast ---------------------------------------------------------------------------------------------
+# --- without torch, and fast -----------------------------------------------------------------------------------------
 
 
 def run_python(code: str, **env: str) -> str:
@@ -803,7 +807,7 @@ def test_the_first_answer_is_quick(arguments, status, limit, recipe_file):
     assert best < limit
 
 
-# --- sweeps --------------------------------------------------------------------------------------------------------------
+# --- sweeps ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_expands_to_ordinary_stages_with_stable_names(accept):
@@ -837,8 +841,8 @@ def test_a_link_to_a_swept_stage_is_judged_like_any_other(refuse):
     swept = add("trainer: dpo", "sweep: {beta: [0.1, 0.3]}")
     problems = refuse(change("  reward: rm\n  prompts", "  reward: dpo-beta=0.1\n  prompts", swept))
     assert problems[0].problem == "'dpo-beta=0.1' is not a reward stage: its trainer is dpo"
-    assert "links to itself" in refuse(change("dpo\n    sweep", "dpo\n    init: dpo-beta=0.1\n    sweep", swept).replace(
-        "{beta: [0.1, 0.3]}\n    init: sft", "{beta: [0.1, 0.3]}"))[0].problem  # fmt: skip
+    itself = swept.replace("{beta: [0.1, 0.3]}\n    init: sft", "{beta: [0.1, 0.3]}\n    init: dpo-beta=0.1")
+    assert "links to itself" in refuse(itself)[0].problem
 
 
 def test_a_stage_that_a_sweep_would_write_over_is_refused(refuse):
@@ -847,7 +851,7 @@ def test_a_stage_that_a_sweep_would_write_over_is_refused(refuse):
     assert refuse(twin)[0].place == ":29: stages.dpo-beta=0.3"
 
 
-# --- fingerprints --------------------------------------------------------------------------------------------------------
+# --- fingerprints ----------------------------------------------------------------------------------------------------
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -954,10 +958,10 @@ def test_a_source_that_is_no_path_is_its_own_name(accept):
     assert accept(change("builtin:demo", "x/" * 3000)).fingerprint("prepare")
 
 
-# --- whatever is typed ---------------------------------------------------------------------------------------------------
+# --- whatever is typed -----------------------------------------------------------------------------------------------
 
 DEMO = (ROOT / "recipes" / "demo.yaml").read_text()
-FUZZ = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 JUNK = st.one_of(
     st.sampled_from(
         [None, True, False, 0, -1, 1, 2.5, 1e300, 10**30, "", "x", "no", "~", "../x", "rm", "dpo", "[", "a,b"]

@@ -1,0 +1,244 @@
+"""The command line: what a user's mistake looks like, exit statuses, launches of fewer processes than asked for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from rlhf_trl import __version__, cli, launch
+from rlhf_trl.launch import launch_command, require_processes, run_command, shipped
+from rlhf_trl.recipe import Recipe, UserError
+
+RECIPE = """\
+name: cli
+model: {model_name_or_path: builtin:tiny}
+data: {source: builtin:demo, max_length: 128}
+stages:
+  sft: {trainer: sft}
+  dpo: {trainer: dpo, init: sft}
+"""
+COMMANDS = {
+    "validate": ["validate", "RECIPE"],
+    "explore": ["explore", "RECIPE"],
+    "prepare": ["prepare", "RECIPE"],
+    "train": ["train", "RECIPE", "sft"],
+    "evaluate": ["evaluate", "RECIPE"],
+    "report": ["report", "RECIPE"],
+    "run": ["run", "RECIPE"],
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process, in an empty folder; return its status, output and messages."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", launch.ASKED):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rlhf-trl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        return caught.value.code or 0, output.out, output.err
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistake_in_the_recipe_is_place_problem_and_remedy_with_status_2(command, call, recipe_file):
+    recipe_file.write_text(RECIPE.replace("max_length", "max_lenght"))
+    status, out, err = call(*(recipe_file if word == "RECIPE" else word for word in COMMANDS[command]))
+    assert (status, out) == (2, "")
+    assert err.splitlines() == [
+        "",
+        "error",
+        f"  {recipe_file}:3: data.max_lenght: unknown key 'max_lenght'",
+        "    -> did you mean 'max_length'?",
+    ]
+    assert not Path("runs").exists()
+
+
+def test_several_mistakes_are_counted_and_each_is_shown(call, recipe_file):
+    status, _, err = call("validate", recipe_file, "--set", "seed=-1", "--set", "stages.dpo.args.bta=1", "--set", "x")
+    assert status == 2
+    assert err.startswith("\n3 problems found\n") and err.count("\n    -> ") == 3 and "Traceback" not in err
+    assert all(f"  --set {key}: " in err for key in ("seed", "stages.dpo.args.bta", "x"))
+
+
+def test_the_message_reaches_the_terminal_of_a_real_process(recipe_file):
+    recipe_file.write_text("name: [")
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_trl", "validate", str(recipe_file)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"{recipe_file}:1: not valid YAML" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "remedy"),
+    [
+        ("dmeo", "there is no such file, and none of that name ships in recipes/", "did you mean 'demo'?"),
+        ("demo.yml", "there is no such file", "did you mean 'demo'?"),
+        ("recip.yaml", "there is no such file", "did you mean 'recipe.yaml'?"),
+        ("zzzzz", "there is no such file", "give a path, or one of: demo, "),
+        (".", "is a folder", "give a path, or one of: demo, "),
+        ("", "is a folder", "give a path, or one of: demo, "),
+    ],
+)
+def test_an_unknown_recipe_suggests(name, problem, remedy, call, recipe_file):
+    status, _, err = call("validate", name)
+    assert status == 2 and f"  {name}: {problem}" in err and f"-> {remedy}" in err
+
+
+def test_a_recipe_that_ships_is_found_by_name_even_beside_a_folder_of_that_name(call, tmp_path):
+    (tmp_path / "demo").mkdir()
+    assert call("validate", "demo") == (0, "demo: a valid recipe with the stages sft, rm, dpo, grpo, ppo\n", "")
+    assert call("validate")[0] == 0
+
+
+def test_a_path_may_hold_spaces(call, recipe_file, tmp_path):
+    path = recipe_file.rename(tmp_path / "my recipe (1).yaml")
+    assert call("validate", path)[0] == 0
+
+
+def test_an_unknown_stage_suggests(call, recipe_file):
+    status, _, err = call("train", recipe_file, "dop")
+    assert status == 2 and "there is no stage 'dop'" in err and "did you mean 'dpo'?" in err
+    assert "the stages are: sft, dpo" in call("train", recipe_file, "xyz")[2]
+
+
+def test_validate_print_is_the_resolved_recipe(call, recipe_file):
+    status, out, err = call("validate", recipe_file, "--print", "--set", "stages.dpo.sweep.beta=[0.1, 0.3]")
+    assert (status, err) == (0, "")
+    recipe = Recipe.model_validate(json.loads(out))
+    assert list(recipe.stages) == ["sft", "dpo-beta=0.1", "dpo-beta=0.3"]
+    assert recipe.stages["dpo-beta=0.3"].args == {"beta": 0.3}
+
+
+@pytest.mark.parametrize("arguments", [["train", "RECIPE", "sft"], ["run", "RECIPE"]])
+def test_processes_without_a_profile_are_refused(arguments, call, recipe_file, monkeypatch):
+    monkeypatch.setattr(cli, "_run_step", lambda *_: None)
+    status, _, err = call(*(recipe_file if word == "RECIPE" else word for word in arguments), "--processes", "2")
+    assert status == 2 and "--processes: needs a profile" in err and "--accelerate ddp" in err
+
+
+def test_batches_are_judged_for_the_processes_that_are_asked_for(call):
+    assert call("validate", "demo", "--processes", "2")[0] == 0
+    status, _, err = call("validate", "demo", "--set", "stages.grpo.args.num_generations=128")
+    assert status == 2 and "num_generations" in err
+    assert call("validate", "demo", "--set", "stages.grpo.args.num_generations=128", "--processes", "2")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["validate", "--nonsense"], ["train"], ["validate", "demo", "x"]])
+def test_a_wrong_command_line_has_status_2_and_no_traceback(arguments, call):
+    status, _, err = call(*arguments)
+    assert status == 2 and "Traceback" not in err and err
+
+
+def test_version_and_help(call):
+    assert call("--version") == (0, f"{__version__}\n", "")
+    status, out, _ = call("--help")
+    assert status == 0 and all(command in out for command in COMMANDS)
+
+
+def test_any_other_error_keeps_its_traceback_and_has_status_1(recipe_file):
+    code = (
+        "import sys; from rlhf_trl import cli\n"
+        "def fail(*_): raise ZeroDivisionError('a defect')\n"
+        f"cli.load_recipe = fail; sys.argv = ['rlhf-trl', 'validate', {str(recipe_file)!r}]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr and "ZeroDivisionError: a defect" in done.stderr
+
+
+def test_a_step_without_its_input_names_the_command_to_run(call, recipe_file):
+    status, _, err = call("train", recipe_file, "dpo", "--runs", "elsewhere")
+    assert status == 2 and "the step 'prepare' is not finished" in err and "run `rlhf-trl prepare " in err
+
+
+def test_runs_that_cannot_be_written_to_are_named(call, recipe_file, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    status, _, err = call("explore", recipe_file)
+    assert status == 2 and "cannot write here" in err and "--runs" in err
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_a_launch_names_the_profile_and_what_was_asked_for():
+    command, env = launch_command(["train", "demo", "sft"], "ddp", None)
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert command[-5:] == ["-m", "rlhf_trl", "train", "demo", "sft"]
+    assert command[command.index("--config_file") + 1].endswith("accelerate_configs/ddp.yaml")
+    assert command[command.index("--num_processes") + 1] == env[launch.ASKED] == "2"
+    command, env = launch_command(["train", "demo", "sft"], "ddp", 3)
+    assert command[command.index("--num_processes") + 1] == env[launch.ASKED] == "3"
+    assert launch_command(["x"], None, None)[0] == [sys.executable, "-m", "rlhf_trl", "x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("[", "not valid YAML"), ("- 1\n", "not a profile"), ("", "not a profile"), (b"\xff\xfe", "not valid YAML")],
+)
+def test_a_broken_profile_is_named(content, says, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=says) as caught:
+        launch_command([], str(path), None)
+    assert caught.value.problems[0].place == str(path)
+
+
+def test_an_unknown_profile_suggests():
+    with pytest.raises(UserError, match="did you mean 'ddp'"):
+        launch_command([], "dpd", None)
+    with pytest.raises(UserError, match="give a path, or one of: cpu, ddp, "):
+        launch_command([], "xyzxyz", None)
+    assert shipped("accelerate_configs", "zero3").name == "zero3.yaml"
+
+
+@pytest.mark.parametrize(
+    ("asked", "running", "good"), [("2", "1", False), ("4", "3", False), ("2", "2", True), ("1", "1", True)]
+)
+def test_fewer_processes_than_asked_for_are_refused(asked, running, good, monkeypatch):
+    monkeypatch.setenv(launch.ASKED, asked)
+    monkeypatch.setenv("WORLD_SIZE", running)
+    if good:
+        require_processes()
+    else:
+        with pytest.raises(UserError, match=f"{asked} processes were asked for and {running} (is|are) running"):
+            require_processes()
+
+
+def test_without_a_launcher_one_process_is_right(monkeypatch):
+    monkeypatch.delenv(launch.ASKED, raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    require_processes()
+
+
+def test_accelerate_launch_on_the_cpu_runs_one_process_and_is_refused(recipe_file):
+    """huggingface/accelerate#2741: it takes `--cpu --num_processes 2` and starts one."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "rlhf_trl"]
+    done = subprocess.run(
+        [*command, "train", str(recipe_file), "sft"], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode != 0
+    assert "2 processes were asked for and 1 is running" in done.stderr and "ddp.yaml" in done.stderr
+
+
+def test_the_status_of_a_child_is_its_own_and_a_signal_counts_from_128():
+    environment = dict(os.environ)
+    assert run_command([sys.executable, "-c", "raise SystemExit(7)"], environment) == 7
+    assert run_command([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], environment) == 143
