@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -60,6 +61,8 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("rlhf_trl").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import that an optional kernel is absent
+    # The libraries' own use of names that their next release drops.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         app()
     except UserError as error:
@@ -95,7 +98,11 @@ def validate(
     show: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as JSON.")] = False,
 ) -> None:
     """Check a recipe and report every problem at once; nothing is run or written."""
-    loaded, _ = _open(recipe, overrides, RUNS, processes)
+    loaded, directory = _open(recipe, overrides, RUNS, processes)
+    if (processes or 1) == 1:  # the libraries check batch sizes for the processes that are running
+        from rlhf_trl.train import build_configs
+
+        build_configs(loaded, directory)
     if show:
         print(json.dumps(loaded.model_dump(), indent=2))
     else:
@@ -126,7 +133,7 @@ def train(
     processes: ProcessesOption = None,
 ) -> None:
     """Train one stage; also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
-    _require_profile(accelerate, processes)
+    _planned_processes(accelerate, processes)
     if accelerate:
         _train_in_child(recipe, overrides, runs, stage, accelerate, processes)
         return
@@ -171,11 +178,14 @@ def run(
     processes: ProcessesOption = None,
 ) -> None:
     """Run every step of a recipe, from the pairs to the report; finished steps are skipped."""
-    _require_profile(accelerate, processes)
-    loaded, directory = _open(recipe, overrides, runs, processes)
+    planned = _planned_processes(accelerate, processes)
+    loaded, directory = _open(recipe, overrides, runs, planned)
     plan = ["explore", "prepare", *loaded.stages, "evaluate", "report"]
     waiting = [step for step in plan if not directory.is_done(loaded, step)]
     print(f"run {directory.root}: {len(plan)} steps, {len(plan) - len(waiting)} done already")
+    if any(step in loaded.stages for step in waiting):
+        # In a process of its own, which gives the accelerator back.
+        _run_child(["validate", recipe, "--processes", str(planned)], overrides)
     for step in waiting:
         print(f"\n=== {step} ({plan.index(step) + 1} of {len(plan)})", flush=True)
         if step in STEPS:
@@ -185,13 +195,19 @@ def run(
     print(f"\nreport: {directory.report}")
 
 
-def _require_profile(accelerate: str | None, processes: int | None) -> None:
-    if accelerate is not None:
-        from rlhf_trl.launch import shipped
+def _planned_processes(accelerate: str | None, processes: int | None) -> int:
+    """The number of processes that a launch will ask for.
 
-        shipped("accelerate_configs", accelerate)
-    elif processes is not None:
+    Raises:
+        UserError: `--processes` without a profile, or a profile that does not exist.
+    """
+    if accelerate is not None:
+        from rlhf_trl.launch import profile_processes, shipped
+
+        return processes or profile_processes(shipped("accelerate_configs", accelerate)) or 1
+    if processes is not None:
         raise UserError("--processes", "needs a profile to launch with", "add --accelerate ddp")
+    return 1
 
 
 @contextlib.contextmanager
@@ -227,17 +243,22 @@ def _load_step(step: str) -> Any:
 def _train_in_child(
     recipe: str, overrides: list[str] | None, runs: Path, stage: str, accelerate: str | None, processes: int | None
 ) -> None:
-    """Train a stage in processes of its own: memory is returned, and each has the launcher it needs.
+    """Train a stage in processes of its own: memory is returned, and each has the launcher it needs."""
+    with _timed(stage):
+        _run_child(["train", recipe, stage, "--runs", str(runs)], overrides, accelerate, processes)
+
+
+def _run_child(
+    arguments: list[str], overrides: list[str] | None, accelerate: str | None = None, processes: int | None = None
+) -> None:
+    """Run a command of this program in processes of its own.
 
     Raises:
         typer.Exit: with the status of a child that failed; it has said why.
     """
     from rlhf_trl.launch import launch_command, run_command
 
-    arguments = ["train", recipe, stage, "--runs", str(runs)]
-    for override in overrides or []:
-        arguments += ["--set", override]
-    with _timed(stage):
-        status = run_command(*launch_command(arguments, accelerate, processes))
+    options = [word for override in overrides or [] for word in ("--set", override)]
+    status = run_command(*launch_command([*arguments, *options], accelerate, processes))
     if status != 0:
         raise typer.Exit(status)

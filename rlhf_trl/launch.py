@@ -58,7 +58,7 @@ def launch_command(
     if profile is not None:
         config = shipped("accelerate_configs", profile)
         command += ["accelerate.commands.launch", "--config_file", str(config)]
-        asked = processes or _profile_processes(config)
+        asked = processes or profile_processes(config)
         if asked is not None:
             command += ["--num_processes", str(asked)]
             environment[ASKED] = str(asked)
@@ -114,11 +114,11 @@ def _launcher_processes() -> int | None:
             args, _ = launch_command_parser().parse_known_args(words[index + 1 + (Path(word).name == "accelerate") :])
             if args.num_processes is not None:
                 return args.num_processes
-            return _profile_processes(Path(args.config_file)) if args.config_file else None
+            return profile_processes(Path(args.config_file)) if args.config_file else None
     return None
 
 
-def _profile_processes(config: Path) -> int | None:
+def profile_processes(config: Path) -> int | None:
     remedy = "give a file or a name of accelerate_configs/"
     try:
         profile = YAML(typ="safe", pure=True).load(config.read_text(encoding="utf-8"))

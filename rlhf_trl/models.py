@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 
 from rlhf_trl.recipe import Recipe, UserError
@@ -190,6 +191,18 @@ def _staged(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class RewardHead(torch.nn.Linear):
+    """A scalar head that is kept and applied in float32, whatever the base's precision.
+
+    In bfloat16 its updates would round away, and scores that differ by less than 1 in 256 would tie. PEFT widens the
+    LoRA weights by itself, but not the modules that it saves whole.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.float(), self.weight.float())
+
+
 def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Load a language model as the recipe's `model` block says (dtype, attention, quantisation)."""
     model = _load(AutoModelForCausalLM, path, config)
@@ -209,7 +222,23 @@ def load_classifier(path: str, config: ModelConfig, tokenizer: PreTrainedTokeniz
     finally:
         report.setLevel(level)
     model.config.pad_token_id = tokenizer.pad_token_id
+    with _whole(model.score.weight) as weight:
+        head = RewardHead(weight.shape[1], 1, bias=False, device=weight.device)
+        head.weight = torch.nn.Parameter(weight.detach().float().clone())
+    model.score = head
     return model
+
+
+@contextlib.contextmanager
+def _whole(param: torch.nn.Parameter) -> Iterator[torch.nn.Parameter]:
+    """Gather a parameter that ZeRO-3 has sharded while it was loaded."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([param]):
+            yield param
+    else:
+        yield param
 
 
 def _load(auto: Any, path: str, config: ModelConfig, quantize: bool = True, **more: Any) -> PreTrainedModel:

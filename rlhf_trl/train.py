@@ -31,7 +31,7 @@ from rlhf_trl.callbacks import AtomicCheckpoints, Health, History, Interrupt, la
 from rlhf_trl.figures import plot_training
 from rlhf_trl.models import encode, load_causal, load_classifier, load_reward_model, recorded_tokenizer, start_path
 from rlhf_trl.ppo import PPOConfig, PPOTrainer, build_ppo_models
-from rlhf_trl.recipe import Recipe, UserError
+from rlhf_trl.recipe import Problem, Recipe, RecipeError, UserError
 from rlhf_trl.rundir import RunDir, environment, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -144,6 +144,25 @@ def build_config(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except (ValueError, TypeError) as error:
         raise UserError(where, " ".join(str(error).split()), f"see the options of {cls.__name__}") from error
+
+
+def build_configs(recipe: Recipe, run: RunDir) -> None:
+    """Construct the config of every stage, so that what only the libraries find is found before the first step.
+
+    Raises:
+        RecipeError: with every stage's problem.
+    """
+    problems: list[Problem] = []
+    for stage in recipe.stages:
+        word = recipe.stages[stage].trainer
+        values = {**recipe.args_of(stage), **_own_settings(run, stage, word)}
+        try:
+            build_config(TRAINERS[word][1], values, f"stages.{stage}.args")
+            build_config(ModelConfig, recipe.model_block(stage), "model")
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(dict.fromkeys(problems))
 
 
 def _own_settings(run: RunDir, stage: str, trainer: str) -> dict[str, Any]:

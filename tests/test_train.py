@@ -178,6 +178,24 @@ def test_a_reward_adapter_without_its_head_is_refused(copy):
         load_reward_model(load(), run, "rm")
 
 
+def test_the_reward_head_of_a_bfloat16_base_is_trained_in_float32(copy):
+    run, _ = copy
+    overrides = ("model.dtype=bfloat16", "stages.rm.args.bf16=true", "stages.rm.args.max_steps=2")
+    recipe = small_recipe(run.root.parent.parent, overrides)
+    for step in ("prepare", "sft"):
+        run.mark_done(recipe, step, 0.0)
+    train(recipe, run, "rm")
+    (head,) = [t for key, t in load_file(run.adapter("rm") / "adapter_model.safetensors").items() if "score" in key]
+    assert head.dtype == torch.float32
+    assert not torch.equal(head, head.bfloat16().float())
+    pairs = read_jsonl(run.pairs("test"))[:8]
+    prompts, answers = [pair["prompt"] for pair in pairs], [pair["chosen"] for pair in pairs]
+    model = load_reward_model(recipe, run, "rm")
+    one, many = (model.score(prompts, answers, [True] * 8, size) for size in (1, 8))
+    assert torch.allclose(one, many, atol=2e-2)  # the backbone is bfloat16
+    assert not torch.equal(one, one.bfloat16().float())
+
+
 @pytest.mark.parametrize("stage", ["dpo", "grpo", "ppo"])
 def test_the_same_seed_gives_the_same_adapter(trained, copy, stage):
     _, first = trained
