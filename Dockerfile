@@ -1,5 +1,5 @@
 # rlhf-trl on CUDA. Build: docker build -t rlhf-trl .
-#   docker run --rm --gpus all -v "$PWD/runs:/work/runs" -v rlhf-hf:/home/rlhf/.cache/huggingface rlhf-trl run hh_gpt2
+#   docker run --rm --gpus all -v "$PWD/runs:/home/rlhf/runs" -v rlhf-hf:/home/rlhf/.cache/huggingface rlhf-trl run hh_gpt2
 # The torch wheel of the registry brings the CUDA libraries that it was built with; the base supplies the driver interface.
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
@@ -18,9 +18,9 @@ RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install -c constraints.txt ".[deepspeed]"
 ENV PATH=/opt/venv/bin:$PATH
 
-RUN useradd --uid 10001 --create-home rlhf && mkdir -p /work/runs /home/rlhf/.cache/huggingface \
-    && chown -R rlhf /work /home/rlhf/.cache
+RUN useradd --uid 10001 --create-home rlhf && mkdir -p /home/rlhf/runs /home/rlhf/.cache/huggingface \
+    && chown -R rlhf /home/rlhf
 USER rlhf
-WORKDIR /work
+WORKDIR /home/rlhf
 ENTRYPOINT ["rlhf-trl"]
 CMD ["--help"]
