@@ -122,9 +122,11 @@ class Health(TrainerCallback):
 
     def __init__(self) -> None:
         self.before: list[float] = []
+        self.first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.before = _digests(model)
+        self.first_step = state.global_step
 
     def count_changed(self, model: torch.nn.Module) -> int:
         """Count the trainable tensors (of this process's shard) that differ from those at the start."""

@@ -292,7 +292,8 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
             f"stages.{stage}", "training ended after 0 steps", "use more data, more epochs, or smaller batches"
         )
     changed = health.count_changed(trainer.model)
-    if changed == 0:
+    # A run that was killed after its last checkpoint has nothing left to learn.
+    if changed == 0 and health.first_step == 0:
         raise UserError(
             f"stages.{stage}", "training changed no weight", "raise learning_rate, or check that the data differ"
         )

@@ -329,6 +329,17 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(copy, stage, number):
     assert steps[-1] == 6
 
 
+def test_a_run_killed_after_its_last_checkpoint_finishes(copy):
+    run, _ = copy
+    recipe = small_recipe(run.root.parent.parent, tuple(f"stages.dpo.args.{item}" for item in SAVING))
+    train(recipe, run, "dpo")
+    expected = sha(run.adapter("dpo") / "adapter_model.safetensors")
+    shutil.rmtree(run.adapter("dpo"))
+    run.done("dpo").unlink()
+    train(recipe, run, "dpo")
+    assert sha(run.adapter("dpo") / "adapter_model.safetensors") == expected
+
+
 @pytest.fixture
 def checkpoints(tmp_path):
     from rlhf_trl.callbacks import _seal
