@@ -111,9 +111,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     started = time.perf_counter()
     _require_inputs(recipe, run, stage)
     trainer_word = recipe.stages[stage].trainer
-    config_class = TRAINERS[trainer_word][1]
-    args = recipe.args_of(stage)
-    config = build_config(config_class, {**args, **_own_settings(run, stage, trainer_word)}, f"stages.{stage}.args")
+    config = _build_stage_config(recipe, run, stage)
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
     resume = _prepare_directory(recipe, run, stage)
     history, health, interrupt = History(run.training_stats(stage), stage, trainer_word), Health(), Interrupt()
@@ -154,15 +152,19 @@ def build_configs(recipe: Recipe, run: RunDir) -> None:
     """
     problems: list[Problem] = []
     for stage in recipe.stages:
-        word = recipe.stages[stage].trainer
-        values = {**recipe.args_of(stage), **_own_settings(run, stage, word)}
         try:
-            build_config(TRAINERS[word][1], values, f"stages.{stage}.args")
+            _build_stage_config(recipe, run, stage)
             build_config(ModelConfig, recipe.model_block(stage), "model")
         except UserError as error:
             problems += error.problems
     if problems:
         raise RecipeError(dict.fromkeys(problems))
+
+
+def _build_stage_config(recipe: Recipe, run: RunDir, stage: str) -> Any:
+    word = recipe.stages[stage].trainer
+    values = {**recipe.args_of(stage), **_own_settings(run, stage, word)}
+    return build_config(TRAINERS[word][1], values, f"stages.{stage}.args")
 
 
 def _own_settings(run: RunDir, stage: str, trainer: str) -> dict[str, Any]:
