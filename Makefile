@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/.installed
 	$(BIN)/rlhf-trl run recipes/demo.yaml $(ARGS)
@@ -17,6 +17,10 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The evaluation against the plain way: make bench MODEL=path/to/SmolLM2-135M
+bench: .venv/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_evaluate.py $(MODEL)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

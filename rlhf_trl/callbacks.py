@@ -6,8 +6,6 @@ each.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import resource
 import shutil
 import signal
@@ -24,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
+from rlhf_trl.checkpoints import seal, sync
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rundir import read_json, write_json
 
@@ -225,10 +224,10 @@ class AtomicCheckpoints:
             self._get_output_dir, self.args.save_total_limit = locate, limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            _seal(staging / name)
+            seal(staging / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             (staging / name).replace(folder / name)
-            _sync(folder)
+            sync(folder)
             if self.state.best_model_checkpoint:
                 best = folder / Path(self.state.best_model_checkpoint).name
                 self.state.best_model_checkpoint = str(best)
@@ -242,61 +241,6 @@ class AtomicCheckpoints:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: the library's holds no results and names a local path as base."""
-
-
-def _seal(folder: Path) -> None:
-    """Write the manifest of a checkpoint, last, with everything on disk."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    for file in files:
-        _sync(file)
-    write_json(folder / "manifest.json", {str(file.relative_to(folder)): _sha256(file) for file in files})
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def last_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint whose files are what its manifest says.
-
-    Returns:
-        The checkpoint, or None, and one sentence on each newer one that was passed over.
-    """
-    rejected: list[str] = []
-    numbered = [(int(path.name.removeprefix("checkpoint-")), path) for path in folder.glob("checkpoint-*")
-                if path.name.removeprefix("checkpoint-").isdigit()]  # fmt: skip
-    for _, path in sorted(numbered, reverse=True):
-        reason = _damage(path)
-        if reason is None:
-            return path, rejected
-        rejected.append(f"{path.name}: {reason}")
-    return None, rejected
-
-
-def _damage(checkpoint: Path) -> str | None:
-    try:
-        manifest = read_json(checkpoint / "manifest.json")
-        for name, digest in manifest.items():
-            if not (checkpoint / name).is_file():
-                return f"{name} is missing"
-            if _sha256(checkpoint / name) != digest:
-                return f"{name} is damaged"
-    except (OSError, ValueError, AttributeError):
-        return "it has no manifest that can be read"
-    return None
 
 
 def peak_memory() -> int:

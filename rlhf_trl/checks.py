@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from rlhf_trl.document import meant
 from rlhf_trl.options import CLASSES, check_value, nearest, read_options
-from rlhf_trl.recipe import MAX_STAGES, NAME, Problem, Recipe, Stage, combinations
+from rlhf_trl.recipe import MAX_STAGES, Problem, Recipe, combinations
 from rlhf_trl.rules import Values, check_values
+from rlhf_trl.sections import NAME, Stage
 
 # Options of the libraries that this project sets itself, and what to use instead.
 OWNED = {
@@ -174,6 +175,8 @@ def _check_links(links: Links, name: str, stage: Stage) -> Iterator[Problem]:
             yield from _check_reward(f"{place}.reward", stage.reward, links, before=name)
     elif stage.reward is not None:
         yield Problem(f"{place}.reward", f"{stage.trainer} uses no reward model", "remove the key")
+    if stage.half is not None and stage.trainer in ("grpo", "ppo"):
+        yield Problem(f"{place}.half", f"{stage.trainer} learns from prompts, not from pairs", "remove the key")
 
 
 def _check_link(place: str, target: str, links: Links, before: str | None) -> Iterator[Problem]:
@@ -219,8 +222,10 @@ def _check_reward(place: str, target: str, links: Links, before: str | None = No
 
 def _check_evaluation(links: Links, wrong: Set[str]) -> Iterator[Problem]:
     recipe = links.recipe
-    if recipe.evaluation.reward is not None:
-        yield from _check_reward("evaluation.reward", recipe.evaluation.reward, links)
+    for key, judge in (("reward", recipe.evaluation.reward), ("gold", recipe.evaluation.gold)):
+        if judge is not None and "/" not in judge:
+            yield from _check_reward(f"evaluation.{key}", judge, links)
+    yield from _check_gold(links)
     starts: dict[Any, str] = {}
     for name in recipe.policies:
         if not {f"stages.{name}.init", f"stages.{name}.model.model_name_or_path"} & wrong:
@@ -230,3 +235,26 @@ def _check_evaluation(links: Links, wrong: Set[str]) -> Iterator[Problem]:
         first, second, *_ = starts.values()
         problem = f"{first!r} and {second!r} start from different models: KL and reward gain have no common reference"
         yield Problem(f"stages.{second}.init", problem, "give all policies the same `init`")
+
+
+def _check_gold(links: Links) -> Iterator[Problem]:
+    """A gold reward model that has seen the pairs of what it measures would share its mistakes."""
+    gold, reward = links.recipe.evaluation.gold, links.recipe.evaluation.reward
+    if gold is None:
+        return
+    if reward is None:
+        remedy = "name the reward model there, or leave gold out"
+        yield Problem("evaluation.gold", "there is no evaluation.reward to compare it with", remedy)
+        return
+    own, other = (links.stage(name) for name in (gold, reward))
+    if own is not None and own is other:
+        yield Problem("evaluation.gold", "is the reward model itself", "train a second one with `half: second`")
+    elif own is not None and own.half is None:
+        remedy = f"add `half: second` to the stage {gold!r}"
+        yield Problem(f"stages.{gold}.half", "is missing: a gold model learns from pairs of its own", remedy)
+    if own is None or own.half is None:
+        return
+    for name, stage in links.recipe.stages.items():
+        if stage is not own and stage.half == own.half and stage.trainer in ("reward", "dpo"):
+            remedy = "give the two different halves"
+            yield Problem(f"stages.{name}.half", f"is that of the gold model {gold!r}", remedy)

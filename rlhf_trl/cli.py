@@ -6,6 +6,7 @@ A command imports its step inside, so that `--help` and `validate` answer withou
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -156,10 +157,46 @@ def train(
 
 
 @app.command()
-def evaluate(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
-    """Measure reward, KL and length of every policy on held-out prompts, and the reward model's accuracy."""
+def evaluate(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    accelerate: AccelerateOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Measure reward, KL, frontier and alarms of every policy on held-out prompts; also under `accelerate launch`."""
+    _planned_processes(accelerate, processes)
+    if accelerate:
+        _run_child(["evaluate", recipe, "--runs", str(runs)], overrides, accelerate, processes)
+        return
+    from rlhf_trl.launch import require_processes
+
+    require_processes()
     loaded, run = _open(recipe, overrides, runs)
     _run_step(loaded, run, "evaluate")
+
+
+@app.command()
+def errors(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Analyse the errors of every reward stage: accuracy, biases, calibration, examples, probes."""
+    loaded, run = _open(recipe, overrides, runs)
+    _run_step(loaded, run, "errors")
+
+
+@app.command()
+def samples(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    per_model: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--per-model", min=1, help="Pairs of each model; the same as --set samples.per_model=N."),
+    ] = None,
+) -> None:
+    """Export prompt/response pairs of every model as JSONL and Markdown."""
+    more = [] if per_model is None else [f"samples.per_model={per_model}"]
+    loaded, run = _open(recipe, [*(overrides or []), *more], runs)
+    _run_step(loaded, run, "samples")
 
 
 @app.command()
@@ -180,7 +217,7 @@ def run(
     """Run every step of a recipe, from the pairs to the report; finished steps are skipped."""
     planned = _planned_processes(accelerate, processes)
     loaded, directory = _open(recipe, overrides, runs, planned)
-    plan = ["explore", "prepare", *loaded.stages, "evaluate", "report"]
+    plan = loaded.plan
     waiting = [step for step in plan if not directory.is_done(loaded, step)]
     print(f"run {directory.root}: {len(plan)} steps, {len(plan) - len(waiting)} done already")
     if any(step in loaded.stages for step in waiting):
@@ -188,7 +225,10 @@ def run(
         _run_child(["validate", recipe, "--processes", str(planned)], overrides)
     for step in waiting:
         print(f"\n=== {step} ({plan.index(step) + 1} of {len(plan)})", flush=True)
-        if step in STEPS:
+        if step == "evaluate" and planned > 1:
+            # Each process holds whole models, whatever profile sharded them in training.
+            _run_child(["evaluate", recipe, "--runs", str(runs)], overrides, "ddp", planned)
+        elif step in STEPS:
             _run_step(loaded, directory, step)
         else:
             _train_in_child(recipe, overrides, runs, step, accelerate, processes)
@@ -218,7 +258,10 @@ def _timed(step: str) -> Iterator[None]:
 
 
 def _run_step(recipe: Recipe, run: RunDir, step: str) -> None:
-    """Run one step that is not a stage, under its lock, and mark it done."""
+    """Run one step that is not a stage, under its lock, and mark it done; other processes of a launch take part."""
+    if os.environ.get("RANK", "0") != "0":
+        _load_step(step)(recipe, run)
+        return
     with run.lock(step), _timed(step):
         start = time.perf_counter()
         action = _load_step(step)
@@ -229,15 +272,8 @@ def _run_step(recipe: Recipe, run: RunDir, step: str) -> None:
 
 
 def _load_step(step: str) -> Any:
-    if step == "explore":
-        from rlhf_trl.data.explore import explore as action
-    elif step == "prepare":
-        from rlhf_trl.data.preprocess import prepare as action
-    elif step == "evaluate":
-        from rlhf_trl.evaluate import evaluate as action
-    else:
-        from rlhf_trl.report import report as action
-    return action
+    module = {"explore": "data.explore", "prepare": "data.preprocess"}.get(step, step)
+    return getattr(importlib.import_module(f"rlhf_trl.{module}"), step)
 
 
 def _train_in_child(

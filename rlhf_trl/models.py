@@ -1,8 +1,7 @@
-"""Tokenizer, base model, adapters and reward model: everything that loads weights, for every step.
+"""Tokenizer, text encoding, base model and reward head: what every step that loads weights starts with.
 
-A policy is a base plus one adapter; its reference is the same base with the adapter off. One text encoding
-(`encode`) serves reward training, preference optimisation, the rewards of online training and evaluation, so that
-all score the same tokens.
+One text encoding (`encode`) serves reward training, preference optimisation, the rewards of online training and
+evaluation, so that all score the same tokens.
 """
 
 from __future__ import annotations
@@ -12,20 +11,18 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -170,7 +167,7 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
     path = run.model(init)
     if not path.exists():
         config = ModelConfig(**recipe.model_block(init))
-        base = _load(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
+        base = load_weights(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
         merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
         with _staged(path) as folder:
             merged.save_pretrained(folder)
@@ -205,10 +202,13 @@ class RewardHead(torch.nn.Linear):
 
 def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Load a language model as the recipe's `model` block says (dtype, attention, quantisation)."""
-    model = _load(AutoModelForCausalLM, path, config)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # A model may stop at several tokens; the policy is trained and scored with the one that its template writes.
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model = load_weights(AutoModelForCausalLM, path, config)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    # Not the model's own settings: some stop at several tokens, where the policy is trained and scored with the one
+    # that its template writes; some penalise repetition, and then nothing samples from the model's distribution.
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return model
 
 
@@ -218,7 +218,7 @@ def load_classifier(path: str, config: ModelConfig, tokenizer: PreTrainedTokeniz
     level = report.level
     report.setLevel(logging.ERROR)  # it reports the head, which no language model has, as a fault
     try:
-        model = _load(AutoModelForSequenceClassification, path, config, num_labels=1)
+        model = load_weights(AutoModelForSequenceClassification, path, config, num_labels=1)
     finally:
         report.setLevel(level)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -241,7 +241,7 @@ def _whole(param: torch.nn.Parameter) -> Iterator[torch.nn.Parameter]:
         yield param
 
 
-def _load(auto: Any, path: str, config: ModelConfig, quantize: bool = True, **more: Any) -> PreTrainedModel:
+def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = True, **more: Any) -> PreTrainedModel:
     quantization = get_quantization_config(config) if quantize else None
     if quantization is not None:
         more |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
@@ -262,95 +262,6 @@ def _unreachable(path: str, error: Exception) -> UserError:
     return UserError(
         path, f"the model cannot be loaded: {reason}", "check `model.model_name_or_path`, the network, and access"
     )
-
-
-@dataclass
-class RewardModel:
-    """A model with a scalar head and the tokenizer that renders text for it."""
-
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-
-    @torch.no_grad()
-    def score(
-        self, prompts: Sequence[Messages], answers: Sequence[str], finished: Sequence[bool], batch_size: int = 16
-    ) -> Tensor:
-        """Score answers, each rendered with the reward model's own template.
-
-        Batches are sorted by length and padded on the right, so that neither their size nor their order matters.
-
-        Returns:
-            Scores in float32, shape (N,).
-        """
-        ids = [
-            list(chain(*encode(self.tokenizer, prompt, answer, done)))
-            for prompt, answer, done in zip(prompts, answers, finished, strict=True)
-        ]
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        scores = torch.empty(len(ids))
-        self.model.eval()
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            input_ids, mask = pad_right([ids[row] for row in rows], self.tokenizer.pad_token_id)
-            device = self.model.device
-            logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-            scores[rows] = logits.squeeze(-1).float().cpu()
-        return scores
-
-
-def load_reward_model(recipe: Recipe, run: RunDir, stage: str) -> RewardModel:
-    """Load the model of a reward stage for scoring.
-
-    Raises:
-        UserError: the adapter has no reward head, so that its scores would be those of a random one.
-    """
-    tokenizer = recorded_tokenizer(recipe, run, stage)
-    config = ModelConfig(**recipe.model_block(stage))
-    if not config.use_peft:
-        model = load_classifier(str(run.model(stage)), config, tokenizer)
-    else:
-        weights = run.adapter(stage) / "adapter_model.safetensors"
-        with safe_open(weights, framework="pt") as file:
-            if not any(".score." in key for key in file.keys()):  # noqa: SIM118 (not a dict)
-                raise UserError(
-                    str(weights), "the adapter has no reward head (`score`)", f"train the stage {stage!r} again"
-                )
-        model = load_classifier(start_path(recipe, run, stage), config, tokenizer)
-        model = PeftModel.from_pretrained(model, run.adapter(stage))
-    model.requires_grad_(False)
-    return RewardModel(model.to(PartialState().device).eval(), tokenizer)
-
-
-class Policies:
-    """The policies of a run that start from one model, as adapters on one base in memory."""
-
-    def __init__(self, recipe: Recipe, run: RunDir, names: Sequence[str], tokenizer: PreTrainedTokenizerBase):
-        self.recipe, self.run, self.tokenizer = recipe, run, tokenizer
-        self.path = start_path(recipe, run, names[0])
-        self.base: Any = load_causal(self.path, ModelConfig(**recipe.model_block(names[0])), tokenizer)
-        self.base.to(PartialState().device)
-        self.adapters = [name for name in names if recipe.model_block(name).get("use_peft")]
-        for name in self.adapters:
-            if isinstance(self.base, PeftModel):
-                self.base.load_adapter(run.adapter(name), adapter_name=name)
-            else:
-                self.base = PeftModel.from_pretrained(self.base, run.adapter(name), adapter_name=name)
-        self.base.eval()
-
-    @contextlib.contextmanager
-    def use(self, name: str) -> Iterator[Any]:
-        """Yield the model of a policy, or of the `reference`."""
-        if name == "reference":
-            with self.base.disable_adapter() if self.adapters else contextlib.nullcontext():
-                yield self.base
-        elif name in self.adapters:
-            self.base.set_adapter(name)
-            yield self.base
-        else:  # fine-tuned whole
-            model: Any = load_causal(
-                str(self.run.model(name)), ModelConfig(**self.recipe.model_block(name)), self.tokenizer
-            )
-            yield model.to(PartialState().device).eval()
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,9 @@ from trl import ModelConfig, get_peft_config
 from trl.experimental import ppo as trl_ppo
 
 from rlhf_trl.callbacks import AtomicCheckpoints, diverged
-from rlhf_trl.models import RewardModel, load_causal, load_classifier
+from rlhf_trl.models import load_causal, load_classifier
 from rlhf_trl.recipe import UserError
+from rlhf_trl.rewards import RewardModel
 
 # Logged means of a table with one place for each (epoch, mini-batch, accumulation step of the whole batch).
 AVERAGED = {

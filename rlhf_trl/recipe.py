@@ -13,99 +13,38 @@ import copy
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from rlhf_trl.document import Problem as Problem
 from rlhf_trl.document import RecipeError as RecipeError
 from rlhf_trl.document import UserError as UserError
 from rlhf_trl.document import meant, read_document
 from rlhf_trl.options import nearest, show
+from rlhf_trl.sections import (
+    Alarms,
+    Data,
+    Decoding,
+    Errors,
+    Evaluation,
+    Name,
+    Samples,
+    Stage,
+    Strict,
+    Trainer,
+    Worst,
+)
 
-Trainer = Literal["sft", "reward", "dpo", "grpo", "ppo"]
 POLICY_TRAINERS = ("dpo", "grpo", "ppo")
-STEPS = ("explore", "prepare", "evaluate", "report")
+# The steps that are not stages; training comes after `prepare`.
+STEPS = ("explore", "prepare", "evaluate", "errors", "samples", "report")
 # Names of other directories and words of a run; a stage that took one would write over it.
 RESERVED = {*STEPS, "data", "exploration", "evaluation", "comparison", "samples", "base", "reference", "judge", "run"}
 RESERVED |= {"replaced", "report.html", "recipe.json", "env.json"}
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,127}")
 MAX_STAGES = 100
-
-
-def _valid_name(name: str) -> str:
-    if not NAME.fullmatch(name):
-        raise ValueError("a name starts with a letter or digit and holds only letters, digits and . _ = - (up to 128)")
-    return name
-
-
-def _single_value(value: Any) -> Any:
-    if not isinstance(value, bool | int | float | str):
-        raise ValueError("a sweep lists single values: numbers, texts, true or false")
-    return value
-
-
-Name = Annotated[str, AfterValidator(_valid_name)]
-Scalar = Annotated[Any, AfterValidator(_single_value)]
-
-
-class Strict(BaseModel):
-    """Refuse unknown keys and silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Data(Strict):
-    """Where the preference pairs come from and how they are cleaned and split."""
-
-    source: str = Field(default="Anthropic/hh-rlhf", min_length=1)
-    """A Hub id, a local file or folder (.jsonl, .jsonl.gz, .json, .parquet, .csv), or `builtin:demo`."""
-    revision: str = "main"
-    """Branch, tag or commit of a Hub source."""
-    subsets: list[str] = []
-    """Folders of the Hub source, or files (without their extension) of a local folder; empty means all."""
-    max_rows: int | None = Field(default=None, ge=1)
-    """Keep this many rows, chosen by a seeded hash, so that the choice does not depend on their order."""
-    max_length: int = Field(default=512, ge=16)
-    """Tokens of prompt and answer together."""
-    min_answer_chars: int = Field(default=1, ge=1)
-    """Answers with fewer characters are dropped."""
-    tie_threshold: float = Field(default=0.98, gt=0, le=1)
-    """Pairs whose answers are at least this similar (normalised Indel similarity, 0-1) are ties and are dropped."""
-    test_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the prompts that is held out."""
-    max_dropped_fraction: float = Field(default=0.2, ge=0, le=1)
-    """`prepare` stops when a larger share of the rows is dropped."""
-
-
-class Stage(Strict):
-    """One training run."""
-
-    trainer: Trainer
-    init: Name | None = None
-    """The stage whose model this one starts from; its reference, too. Without it, the recipe's base model."""
-    reward: Name | None = None
-    """The reward stage that scores the answers (grpo and ppo)."""
-    model: dict[str, Any] = {}
-    """Keys of the recipe's `model` block that differ for this stage."""
-    args: dict[str, Any] = {}
-    """Options of the trainer's own config class, verbatim."""
-    sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = {}
-    """Option -> values; expands to one stage for each combination."""
-
-
-class Evaluation(Strict):
-    """What is measured on held-out prompts, for the reference and for every policy."""
-
-    reward: Name | None = None
-    """The reward stage that scores the answers."""
-    prompts: int = Field(default=200, ge=2)
-    max_new_tokens: int = Field(default=128, ge=1)
-    generation_batch_size: int = Field(default=16, ge=1)
-    score_batch_size: int = Field(default=16, ge=1)
 
 
 class Recipe(Strict):
@@ -117,12 +56,36 @@ class Recipe(Strict):
     data: Data = Data()
     stages: Annotated[dict[Name, Stage], Field(min_length=1)]
     evaluation: Evaluation = Evaluation()
+    errors: Errors = Errors()
+    samples: Samples = Samples()
     _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
     def policies(self) -> list[str]:
         """The stages that align a policy, in recipe order."""
         return [name for name, stage in self.stages.items() if stage.trainer in POLICY_TRAINERS]
+
+    @property
+    def reward_stages(self) -> list[str]:
+        """The stages that train a reward model, in recipe order."""
+        return [name for name, stage in self.stages.items() if stage.trainer == "reward"]
+
+    @property
+    def plan(self) -> list[str]:
+        """Every step and stage of this recipe, in the order in which `run` takes them."""
+        errors, samples = ["errors"] * bool(self.reward_stages), ["samples"] * bool(self.policies)
+        return ["explore", "prepare", *self.stages, "evaluate", *errors, *samples, "report"]
+
+    def half_of(self, stage: str) -> str | None:
+        """The half of the training prompts that a stage learns from; None is all of them.
+
+        A gold reward model is independent of what it measures only if no preference that it learned from has trained
+        the other reward models or a policy; so these take the other half.
+        """
+        own, gold = self.stages[stage], self.stages.get(self.evaluation.gold or "")
+        if own.half is None and gold is not None and gold.half is not None and own.trainer in ("reward", "dpo"):
+            return "first" if gold.half == "second" else "second"
+        return own.half
 
     def model_block(self, stage: str) -> dict[str, Any]:
         """The `trl.ModelConfig` values of a stage."""
@@ -150,11 +113,21 @@ class Recipe(Strict):
             hashes = [self._hash(self.data.source), self._hash(str(base["model_name_or_path"]))]
             return {"step": step, "seed": self.seed, "data": self.data.model_dump(), "base": base, "hashes": hashes}
         if step == "evaluate":
-            inputs = {name: self.fingerprint(name) for name in (*self.policies, self.evaluation.reward) if name}
+            judges = [name for name in (self.evaluation.reward, self.evaluation.gold) if name]
+            inputs = {
+                name: self.fingerprint(name) if name in self.stages else self._hash(name)
+                for name in (*self.policies, *judges)
+            }
             return {"step": step, "seed": self.seed, "evaluation": self.evaluation.model_dump(),
                     "data": self.fingerprint("prepare"), "inputs": inputs}  # fmt: skip
+        if step == "errors":
+            inputs = {name: self.fingerprint(name) for name in self.reward_stages}
+            return {"step": step, "seed": self.seed, "errors": self.errors.model_dump(),
+                    "data": self.fingerprint("prepare"), "inputs": inputs}  # fmt: skip
+        if step == "samples":
+            return {"step": step, "samples": self.samples.model_dump(), "inputs": self.fingerprint("evaluate")}
         if step == "report":
-            inputs = {name: self.fingerprint(name) for name in ("explore", "prepare", *self.stages, "evaluate")}
+            inputs = {name: self.fingerprint(name) for name in self.plan[:-1]}
             return {"step": step, "name": self.name, "inputs": inputs}
         stage = self.stages[step]
         return {
@@ -164,6 +137,7 @@ class Recipe(Strict):
             "data": self.fingerprint("prepare"),
             "init": stage.init and self.fingerprint(stage.init),
             "reward": stage.reward and self.fingerprint(stage.reward),
+            "half": self.half_of(step),
         }
 
     def _hash(self, source: str) -> str:
@@ -263,12 +237,18 @@ def _reserved_names(raw: dict[str, Any]) -> list[Problem]:
     ]
 
 
-SECTIONS: dict[str, type[Strict]] = {"data": Data, "evaluation": Evaluation}
+SECTIONS: dict[str, type[Strict]] = {"data": Data, "evaluation": Evaluation, "errors": Errors, "samples": Samples}
+NESTED: dict[str, type[Strict]] = {"judge_decoding": Decoding, "worst": Worst, "alarms": Alarms}
 EXAMPLES = {
     "name": "`name: my-run`, the folder of the run",
     "model": "`model: {model_name_or_path: ...}`",
     "stages": "`stages:` with at least one stage below it",
     "trainer": f"`trainer:` (one of {', '.join(get_args(Trainer))})",
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "trainer": get_args(Trainer),
+    "half": ("first", "second"),
+    "dtype": ("float32", "bfloat16", "float16"),
 }
 # Kind of pydantic's error -> what to do.
 TYPE_REMEDIES = {
@@ -292,10 +272,11 @@ def _describe(error: Any) -> Problem:
         return Problem(place, "is missing", f"add {EXAMPLES[loc[-1]]}")
     value = show(error["input"])
     if error["type"] == "literal_error":
-        choices = get_args(Trainer)
+        choices = CHOICES[loc[-1]]
         near = nearest(str(error["input"]), choices)
         remedy = f"did you mean {near!r}?" if near else f"choose one of: {', '.join(choices)}"
-        return Problem(place, f"{value} is not a trainer", remedy)
+        problem = f"{value} is not a trainer" if loc[-1] == "trainer" else f"{value} is not valid"
+        return Problem(place, problem, remedy)
     if error["type"] == "value_error":
         return Problem(place, f"{value} is not valid", error["msg"].removeprefix("Value error, "))
     if error["input"] in (None, {}) and place in EXAMPLES:
@@ -309,6 +290,8 @@ def _describe(error: Any) -> Problem:
 
 def _key_remedy(loc: list[str]) -> str:
     section = Stage if loc[0] == "stages" else SECTIONS.get(loc[0], Recipe)
+    if section is Evaluation and len(loc) > 2:
+        section = NESTED[loc[1]]
     known = list(section.model_fields)
     near = nearest(loc[-1], known)
     if near:

@@ -157,6 +157,17 @@ def _check_cut(of: Values) -> Iterator[Problem]:
         yield Problem(of.place("max_length"), problem, f"set it to {longest}")
 
 
+def _check_checkpoints(of: Values) -> Iterator[Problem]:
+    wanted = of.own("evaluation", "checkpoints") if of.trainer in POLICY_TRAINERS else 0
+    if wanted and of.option("save_strategy") == "no":
+        remedy = "set save_strategy: steps with a save_steps, or evaluation.checkpoints: 0"
+        yield Problem(of.place("save_strategy"), f"keeps no checkpoint, and {wanted} are to be evaluated", remedy)
+    limit = of.option("save_total_limit") if wanted else None
+    if limit is not None and limit <= wanted:
+        problem = f"keeps {limit} checkpoints, the last one among them, and {wanted} earlier ones are to be evaluated"
+        yield Problem(of.place("save_total_limit"), problem, f"set it to {wanted + 1} or more, or leave it out")
+
+
 def _positions(of: Values) -> int | None:
     return max_positions(str(of.model("model_name_or_path")))
 
@@ -208,5 +219,5 @@ def max_positions(model: str) -> int | None:
 
 RULES = (
     *(_check_rollout, _check_evaluation_batch, _check_mini_batches, _check_dpo_loss),
-    *(_check_quantisation, _check_dropout, _check_cut, _check_positions),
+    *(_check_quantisation, _check_dropout, _check_cut, _check_checkpoints, _check_positions),
 )

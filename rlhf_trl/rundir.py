@@ -24,7 +24,7 @@ from rlhf_trl import __version__
 from rlhf_trl.recipe import STEPS, Recipe, UserError
 
 # The directory of each step that is not a stage; the report lies in the run's root.
-STEP_DIRS = dict(zip(STEPS, ("exploration", "data", "evaluation", "."), strict=True))
+STEP_DIRS = dict(zip(STEPS, ("exploration", "data", "evaluation", "errors", "samples", "."), strict=True))
 PACKAGE = str(Path(__file__).parent)
 PACKAGES = ["torch", "trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy"]
 
@@ -45,6 +45,15 @@ class RunDir:
         self.tokenizer = self.data / "tokenizer"
         self.evaluation = root / "evaluation"
         self.metrics = self.evaluation / "metrics.json"
+        self.best_of_n = self.evaluation / "best_of_n.jsonl"
+        self.pareto = self.evaluation / "pareto.json"
+        self.over_optimisation = self.evaluation / "over_optimisation.json"
+        self.adversarial = self.evaluation / "adversarial.json"
+        self.adversarial_answers = self.evaluation / "adversarial.jsonl"
+        self.final_results = self.evaluation / "final_results.json"
+        self.errors_folder = root / "errors"
+        self.reward_comparison = self.errors_folder / "comparison.json"
+        self.samples = root / "samples"
 
     def pairs(self, split: str) -> Path:
         """Preference view (`prompt`, `chosen`, `rejected`, `subset`, `row`) of `train` or `test`."""
@@ -54,9 +63,34 @@ class RunDir:
         """Prompt view (`prompt`, `subset`, `id`) of `train` or `test`: every prompt once."""
         return self.data / f"prompts_{split}.jsonl"
 
-    def completions(self, policy: str) -> Path:
-        """Answers of one policy, or of `reference`, to the held-out prompts."""
-        return self.evaluation / f"completions-{policy}.jsonl"
+    def completions(self, policy: str, step: int | None = None) -> Path:
+        """Answers of one policy or of `reference` to the held-out prompts; of its checkpoint at `step`."""
+        return self.evaluation / f"completions-{policy}{'' if step is None else f'-step-{step}'}.jsonl"
+
+    def judge_answers(self, policy: str) -> Path:
+        """Answers with the second decoding."""
+        return self.evaluation / f"judge-answers-{policy}.jsonl"
+
+    def figure(self, name: str) -> Path:
+        """A figure of the evaluation."""
+        return self.evaluation / f"{name}.png"
+
+    def error_analysis(self, stage: str) -> Path:
+        """What the error analysis of a reward stage found; beside it a report, figures, examples and all scores."""
+        return self.root / stage / "evaluation" / "error_analysis.json"
+
+    def error_report(self, stage: str) -> Path:
+        return self.root / stage / "evaluation" / "error_analysis_report.txt"
+
+    def error_plots(self, stage: str) -> Path:
+        return self.root / stage / "evaluation" / "error_analysis_plots.png"
+
+    def error_examples(self, stage: str) -> Path:
+        return self.root / stage / "evaluation" / "error_examples.jsonl"
+
+    def scores(self, stage: str) -> Path:
+        """Every analysed pair with its scores, lengths and margin."""
+        return self.root / stage / "evaluation" / "scores.jsonl"
 
     def step(self, step: str) -> Path:
         """The directory that a step owns."""

@@ -1,22 +1,37 @@
-"""Sampling answers from a model's own distribution, and the exact KL between two models on them.
+"""Sampling answers, and measuring on them how far a policy has moved: exact KL, its estimators, entropy.
 
-Works on models and tensors; reads and writes nothing.
+Works on models and tensors, with the rows of a batch spread over the processes of a launch; reads and writes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from rlhf_trl.models import Messages, encode
+from rlhf_trl.models import Messages, encode, pad_right
+from rlhf_trl.sections import Decoding
+
+T = TypeVar("T")
+# Answer positions whose full distributions are compared at a time, and the bytes that the logits of one model may
+# take for a batch of answers.
+KL_POSITIONS = 16
+LOGITS_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,60 @@ class Completion:
     """Whether the answer ended by itself, before the length limit."""
 
 
+def spread(
+    batches: Sequence[Sequence[int]], work: Callable[[Sequence[int]], Sequence[T]], progress: str = ""
+) -> list[T]:
+    """Work through batches of row numbers, each on one process, and give every process the results in row order.
+
+    The batches are the same however many processes there are, and so are the results.
+    """
+    state = PartialState()
+    mine = batches[state.process_index :: state.num_processes]
+    hidden = not progress or not state.is_main_process
+    done = [
+        (row, result)
+        for rows in tqdm(mine, desc=progress, disable=hidden, leave=False)
+        for row, result in zip(rows, work(rows), strict=True)
+    ]
+    if state.num_processes > 1:
+        done = gather_object(done)
+    return [result for _, result in sorted(done, key=lambda item: item[0])]
+
+
+def sorted_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Group rows of similar length, the longest first, so that little is padded and memory runs out at once or
+    never."""
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class InverseTransform(LogitsProcessor):
+    """Turn greedy decoding into sampling: the token where the distribution function passes a uniform number.
+
+    Each answer has random numbers of its own, so that it does not depend on the other rows of its batch, and the
+    policies of a comparison share theirs. It costs a fifth of `torch.multinomial`, which draws one number for each
+    token of the vocabulary.
+    """
+
+    def __init__(self, seeds: Sequence[int], length: int):
+        rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        self._uniform = torch.stack(rows)
+        self._step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Leave one token of each row possible: logits (B, V) -> (B, V)."""
+        cdf = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+        level = self._uniform[:, self._step, None].to(scores.device) * cdf[:, -1:]
+        self._step += 1
+        token = torch.searchsorted(cdf, level, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+def _seed(seed: int, prompt_ids: Sequence[int], draw: int) -> int:
+    digest = hashlib.sha256(repr((seed, list(prompt_ids), draw)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 @torch.no_grad()
 def sample(
     model: Any,
@@ -37,50 +106,100 @@ def sample(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    decoding: Decoding | None = None,
+    draws: Sequence[int] | None = None,
+    max_prompt_tokens: int | None = None,
     progress: str = "",
 ) -> list[Completion]:
-    """Sample one answer a prompt from the model's own distribution: temperature 1, no top-k, no top-p.
+    """Sample an answer to each prompt.
 
-    Each batch is seeded by its prompts, so that the policies of a comparison share their random numbers.
+    Args:
+        decoding: without it, from the model's own distribution: temperature 1, no top-k, no top-p.
+        draws: tells apart several answers to one prompt; 0 for each by default.
+        max_prompt_tokens: a longer prompt loses its beginning.
 
     Returns:
-        Completions in the order of the prompts.
+        Completions in the order of the prompts. An answer is fixed by the seed, its prompt and its draw.
     """
-    ids = [encode(tokenizer, prompt)[0] for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
-    answers: list[Completion | None] = [None] * len(ids)
-    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=not progress, leave=False):
-        rows = order[start : start + batch_size]
+    decoding = decoding or Decoding()
+    ids = [encode(tokenizer, prompt)[0][-(max_prompt_tokens or 0) :] for prompt in prompts]
+    seeds = [_seed(seed, row, draw) for row, draw in zip(ids, draws or [0] * len(ids), strict=True)]
+
+    def answer(rows: Sequence[int]) -> list[Completion]:
         batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
-        digest = hashlib.sha256(repr((seed, [ids[row] for row in rows])).encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        chosen = [seeds[row] for row in rows]
         output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=_processors(decoding, chosen, max_new_tokens),
         )[:, batch["input_ids"].shape[1] :]
-        for row, answer in zip(rows, output.tolist(), strict=True):
-            finished = tokenizer.eos_token_id in answer
-            answer = answer[: answer.index(tokenizer.eos_token_id) + 1] if finished else answer
-            answers[row] = Completion(answer, tokenizer.decode(answer, skip_special_tokens=True).strip(), finished)
-    return [answer for answer in answers if answer is not None]
+        return [_read_answer(tokenizer, tokens) for tokens in output.tolist()]
+
+    return spread(sorted_batches([len(row) for row in ids], batch_size), answer, progress)
 
 
-def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
-    """Sum the exact KL(policy || reference) over the vocabulary and over an answer's tokens.
+def _processors(decoding: Decoding, seeds: Sequence[int], length: int) -> LogitsProcessorList:
+    found = LogitsProcessorList()
+    if decoding.temperature == 0:
+        return found
+    if decoding.temperature != 1:
+        found.append(TemperatureLogitsWarper(decoding.temperature))
+    if decoding.top_k:
+        found.append(TopKLogitsWarper(decoding.top_k))
+    if decoding.top_p < 1:
+        found.append(TopPLogitsWarper(decoding.top_p))
+    found.append(InverseTransform(seeds, length))
+    return found
 
-    At each position of an answer sampled from the policy, sum_v pi(v) [log pi(v) - log ref(v)]; its sum over the
-    answer is the Rao-Blackwellised estimate of the sequence KL: unbiased and never negative.
+
+def _read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Completion:
+    finished = tokenizer.eos_token_id in tokens
+    tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1] if finished else tokens
+    return Completion(tokens, tokenizer.decode(tokens, skip_special_tokens=True).strip(), finished)
+
+
+class Drift(NamedTuple):
+    """How far a policy is from its reference on answers of its own; sums over the answer's tokens."""
+
+    kl: Tensor
+    """Exact over the vocabulary at each position, nats."""
+    k1: Tensor
+    """Sampled estimate log pi - log ref, nats."""
+    k3: Tensor
+    """Sampled estimate ref / pi - 1 - log(ref / pi), nats."""
+    entropy: Tensor
+    """Of the policy's distribution at each position, nats."""
+
+
+def measure_drift(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Tensor) -> Drift:
+    """Compare two models on answers that were sampled from the first.
+
+    At each position of an answer, kl = sum_v pi(v) [log pi(v) - log ref(v)]; its sum over the answer is the
+    Rao-Blackwellised estimate of the sequence KL: unbiased and never negative. k1 and k3 (Schulman, 2020,
+    "Approximating KL divergence") see the sampled tokens alone; their means agree with it.
 
     Args:
         logits: policy, (B, T, V).
         ref_logits: reference, (B, T, V).
+        answer_ids: the sampled tokens, (B, T).
         mask: 1 on the answer's tokens, its end token included, (B, T).
 
     Returns:
-        Nats per answer, (B,).
+        Four tensors (B,), float64.
     """
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    log_q = F.log_softmax(ref_logits.float(), dim=-1)
-    return ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum(-1)
+    sums = torch.zeros(4, logits.shape[0], dtype=torch.float64, device=logits.device)
+    for start in range(0, logits.shape[1], KL_POSITIONS):
+        part = slice(start, start + KL_POSITIONS)
+        log_p, log_q = logits[:, part].float().log_softmax(-1), ref_logits[:, part].float().log_softmax(-1)
+        tokens = answer_ids[:, part, None]
+        log_ratio = (log_q.gather(-1, tokens) - log_p.gather(-1, tokens)).squeeze(-1).double()
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(-1)
+        kl = (p * (log_p - log_q)).sum(-1)
+        terms = torch.stack([kl, -log_ratio, log_ratio.expm1() - log_ratio, entropy])
+        sums += torch.where(mask[:, part].bool(), terms, 0.0).sum(-1)
+    return Drift(*sums.unbind())
 
 
 @torch.no_grad()
@@ -105,3 +224,17 @@ def answer_logits(
         use_cache=False,
     )
     return output.logits[:, :-1]
+
+
+def answer_batch(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    answers: Sequence[Completion],
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lay out prompts and answers as `answer_logits` takes them."""
+    prompt = tokenizer.pad({"input_ids": [encode(tokenizer, row)[0] for row in prompts]}, return_tensors="pt")
+    answer_ids, answer_mask = pad_right([answer.ids for answer in answers], tokenizer.pad_token_id)
+    tensors = (prompt["input_ids"], answer_ids, prompt["attention_mask"], answer_mask)
+    first, second, third, fourth = (tensor.to(device) for tensor in tensors)
+    return first, second, third, fourth

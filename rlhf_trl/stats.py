@@ -55,3 +55,17 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0) -> Estim
     picks = np.random.default_rng(seed).integers(0, array.size, size=(RESAMPLES, array.size))
     low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+
+
+def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Estimate:
+    """Estimate sum / sum, such as KL per token over all answers, with a percentile bootstrap over the units.
+
+    Raises:
+        ValueError: there are no units, one is not finite, or the denominators are not all positive.
+    """
+    top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if top.size == 0 or not np.isfinite(top).all() or not (bottom > 0).all():
+        raise ValueError("a ratio needs at least one unit, finite numbers and positive denominators")
+    picks = np.random.default_rng(seed).integers(0, top.size, size=(RESAMPLES, top.size))
+    low, high = np.quantile(top[picks].sum(axis=1) / bottom[picks].sum(axis=1), [0.025, 0.975])
+    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), int(top.size))

@@ -27,11 +27,13 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.callbacks import AtomicCheckpoints, Health, History, Interrupt, last_valid_checkpoint, peak_memory
+from rlhf_trl.callbacks import AtomicCheckpoints, Health, History, Interrupt, peak_memory
+from rlhf_trl.checkpoints import last_valid_checkpoint
 from rlhf_trl.figures import plot_training
-from rlhf_trl.models import encode, load_causal, load_classifier, load_reward_model, recorded_tokenizer, start_path
+from rlhf_trl.models import encode, load_causal, load_classifier, recorded_tokenizer, start_path
 from rlhf_trl.ppo import PPOConfig, PPOTrainer, build_ppo_models
 from rlhf_trl.recipe import Problem, Recipe, RecipeError, UserError
+from rlhf_trl.rewards import load_reward_model
 from rlhf_trl.rundir import RunDir, environment, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -221,7 +223,8 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
         path = start_path(recipe, run, stage)
     word = recipe.stages[stage].trainer
     rows = run.prompts if word in ("grpo", "ppo") else run.pairs
-    train_data, test_data = (_load_view(rows(split), view, tokenizer) for split in ("train", "test"))
+    train_data = _load_view(rows("train"), view, tokenizer, recipe.half_of(stage))
+    test_data = _load_view(rows("test"), view, tokenizer)
     shared = {
         "args": config,
         "train_dataset": train_data,
@@ -241,9 +244,16 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     return trainer_class(**shared)
 
 
-def _load_view(path: Path, view: Callable[[Any, Any], dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _load_view(
+    path: Path,
+    view: Callable[[Any, Any], dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    half: str | None = None,
+) -> Dataset:
     with PartialState().main_process_first():
         rows = Dataset.from_json(str(path))
+        if half:
+            rows = rows.filter(lambda row: row["half"] == half, desc=f"The {half} half of {path.name}")
         return rows.map(
             lambda row: view(tokenizer, row), remove_columns=rows.column_names, desc=f"Encoding {path.name}"
         )
@@ -321,6 +331,7 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
         "processes": PartialState().num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seed": trainer.args.seed,
+        "rows": len(trainer.train_dataset),
         "trainable_parameters": trainable,
         "tensors_saved": tensors,
         "tensors_changed": changed,

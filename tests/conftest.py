@@ -76,7 +76,7 @@ stages:
       num_mini_batches: 2
       kl_coef: 0.05
       entropy_coef: 0.01
-evaluation: {{reward: rm, prompts: 12, max_new_tokens: 16}}
+evaluation: {{reward: rm, prompts: 12, max_new_tokens: 16, best_of_n: 4}}
 """
 
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation_fixtures import comparison, error_analysis, invent
+
 from rlhf_trl.recipe import Recipe, expand_sweeps
 from rlhf_trl.rundir import RunDir, write_json, write_jsonl
-from rlhf_trl.stats import bootstrap_mean, wilson
+from rlhf_trl.stats import wilson
 
 STAGES: dict[str, Any] = {
     "sft": {"trainer": "sft", "args": {"num_train_epochs": 1, "learning_rate": 2e-4}},
@@ -19,15 +21,8 @@ STAGES: dict[str, Any] = {
     "grpo": {"trainer": "grpo", "init": "sft", "reward": "rm", "args": {"num_generations": 4, "beta": 0.05}},
     "ppo": {"trainer": "ppo", "init": "sft", "reward": "rm", "args": {"kl_coef": 0.05}},
 }
+GOLD = {"gold": {"trainer": "reward", "init": "sft", "half": "second", "args": {"learning_rate": 1e-4}}}
 SWEEP = {**STAGES, "dpo": {**STAGES["dpo"], "sweep": {"beta": [0.03, 0.1, 0.3]}}}
-# Policy -> its true gain in reward, its KL, and how much longer its answers are; others are drawn.
-TRUTH = {
-    "dpo-beta=0.03": (0.95, 9.5, 1.35),
-    "dpo-beta=0.1": (0.81, 4.1, 1.2),
-    "dpo-beta=0.3": (0.42, 1.2, 1.05),
-    "grpo": (1.21, 6.3, 1.1),
-    "ppo": (0.04, 3.2, 0.9),
-}
 SUBSETS = ("harmless-base", "helpful-base")
 PROMPTS = [
     [{"role": "user", "content": "How do I keep basil alive on a windowsill?"}],
@@ -51,6 +46,7 @@ def write_run(
     root: Path,
     stages: dict[str, Any] = STAGES,
     reward: str | None = "rm",
+    evaluation: dict[str, Any] | None = None,
     prompts: Sequence[Any] = PROMPTS,
     answers: Sequence[str] = ANSWERS,
     count: int = 60,
@@ -64,7 +60,7 @@ def write_run(
         "model": {"model_name_or_path": "openai-community/gpt2", "use_peft": True, "lora_r": 16},
         "data": {"source": "Anthropic/hh-rlhf", "subsets": list(subsets)},
         "stages": stages,
-        "evaluation": {"reward": reward, "prompts": count},
+        "evaluation": {"reward": reward, "prompts": count, **(evaluation or {})},
     }
     recipe = expand_sweeps(Recipe.model_validate(content))
     run, draw = RunDir(root), random.Random(7)
@@ -73,12 +69,26 @@ def write_run(
     write_json(run.summary, summary(subsets))
     for stage in recipe.stages:
         write_json(run.training_stats(stage), training_stats(stage, recipe.stages[stage].trainer, steps, draw))
-    write_json(run.metrics, metrics(recipe, run, prompts, answers, count, subsets, accuracy, draw))
-    for index, step in enumerate(["explore", "prepare", *recipe.stages, "evaluate"]):
+    write_evaluation(run, invent(recipe, prompts, answers, count, subsets, accuracy))
+    for stage in recipe.reward_stages:
+        write_json(run.error_analysis(stage), error_analysis(stage))
+    if recipe.reward_stages:
+        write_json(run.reward_comparison, comparison(recipe.reward_stages))
+    for index, step in enumerate(recipe.plan[:-1]):
         finished = f"2026-11-{9 + index:02}T11:14:07+0000"
         marker = {"step": step, "fingerprint": recipe.fingerprint(step), "finished": finished}
         write_json(run.done(step), {**marker, "seconds": round(8.4 * 2.1**index, 3)})
     return recipe, run
+
+
+def write_evaluation(run: RunDir, found: dict[str, Any]) -> None:
+    for name in ("metrics", "pareto", "over_optimisation", "adversarial"):
+        if found.get(name):
+            write_json(run.evaluation / f"{name}.json", found[name])
+    if "adversarial_answers" in found:
+        write_jsonl(run.adversarial_answers, found["adversarial_answers"])
+    for (policy, step), rows in found["completions"].items():
+        write_jsonl(run.completions(policy, step), rows)
 
 
 def environment() -> dict[str, Any]:
@@ -134,7 +144,8 @@ def training_stats(stage: str, trainer: str, steps: int, draw: random.Random) ->
         if trainer in ("reward", "dpo"):
             row |= {"reward_accuracy": min(1, 0.5 + 0.25 * done + noise), "reward_margin": done + noise}
         if trainer in ("grpo", "ppo"):
-            row |= {"reward": -0.5 + 1.2 * done + noise, "kl": 6 * done + abs(noise), "entropy": 3.1 - done + noise}
+            kl = (6 if trainer == "ppo" else 0.12) * done + abs(noise) * (1 if trainer == "ppo" else 0.03)
+            row |= {"reward": -0.5 + 1.2 * done**0.5 + draw.gauss(0, 0.06), "kl": kl, "entropy": 3.1 - done + noise}
         history.append({"step": step, "epoch": done, "seconds": 1.9 * step, "peak_memory_bytes": 2_100_000_000, **row})
         if step % (steps // 3 or 1) == 0 and trainer in ("reward", "dpo", "sft"):
             validation = {"validation_loss": 0.71 * math.exp(-0.8 * done)}
@@ -150,62 +161,6 @@ def training_stats(stage: str, trainer: str, steps: int, draw: random.Random) ->
         "seed": 42,
         "trainable_parameters": 811_008,
     }
-    definitions = {"loss": "training loss of the library's trainer", "kl": "k1 estimate, nats per answer"}
+    kl = {"grpo": "k3 estimate, mean over answer tokens, nats per token", "ppo": "k1 estimate, nats per answer"}
+    definitions = {"loss": "training loss of the library's trainer", "kl": kl.get(trainer, "not logged")}
     return {"stage": stage, "trainer": trainer, "definitions": definitions, "history": history, "summary": finished}
-
-
-def metrics(
-    recipe: Recipe,
-    run: RunDir,
-    prompts: Sequence[Any],
-    answers: Sequence[str],
-    count: int,
-    subsets: Sequence[str],
-    accuracy: tuple[float, float],
-    draw: random.Random,
-) -> dict[str, Any]:
-    """Write the completions of every policy and return `metrics.json`."""
-    judge = recipe.evaluation.reward
-    result: dict[str, Any] = {"reward_stage": judge, "policies": {}, "reward_model": None}
-    if judge:
-        right, longer = (wilson(round(190 * share), 190).as_dict() for share in accuracy)
-        pair = {"accuracy": right, "length_baseline": longer}
-        margin = bootstrap_mean([draw.gauss(0.6, 1) for _ in range(190)]).as_dict()
-        by_subset = dict.fromkeys(subsets, pair)
-        result["reward_model"] = {"stage": judge, "ties": 1, **pair, "subsets": by_subset, "margin": margin}
-    if not recipe.policies:
-        return result
-    result["decoding"] = {"temperature": 1.0, "max_new_tokens": 128, "prompts": count, "seed": 42}
-    result["definitions"] = {"kl": "exact KL, summed over the answer's tokens", "reward": "score of the reward stage"}
-    base = [draw.gauss(-0.4, 1) for _ in range(count)]
-    for policy in ("reference", *recipe.policies):
-        drawn = (draw.uniform(-0.6, 1.4), draw.uniform(0.4, 16), draw.uniform(0.8, 1.5))
-        gain, kl, longer = (0.0, 0.0, 1.0) if policy == "reference" else TRUTH.get(policy, drawn)
-        rows: list[dict[str, Any]] = []
-        for index in range(count):
-            row = {
-                "id": f"{index:016x}",
-                "subset": subsets[index % len(subsets)],
-                "prompt": prompts[index % len(prompts)],
-                "answer": answers[(index + len(policy)) % len(answers)],
-                "finished": index % 7 != 0,
-                "answer_tokens": round(40 * longer + draw.uniform(-20, 30)),
-                "kl": abs(draw.gauss(kl, kl / 3)),
-            }
-            if judge:
-                row["reward"] = base[index] + (draw.gauss(gain, 0.7) if policy != "reference" else 0)
-            rows.append(row)
-        write_jsonl(run.completions(policy), rows)
-        measured = {
-            "kl": bootstrap_mean([row["kl"] for row in rows]).as_dict(),
-            "kl_per_token": bootstrap_mean([row["kl"] / row["answer_tokens"] for row in rows]).as_dict(),
-            "answer_tokens": bootstrap_mean([row["answer_tokens"] for row in rows]).as_dict(),
-            "finished": wilson(sum(row["finished"] for row in rows), count).as_dict(),
-        }
-        if judge:
-            measured["reward"] = bootstrap_mean([row["reward"] for row in rows]).as_dict()
-        if judge and policy != "reference":
-            gains = [row["reward"] - score for row, score in zip(rows, base, strict=True)]
-            measured["reward_gain"] = bootstrap_mean(gains).as_dict()
-        result["policies"][policy] = measured
-    return result

@@ -97,7 +97,7 @@ def test_the_tree_in_the_readme_is_the_tree():
 
 def test_keys_of_the_argument_table_exist():
     from rlhf_trl.options import read_options
-    from rlhf_trl.recipe import Data, Evaluation
+    from rlhf_trl.sections import Data, Evaluation
 
     table = README.split("### From the assignment's options to recipe keys")[1].split("## What lies where")[0]
     options = {name for kind in ("sft", "reward", "dpo", "grpo", "ppo") for name in read_options(kind)}

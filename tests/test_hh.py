@@ -15,7 +15,8 @@ from conftest import shared
 
 from rlhf_trl.data.hh import Pair, Reason, RowError, normalise
 from rlhf_trl.data.sources import read_rows
-from rlhf_trl.recipe import Data, UserError
+from rlhf_trl.recipe import UserError
+from rlhf_trl.sections import Data
 
 H, A = "\n\nHuman: ", "\n\nAssistant: "
 USER = {"role": "user", "content": "Q"}

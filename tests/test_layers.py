@@ -9,11 +9,15 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "rlhf_trl"
-LEVEL_0 = {"document", "options", "recipe", "rules", "checks", "rundir", "stats", "launch"}
+LEVEL_0 = {"document", "options", "recipe", "sections", "rules", "checks", "rundir", "stats", "launch"}
+LEVEL_0 |= {"adversarial", "calibration", "checkpoints", "frontier", "health", "pairstats", "texts", "words"}
+LEVEL_0 |= {"elo", "length_control", "logistic", "verdicts", "winrates"}
 # Modules that any step may use.
-SHARED = LEVEL_0 | {"__init__", "models", "sampling", "figures", "data.demo"}
+SHARED = LEVEL_0 | {"__init__", "models", "policies", "rewards", "sampling", "figures", "policy_figures", "data.demo"}
 # A step that is more than one module: module -> the step it belongs to. Any other module is a step by itself.
-BELONGS = {"ppo": "train", "callbacks": "train", "report_figures": "report"}
+BELONGS = {"ppo": "train", "callbacks": "train"}
+BELONGS |= dict.fromkeys(("evaluation_figures", "measurements", "trade_off"), "evaluate")
+PREFIXES = {"report_": "report", "error_": "errors", "judge_": "judge"}
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib"}
 
 MODULES = {
@@ -25,7 +29,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 def step_of(module: str) -> str:
     name = module.split(".")[0]
-    return BELONGS.get(name, name)
+    return next((step for prefix, step in PREFIXES.items() if name.startswith(prefix)), BELONGS.get(name, name))
 
 
 def imports_of(name: str) -> set[str]:

@@ -308,6 +308,38 @@ MISTAKES = {
         "did you mean 'rm'",
     ),
     "evaluation-reward": (change("  reward: rm\n  prompts", "  reward: sft\n  prompts"), "evaluation.reward", "'rm'"),
+    "gold-unknown": (change("  prompts: 20", "  gold: golden"), "evaluation.gold", "the stages are"),
+    "gold-itself": (change("  prompts: 20", "  gold: rm"), "evaluation.gold", "half: second"),
+    "gold-whole": (
+        change("  prompts: 20", "  gold: gold", change("  dpo:\n", "  gold: {trainer: reward}\n  dpo:\n")),
+        "stages.gold.half",
+        "add `half: second`",
+    ),
+    "gold-alone": (
+        change("  reward: rm\n  prompts", "  gold: rm\n  prompts"),
+        "evaluation.gold",
+        "name the reward model there",
+    ),
+    "half-word": (add("trainer: dpo", "half: frist"), "stages.dpo.half", "did you mean 'first'"),
+    "half-of-prompts": (add("trainer: grpo", "half: first"), "stages.grpo.half", "remove the key"),
+    "checkpoints-not-kept": (
+        change("  prompts: 20", "  checkpoints: 2", add("beta: 0.1", 'save_strategy: "no"')),
+        "stages.dpo.args.save_strategy",
+        "set save_strategy: steps",
+    ),
+    "checkpoints-too-few": (
+        change("  prompts: 20", "  checkpoints: 2", add("beta: 0.1", "save_total_limit: 2")),
+        "stages.dpo.args.save_total_limit",
+        "3 or more",
+    ),
+    "alarm-misspelt": (
+        change("  prompts: 20", "  alarms: {lenght_ratio: 2.0}"),
+        "evaluation.alarms.lenght_ratio",
+        "did you mean 'length_ratio'",
+    ),
+    "evaluation-dtype": (change("  prompts: 20", "  dtype: fp16"), "evaluation.dtype", "bfloat16, float16"),
+    "samples-none": (change("evaluation:", "samples: {per_model: 0}\nevaluation:"), "samples.per_model", "greater"),
+    "errors-key": (change("evaluation:", "errors: {pair: 5}\nevaluation:"), "errors.pair", "did you mean 'pairs'"),
     "dpo-with-reward": (add("trainer: dpo", "reward: rm"), "stages.dpo.reward", "remove the key"),
     "other-start": (change("ppo\n    init: sft", "ppo\n    init: dpo"), "stages.ppo.init", "the same `init`"),
     "init-and-base": (
@@ -855,15 +887,20 @@ def test_a_stage_that_a_sweep_would_write_over_is_refused(refuse):
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    return {step: recipe.fingerprint(step) for step in ("explore", "prepare", *recipe.stages, "evaluate", "report")}
+    return {step: recipe.fingerprint(step) for step in recipe.plan}
 
 
-ALL = {"explore", "prepare", "sft", "rm", "dpo", "grpo", "ppo", "evaluate", "report"}
+ALL = {"explore", "prepare", "sft", "rm", "dpo", "grpo", "ppo", "evaluate", "errors", "samples", "report"}
 TRAINED = ALL - {"explore", "prepare"}
+MEASURED = {"evaluate", "samples", "report"}
 CHANGES = {
-    "stages.dpo.args.beta=0.3": {"dpo", "evaluate", "report"},
-    "stages.dpo.args.seed=5": {"dpo", "evaluate", "report"},
-    "stages.rm.args.learning_rate=1e-4": {"rm", "grpo", "ppo", "evaluate", "report"},
+    "stages.dpo.args.beta=0.3": {"dpo", *MEASURED},
+    "stages.dpo.args.seed=5": {"dpo", *MEASURED},
+    "stages.dpo.half=first": {"dpo", *MEASURED},
+    "stages.rm.args.learning_rate=1e-4": {"rm", "grpo", "ppo", "errors", *MEASURED},
+    "evaluation.alarms.length_ratio=2.0": MEASURED,
+    "errors.pairs=50": {"errors", "report"},
+    "samples.per_model=5": {"samples", "report"},
     "stages.sft.args.learning_rate=1e-4": TRAINED,
     "stages.sft.model.lora_r=8": TRAINED,
     "model.lora_alpha=8": TRAINED,
@@ -871,7 +908,7 @@ CHANGES = {
     "data.max_length=100": ALL,
     "data.test_fraction=0.3": ALL,
     "seed=2": ALL,
-    "evaluation.prompts=30": {"evaluate", "report"},
+    "evaluation.prompts=30": MEASURED,
     "name=other": {"report"},
 }
 
@@ -880,6 +917,35 @@ CHANGES = {
 def test_a_change_reaches_what_depends_on_it_and_nothing_else(override, accept):
     before, after = fingerprints(accept()), fingerprints(accept(GOOD, override))
     assert {step for step in before if before[step] != after[step]} == CHANGES[override]
+
+
+def test_the_other_half_goes_to_all_that_learns_preferences(accept):
+    text = change("  dpo:\n", "  gold: {trainer: reward, init: sft, half: second}\n  dpo:\n")
+    gold = change("  prompts: 20", "  gold: gold", text)
+    halves = {"sft": None, "rm": "first", "gold": "second", "dpo": "first", "grpo": None, "ppo": None}
+    recipe = accept(gold)
+    assert {stage: recipe.half_of(stage) for stage in recipe.stages} == halves
+    without = accept(text)  # a half of its own, and nothing for the others to keep away from
+    assert {stage: without.half_of(stage) for stage in without.stages} == {**dict.fromkeys(halves), "gold": "second"}
+    before, after = fingerprints(without), fingerprints(recipe)
+    assert {step for step in before if before[step] != after[step]} == {
+        "rm",
+        "dpo",
+        "grpo",
+        "ppo",
+        "errors",
+        *MEASURED,
+    }
+
+
+def test_a_reward_model_from_elsewhere_is_named_by_its_path(accept, tmp_path):
+    recipe = accept(change("  prompts: 20", "  gold: someone/reward-model"))
+    assert recipe.evaluation.gold == "someone/reward-model"
+    (tmp_path / "config.json").write_text("{}")
+    local = change("  prompts: 20", f"  gold: {tmp_path}/")
+    before = accept(local).fingerprint("evaluate")
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert accept(local).fingerprint("evaluate") != before
 
 
 def test_the_order_of_keys_and_comments_change_nothing(accept):

@@ -1,5 +1,6 @@
 """The report: every number traced to its file, hostile text inert, honest sentences, one self-contained file."""
 
+import functools
 import itertools
 import json
 import re
@@ -11,27 +12,27 @@ from urllib.parse import unquote
 
 import pytest
 from jinja2 import DictLoader, Environment
-from report_fixtures import STAGES, SWEEP, write_run
+from report_fixtures import GOLD, STAGES, SWEEP, write_run
 from ruamel.yaml import YAML
 
+from rlhf_trl import report_figures
 from rlhf_trl.recipe import Recipe, UserError
-from rlhf_trl.report import (
-    MAX_CHARACTERS,
-    choose_samples,
-    format_estimate,
-    judge_gain,
-    judge_reward_model,
-    printable,
-    render,
-    report,
-)
-from rlhf_trl.report_figures import Point, plot_reward_kl
-from rlhf_trl.rundir import read_json, read_jsonl, write_json
+from rlhf_trl.report import choose_samples, list_contents, render, report
+from rlhf_trl.report_figures import plot_frontier
+from rlhf_trl.report_findings import judge_gain, judge_reward_model, order_alarms
+from rlhf_trl.report_values import MAX_CHARACTERS, format_estimate, printable
+from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_json
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "use"}
 HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} [/b] \x1b[31m \u202egpj.exe\u202c \x00 &lt; \"' onload=x </div>"
 RUNS: dict[str, dict[str, Any]] = {
     "sweep": {"stages": SWEEP},
+    "gold": {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold", "checkpoints": 4}},
+    "hub-judges": {
+        "stages": {name: STAGES[name] for name in ("sft", "dpo")},
+        "reward": "org/rm-7b",
+        "evaluation": {"gold": "org/gold-70b", "best_of_n": 0, "adversarial": False},
+    },
     "no-judge": {"stages": {name: STAGES[name] for name in ("sft", "dpo")}, "reward": None},
     "reward-model-only": {"stages": {name: STAGES[name] for name in ("sft", "rm")}, "accuracy": (0.58, 0.55)},
     "hostile": {
@@ -93,10 +94,15 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return root, Tree(run.report.read_text(encoding="utf-8")).root
 
 
+@functools.cache
+def load(path: Path) -> Any:
+    return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+
+
 def resolve(root: Path, address: str) -> Any:
     """Follow an address as RFC 6901 says, with nothing of the report's own code."""
     file, _, pointer = address.partition("#")
-    value = read_jsonl(root / file) if file.endswith(".jsonl") else read_json(root / file)
+    value = load(root / file)
     for part in pointer.split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
         value = value[int(key)] if isinstance(value, list) else value[key]
@@ -281,6 +287,7 @@ def test_reward_model_is_held_against_both_length_rules(
     assert judge_reward_model({"accuracy": accuracy_estimate, "length_baseline": baseline}) == verdict
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_summary_says_what_the_numbers_say(tmp_path: Path) -> None:
     recipe, run = write_run(tmp_path / "run", stages=SWEEP, steps=2, accuracy=(0.57, 0.55))
     gains = {"dpo-beta=0.03": (0.9, 0.7, 1.1), "dpo-beta=0.1": (-0.5, -0.7, -0.3), "dpo-beta=0.3": (0.1, -0.1, 0.3),
@@ -300,6 +307,194 @@ def test_summary_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "That is not clear of what length alone can do" in text
     assert "grpo and ppo were trained to raise this very score" in text
     assert "A win rate by an independent judge is not part of this run" in text
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out of a test of the words: drawing takes most of the time."""
+    for name in ("plot_curves", "plot_frontier", "plot_over_optimisation"):
+        svg = '<svg role="img" aria-label="a figure that this test does not need"></svg>'
+        monkeypatch.setattr(report_figures, name, lambda *_, svg=svg: svg)
+
+
+def section(page: str, name: str) -> Element | None:
+    found = [e for e in Tree(page).root.all() if e.tag == "section" and e.attrs["aria-labelledby"] == name]
+    return found[0] if found else None
+
+
+def words(element: Element | None) -> str:
+    assert element is not None
+    return " ".join(element.text().split())
+
+
+def gold_run(folder: Path, **changes: Any) -> tuple[Recipe, RunDir]:
+    options = {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold", "checkpoints": 4}, "count": 12, "steps": 2}
+    return write_run(folder / "run", **{**options, **changes})
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_summary_says_what_the_gold_model_and_the_alarms_say(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    metrics = read_json(run.metrics)
+    for name, gain in {"dpo": (0.4, 0.2, 0.6), "grpo": (0.1, -0.1, 0.3), "ppo": (-0.42, -0.61, -0.22)}.items():
+        metrics["policies"][name]["reward_gain"] = {"mean": 0.9, "low": 0.7, "high": 1.1}
+        metrics["policies"][name]["gold_gain"] = dict(zip(("mean", "low", "high"), gain, strict=True))
+    write_json(run.metrics, metrics)
+    text = words(section(render(recipe, run), "short"))
+    assert (
+        "By the gold model gold, a second reward model that no policy was trained with, dpo scores better than the "
+        "reference; ppo scores worse; for grpo there is no significant difference." in text
+    )
+    assert "worse than it by the gold model: −0.42 [−0.61, −0.22] alarm raised: gold, length (what was seen)" in text
+    assert "no significant difference from it by the gold model: +0.10 [−0.10, +0.30]" in text
+    assert "No policy was trained to please the gold model" in text
+    assert text.count("alarm raised") == 1
+    assert "None of the alarms" not in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_gold_model_that_a_policy_was_trained_with_is_not_called_independent(tmp_path: Path) -> None:
+    stages = {**STAGES, **GOLD, "ppo": {**STAGES["ppo"], "reward": "gold"}}
+    recipe, run = gold_run(tmp_path, stages=stages)
+    text = words(section(render(recipe, run), "short"))
+    assert "By the gold model gold, a second reward model, " in text
+    assert "no policy was trained" not in text.lower()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_raised_alarms_stand_alone_and_all_of_them_in_a_fold(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    alarms = read_json(run.over_optimisation)["alarms"]
+    found = section(render(recipe, run), "alarms")
+    assert found is not None
+    tables = [element for element in found.all() if element.tag == "tbody"]
+    (fold,) = [element for element in found.all() if element.tag == "details"]
+    assert tables[1] in fold.all() and tables[0] not in fold.all()
+    rows = [
+        [words(cell) for cell in row.children if isinstance(cell, Element)]
+        for row in tables[0].all()
+        if row.tag == "tr"
+    ]
+    assert [row[:2] for row in rows] == [["ppo", "gold"], ["ppo", "length"]]
+    assert rows[1][2] == "answers are 1.70 times as long as the reference's"
+    assert len([row for row in tables[1].all() if row.tag == "tr"]) == len(alarms)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_an_alarm_the_page_says_so(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    over = read_json(run.over_optimisation)
+    write_json(run.over_optimisation, {**over, "alarms": [{**alarm, "raised": False} for alarm in over["alarms"]]})
+    page = render(recipe, run)
+    assert "None of the alarms for over-optimisation was raised." in words(section(page, "short"))
+    assert "No alarm was raised." in words(section(page, "alarms"))
+
+
+def test_alarms_are_ordered_by_raised_then_policy() -> None:
+    alarms = [
+        {"policy": policy, "raised": raised}
+        for policy, raised in (("b", False), ("b", True), ("a", True), ("a", False))
+    ]
+    assert order_alarms(alarms, ["a", "b", "c"]) == ([2, 1, 3, 0], {"a": [2], "b": [1]})
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_sections_stand_only_where_their_data_exist(tmp_path: Path) -> None:
+    plain = render(*write_run(tmp_path / "plain", count=8, steps=2, evaluation={"best_of_n": 0, "adversarial": False}))
+    assert section(plain, "adversarial") is None
+    assert "gold" not in words(section(plain, "results"))
+    assert "picked by the reward model" not in plain
+    assert "Along the training" not in plain  # no checkpoints
+    assert 'href="#adversarial"' not in plain
+    full = render(*gold_run(tmp_path))
+    assert "The same by the gold model" in words(section(full, "results"))
+    assert "picked by the reward model" in words(section(full, "results"))
+    for name in ("reference", "dpo", "grpo", "ppo"):
+        assert name in words(section(full, "adversarial"))
+    assert "Along the training" in words(section(full, "alarms"))
+    unscored = render(
+        *write_run(
+            tmp_path / "unscored", reward=None, stages={"dpo": STAGES["dpo"] | {"init": None}}, count=8, steps=2
+        )
+    )
+    assert "Gain at the same KL" not in unscored
+    assert section(unscored, "reward-model") is None
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_method_that_never_got_so_far_has_a_dash(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    last = read_json(run.pareto)["axes"]["reward"]["at_kl"][-1]
+    assert last["kl"] == 20.0 and set(last["gains"].values()) == {None}
+    results = section(render(recipe, run), "results")
+    assert results is not None
+    cells = [e for e in results.all() if "/at_kl/2/gains/" in e.attrs.get("data-source", "")]
+    assert len(cells) == 2 * 4  # reward and gold; three trainers and best of n
+    assert {cell.text() for cell in cells} == {"–"}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_courses_say_where_the_measured_peak_is(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    over = read_json(run.over_optimisation)
+    fit = {"alpha": 1.0, "beta": 0.5, "peak_sqrt_kl": 1.5, "peak_kl": 2.25, "r2": 0.9}
+    furthest = {"peak_sqrt_kl": 30.0, "peak_kl": 900.0}
+    over["stages"]["ppo"]["fit"] = {"proxy": {**fit, **furthest}, "gold": fit}
+    over["stages"]["dpo"]["fit"] = {"proxy": None, "gold": None}
+    write_json(run.over_optimisation, over)
+    figures = [e for e in Tree(render(recipe, run)).root.all() if e.tag == "figcaption"]
+    captions = {words(e).split()[0]: words(e) for e in figures if "gold model" in words(e)}
+    assert captions["ppo"] == "ppo reward model, no peak within the points gold model, peak at 2.25 nats"
+    assert captions["dpo"] == "dpo reward model gold model"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_findings_of_the_error_analysis_are_on_the_page_with_their_files(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    found = section(render(recipe, run), "reward-model")
+    text = words(found)
+    assert found is not None
+    for stage in ("rm", "gold"):
+        assert f"Where {stage} is wrong It is better than a coin" in text
+        assert f"Attention: {stage} prefers longer answers more than the humans do." in text
+    assert "No difference is seen between rm and gold." in text
+    assert text.count("Attention") == 2  # the other findings are no alarms
+    links = {unquote(e.attrs["href"]) for e in found.all() if e.tag == "a"}
+    names = {"error_analysis_report.txt", "error_analysis_plots.png", "error_examples.jsonl", "error_analysis.json"}
+    assert {f"rm/evaluation/{name}" for name in names} <= links
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_contents_name_what_the_evaluation_wrote_and_nothing_else(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    run.figure("pareto").touch()
+    paths = [path for path, _ in list_contents(recipe, run)]
+    assert len(paths) == len(set(paths))
+    assert "evaluation/pareto.png" in paths
+    assert "evaluation/kl_drift.png" not in paths
+    assert "evaluation/final_results.json" not in paths
+    assert {"evaluation/adversarial.json", "evaluation/over_optimisation.json", "errors/comparison.json"} <= set(paths)
+    assert {"samples", "rm/evaluation/error_analysis.json", "gold/evaluation/scores.jsonl"} <= set(paths)
+    links = {e.attrs.get("href") for e in Tree(render(recipe, run)).root.all() if e.tag == "a"}
+    assert "evaluation/pareto.png" in links
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_hostile_texts_of_the_new_files_are_inert(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path, answers=[HOSTILE, "fine"])
+    over = read_json(run.over_optimisation)
+    over["alarms"][0] |= {"alarm": f"refusal:{HOSTILE}", "says": HOSTILE, "raised": True}
+    write_json(run.over_optimisation, over)
+    analysis = read_json(run.error_analysis("rm"))
+    analysis["findings"][0]["says"] = HOSTILE
+    write_json(run.error_analysis("rm"), analysis)
+    metrics = read_json(run.metrics)
+    metrics["policies"]["dpo"]["health"]["common_opening"]["text"] = HOSTILE
+    write_json(run.metrics, metrics)
+    page = render(recipe, run)
+    assert Tree(page)
+    assert not re.search(r"<script|[\x00\x1b\u202e\u202c]", page)
+    assert not [e for e in Tree(page).root.all() if any(name.startswith("on") for name in e.attrs)]
 
 
 def test_samples_alternate_between_subsets_and_show_one_prompt_in_every_file() -> None:
@@ -330,8 +525,20 @@ def around(mean: float, half: float) -> dict[str, float]:
 @pytest.mark.parametrize("width", [360, 900])
 def test_names_of_nearby_policies_do_not_cover_each_other(width: int) -> None:
     places = (("dpo", 4.0, 1.0), ("grpo", 4.2, 1.02), ("ppo", 4.4, 0.98))
-    points = [Point(name, name, around(kl, 0.3), around(gain, 0.1)) for name, kl, gain in places]
-    svg = Tree(plot_reward_kl(points, width, 380, "key", "label")).root
+    points = [
+        {
+            "policy": name,
+            "trainer": name,
+            "step": None,
+            "on_front": True,
+            "kl": around(kl, 0.3),
+            "gain": around(gain, 0.1),
+        }
+        for name, kl, gain in places
+    ]
+    origin = {"policy": "reference", "trainer": None, "step": None, "on_front": True}
+    points.append({**origin, "kl": around(0, 0), "gain": around(0, 0)})
+    svg = Tree(plot_frontier({"points": points, "best_of_n": []}, "reward", width, 380, "key", "label")).root
     labels = {element.text(): element.attrs for element in svg.all() if element.tag == "text"}
     boxes = []
     for name in ("reference", "dpo", "grpo", "ppo"):
@@ -343,6 +550,7 @@ def test_names_of_nearby_policies_do_not_cover_each_other(width: int) -> None:
             assert abs(x - other_x) >= half + other_half or abs(y - other_y) >= 10
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_recipe_on_the_page_is_a_recipe_again(tmp_path: Path) -> None:
     stages = {name: STAGES[name] for name in ("sft", "rm", "dpo")}
     recipe, run = write_run(tmp_path / "run", stages=stages, count=4, steps=1)
@@ -361,6 +569,7 @@ def test_report_refuses_an_unfinished_run(tmp_path: Path) -> None:
     assert not run.report.exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_missing_exploration_and_null_values_are_no_obstacle(tmp_path: Path) -> None:
     recipe, run = write_run(tmp_path / "run", stages={"sft": STAGES["sft"]}, reward=None, steps=1)
     run.done("explore").unlink()

@@ -19,9 +19,10 @@ from conftest import RECIPE, ROOT, small_recipe
 from safetensors.torch import load_file
 
 from rlhf_trl import train as train_module
-from rlhf_trl.callbacks import last_valid_checkpoint
-from rlhf_trl.models import encode, load_reward_model, recorded_tokenizer
+from rlhf_trl.checkpoints import last_valid_checkpoint
+from rlhf_trl.models import encode, recorded_tokenizer
 from rlhf_trl.recipe import UserError
+from rlhf_trl.rewards import load_reward_model
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_json
 from rlhf_trl.train import build_config, build_reward_function, build_trainer, train
 
@@ -159,7 +160,7 @@ import json, sys
 from pathlib import Path
 from rlhf_trl.recipe import load_recipe
 from rlhf_trl.rundir import RunDir, read_jsonl
-from rlhf_trl.models import load_reward_model
+from rlhf_trl.rewards import load_reward_model
 run = RunDir(Path({str(run.root)!r})); pairs = read_jsonl(run.pairs("test"))[:4]
 model = load_reward_model(load_recipe(Path({str(run.root.parent.parent / "small.yaml")!r})), run, "rm")
 print(json.dumps(model.score([p["prompt"] for p in pairs], [p["chosen"] for p in pairs], [True] * 4).tolist()))
@@ -342,14 +343,14 @@ def test_a_run_killed_after_its_last_checkpoint_finishes(copy):
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    from rlhf_trl.callbacks import _seal
+    from rlhf_trl.checkpoints import seal
 
     for step in (9, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         for name in ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json"):
             (folder / name).write_bytes(os.urandom(300))
-        _seal(folder)
+        seal(folder)
     return tmp_path
 
 

@@ -24,6 +24,7 @@ from rlhf_trl.data.figures import draw
 from rlhf_trl.data.hh import Pair, RowError, normalise
 from rlhf_trl.data.sources import read_rows
 from rlhf_trl.data.summary import QUANTILES
+from rlhf_trl.health import REFUSAL_CHARACTERS, REFUSALS, refuses
 from rlhf_trl.recipe import Recipe
 from rlhf_trl.rundir import RunDir, write_json, write_text
 from rlhf_trl.stats import Estimate, wilson
@@ -34,22 +35,6 @@ RATIOS = (1.0, 1.25, 1.5, 2.0, 3.0, math.inf)
 TOP_WORDS = 12
 MIN_WORD_COUNT = 20
 WORD = re.compile(r"\w+(?:'\w+)*")
-# Plain refusals in the first person. Polite ways around a question are not found, so the shares are lower bounds.
-REFUSALS = (
-    r"\bi (?:really |just |simply |also )?"
-    r"(?:can't|cannot|can not|won't|will not|couldn't|could not|don't want to|do not want to"
-    r"|don't think i (?:can|should)) (?:really |just |ever )?"
-    r"(?:help|assist|do (?:that|this|it)|give you|provide|tell you|show you|teach|answer|discuss|talk about|share"
-    r"|participate|be part of|take part|engage|condone|support|encourage)",
-    r"\bi(?:'m| am) (?:really |just )?"
-    r"(?:not (?:able|allowed|comfortable|going|willing) (?:to|with|giving|telling|helping|talking)\b"
-    r"|unable to|uncomfortable)",
-    r"\bi (?:don't|do not|wouldn't|would not) feel comfortable",
-    r"\bi(?:'d| would) (?:really |much )?(?:rather|prefer) not\b",
-    r"\bi (?:refuse to|must decline|have to decline|have to refuse)\b",
-)
-REFUSAL = re.compile("|".join(REFUSALS))
-REFUSAL_CHARACTERS = 300
 DEFINITIONS = {
     "pairs": "rows of the source with one prompt and two different, non-empty answers; what else `prepare` drops "
     "(ties, duplicates, over-long rows) is included",
@@ -125,11 +110,6 @@ def explore(recipe: Recipe, run: RunDir) -> None:
     write_json(run.exploration / "statistics.json", statistics)
     draw(run.exploration, statistics, {name: _lengths(subset) for name, subset in subsets.items()})
     write_text(run.exploration / "samples.md", examples.render(recipe.data.source))
-
-
-def refuses(answer: str) -> bool:
-    """Tell whether an answer opens with a plain refusal."""
-    return bool(REFUSAL.search(answer[:REFUSAL_CHARACTERS].lower().replace("’", "'")))
 
 
 def _measure(

@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from rlhf_trl.data.hh import Message, Pair, Reason, RowError, normalise
 from rlhf_trl.data.sources import read_rows
-from rlhf_trl.data.split import prompt_keys, split
+from rlhf_trl.data.split import halve, prompt_keys, split
 from rlhf_trl.data.summary import Kept, Tally, longer, summarise
-from rlhf_trl.recipe import Data, Recipe, UserError
+from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rundir import RunDir, write_json, write_jsonl, write_text
+from rlhf_trl.sections import Data
 
 # Marks that may differ between two copies of one text; not those that carry meaning, such as the minus of a number.
 ROUGH = re.compile(r"[\s.,;:!?'\"“”‘’…()\[\]{}–—]+")
@@ -80,12 +81,14 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
         data.test_fraction,
         recipe.seed,
     )
+    halves = halve([item.keys for item in kept], recipe.seed)
     splits = {
         "train": [item for item, test in zip(kept, held_out, strict=True) if not test],
         "test": [item for item, test in zip(kept, held_out, strict=True) if test],
     }
+    half_of = {item.row: half for item, half in zip(kept, halves, strict=True)}
     for name, items in splits.items():
-        _write_split(run, name, items)
+        _write_split(run, name, items, half_of)
     tokenizer.save_pretrained(run.tokenizer)
     write_json(run.summary, summarise(recipe, tokenizer, tallies, splits))
 
@@ -95,12 +98,13 @@ def prompt_id(prompt: list[Message]) -> str:
     return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _write_split(run: RunDir, name: str, items: list[Kept]) -> None:
+def _write_split(run: RunDir, name: str, items: list[Kept], half_of: dict[int, str]) -> None:
     prompts: dict[str, dict[str, Any]] = {}
+    pairs = []
     for item in items:
         key = prompt_id(item.pair.prompt)
         prompts.setdefault(key, {"id": key, "prompt": item.pair.prompt, "subset": item.subset})
-    pairs = ({**vars(item.pair), "row": item.row, "subset": item.subset} for item in items)
+        pairs.append({**vars(item.pair), "row": item.row, "subset": item.subset, "id": key, "half": half_of[item.row]})
     write_jsonl(run.pairs(name), pairs)
     write_jsonl(run.prompts(name), prompts.values())
 

@@ -100,6 +100,16 @@ def split(
     return [root in held_out for root in roots]
 
 
+def halve(keys: Sequence[Sequence[bytes]], seed: int) -> list[str]:
+    """Assign each row to the `first` or `second` half, so that what `split` keeps together stays together."""
+    roots = _join(keys)
+    names: dict[bytes, bytes] = {}
+    for row, root in zip(keys, roots, strict=True):
+        names[root] = min(names.get(root, row[-1]), row[-1])
+    return ["first" if hashlib.sha256(b"half %d " % seed + names[root]).digest()[0] < 128 else "second"
+            for root in roots]  # fmt: skip
+
+
 def _join(keys: Sequence[Sequence[bytes]]) -> list[bytes]:
     """Name the group of each row; a prompt joins the rows that have it and those whose prompt begins with it."""
     parents: dict[bytes, bytes] = {}

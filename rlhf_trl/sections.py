@@ -1,0 +1,159 @@
+"""The sections of a recipe that the project owns, as strict types.
+
+What the libraries own, a stage's `args` and `model`, stays verbatim. Imports neither torch nor the libraries.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Trainer = Literal["sft", "reward", "dpo", "grpo", "ppo"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,127}")
+
+
+def _valid_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError("a name starts with a letter or digit and holds only letters, digits and . _ = - (up to 128)")
+    return name
+
+
+def _single_value(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("a sweep lists single values: numbers, texts, true or false")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_valid_name)]
+Scalar = Annotated[Any, AfterValidator(_single_value)]
+
+
+class Strict(BaseModel):
+    """Refuse unknown keys and silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(Strict):
+    """Where the preference pairs come from and how they are cleaned and split."""
+
+    source: str = Field(default="Anthropic/hh-rlhf", min_length=1)
+    """A Hub id, a local file or folder (.jsonl, .jsonl.gz, .json, .parquet, .csv), or `builtin:demo`."""
+    revision: str = "main"
+    """Branch, tag or commit of a Hub source."""
+    subsets: list[str] = []
+    """Folders of the Hub source, or files (without their extension) of a local folder; empty means all."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Keep this many rows, chosen by a seeded hash, so that the choice does not depend on their order."""
+    max_length: int = Field(default=512, ge=16)
+    """Tokens of prompt and answer together."""
+    min_answer_chars: int = Field(default=1, ge=1)
+    """Answers with fewer characters are dropped."""
+    tie_threshold: float = Field(default=0.98, gt=0, le=1)
+    """Pairs whose answers are at least this similar (normalised Indel similarity, 0-1) are ties and are dropped."""
+    test_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the prompts that is held out."""
+    max_dropped_fraction: float = Field(default=0.2, ge=0, le=1)
+    """`prepare` stops when a larger share of the rows is dropped."""
+
+
+class Stage(Strict):
+    """One training run."""
+
+    trainer: Trainer
+    init: Name | None = None
+    """The stage whose model this one starts from; its reference, too. Without it, the recipe's base model."""
+    reward: Name | None = None
+    """The reward stage that scores the answers (grpo and ppo)."""
+    half: Literal["first", "second"] | None = None
+    """Train on this half of the training prompts alone (sft, reward and dpo)."""
+    model: dict[str, Any] = {}
+    """Keys of the recipe's `model` block that differ for this stage."""
+    args: dict[str, Any] = {}
+    """Options of the trainer's own config class, verbatim."""
+    sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = {}
+    """Option -> values; expands to one stage for each combination."""
+
+
+class Decoding(Strict):
+    """How answers are sampled."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """0 takes the most likely token."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 keeps every token."""
+
+
+class Worst(Strict):
+    """The reference point of the hypervolume: what a policy must beat to count at all."""
+
+    gain: float = 0.0
+    kl: float = Field(default=20.0, gt=0)
+
+
+class Alarms(Strict):
+    """Thresholds of the alarms; each compares a policy with the reference. An alarm never stops a run."""
+
+    gold_drop: float = Field(default=0.0, ge=0)
+    """Gold reward lost while the reward rises."""
+    length_ratio: float = Field(default=1.5, gt=1)
+    """Mean length, as a ratio either way."""
+    cut_rise: float = Field(default=0.2, gt=0, le=1)
+    """Rise of the share of answers that reach max_new_tokens."""
+    repetition_rise: float = Field(default=0.1, gt=0, le=1)
+    """Rise of the share of repeated 4-grams within an answer."""
+    distinct_ratio: float = Field(default=0.6, gt=0, lt=1)
+    """Distinct 2-grams over all answers, as a ratio."""
+    opening_share: float = Field(default=0.3, gt=0, le=1)
+    """Share of answers that begin with the same five words."""
+    entropy_ratio: float = Field(default=0.5, gt=0, lt=1)
+    """Mean entropy of the policy's tokens, as a ratio."""
+    refusal_rise: float = Field(default=0.2, gt=0, le=1)
+    """Rise or fall of the share of refusals in a subset."""
+
+
+class Evaluation(Strict):
+    """What is measured on held-out prompts, for the reference and for every policy."""
+
+    reward: str | None = Field(default=None, min_length=1)
+    """The reward stage that scores the answers, or the Hub id or path of a reward model (a text with a slash)."""
+    gold: str | None = Field(default=None, min_length=1)
+    """A second reward model that no policy was trained with, likewise. Where it is a stage, it learns from one half
+    of the training prompts (`half`), and the other reward stages and dpo from the other half."""
+    prompts: int = Field(default=200, ge=2)
+    max_new_tokens: int = Field(default=128, ge=1)
+    judge_decoding: Decoding | None = None
+    """A second answer to each prompt, for the judge and the samples; without it, they take those of temperature 1."""
+    checkpoints: int = Field(default=0, ge=0)
+    """Evaluate this many of the saved checkpoints of each policy stage, evenly spaced, besides the final model."""
+    best_of_n: int = Field(default=16, ge=0)
+    """Answers of the reference to each prompt for the best-of-n curve, n = 1, 2, 4, ... up to this; 0: none."""
+    kl_budgets: list[Annotated[float, Field(gt=0)]] = [0.5, 1.0, 2.0, 5.0, 10.0]
+    """KL, in nats per answer, at which the gains are compared."""
+    worst: Worst = Worst()
+    adversarial: bool = True
+    """Answer the project's adversarial prompts, too."""
+    alarms: Alarms = Alarms()
+    generation_batch_size: int = Field(default=32, ge=1)
+    score_batch_size: int = Field(default=16, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the models in evaluation; without it, that of the `model` block."""
+
+
+class Errors(Strict):
+    """The error analysis of every reward stage."""
+
+    pairs: int = Field(default=1000, ge=1)
+    """Held-out pairs at most, chosen by a seeded hash."""
+    examples: int = Field(default=20, ge=1)
+    """Pairs of each kind that are shown in full."""
+
+
+class Samples(Strict):
+    """The exported samples."""
+
+    per_model: int = Field(default=20, ge=1)
+    """Prompt/response pairs of each model."""

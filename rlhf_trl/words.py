@@ -1,0 +1,131 @@
+"""The words of a text, and how often they repeat: within a text, and over many.
+
+Reads and writes nothing. A word is a run of letters and digits; in scripts without spaces (Chinese, Japanese, Thai,
+Lao, Khmer, Burmese) each character; and any other visible character by itself, so that `!!!!!!!!` is a repetition,
+too. Case does not matter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+NO_SPACES = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U000323af"
+)
+# Accents and vowel signs that \w leaves out: combining, Hebrew, Arabic, Indic.
+SIGNS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
+LETTERS = rf"(?:[^\W{NO_SPACES}]|[{SIGNS}])+"
+WORD = re.compile(rf"{LETTERS}(?:['’]{LETTERS})*|\S")
+
+Ngrams = Counter[tuple[str, ...]]
+
+
+def split_words(text: str) -> list[str]:
+    """Split a text into words; case and the form of the apostrophe are set aside."""
+    return [word.casefold().replace("’", "'") for word in WORD.findall(text)]
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Measure the share of a text's word n-grams that repeat an earlier one: 1 - unique / total, 0 without any."""
+    ngrams = count_ngrams(text, n)
+    return 1 - len(ngrams) / ngrams.total() if ngrams else 0.0
+
+
+def distinct(texts: Sequence[str], n: int, draw: int) -> float | None:
+    """Measure the share of different ones among `draw` word n-grams drawn at random from all texts.
+
+    The expected value, without drawing any: rarefaction (Hurlbert, 1971, Ecology 52:577). Plain distinct-n (Li et al.,
+    2016, arXiv 1510.03055), unique / total, falls with every further word, so that shorter answers look more diverse;
+    at the same `draw` they do not. With a `draw` of all n-grams, the two are the same. None where the texts hold
+    fewer than `draw`.
+    """
+    ngrams = _pool([count_ngrams(text, n) for text in texts])
+    return _rarefy(Counter(ngrams.values()), draw) if 0 < draw <= ngrams.total() else None
+
+
+def compare_distinct(ours: Sequence[str], theirs: Sequence[str], n: int = 2) -> tuple[float, float, float] | None:
+    """Divide the diversity of our answers by that of theirs to the same prompts: the ratio, and its 99 % interval.
+
+    Both sides draw as many n-grams as the smaller has without its longest answer. The interval is the jackknife's over
+    the prompts, on the logarithm: a bootstrap would take answers twice, and two copies are no diversity. None where
+    nothing can be drawn.
+    """
+    sides = [[count_ngrams(text, n) for text in texts] for texts in (ours, theirs)]
+    sizes = [[ngrams.total() for ngrams in side] for side in sides]
+    draw = min(sum(side) - max(side) for side in sizes)
+    if draw < 1:
+        return None
+    (our_all, our_rest), (their_all, their_rest) = (_leave_one_out(side, draw) for side in sides)
+    rest = np.log(our_rest / their_rest)
+    half = 2.576 * math.sqrt((len(rest) - 1) * rest.var())
+    ratio = our_all / their_all
+    return ratio, ratio * math.exp(-half), ratio * math.exp(half)
+
+
+def opening(text: str, words: int = 5) -> str:
+    """Give the text up to the end of its first words; a shorter text as a whole, one without words as ''."""
+    ends = [match.end() for match in itertools.islice(WORD.finditer(text), words)]
+    return text[: ends[-1]].strip() if ends else ""
+
+
+def common_opening(texts: Sequence[str], words: int = 5) -> tuple[float, str]:
+    """Find the share of the texts that begin with the most common opening, and that opening.
+
+    Openings are the same when their words are. Texts without words have none, and count in the share's denominator.
+    Of equally common openings, and of the ways to write one, the first in the order of characters is told.
+    """
+    written: dict[tuple[str, ...], list[str]] = {}
+    for text in texts:
+        if begin := opening(text, words):
+            written.setdefault(tuple(split_words(begin)), []).append(begin)
+    if not written:
+        return 0.0, ""
+    most = min(written, key=lambda begin: (-len(written[begin]), begin))
+    return len(written[most]) / len(texts), min(written[most])
+
+
+def count_ngrams(text: str, n: int) -> Ngrams:
+    """Count the runs of `n` words in a text."""
+    words = split_words(text)
+    return Counter(zip(*(words[start:] for start in range(n)), strict=False))
+
+
+def _pool(texts: Sequence[Ngrams]) -> Ngrams:
+    ngrams = Ngrams()
+    for text in texts:
+        ngrams.update(text)
+    return ngrams
+
+
+def _rarefy(spectrum: Counter[int], draw: int) -> float:
+    """Expected share of different n-grams in a draw: n-grams that occur c of T times are absent from it with the
+    chance C(T - c, draw) / C(T, draw). `spectrum`: c -> how many n-grams occur that often."""
+    total = sum(count * many for count, many in spectrum.items())
+
+    def log_choose(rest: int) -> float:
+        return math.lgamma(rest + 1) - math.lgamma(rest - draw + 1)
+
+    absent = {c: math.exp(log_choose(total - c) - log_choose(total)) if total - c >= draw else 0.0 for c in spectrum}
+    return sum(many * (1 - absent[c]) for c, many in sorted(spectrum.items())) / draw
+
+
+def _leave_one_out(texts: Sequence[Ngrams], draw: int) -> tuple[float, np.ndarray]:
+    """`distinct` of all texts, and of all but each: a float and (texts,)."""
+    ngrams = _pool(texts)
+    whole = Counter(ngrams.values())
+    rest = []
+    for text in texts:
+        spectrum = whole.copy()
+        for ngram, count in text.items():
+            spectrum[ngrams[ngram]] -= 1
+            spectrum[ngrams[ngram] - count] += 1
+        del spectrum[0]
+        rest.append(_rarefy(spectrum, draw))
+    return _rarefy(whole, draw), np.array(rest)
