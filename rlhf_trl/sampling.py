@@ -196,7 +196,7 @@ def measure_drift(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: 
         log_ratio = (log_q.gather(-1, tokens) - log_p.gather(-1, tokens)).squeeze(-1).double()
         p = log_p.exp()
         entropy = -(p * log_p).sum(-1)
-        kl = (p * (log_p - log_q)).sum(-1)
+        kl = (p * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding alone puts it below
         terms = torch.stack([kl, -log_ratio, log_ratio.expm1() - log_ratio, entropy])
         sums += torch.where(mask[:, part].bool(), terms, 0.0).sum(-1)
     return Drift(*sums.unbind())

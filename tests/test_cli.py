@@ -104,7 +104,7 @@ def test_an_unknown_recipe_suggests(name, problem, remedy, call, recipe_file):
 
 def test_a_recipe_that_ships_is_found_by_name_even_beside_a_folder_of_that_name(call, tmp_path):
     (tmp_path / "demo").mkdir()
-    assert call("validate", "demo") == (0, "demo: a valid recipe with the stages sft, rm, dpo, grpo, ppo\n", "")
+    assert call("validate", "demo") == (0, "demo: a valid recipe with the stages sft, rm, gold, dpo, grpo, ppo\n", "")
     assert call("validate")[0] == 0
 
 

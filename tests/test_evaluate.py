@@ -12,12 +12,14 @@ from conftest import ROOT, reset_accelerate, shared, small_recipe, train_all
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from rlhf_trl.errors import errors
 from rlhf_trl.evaluate import evaluate
 from rlhf_trl.models import encode, recorded_tokenizer
 from rlhf_trl.recipe import UserError, load_recipe
 from rlhf_trl.report import report
 from rlhf_trl.rewards import load_reward_model
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_jsonl
+from rlhf_trl.samples import samples
 from rlhf_trl.sampling import sample
 from rlhf_trl.train import train
 
@@ -320,7 +322,15 @@ def test_a_policy_that_repeats_what_is_rewarded_is_named(watched, tmp_path):
 
 def quick(recipe) -> list[str]:
     """Overrides that make every stage of a recipe a step or two on a few short rows."""
-    values = ["evaluation.prompts=4", "evaluation.max_new_tokens=8", "data.max_length=160", "data.test_fraction=0.2"]
+    values = [
+        "evaluation.prompts=4",
+        "evaluation.max_new_tokens=8",
+        "evaluation.checkpoints=0",
+        "evaluation.best_of_n=2",
+        "errors.pairs=8",
+        "data.max_length=160",
+        "data.test_fraction=0.2",
+    ]
     for name, stage in recipe.stages.items():
         args = f"stages.{name}.args"
         values += [f"{args}.per_device_train_batch_size=4", f"{args}.gradient_accumulation_steps=2",
@@ -351,12 +361,16 @@ def test_every_recipe_runs_from_pairs_to_report(path, tmp_path):
 def run_whole(recipe, run):
     run.write_provenance(recipe)
     train_all(recipe, run)
-    evaluate(recipe, run)
-    run.mark_done(recipe, "evaluate", 0.0)
-    reset_accelerate()
-    report(recipe, run)
+    for step in recipe.plan[recipe.plan.index("evaluate") :]:
+        {"evaluate": evaluate, "errors": errors, "samples": samples, "report": report}[step](recipe, run)
+        run.mark_done(recipe, step, 0.0)
+        reset_accelerate()
     assert run.report.stat().st_size > 20_000
     assert set(read_json(run.metrics)["policies"]) == {"reference", *recipe.policies}
+    assert len(read_jsonl(run.samples / "reference.jsonl")) == 4
+    for stage in recipe.reward_stages:
+        assert "accuracy" in run.error_report(stage).read_text()
+        assert run.error_plots(stage).stat().st_size > 20_000
 
 
 def test_gpt2_on_real_hh_text(tmp_path):

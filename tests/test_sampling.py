@@ -50,6 +50,15 @@ def test_kl_to_itself_is_exactly_zero():
     assert drift.kl.tolist() == drift.k1.tolist() == drift.k3.tolist() == [0.0] * 3
 
 
+def test_kl_of_almost_equal_policies_is_never_negative():
+    torch.manual_seed(0)
+    logits = torch.randn(64, 20, 500)
+    drift = measure_drift(
+        logits, logits + 1e-7 * torch.randn(64, 20, 500), torch.randint(500, (64, 20)), torch.ones(64, 20)
+    )
+    assert (drift.kl >= 0).all()
+
+
 def test_what_is_masked_does_not_count_even_if_it_is_not_finite():
     logits = torch.randn(1, 4, 5)
     ref = torch.randn(1, 4, 5)
