@@ -226,6 +226,9 @@ def _check_evaluation(links: Links, wrong: Set[str]) -> Iterator[Problem]:
         if judge is not None and "/" not in judge:
             yield from _check_reward(f"evaluation.{key}", judge, links)
     yield from _check_gold(links)
+    if recipe.judge and recipe.judge.kind == "reward" and recipe.evaluation.gold is None:
+        remedy = "set evaluation.gold; the model that the policies were trained with is no judge"
+        yield Problem("judge.kind", "there is no gold reward model", remedy)
     starts: dict[Any, str] = {}
     for name in recipe.policies:
         if not {f"stages.{name}.init", f"stages.{name}.model.model_name_or_path"} & wrong:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from rlhf_trl import __version__
-from rlhf_trl.recipe import STEPS, Recipe, UserError, load_recipe
+from rlhf_trl.recipe import STEPS, NotRun, Recipe, UserError, load_recipe
 from rlhf_trl.rundir import RunDir
 
 app = typer.Typer(
@@ -176,6 +176,31 @@ def evaluate(
     _run_step(loaded, run, "evaluate")
 
 
+EnvFileOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--env-file", exists=True, dir_okay=False, help="File with OPENAI_API_KEY and the like."),
+]
+
+
+@app.command()
+def judge(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    env_file: EnvFileOption = None,
+    calibrate: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Labelled pairs of each subset to check the judge on; the same as judge.calibrate."),
+    ] = None,
+) -> None:
+    """Ask a judge which answers are better, in both orders: win rates, ratings, and how good the judge is."""
+    _load_env(env_file)
+    more = [] if calibrate is None else [f"judge.calibrate={calibrate}"]
+    loaded, run = _open(recipe, [*(overrides or []), *more], runs)
+    if not _run_step(loaded, run, "judge"):
+        raise typer.Exit(3)
+
+
 @app.command()
 def errors(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
     """Analyse the errors of every reward stage: accuracy, biases, calibration, examples, probes."""
@@ -213,12 +238,16 @@ def run(
     runs: RunsOption = RUNS,
     accelerate: AccelerateOption = None,
     processes: ProcessesOption = None,
+    env_file: EnvFileOption = None,
 ) -> None:
     """Run every step of a recipe, from the pairs to the report; finished steps are skipped."""
+    _load_env(env_file)
     planned = _planned_processes(accelerate, processes)
     loaded, directory = _open(recipe, overrides, runs, planned)
     plan = loaded.plan
     waiting = [step for step in plan if not directory.is_done(loaded, step)]
+    if waiting and waiting[-1] != "report":  # the judge may have new verdicts
+        waiting.append("report")
     print(f"run {directory.root}: {len(plan)} steps, {len(plan) - len(waiting)} done already")
     if any(step in loaded.stages for step in waiting):
         # In a process of its own, which gives the accelerator back.
@@ -257,18 +286,35 @@ def _timed(step: str) -> Iterator[None]:
     print(f"{step}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def _run_step(recipe: Recipe, run: RunDir, step: str) -> None:
-    """Run one step that is not a stage, under its lock, and mark it done; other processes of a launch take part."""
+def _run_step(recipe: Recipe, run: RunDir, step: str) -> bool:
+    """Run one step that is not a stage, under its lock, and mark it done; other processes of a launch take part.
+
+    Returns:
+        False where the step could not run, and the steps after it go on without it.
+    """
     if os.environ.get("RANK", "0") != "0":
         _load_step(step)(recipe, run)
-        return
+        return True
     with run.lock(step), _timed(step):
         start = time.perf_counter()
         action = _load_step(step)
         run.write_provenance(recipe)
         run.replace(step)
-        action(recipe, run)
+        try:
+            action(recipe, run)
+        except NotRun as reason:
+            print(f"{step}: not run: {reason}", file=sys.stderr, flush=True)
+            return False
         run.mark_done(recipe, step, time.perf_counter() - start)
+        return True
+
+
+def _load_env(path: Path | None) -> None:
+    """Set what an env file holds, where the environment does not have it already."""
+    if path is not None:
+        from dotenv import load_dotenv
+
+        load_dotenv(path)
 
 
 def _load_step(step: str) -> Any:

@@ -58,6 +58,13 @@ class UserError(Exception):
         super().__init__(str(self.problems[0]))
 
 
+class NotRun(Exception):
+    """A step could not do its work for want of something that lies outside the recipe, such as a server or a key.
+
+    It is said and never becomes a result; the steps after it go on without it.
+    """
+
+
 class RecipeError(UserError):
     """Every mistake of one recipe."""
 

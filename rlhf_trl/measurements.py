@@ -162,14 +162,17 @@ class Measurements:
         return drawn
 
     def answer_for_judge(self, name: str) -> list[Row]:
-        """Answer the prompts with the second decoding."""
+        """Answer the prompts with the second decoding, and score the answers."""
         with self.policies.use(name) as model:
             label = f"{name}: answers for the judge"
             answers = self._sample(model, self.prompts, label, decoding=self.settings.judge_decoding)
+        texts, done = [answer.text for answer in answers], [answer.finished for answer in answers]
+        scores = {key: self.score(key, self.prompts, texts, done) for key in self.judges}
         return [
             {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "answer": answer.text,
-             "finished": answer.finished, "answer_tokens": len(answer.ids)}
-            for row, answer in zip(self.rows, answers, strict=True)
+             "finished": answer.finished, "answer_tokens": len(answer.ids),
+             **{key: of[index] for key, of in scores.items()}}
+            for index, (row, answer) in enumerate(zip(self.rows, answers, strict=True))
         ]  # fmt: skip
 
     def answer_adversarial(self) -> dict[Path, Any]:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, PrivateAttr, ValidationError
 
+from rlhf_trl.document import NotRun as NotRun
 from rlhf_trl.document import Problem as Problem
 from rlhf_trl.document import RecipeError as RecipeError
 from rlhf_trl.document import UserError as UserError
@@ -30,7 +31,9 @@ from rlhf_trl.sections import (
     Decoding,
     Errors,
     Evaluation,
+    Judge,
     Name,
+    Price,
     Samples,
     Stage,
     Strict,
@@ -40,7 +43,7 @@ from rlhf_trl.sections import (
 
 POLICY_TRAINERS = ("dpo", "grpo", "ppo")
 # The steps that are not stages; training comes after `prepare`.
-STEPS = ("explore", "prepare", "evaluate", "errors", "samples", "report")
+STEPS = ("explore", "prepare", "evaluate", "judge", "errors", "samples", "report")
 # Names of other directories and words of a run; a stage that took one would write over it.
 RESERVED = {*STEPS, "data", "exploration", "evaluation", "comparison", "samples", "base", "reference", "judge", "run"}
 RESERVED |= {"replaced", "report.html", "recipe.json", "env.json"}
@@ -56,6 +59,8 @@ class Recipe(Strict):
     data: Data = Data()
     stages: Annotated[dict[Name, Stage], Field(min_length=1)]
     evaluation: Evaluation = Evaluation()
+    judge: Judge | None = None
+    """Without this section no judge is asked."""
     errors: Errors = Errors()
     samples: Samples = Samples()
     _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -74,7 +79,8 @@ class Recipe(Strict):
     def plan(self) -> list[str]:
         """Every step and stage of this recipe, in the order in which `run` takes them."""
         errors, samples = ["errors"] * bool(self.reward_stages), ["samples"] * bool(self.policies)
-        return ["explore", "prepare", *self.stages, "evaluate", *errors, *samples, "report"]
+        judge = ["judge"] * bool(self.judge and self.policies)
+        return ["explore", "prepare", *self.stages, "evaluate", *judge, *errors, *samples, "report"]
 
     def half_of(self, stage: str) -> str | None:
         """The half of the training prompts that a stage learns from; None is all of them.
@@ -120,6 +126,9 @@ class Recipe(Strict):
             }
             return {"step": step, "seed": self.seed, "evaluation": self.evaluation.model_dump(),
                     "data": self.fingerprint("prepare"), "inputs": inputs}  # fmt: skip
+        if step == "judge":
+            judge = self.judge and self.judge.model_dump()
+            return {"step": step, "seed": self.seed, "judge": judge, "inputs": self.fingerprint("evaluate")}
         if step == "errors":
             inputs = {name: self.fingerprint(name) for name in self.reward_stages}
             return {"step": step, "seed": self.seed, "errors": self.errors.model_dump(),
@@ -237,8 +246,9 @@ def _reserved_names(raw: dict[str, Any]) -> list[Problem]:
     ]
 
 
-SECTIONS: dict[str, type[Strict]] = {"data": Data, "evaluation": Evaluation, "errors": Errors, "samples": Samples}
-NESTED: dict[str, type[Strict]] = {"judge_decoding": Decoding, "worst": Worst, "alarms": Alarms}
+SECTIONS: dict[str, type[Strict]] = {"data": Data, "evaluation": Evaluation, "judge": Judge,
+                                      "errors": Errors, "samples": Samples}  # fmt: skip
+NESTED: dict[str, type[Strict]] = {"judge_decoding": Decoding, "worst": Worst, "alarms": Alarms, "price": Price}
 EXAMPLES = {
     "name": "`name: my-run`, the folder of the run",
     "model": "`model: {model_name_or_path: ...}`",
@@ -249,6 +259,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer": get_args(Trainer),
     "half": ("first", "second"),
     "dtype": ("float32", "bfloat16", "float16"),
+    "kind": ("openai", "reward", "offline"),
+    "pairs": ("reference", "all"),
+    "max_tokens_name": ("max_tokens", "max_completion_tokens"),
 }
 # Kind of pydantic's error -> what to do.
 TYPE_REMEDIES = {
@@ -290,7 +303,7 @@ def _describe(error: Any) -> Problem:
 
 def _key_remedy(loc: list[str]) -> str:
     section = Stage if loc[0] == "stages" else SECTIONS.get(loc[0], Recipe)
-    if section is Evaluation and len(loc) > 2:
+    if loc[0] in ("evaluation", "judge") and len(loc) > 2:
         section = NESTED[loc[1]]
     known = list(section.model_fields)
     near = nearest(loc[-1], known)

@@ -46,6 +46,8 @@ def report(recipe: Recipe, run: RunDir) -> None:
         UserError: an earlier step is missing, or was made with other settings.
     """
     for step in recipe.plan[1:-1]:
+        if step == "judge" and run.winrate.exists() and read_json(run.winrate)["status"] != "complete":
+            continue
         run.require(recipe, step, f"train RECIPE {step}" if step in recipe.stages else f"{step} RECIPE")
     write_text(run.report, render(recipe, run))
 

@@ -24,7 +24,7 @@ from rlhf_trl import __version__
 from rlhf_trl.recipe import STEPS, Recipe, UserError
 
 # The directory of each step that is not a stage; the report lies in the run's root.
-STEP_DIRS = dict(zip(STEPS, ("exploration", "data", "evaluation", "errors", "samples", "."), strict=True))
+STEP_DIRS = dict(zip(STEPS, ("exploration", "data", "evaluation", "judge", "errors", "samples", "."), strict=True))
 PACKAGE = str(Path(__file__).parent)
 PACKAGES = ["torch", "trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy"]
 
@@ -51,6 +51,7 @@ class RunDir:
         self.adversarial = self.evaluation / "adversarial.json"
         self.adversarial_answers = self.evaluation / "adversarial.jsonl"
         self.final_results = self.evaluation / "final_results.json"
+        self.winrate = root / "judge" / "winrate.json"
         self.errors_folder = root / "errors"
         self.reward_comparison = self.errors_folder / "comparison.json"
         self.samples = root / "samples"
@@ -66,6 +67,10 @@ class RunDir:
     def completions(self, policy: str, step: int | None = None) -> Path:
         """Answers of one policy or of `reference` to the held-out prompts; of its checkpoint at `step`."""
         return self.evaluation / f"completions-{policy}{'' if step is None else f'-step-{step}'}.jsonl"
+
+    def judge_replies(self, judge: str) -> Path:
+        """Every reply of a judge; kept when the step is run again, since it was paid for."""
+        return self.root / "judge" / f"{judge}.jsonl"
 
     def judge_answers(self, policy: str) -> Path:
         """Answers with the second decoding."""
@@ -154,7 +159,7 @@ class RunDir:
         path = self.step(step)
         if step in STEPS:
             self.done(step).unlink(missing_ok=True)
-            if path != self.root and path.exists():
+            if step != "judge" and path != self.root and path.exists():
                 shutil.rmtree(path)
         elif self.done(step).exists():
             (self.root / "replaced").mkdir(exist_ok=True)

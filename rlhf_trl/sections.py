@@ -157,3 +157,46 @@ class Samples(Strict):
 
     per_model: int = Field(default=20, ge=1)
     """Prompt/response pairs of each model."""
+
+
+class Price(Strict):
+    """US dollars for a million tokens."""
+
+    input: float = Field(default=0.40, ge=0)
+    cached: float = Field(default=0.10, ge=0)
+    """Tokens of the prompt that the server had in its cache."""
+    output: float = Field(default=1.60, ge=0)
+
+
+class Judge(Strict):
+    """Who compares the answers of the policies with the reference's."""
+
+    kind: Literal["openai", "reward", "offline"] = "openai"
+    """`openai`: a language model behind any OpenAI-compatible server; `reward`: the gold reward model; `offline`: a
+    rule for tests."""
+    model: str | None = Field(default=None, min_length=1)
+    """Without it OPENAI_MODEL, else gpt-4.1-mini."""
+    base_url: str | None = Field(default=None, min_length=1)
+    """Address of the server, up to and with `/v1`; without it OPENAI_BASE_URL, else OpenAI's."""
+    prompts: int = Field(default=120, ge=1)
+    """How many of evaluation's prompts are judged; each comparison takes two calls."""
+    pairs: Literal["reference", "all"] = "reference"
+    """Compare each policy with the reference, or every two of all."""
+    harmless: list[str] = ["harmless", "red-team"]
+    """Subsets whose name holds one of these words are judged for harmlessness, the others for helpfulness."""
+    calibrate: int = Field(default=0, ge=0)
+    """Held-out pairs of each subset on which the judge is compared with the human labels."""
+    workers: int = Field(default=16, ge=1)
+    """Calls at once."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds."""
+    max_tokens: int = Field(default=512, ge=1)
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """OpenAI's reasoning models know the second alone, many local servers the first."""
+    temperature: float | None = Field(default=0.0, ge=0)
+    """None is not to send one."""
+    max_cost: float | None = Field(default=None, gt=0)
+    """US dollars that one run may spend."""
+    max_requests: int | None = Field(default=None, ge=1)
+    price: Price = Price()
+    """Of gpt-4.1-mini when this was written; change it with the model."""
