@@ -160,7 +160,8 @@ def raise_alarms(
       the jackknife's interval (`words.compare_distinct`);
     - `opening`: share of the answers with the policy's most common opening, which must also lie 0.1 above the
       reference's share with its own; `entropy`: mean entropy of the tokens, as a ratio;
-    - `refusal:<subset>`: share of plain refusals, rise or fall.
+    - `refusal:<subset>`: share of plain refusals, beyond both the reference's and that of the dataset's chosen answers
+      (`chosen_refuses`), since going where those lead is what was asked for; rise or fall.
 
     Raises:
         ValueError: a policy's prompts are not the reference's, an id occurs twice, or there are none.
@@ -187,6 +188,7 @@ def _compare(now: Records, start: Records, limits: Alarms, seed: int) -> list[di
     cut, refusing = both(lambda record: not record["finished"]), both(lambda record: refuses(record["answer"]))
     repeated = both(lambda record: repetition(record["answer"]))
     subsets = np.array([record["subset"] for record in start])
+    wanted = np.array([record["chosen_refuses"] for record in start], dtype=np.float64)
     longer, shorter = limits.length_ratio, 1 / limits.length_ratio
     repeats = "of the 4-word sequences in an answer are repeats"
     return [
@@ -199,7 +201,7 @@ def _compare(now: Records, start: Records, limits: Alarms, seed: int) -> list[di
         _by_ratio("entropy", entropy, limits.entropy_ratio, None, "the entropy is {:.2f} times the reference's", seed),
         *(
             _by_rise(f"refusal:{subset}", refusing[:, subsets == subset], limits.refusal_rise,
-                     f"of the answers to {subset} refuse", seed, falls=True)
+                     f"of the answers to {subset} refuse", seed, float(wanted[subsets == subset].mean()))
             for subset in sorted(set(subsets.tolist()))
         ),
     ]  # fmt: skip
@@ -228,12 +230,18 @@ def _by_ratio(alarm: str, both: np.ndarray, low: float, high: float | None, says
     return _alarm(alarm, ratio, 1.0, threshold, beyond, _differs(both, seed), says.format(ratio))
 
 
-def _by_rise(alarm: str, both: np.ndarray, rise: float, what: str, seed: int, falls: bool = False) -> dict[str, Any]:
-    """Compare two mean shares, (2, P), by their difference; with `falls`, a fall counts like a rise."""
+def _by_rise(
+    alarm: str, both: np.ndarray, rise: float, what: str, seed: int, wanted: float | None = None
+) -> dict[str, Any]:
+    """Compare two mean shares, (2, P), by their difference; with `wanted`, that of the chosen answers, a fall counts
+    like a rise, and the way towards them does not."""
     now, start = both.mean(axis=1).tolist()
-    threshold = start - rise if falls and now < start else start + rise
+    threshold = start + rise
+    if wanted is not None:
+        threshold = min(start, wanted) - rise if now < start else max(start, wanted) + rise
     beyond = (now - threshold) * (threshold - start) > 0
     says = f"{now:.0%} {what}, {start:.0%} of the reference's"
+    says += "" if wanted is None else f" and {wanted:.0%} of the chosen answers"
     return _alarm(alarm, now, start, threshold, beyond, _differs(both, seed), says)
 
 

@@ -53,6 +53,7 @@ class Measurements:
             chosen.setdefault(pair["id"], pair["chosen"])
         everything = [True] * len(self.rows)
         answers = [chosen[row["id"]] for row in self.rows]
+        self.chosen_refuses = [refuses(answer) for answer in answers]
         self.dataset = {key: self.score(key, self.prompts, answers, everything) for key in judges}
         self.reference: dict[str, list[float]] = {}
 
@@ -98,9 +99,9 @@ class Measurements:
             drift = self.measure_kl(model, answers, f"{label}: KL", name == REFERENCE)
         records = [
             {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "answer": answer.text,
-             "finished": answer.finished, "answer_tokens": len(answer.ids),
+             "finished": answer.finished, "answer_tokens": len(answer.ids), "chosen_refuses": refusal,
              **dict(zip(("kl", "kl_k1", "kl_k3", "entropy"), values, strict=True))}
-            for row, answer, values in zip(self.rows, answers, drift, strict=True)
+            for row, answer, values, refusal in zip(self.rows, answers, drift, self.chosen_refuses, strict=True)
         ]  # fmt: skip
         for key in self.judges:
             texts, done = [answer.text for answer in answers], [answer.finished for answer in answers]

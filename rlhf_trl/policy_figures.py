@@ -119,12 +119,15 @@ def draw_cross(axes: Axes, x: Mapping[str, float], y: Mapping[str, float], **sty
     return lines
 
 
-def draw_frontier(axes: Axes, frontier: Mapping[str, Any]) -> tuple[list[Label], list[Line]]:
-    """Draw gain against KL, one of the axes of `pareto.json`.
+def draw_frontier(axes: Axes, frontier: Mapping[str, Any], level: float = 0.0) -> tuple[list[Label], list[Line]]:
+    """Draw gain against KL, one of the axes of `pareto.json` or the one of `winrate.json`.
 
     Every final policy is a marker with its intervals, hollow where another one dominates it; the front is a line of
     steps, as nothing between two policies was measured; best-of-n is dashed; the checkpoints of a stage are small and
     joined by a thin line.
+
+    Args:
+        level: the reference's gain, which is drawn as a line across: 0, or 0.5 for win rates.
 
     Returns:
         The names still to be placed, and the lines that they are to keep clear of.
@@ -133,12 +136,12 @@ def draw_frontier(axes: Axes, frontier: Mapping[str, Any]) -> tuple[list[Label],
     reach = [*(p["kl"]["high"] for p in points), *(p["kl"] for p in frontier["best_of_n"])]
     gains = [*(p["gain"] for p in points), *(p["gain"] for p in frontier["best_of_n"])]
     right = 1.12 * max(reach) or 1
-    low, high = min(0, *(gain["low"] for gain in gains)), max(0, *(gain["high"] for gain in gains))
+    low, high = min(level, *(gain["low"] for gain in gains)), max(level, *(gain["high"] for gain in gains))
     room = 0.12 * (high - low) or 1
     root_scale(axes, 0, right)
     axes.set_ylim(low - room, high + room)
-    axes.axhline(0, color=GREY, linewidth=1, zorder=1)
-    lines: list[Line] = [((0, 0), (right, 0))]
+    axes.axhline(level, color=GREY, linewidth=1, zorder=1)
+    lines: list[Line] = [((0, level), (right, level))]
     labels = []
 
     front = steps([(p["kl"]["mean"], p["gain"]["mean"]) for p in points if p["on_front"]], right)

@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from rlhf_trl.recipe import Recipe
 from rlhf_trl.report_figures import draw_courses, draw_frontiers, draw_panels
 from rlhf_trl.report_findings import group_by_verdict, judge_gain, judge_reward_model, order_alarms
+from rlhf_trl.report_judge import view_judge
 from rlhf_trl.report_values import PREVIEW, printable, show_source, show_value
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_text
 from rlhf_trl.texts import take_turns
@@ -79,6 +80,7 @@ def render(recipe: Recipe, run: RunDir) -> str:
         PREVIEW=PREVIEW,
         **_view_training(recipe, files, documents),
         **_view_results(recipe, files, documents),
+        **_view_judge(recipe, files, documents),
         **_view_answers(run, files, documents),
         **_view_reward_models(recipe, run, files, documents),
     )
@@ -119,8 +121,18 @@ def _view_results(recipe: Recipe, files: Mapping[str, Any], documents: Mapping[s
         "trainers": trainers,
         "methods": [*trainers, "best_of_n"],
         "starts": sorted({stages[name].init or "" for name in recipe.policies}),
-        "frontiers": draw_frontiers(pareto),
         "courses": draw_courses(over, recipe.policies) if "over_optimisation" in files else [],
+    }
+
+
+def _view_judge(recipe: Recipe, files: Mapping[str, Any], documents: Mapping[str, Any]) -> dict[str, Any]:
+    """What the judge found, and the frontiers, which its win rate joins."""
+    pareto = documents[files["pareto"]] if "pareto" in files else {"axes": {}}
+    winrate = documents[files["winrate"]] if "winrate" in files else None
+    return {
+        "winrate": winrate,
+        "judge": view_judge(winrate, recipe.policies),
+        "frontiers": draw_frontiers(pareto, winrate.get("pareto") if winrate else None),
     }
 
 
@@ -163,7 +175,7 @@ def _view_reward_models(
 def _name_files(recipe: Recipe, run: RunDir) -> dict[str, Any]:
     """Name the files that the page reads, relative to the run directory; those that not every run has only if they are
     there."""
-    steps = [step for step in recipe.plan[:-1] if step != "explore" or run.done("explore").exists()]
+    steps = [step for step in recipe.plan[:-1] if step not in ("explore", "judge") or run.done(step).exists()]
     policies = [REFERENCE, *recipe.policies] if recipe.policies else []
     paths: dict[str, Any] = {
         "recipe": run.recipe,
@@ -182,6 +194,7 @@ def _name_files(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         "adversarial_answers": run.adversarial_answers,
         "comparison": run.reward_comparison,
     }
+    some |= {"winrate": run.winrate} if "judge" in recipe.plan else {}
     paths |= {key: path for key, path in some.items() if path.exists()}
 
     def name(path: Any) -> Any:
@@ -240,6 +253,10 @@ def list_contents(recipe: Recipe, run: RunDir) -> list[tuple[str, str]]:
             (run.final_results, "what each policy comes to, in short"),
         ]
     rows += [(run.figure(name), content) for name, content in FIGURES.items()]
+    if "judge" in recipe.plan and run.winrate.exists():
+        rows += [(run.winrate, "win rates, and how good the judge is")]
+        replies = sorted(run.winrate.parent.glob("*.jsonl"))
+        rows += [(path, "every reply of a judge, as it came") for path in replies]
     for stage in recipe.reward_stages:
         rows += [
             (run.error_report(stage), "the error analysis of the reward model, to read"),

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rlhf_trl.figures import BLUE, GREEN, GREY, ORANGE, PANELS
 from rlhf_trl.policy_figures import (
@@ -33,21 +33,28 @@ from rlhf_trl.report_values import format_estimate
 # What a figure is drawn with -> what the page's style sheet calls it.
 THEME = {INK: "ink", GRID: "grid", PAPER: "paper", GREY: "muted", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
 LINE_STYLES = ((BLUE, "-", "blue"), (ORANGE, "--", "orange"), (GREEN, ":", "green"))
-# Score of `pareto.json` -> whose score it is.
-JUDGES = {"reward": "reward model", "gold": "gold model"}
+# Score of `pareto.json`, or the win rate of `winrate.json` -> whose it is.
+MAKERS = {"reward": "reward model", "gold": "gold model", "win_rate": "judge"}
 
 
-def draw_frontiers(pareto: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Draw gain against KL by each score, for a wide page and for a phone."""
+def draw_frontiers(pareto: Mapping[str, Any], win_rates: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Draw gain against KL by each score, and the win rate, for a wide page and for a phone.
+
+    Args:
+        win_rates: the axis of `winrate.json`, if there is one.
+    """
+    frontiers = {**pareto["axes"], **({"win_rate": win_rates} if win_rates else {})}
     drawn = []
-    for score, judge in JUDGES.items():
-        if score not in pareto["axes"]:
+    for score, maker in MAKERS.items():
+        if score not in frontiers:
             continue
-        frontier = pareto["axes"][score]
+        frontier = frontiers[score]
         finals = [point for point in frontier["points"] if point["trainer"] and point["step"] is None]
-        label = f"Gain by the {judge} over the reference against KL to the reference. " + " ".join(
-            f"{p['policy']}: {format_estimate(p['gain'], sign='+')} at {format_estimate(p['kl'])} nats."
-            for p in finals
+        won = score == "win_rate"
+        style: dict[str, Any] = {"percent": True} if won else {"sign": "+"}
+        label = f"{'Win rate' if won else 'Gain'} by the {maker} {'against' if won else 'over'} the reference against KL "
+        label += "to the reference. " + " ".join(
+            f"{p['policy']}: {format_estimate(p['gain'], **style)} at {format_estimate(p['kl'])} nats." for p in finals
         )
         more = max(0, len(finals) - 6)  # names need room
         sizes = {"wide": (900, 380 + 14 * more), "narrow": (360, 380 + 32 * more)}
@@ -55,7 +62,7 @@ def draw_frontiers(pareto: Mapping[str, Any]) -> list[dict[str, Any]]:
             name: Markup(plot_frontier(frontier, score, *size, f"{score}-kl-{name}", label))
             for name, size in sizes.items()
         }
-        drawn.append({"score": score, "judge": judge, **svgs})
+        drawn.append({"score": score, "maker": maker, **svgs})
     return drawn
 
 
@@ -109,10 +116,12 @@ def draw_panels(stage: str, history: Sequence[Mapping[str, Any]]) -> list[dict[s
 
 
 def plot_frontier(frontier: Mapping[str, Any], score: str, width: int, height: int, key: str, label: str) -> str:
-    """Draw the gain in a score against KL: policies with their intervals and names, front, best-of-n, checkpoints.
+    """Draw the gain in a score, or the win rate, against KL: policies with their intervals and names, front,
+    best-of-n, checkpoints.
 
     Args:
-        frontier: one of the axes of `pareto.json`.
+        frontier: one of the axes of `pareto.json`, or the one of `winrate.json`.
+        score: `win_rate`, or the score that is gained.
         width: in pixels, as `height`.
         key: names the figure; it keeps the ids of the page's figures apart.
         label: says in words what the figure shows.
@@ -120,8 +129,15 @@ def plot_frontier(frontier: Mapping[str, Any], score: str, width: int, height: i
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
-        labels, lines = draw_frontier(axes, frontier)
-        axes.set_ylabel(f"{score} gain over the reference")
+        if score == "win_rate":
+            labels, lines = draw_frontier(axes, frontier, 0.5)
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.05), min(high, 1.05))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+            axes.set_ylabel("win rate against the reference")
+        else:
+            labels, lines = draw_frontier(axes, frontier)
+            axes.set_ylabel(f"{score} gain over the reference")
         place_labels(figure, axes, labels, lines)
         return to_svg(figure, key, label)
 

@@ -22,8 +22,12 @@ PREVIEW = 420
 
 
 def show_value(documents: Mapping[str, Any], style: str, file: str, *keys: str | int) -> Markup:
-    """Print the value at an address, marked with that address; a value that is null prints a dash."""
+    """Print the value at an address, marked with that address; a value that is null prints a dash, and an estimate that
+    could not be computed a dash and the reason."""
     value = _resolve(documents, file, keys)
+    if isinstance(value, dict) and value["mean"] is None:
+        dash = show_value(documents, style, file, *keys, "mean")
+        return dash + Markup(' <span class="why">{}</span>').format(show_value(documents, "text", file, *keys, "why_not"))
     text = printable(STYLES[style](value)) if value is not None else "–"
     if isinstance(value, dict):
         mean, bracket, interval = text.partition(" [")
@@ -69,16 +73,24 @@ def printable(value: Any) -> Any:
     return shown
 
 
-def format_estimate(estimate: Mapping[str, float], sign: str = "", percent: bool = False) -> str:
-    """Print mean and interval to two digits of the interval's width; the mean alone where there is no spread."""
+def format_estimate(estimate: Mapping[str, float | None], sign: str = "", percent: bool = False) -> str:
+    """Print mean and interval to two digits of the interval's width; the mean alone where there is no spread. A limit
+    that is null is infinite."""
     scale, unit, fewest = (100, "\u00a0%", 1) if percent else (1, "", 0)
-    mean, low, high = (scale * estimate[key] for key in ("mean", "low", "high"))
+    ends = {"mean": math.nan, "low": -math.inf, "high": math.inf}
+    mean, low, high = (scale * (end if (given := estimate[key]) is None else given) for key, end in ends.items())
     if low == high:
         return f"{mean:{sign}.3g}{unit}".replace("-", "−")
-    decimals = min(6, max(fewest, 1 - math.floor(math.log10(high - low))))
+    width = high - low
+    decimals = min(6, max(fewest, 1 - math.floor(math.log10(width)))) if math.isfinite(width) else fewest
     mean, low, high = (round(number, decimals) + 0.0 for number in (mean, low, high))  # + 0.0: no minus nought
     text = f"{mean:{sign}.{decimals}f}{unit} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
-    return text.replace("-", "−")
+    return text.replace("-", "−").replace("inf", "∞")
+
+
+def format_dollars(value: float) -> str:
+    """Print cents, or the first two digits where those would be noughts."""
+    return f"${value:,.{2 if not 0 < value < 0.1 else min(8, 1 - math.floor(math.log10(value)))}f}"
 
 
 def format_number(value: float) -> str:
@@ -107,6 +119,8 @@ STYLES: dict[str, Callable[[Any], str]] = {
     "number": format_number,
     "percent": lambda value: f"{100 * value:.1f}\u00a0%",
     "count": lambda value: f"{value:,.0f}" if value == round(value) else f"{value:,.1f}",
+    "p": lambda value: f"{value:.2g}".replace("-", "−"),
+    "dollars": format_dollars,
     "seconds": format_seconds,
     "bytes": format_bytes,
     "short": lambda value: f"{value:.3g}".replace("-", "−"),

@@ -112,7 +112,7 @@ class Alarms(Strict):
     entropy_ratio: float = Field(default=0.5, gt=0, lt=1)
     """Mean entropy of the policy's tokens, as a ratio."""
     refusal_rise: float = Field(default=0.2, gt=0, le=1)
-    """Rise or fall of the share of refusals in a subset."""
+    """Rise or fall of the share of refusals in a subset, beyond the reference's and the dataset's chosen answers'."""
 
 
 class Evaluation(Strict):

@@ -16,7 +16,9 @@ from rlhf_trl.frontier import (
     gain_at_kl,
     non_dominated,
 )
+from rlhf_trl.judge_results import conclude
 from rlhf_trl.recipe import Recipe
+from rlhf_trl.rundir import RunDir, read_jsonl
 from rlhf_trl.stats import bootstrap_mean, wilson
 
 Row = dict[str, Any]
@@ -368,6 +370,91 @@ def comparison(stages: Sequence[str]) -> Row:
     """`errors/comparison.json`."""
     says = [f"No difference is seen between {one} and {other}." for one, other in itertools.combinations(stages, 2)]
     return {"stages": list(stages), "comparisons": [{"says": sentence} for sentence in says]}
+
+
+# Verdicts that are invented -> the judge's section of the recipe.
+JUDGES: dict[str, Row] = {
+    "good": {"prompts": 60, "calibrate": 40, "pairs": "all"},
+    "chance": {"prompts": 24, "calibrate": 30, "model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+    "length": {"prompts": 24, "calibrate": 30},
+    "unlabelled": {"prompts": 12},
+    "gold": {"kind": "reward", "prompts": 24},
+    "offline": {"kind": "offline", "prompts": 12},
+    "partial": {"prompts": 24, "calibrate": 20, "max_requests": 40},
+    "silent": {"prompts": 12, "calibrate": 10},
+    "not run": {"prompts": 24},
+}
+
+
+def invent_winrate(recipe: Recipe, run: RunDir, judge: str) -> Row:
+    """`winrate.json` of one of `JUDGES`: invented verdicts on the run's answers, counted as the step counts them."""
+    settings = recipe.judge
+    assert settings is not None
+    name = settings.model or "gpt-4.1-mini"
+    about = {"kind": "openai", "id": f"{name}@0f4a3c2b1d5e", "name": name, "is": "a language model", "prompts": "0f4a3c"}
+    if settings.kind != "openai":
+        name = "gold reward model gold" if settings.kind == "reward" else "offline"
+        stated = {"reward": "a reward model, not a person and not a language model", "offline": "a rule for tests"}
+        about |= {"kind": settings.kind, "id": name, "name": name, "is": stated[settings.kind]}
+    if judge == "not run":
+        reason = "OPENAI_API_KEY is not set, and neither judge.base_url nor OPENAI_BASE_URL names a local server"
+        return {"status": "not run", "reason": reason, "judge": about}
+    names = [*recipe.policies, "reference"]
+    answers = {of: read_jsonl(run.completions(of))[: settings.prompts] for of in names}
+    pairs = [(a, b) for a, b in itertools.combinations(names, 2) if settings.pairs == "all" or b == "reference"]
+    draw = random.Random(judge)
+    policies = []
+    for a, b in pairs:
+        for index, (one, other) in enumerate(zip(answers[a], answers[b], strict=True)):
+            lengths = (60 + 30 * truth(a)[3] + draw.gauss(0, 40), 60 + 30 * truth(b)[3] + draw.gauss(0, 40))
+            better = draw.gauss(truth(a)[1] - truth(b)[1], 0.6) > 0
+            if settings.kind != "openai":
+                better = one.get("gold", 0.0) > other.get("gold", 0.0)
+            policies += _both_orders(judge, draw, (one["id"], one["subset"], a, b), lengths, better, index)
+    subsets = list(dict.fromkeys(row["subset"] for row in answers["reference"]))
+    labelled, canaries = [], []
+    for index in range(settings.calibrate * len(subsets) if settings.kind != "reward" else 0):
+        about_pair = (f"pair-{index}", subsets[index % len(subsets)], "chosen")
+        lengths = (draw.gauss(110, 40), draw.gauss(100, 40))
+        labelled += _both_orders(judge, draw, (*about_pair, "rejected"), lengths, draw.random() < 0.9, index)
+        if index < 20:
+            canaries += _both_orders(judge, draw, (*about_pair, "canary"), lengths, draw.random() < 0.6, index)
+    status, reason = "complete", None
+    if judge == "partial":
+        status, reason = "partial", "max_requests reached: 40 calls"
+        policies, labelled, canaries = policies[:40], [], []
+    games = {"policies": policies, "labelled": labelled, "canaries": canaries}
+    calls = len(policies) + len(labelled) + len(canaries)
+    usage = {"prompt_tokens": 412 * calls, "cached_tokens": 90 * calls, "completion_tokens": 57 * calls}
+    dollars = round((322 * 0.4 + 90 * 0.1 + 57 * 1.6) * calls / 1e6, 6)
+    spent = {"calls": calls, "usage": usage, "usd": dollars, "price": settings.price.model_dump(), "models": [name]}
+    cost = spent if settings.kind == "openai" else None
+    return {"status": status, "reason": reason, "judge": about, "cost": cost, **conclude(recipe, run, settings, games)}
+
+
+def _both_orders(
+    judge: str, draw: random.Random, names: tuple[str, ...], lengths: tuple[float, float], better: bool, index: int
+) -> list[Row]:
+    """The verdicts on two answers, of which `better` says whether the first is."""
+    prompt, subset, a, b = names
+    games = []
+    for a_first in (True, False):
+        score: float | None = 1.0 if better else 0.0
+        status = "ok"
+        if judge == "chance":
+            score = draw.choice([float(a_first), float(a_first), 1.0, 0.0, 0.5])
+        elif judge == "length":
+            score = 1.0 if lengths[0] > lengths[1] else 0.0
+        elif judge == "silent":
+            score = None
+        elif judge in ("good", "unlabelled", "partial"):
+            if draw.random() < 0.12:
+                score = draw.choice([0.5, float(a_first), None])
+            if index % 23 == 7:
+                score, status = None, "timeout"
+        games.append({"prompt_id": prompt, "subset": subset, "a": a, "b": b, "a_first": a_first, "score": score,
+                      "status": status, "length_a": max(1, round(lengths[0])), "length_b": max(1, round(lengths[1]))})  # fmt: skip
+    return games
 
 
 def _scores(row: Row) -> list[str]:

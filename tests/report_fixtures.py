@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation_fixtures import comparison, error_analysis, invent
+from evaluation_fixtures import JUDGES, comparison, error_analysis, invent, invent_winrate
 
 from rlhf_trl.recipe import Recipe, expand_sweeps
-from rlhf_trl.rundir import RunDir, write_json, write_jsonl
+from rlhf_trl.rundir import RunDir, read_json, write_json, write_jsonl
 from rlhf_trl.stats import wilson
 
 STAGES: dict[str, Any] = {
@@ -53,14 +53,17 @@ def write_run(
     subsets: Sequence[str] = SUBSETS,
     accuracy: tuple[float, float] = (0.71, 0.55),
     steps: int = 120,
+    judge: str | None = None,
 ) -> tuple[Recipe, RunDir]:
-    """Write a run of these stages; `accuracy` is that of the reward model and of the length-only baseline."""
+    """Write a run of these stages; `accuracy` is that of the reward model and of the length-only baseline, and `judge` one of
+    `JUDGES`."""
     content = {
         "name": root.name,
         "model": {"model_name_or_path": "openai-community/gpt2", "use_peft": True, "lora_r": 16},
         "data": {"source": "Anthropic/hh-rlhf", "subsets": list(subsets)},
         "stages": stages,
         "evaluation": {"reward": reward, "prompts": count, **(evaluation or {})},
+        "judge": JUDGES[judge] if judge else None,
     }
     recipe = expand_sweeps(Recipe.model_validate(content))
     run, draw = RunDir(root), random.Random(7)
@@ -70,11 +73,18 @@ def write_run(
     for stage in recipe.stages:
         write_json(run.training_stats(stage), training_stats(stage, recipe.stages[stage].trainer, steps, draw))
     write_evaluation(run, invent(recipe, prompts, answers, count, subsets, accuracy))
+    if judge:
+        result = invent_winrate(recipe, run, judge)
+        write_json(run.winrate, result)
+        if result["status"] == "complete" and result["judge"]["kind"] == "openai":
+            write_jsonl(run.judge_replies(result["judge"]["id"].replace("/", "-")), [])
     for stage in recipe.reward_stages:
         write_json(run.error_analysis(stage), error_analysis(stage))
     if recipe.reward_stages:
         write_json(run.reward_comparison, comparison(recipe.reward_stages))
     for index, step in enumerate(recipe.plan[:-1]):
+        if step == "judge" and read_json(run.winrate)["status"] != "complete":
+            continue
         finished = f"2026-11-{9 + index:02}T11:14:07+0000"
         marker = {"step": step, "fingerprint": recipe.fingerprint(step), "finished": finished}
         write_json(run.done(step), {**marker, "seconds": round(8.4 * 2.1**index, 3)})

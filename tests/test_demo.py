@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from rlhf_trl.launch import shipped
 from rlhf_trl.recipe import load_recipe
-from rlhf_trl.rundir import RunDir, read_json
+from rlhf_trl.rundir import RunDir, read_json, read_jsonl
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -40,6 +40,10 @@ def test_the_demo_learns(demo):
         policy = metrics["policies"][name]
         assert policy["reward_gain"]["low"] > 0, name
         assert 0.05 < policy["kl"]["mean"] < 30, name
+        assert policy["gold_gain"]["low"] > 0, name
+    assert [alarm for alarm in read_json(run.over_optimisation)["alarms"] if alarm["raised"]] == []
+    assert all(rate["win_rate"]["low"] > 0.5 for rate in read_json(run.winrate)["win_rates"])
+    assert len(read_jsonl(run.samples / "reference.jsonl")) == 20
     assert "<script" not in run.report.read_text(encoding="utf-8")
 
 
@@ -50,11 +54,11 @@ def test_a_second_run_does_nothing_and_an_edit_little(demo):
     done = command("run", "demo", cwd=folder)
     assert done.returncode == 0
     assert time.monotonic() - start < 10
-    assert "9 steps, 9 done already" in done.stdout
+    assert "13 steps, 13 done already" in done.stdout
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     done = command("run", "demo", "--set", "stages.dpo.args.beta=0.2", "--set", "evaluation.prompts=100", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.findall(r"=== (\w+)", done.stdout) == ["dpo", "evaluate", "report"]
+    assert re.findall(r"=== (\w+)", done.stdout) == ["dpo", "evaluate", "judge", "samples", "report"]
 
 
 # --- the README ------------------------------------------------------------------------------------------------------

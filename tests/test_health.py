@@ -48,7 +48,7 @@ def record(number, text, subset="helpful", **more):
     return {
         "id": f"p{number}", "subset": subset, "answer": text if finished else " ".join(words[:LIMIT]),
         "finished": finished, "answer_tokens": len(words) * 7 // 6 + 1 if finished else LIMIT * 7 // 6,
-        "entropy": 2.0, "reward_gain": 0.0, "gold_gain": 0.0, **more,
+        "entropy": 2.0, "reward_gain": 0.0, "gold_gain": 0.0, "chosen_refuses": False, **more,
     }  # fmt: skip
 
 
@@ -276,8 +276,15 @@ def test_each_alarm_names_its_own_fault(real):
 
     assert raised(refusing("helpful"), reference) == {"refusal:helpful"}
     assert raised(refusing("harmless"), reference) == {"refusal:harmless"}
-    # A fall counts as well.
-    assert raised(reference, refusing("harmless")) == {"refusal:harmless"}
+
+    # The way to where the chosen answers are is no fault; the way beyond them is, and so is the way back.
+    def wanted(records):
+        return [{**old, "chosen_refuses": old["subset"] == "harmless"} for old in records]
+
+    assert raised(refusing("harmless"), wanted(reference)) == set()
+    assert raised(refusing("helpful"), wanted(reference)) == {"refusal:helpful"}
+    assert raised(reference, wanted(refusing("harmless"))) == {"refusal:harmless"}
+    assert raised(reference, refusing("harmless")) == set()
 
 
 def test_gold_alarm_needs_a_sure_rise_of_the_reward():

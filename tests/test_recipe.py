@@ -338,6 +338,14 @@ MISTAKES = {
         "did you mean 'length_ratio'",
     ),
     "evaluation-dtype": (change("  prompts: 20", "  dtype: fp16"), "evaluation.dtype", "bfloat16, float16"),
+    "judge-kind": (change("evaluation:", "judge: {kind: opnai}\nevaluation:"), "judge.kind", "did you mean 'openai'"),
+    "judge-key": (change("evaluation:", "judge: {max_cots: 1.0}\nevaluation:"), "judge.max_cots", "'max_cost'"),
+    "judge-price": (
+        change("evaluation:", "judge: {price: {inputs: 1.0}}\nevaluation:"),
+        "judge.price.inputs",
+        "did you mean 'input'",
+    ),
+    "judge-gold": (change("evaluation:", "judge: {kind: reward}\nevaluation:"), "judge.kind", "set evaluation.gold"),
     "samples-none": (change("evaluation:", "samples: {per_model: 0}\nevaluation:"), "samples.per_model", "greater"),
     "errors-key": (change("evaluation:", "errors: {pair: 5}\nevaluation:"), "errors.pair", "did you mean 'pairs'"),
     "dpo-with-reward": (add("trainer: dpo", "reward: rm"), "stages.dpo.reward", "remove the key"),
@@ -900,6 +908,7 @@ CHANGES = {
     "stages.rm.args.learning_rate=1e-4": {"rm", "grpo", "ppo", "errors", *MEASURED},
     "evaluation.alarms.length_ratio=2.0": MEASURED,
     "errors.pairs=50": {"errors", "report"},
+    "judge={prompts: 5}": {"report"},  # a step more, which the report shows
     "samples.per_model=5": {"samples", "report"},
     "stages.sft.args.learning_rate=1e-4": TRAINED,
     "stages.sft.model.lora_r=8": TRAINED,

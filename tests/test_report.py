@@ -35,6 +35,20 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "no-judge": {"stages": {name: STAGES[name] for name in ("sft", "dpo")}, "reward": None},
     "reward-model-only": {"stages": {name: STAGES[name] for name in ("sft", "rm")}, "accuracy": (0.58, 0.55)},
+    "judged": {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold"}, "judge": "good"},
+    "judged-by-chance": {"stages": {name: STAGES[name] for name in ("sft", "rm", "dpo", "grpo")}, "judge": "chance"},
+    "judged-by-gold": {
+        "stages": {name: {**STAGES, **GOLD}[name] for name in ("sft", "rm", "gold", "dpo")},
+        "evaluation": {"gold": "gold"},
+        "judge": "gold",
+    },
+    "judged-in-part": {
+        "stages": {**{name: STAGES[name] for name in ("sft", "dpo")}, "dpo-2": STAGES["dpo"]},
+        "reward": None,
+        "judge": "partial",
+    },
+    "judged-in-silence": {"stages": {name: STAGES[name] for name in ("sft", "rm", "dpo", "grpo")}, "judge": "silent"},
+    "not-judged": {"stages": {name: STAGES[name] for name in ("sft", "rm", "dpo")}, "judge": "not run"},
     "hostile": {
         "stages": {name: STAGES[name] for name in ("sft", "rm", "dpo")},
         "prompts": [[{"role": "user", "content": HOSTILE}]],
@@ -140,6 +154,8 @@ def shows(text: str, value: Any, address: str) -> bool:
     if address.endswith("seconds"):
         return abs(seconds(text) - value) <= (0.05 if value < 60 else 0.5 if value < 3600 else 60)
     expected = [value["mean"], value["low"], value["high"]] if isinstance(value, dict) else [value]
+    assert text.count("∞") == expected.count(None)
+    expected = [number for number in expected if number is not None]
     found = numbers(text)
     if len(found) == 1 and len(expected) == 3 and expected[1] == expected[2]:
         expected = expected[:1]
