@@ -52,7 +52,9 @@ def draw_frontiers(pareto: Mapping[str, Any], win_rates: Mapping[str, Any] | Non
         finals = [point for point in frontier["points"] if point["trainer"] and point["step"] is None]
         won = score == "win_rate"
         style: dict[str, Any] = {"percent": True} if won else {"sign": "+"}
-        label = f"{'Win rate' if won else 'Gain'} by the {maker} {'against' if won else 'over'} the reference against KL "
+        label = (
+            f"{'Win rate' if won else 'Gain'} by the {maker} {'against' if won else 'over'} the reference against KL "
+        )
         label += "to the reference. " + " ".join(
             f"{p['policy']}: {format_estimate(p['gain'], **style)} at {format_estimate(p['kl'])} nats." for p in finals
         )

@@ -1,4 +1,4 @@
-"""What the judge's results say, in the words of the report: who wins, whether to believe the judge, what its habits are.
+"""What the judge's results say, in the words of the report: who wins, whether to believe the judge, and its habits.
 
 Works on the content of `judge/winrate.json`; each sentence follows from 95 % intervals, never from a mean alone. Reads
 and writes nothing.
@@ -19,10 +19,9 @@ def view_judge(result: Mapping[str, Any] | None, policies: Sequence[str]) -> dic
     """Gather what the page says about the judge; None without one.
 
     Returns:
-        `kind` and `status`; `trust` (`weigh_trust`); `lines`, for each policy that was compared with the reference the
+        `kind`, `status` and `trust` (`weigh_trust`); `lines`, for each policy that was compared with the reference the
         place of its win rate and what it shows; `all_pairs`, whether policies were compared with each other, too;
-        `incomplete`, the places of the win rates that lack verdicts; `habits` (`read_habits`). A judge that was not
-        run has no more than `kind` and `status`.
+        `habits` (`read_habits`). A judge that was not run has neither.
     """
     if result is None:
         return None
@@ -46,7 +45,6 @@ def view_judge(result: Mapping[str, Any] | None, policies: Sequence[str]) -> dic
         "trust": weigh_trust(result),
         "lines": lines,
         "all_pairs": any(entry["b"] != REFERENCE for entry in rates),
-        "incomplete": [at for at, entry in enumerate(rates) if entry["missing"]["comparisons"]],
         "habits": read_habits(result),
     }
 
@@ -59,7 +57,7 @@ def judge_share(share: Mapping[str, Any], level: float = 0.5) -> str:
 
 
 def shows_length(found: Mapping[str, Any]) -> bool:
-    """Tell whether the length-controlled win rate belongs beside the raw one: it has a warning, or differs by a point."""
+    """Tell whether the length-controlled win rate belongs beside the raw one: it has a warning, or is a point off."""
     raw, controlled = found["raw"]["mean"], found["length_controlled"]["mean"]
     return raw is not None and (bool(found["warnings"]) or abs(controlled - raw) >= POINT)
 
@@ -116,8 +114,8 @@ def _read_consistency(found: Mapping[str, Any]) -> str:
 
 def _read_place(found: Mapping[str, Any]) -> str:
     return {
-        "better": "It favours the answer shown first; as both orders count, that makes win rates duller, not one-sided.",
-        "worse": "It favours the answer shown second; as both orders count, that makes win rates duller, not one-sided.",
+        "better": "It favours the answer shown first; as both orders count, this dulls win rates but tilts none.",
+        "worse": "It favours the answer shown second; as both orders count, this dulls win rates but tilts none.",
         "same": "No preference for a place is seen.",
         "unknown": "Nothing can be said about its preference for a place.",
     }[judge_share(found)]

@@ -22,12 +22,14 @@ PREVIEW = 420
 
 
 def show_value(documents: Mapping[str, Any], style: str, file: str, *keys: str | int) -> Markup:
-    """Print the value at an address, marked with that address; a value that is null prints a dash, and an estimate that
-    could not be computed a dash and the reason."""
+    """Print the value at an address, marked with that address; null prints a dash, an estimate that could not be
+    computed a dash and the reason."""
     value = _resolve(documents, file, keys)
     if isinstance(value, dict) and value["mean"] is None:
         dash = show_value(documents, style, file, *keys, "mean")
-        return dash + Markup(' <span class="why">{}</span>').format(show_value(documents, "text", file, *keys, "why_not"))
+        return dash + Markup(' <span class="why">{}</span>').format(
+            show_value(documents, "text", file, *keys, "why_not")
+        )
     text = printable(STYLES[style](value)) if value is not None else "–"
     if isinstance(value, dict):
         mean, bracket, interval = text.partition(" [")

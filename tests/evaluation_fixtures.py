@@ -391,7 +391,13 @@ def invent_winrate(recipe: Recipe, run: RunDir, judge: str) -> Row:
     settings = recipe.judge
     assert settings is not None
     name = settings.model or "gpt-4.1-mini"
-    about = {"kind": "openai", "id": f"{name}@0f4a3c2b1d5e", "name": name, "is": "a language model", "prompts": "0f4a3c"}
+    about = {
+        "kind": "openai",
+        "id": f"{name}@0f4a3c2b1d5e",
+        "name": name,
+        "is": "a language model",
+        "prompts": "0f4a3c",
+    }
     if settings.kind != "openai":
         name = "gold reward model gold" if settings.kind == "reward" else "offline"
         stated = {"reward": "a reward model, not a person and not a language model", "offline": "a rule for tests"}
@@ -452,8 +458,9 @@ def _both_orders(
                 score = draw.choice([0.5, float(a_first), None])
             if index % 23 == 7:
                 score, status = None, "timeout"
-        games.append({"prompt_id": prompt, "subset": subset, "a": a, "b": b, "a_first": a_first, "score": score,
-                      "status": status, "length_a": max(1, round(lengths[0])), "length_b": max(1, round(lengths[1]))})  # fmt: skip
+        about = {"prompt_id": prompt, "subset": subset, "a": a, "b": b, "a_first": a_first}
+        characters = {"length_a": max(1, round(lengths[0])), "length_b": max(1, round(lengths[1]))}
+        games.append({**about, "score": score, "status": status, **characters})
     return games
 
 

@@ -55,8 +55,8 @@ def write_run(
     steps: int = 120,
     judge: str | None = None,
 ) -> tuple[Recipe, RunDir]:
-    """Write a run of these stages; `accuracy` is that of the reward model and of the length-only baseline, and `judge` one of
-    `JUDGES`."""
+    """Write a run of these stages, judged by one of `JUDGES`; `accuracy` is that of the reward model and of the
+    length-only baseline."""
     content = {
         "name": root.name,
         "model": {"model_name_or_path": "openai-community/gpt2", "use_peft": True, "lora_r": 16},

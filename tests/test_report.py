@@ -12,15 +12,18 @@ from urllib.parse import unquote
 
 import pytest
 from jinja2 import DictLoader, Environment
+from matplotlib.figure import Figure
 from report_fixtures import GOLD, STAGES, SWEEP, write_run
 from ruamel.yaml import YAML
 
 from rlhf_trl import report_figures
+from rlhf_trl.policy_figures import draw_frontier
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.report import choose_samples, list_contents, render, report
 from rlhf_trl.report_figures import plot_frontier
 from rlhf_trl.report_findings import judge_gain, judge_reward_model, order_alarms
-from rlhf_trl.report_values import MAX_CHARACTERS, format_estimate, printable
+from rlhf_trl.report_judge import judge_share, read_habits, shows_length, weigh_trust
+from rlhf_trl.report_values import MAX_CHARACTERS, format_dollars, format_estimate, printable
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_json
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "use"}
@@ -528,9 +531,12 @@ def test_samples_alternate_between_subsets_and_show_one_prompt_in_every_file() -
         ((412.4, 388.0, 431.0), "412 [388, 431]"),
         ((0.0123, 0.0119, 0.0127), "0.01230 [0.01190, 0.01270]"),
         ((0.0, 0.0, 0.0), "0"),
+        ((212.4, 96.0, None), "212 [96, ∞]"),
+        ((212.4, None, 388.0), "212 [−∞, 388]"),
+        ((212.4, None, None), "212 [−∞, ∞]"),
     ],
 )
-def test_estimates_are_printed_to_the_precision_they_have(estimate: tuple[float, ...], text: str) -> None:
+def test_estimates_are_printed_to_the_precision_they_have(estimate: tuple[float | None, ...], text: str) -> None:
     assert format_estimate(dict(zip(("mean", "low", "high"), estimate, strict=True))) == text
 
 
@@ -596,3 +602,328 @@ def test_missing_exploration_and_null_values_are_no_obstacle(tmp_path: Path) -> 
     page = render(recipe, run)
     assert "not run from a git checkout" in page
     assert json.dumps("data/summary.json#/longer_is_chosen") + ">–<" in page
+
+
+# --- the judge -------------------------------------------------------------------------------------------------------
+
+
+def judged_run(folder: Path, judge: str, *policies: str, **changes: Any) -> tuple[Recipe, RunDir]:
+    names = ("sft", "rm", "gold", *(policies or ("dpo", "grpo")))
+    stages = {name: {**STAGES, **GOLD}[name] for name in names}
+    options = {"stages": stages, "evaluation": {"gold": "gold"}, "count": 60, "steps": 2, "judge": judge}
+    return write_run(folder / "run", **{**options, **changes})
+
+
+def say(estimate: dict[str, Any]) -> str:
+    return format_estimate(estimate, percent=True).replace("\u00a0", " ")
+
+
+def rate_of(run: RunDir, policy: str) -> dict[str, Any]:
+    rates = read_json(run.winrate)["win_rates"]
+    return next(rate for rate in rates if (rate["a"], rate["b"]) == (policy, "reference"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_win_rates_of_a_judge_that_has_shown_its_worth(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "good", "dpo", "ppo")
+    result = read_json(run.winrate)
+    dpo, ppo = rate_of(run, "dpo"), rate_of(run, "ppo")
+    assert dpo["win_rate"]["low"] > 0.5 > ppo["win_rate"]["high"]
+    dpo["length_controlled"]["length_controlled"] = around(0.61, 0.04)
+    dpo["length_controlled"]["warnings"] = ["the judge goes by length"]
+    ppo["length_controlled"]["length_controlled"]["mean"] = ppo["win_rate"]["mean"] + 0.009
+    write_json(run.winrate, {**result, "win_rates": [result["win_rates"][0], dpo, ppo]})
+    page = render(recipe, run)
+    short, text = section(page, "short"), words(section(page, "short"))
+    rate = f"wins {say(dpo['win_rate'])} against the reference by the language model gpt-4.1-mini, more than half; "
+    assert rate + "61.0 % [57.0, 65.0] at equal length (with a warning)" in text
+    assert (
+        f"wins {say(ppo['win_rate'])} against the reference by the language model gpt-4.1-mini, less than half" in text
+    )
+    assert text.count("at equal length") == 1
+    assert short is not None
+    found = {words(e) for e in short.all() if e.tag == "strong"}
+    assert {"more than half", "less than half"} <= found
+    accuracy = result["calibration"]["all"]["accuracy"]
+    assert f"the language model gpt-4.1-mini finds the answer that people preferred in {say(accuracy)}" in text
+    assert "clear of chance and of length alone" in text
+    assert "has not shown" not in words(Tree(page).root)
+    assert "independent judge is not part" not in text
+    card = words(section(page, "judge"))
+    assert "Attention: dpo against reference, at equal length: the judge goes by length" in card
+    for cause, count in dpo["missing"]["verdicts"].items():
+        assert f"{count} {cause}" in card
+    assert "Win rate by the judge" in words(section(page, "results"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_card_has_every_number_of_the_judge(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "good", "dpo", "grpo")
+    found = section(render(recipe, run), "judge")
+    assert found is not None
+    addresses = {e.attrs["data-source"].partition("#")[2] for e in found.all() if "data-source" in e.attrs}
+    numbers = {
+        f"/habits/{name}" for name in ("consistency", "first_share", "tie_rate", "invalid_rate", "prefers_longer")
+    }
+    numbers |= {f"/canaries/{name}" for name in ("difference", "with_note", "without_note", "n")}
+    numbers |= {
+        f"/cost/{name}" for name in ("calls", "usd", "price/input", "price/cached", "price/output", "models/0")
+    }
+    for at, subset in enumerate(("", "/subsets/harmless-base", "/subsets/helpful-base")):
+        of = f"/calibration{subset or '/all'}"
+        numbers |= {f"{of}/{name}" for name in ("accuracy", "kappa", "both_correct", "length_rule/accuracy", "n")}
+        numbers |= {
+            f"/win_rates/{rate}{subset}/{name}" for rate in range(3) for name in ("win_rate", "wins", "ties", "n")
+        }
+        numbers.add(f"/win_rates/{at}/length_controlled/length_controlled")
+    numbers |= {f"/ratings/ratings/{name}" for name in ("reference", "dpo", "grpo")}
+    numbers |= {"/comparisons/0/difference", "/comparisons/0/sign_test/p_holm", "/judge/id", "/judge/is", "/prompts"}
+    assert numbers <= addresses
+    fold = next(e for e in found.all() if e.tag == "details")
+    inside = {e.attrs["data-source"].partition("#")[2] for e in fold.all() if "data-source" in e.attrs}
+    assert not [
+        address for address in addresses - inside if address.startswith("/win_rates") and "/subsets/" in address
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_policy_is_compared_with_no_other(tmp_path: Path) -> None:
+    text = words(section(render(*judged_run(tmp_path, "unlabelled", "dpo")), "judge"))
+    assert "Win rates" in text
+    assert "Elo" not in text and "Policies beside each other" not in text
+
+
+@pytest.mark.parametrize(
+    ("judge", "why"),
+    [
+        ("chance", "It has not shown that it can tell better answers: that is not clear of a coin"),
+        ("length", "It has not shown that it can tell better answers: that is not clear of what length alone can do"),
+        ("unlabelled", "has not shown that it can tell better answers: nothing here holds it against human labels"),
+        ("silent", "has not shown that it can tell better answers: it gave no verdict in both orders on any pair"),
+    ],
+)
+@pytest.mark.usefixtures("undrawn")
+def test_a_judge_that_has_not_shown_its_worth_is_not_believed(tmp_path: Path, judge: str, why: str) -> None:
+    recipe, run = judged_run(tmp_path, judge, "grpo")
+    result = read_json(run.winrate)
+    if judge == "length":  # beyond chance, as a longer answer is the better one more often than not
+        result["calibration"]["all"]["accuracy"] = around(0.6, 0.05)
+        write_json(run.winrate, {**result, "calibration": {**result["calibration"], "verdict": "length"}})
+    page = render(recipe, run)
+    for name in ("short", "judge"):
+        assert why in words(section(page, name))
+    short = section(page, "short")
+    assert short is not None
+    lines = [e for e in short.all() if e.tag == "span" and "line" in e.attrs.get("class", "").split()]
+    line = next(e for e in lines if "language model" in words(e))
+    assert line.attrs["class"].split() == ["line"]
+    assert "strong" not in {e.tag for e in line.all()}
+    if judge == "silent":
+        assert words(line) == "no win rate by the language model gpt-4.1-mini: no prompt has a verdict in both orders"
+    elif judge != "unlabelled":
+        assert "The judge has not shown that it can tell better answers." in words(section(page, "results"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_gold_reward_model_is_called_what_it_is(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "gold", "dpo")
+    page = render(recipe, run)
+    short, card = words(section(page, "short")), words(section(page, "judge"))
+    assert "against the reference by the gold reward model gold, " in short
+    assert "The win rates are a reward model's, too: they are no person's opinion, and no language model's." in short
+    assert "The judge is gold reward model gold: a reward model, not a person and not a language model." in card
+    for text in (short, card):
+        said = text.replace("not a language model", "").replace("no language model's", "")
+        assert "language model" not in said
+        assert "independent judge" not in said
+    assert "Same verdict in both orders" not in card  # it has no order
+    assert "What it cost" not in card
+    # Not clear of length by its accuracy on held-out pairs.
+    result = read_json(run.winrate)
+    result["calibration"]["reward_model"] |= {"accuracy": {**around(0.57, 0.05), "n": 190}}
+    write_json(run.winrate, result)
+    assert "It has not shown that it can tell better answers: that is not clear of what length" in words(
+        section(render(recipe, run), "short")
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_rule_for_tests_is_called_one(tmp_path: Path) -> None:
+    text = words(section(render(*judged_run(tmp_path, "offline", "dpo")), "short"))
+    assert "against the reference by the rule offline" in text
+    assert "a rule for tests, which says nothing about how good an answer is" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_judge_that_was_not_run_gives_no_number(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "not run", "dpo")
+    report(recipe, run)  # although the step is not finished
+    page = run.report.read_text(encoding="utf-8")
+    assert "The judge, the language model gpt-4.1-mini, was not run: OPENAI_API_KEY is not set" in words(
+        section(page, "short")
+    )
+    assert "A win rate by an independent judge is not part of this run" in words(section(page, "short"))
+    assert "was not run: OPENAI_API_KEY is not set" in words(section(page, "judge"))
+    marked = [e for e in Tree(page).root.all() if e.attrs.get("data-source", "").startswith("judge/")]
+    assert marked and {e.attrs["class"] for e in marked} == {"text"}
+    assert "Win rate by the judge" not in page and "more than half" not in page
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_partial_judging_says_so_and_why(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "partial")
+    report(recipe, run)
+    page = run.report.read_text(encoding="utf-8")
+    short = words(section(page, "short"))
+    assert "The judging is not finished: max_requests reached: 40 calls." in short
+    assert f"wins {say(rate_of(run, 'dpo')['win_rate'])} against the reference" in short
+    assert "not yet compared with the reference by the language model gpt-4.1-mini" in short
+    assert "It is not finished: max_requests reached: 40 calls." in words(section(page, "judge"))
+    # Stopped before the first comparison of policies.
+    result = read_json(run.winrate)
+    nothing = {"prompts": 0, "win_rates": [], "comparisons": [], "ratings": None, "pareto": None}
+    write_json(run.winrate, {**result, **nothing})
+    page = render(recipe, run)
+    assert "No comparison was made." in words(section(page, "judge"))
+    assert words(section(page, "short")).count("not yet compared") == 2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_a_reward_model_the_win_rate_is_what_there_is(tmp_path: Path) -> None:
+    stages = {name: STAGES[name] for name in ("sft", "dpo")}
+    options = {"stages": stages, "reward": None, "evaluation": {}}
+    page = render(*judged_run(tmp_path, "good", **options))
+    assert "and only by the judge's win rates whether it became better" in words(section(page, "short"))
+    assert words(section(page, "results")).startswith(
+        "Win rate against distance from the reference Win rate by the judge"
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_judge_that_the_recipe_does_not_name_is_not_on_the_page(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "good", "dpo")
+    assert "judge/winrate.json" in [path for path, _ in list_contents(recipe, run)]
+    assert "judge/gpt-4.1-mini@0f4a3c2b1d5e.jsonl" in [path for path, _ in list_contents(recipe, run)]
+    recipe = recipe.model_copy(update={"judge": None})
+    page = render(recipe, run)
+    assert section(page, "judge") is None and 'href="#judge"' not in page
+    assert "A win rate by an independent judge is not part of this run" in words(section(page, "short"))
+    assert not [path for path, _ in list_contents(recipe, run) if path.startswith("judge/")]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_finished_judging_of_other_settings_is_refused(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "good", "dpo")
+    run.done("judge").unlink()
+    with pytest.raises(UserError, match="judge RECIPE"):
+        report(recipe, run)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_second_decoding_is_said(tmp_path: Path) -> None:
+    decoding = {"gold": "gold", "judge_decoding": {"temperature": 0.7, "top_p": 0.9}}
+    text = words(section(render(*judged_run(tmp_path, "good", "dpo", evaluation=decoding)), "judge"))
+    assert "The answers are a second set, sampled at temperature 0.7 with top-p 0.9" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_hostile_texts_of_the_judge_are_inert(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "partial", "dpo", subsets=("<b>sub</b>", "a/b~c d"))
+    result = read_json(run.winrate)
+    result["reason"] = result["judge"]["name"] = result["judge"]["id"] = result["cost"]["models"][0] = HOSTILE
+    result["win_rates"][0]["length_controlled"]["warnings"] = [HOSTILE]
+    result["win_rates"][0]["missing"] = {"comparisons": 1, "verdicts": {HOSTILE: 2}}
+    write_json(run.winrate, result)
+    page = render(recipe, run)
+    assert Tree(page)
+    assert not re.search(r"<script|<b>sub|[\x00\x1b\u202e\u202c]", page)
+
+
+def test_the_figure_of_win_rates_is_about_half() -> None:
+    points = [
+        {"policy": name, "trainer": trainer, "step": None, "on_front": True, "kl": around(kl, half), "gain": gain}
+        for name, trainer, kl, half, gain in (
+            ("reference", None, 0, 0, around(0.5, 0)), ("dpo", "dpo", 4.0, 0.3, around(0.93, 0.1)),
+            ("ppo", "ppo", 9.0, 0.3, around(0.52, 0.1)))
+    ]  # fmt: skip
+    frontier = {"points": points, "best_of_n": []}
+    svg = Tree(plot_frontier(frontier, "win_rate", 900, 380, "key", "label")).root
+    texts = [e.text() for e in svg.all() if e.tag == "text"]
+    ticks = [float(text.removesuffix(" %")) for text in texts if text.endswith(" %")]
+    assert len(ticks) > 2 and min(ticks) >= 0 and max(ticks) <= 100
+    assert "win rate against the reference" in texts
+    axes = Figure().add_subplot()
+    draw_frontier(axes, frontier, 0.5)
+    assert list(axes.get_lines()[0].get_ydata()) == [0.5, 0.5]
+    assert 0.3 < axes.get_ylim()[0] < 0.42  # the lowest interval ends at 0.42
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"),
+    [((0.6, 0.51, 0.7), "better"), ((0.6, 0.5, 0.7), "same"), ((0.4, 0.3, 0.49), "worse"), ((None,) * 3, "unknown")],
+)
+def test_a_share_is_held_against_half_by_its_interval(share: tuple[float | None, ...], verdict: str) -> None:
+    assert judge_share(dict(zip(("mean", "low", "high"), share, strict=True))) == verdict
+
+
+def test_the_length_controlled_figure_stands_by_when_it_says_more() -> None:
+    def found(controlled: float | None, raw: float | None, *warnings: str) -> dict[str, Any]:
+        return {"raw": {"mean": raw}, "length_controlled": {"mean": controlled}, "warnings": list(warnings)}
+
+    assert not shows_length(found(0.605, 0.6))
+    assert shows_length(found(0.62, 0.6)) and shows_length(found(0.58, 0.6))
+    assert shows_length(found(0.6, 0.6, "no overlap"))
+    assert not shows_length(found(None, None))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "longer", "trust"),
+    [
+        ((0.66, 0.76), (0.48, 0.60), "informed"),
+        ((0.55, 0.65), (0.48, 0.60), "length"),
+        ((0.5, 0.6), (0.1, 0.2), "chance"),
+    ],
+)
+def test_a_reward_model_that_judges_is_held_to_chance_and_length(
+    accuracy: tuple[float, float], longer: tuple[float, float], trust: str
+) -> None:
+    (low, high), (least, most) = accuracy, longer
+    model = {"accuracy": {"low": low, "high": high}, "length_baseline": {"low": least, "high": most}}
+    result = {"judge": {"kind": "reward"}, "calibration": {"reward_model": model, "verdict": None}}
+    assert weigh_trust(result) == trust
+    assert weigh_trust({**result, "calibration": {"reward_model": None, "verdict": None}}) == "none"
+
+
+def test_habits_are_read_from_their_intervals() -> None:
+    def read(kind: str, share: dict[str, Any], note: dict[str, Any] | None = None) -> dict[str, str]:
+        names = ("consistency", "first_share", "invalid_rate", "tie_rate", "prefers_longer")
+        canaries = note and {"difference": note}
+        result = {"judge": {"kind": kind}, "habits": dict.fromkeys(names, share), "canaries": canaries}
+        return {row["keys"][-1]: row["says"] for row in read_habits(result)}
+
+    high, half = (
+        read("openai", around(0.9, 0.05), around(0.3, 0.1)),
+        read("openai", around(0.5, 0.1), around(0.1, 0.2)),
+    )
+    low, none = (
+        read("openai", around(0.0, 0.0), around(-0.3, 0.1)),
+        read("openai", dict.fromkeys(("mean", "low", "high"))),
+    )
+    assert "seldom changes" in high["consistency"] and "coin" in half["consistency"]
+    assert "some verdicts" in read("openai", around(0.7, 0.05))["consistency"]
+    assert "more often than not" in low["consistency"] and "Nothing" in none["consistency"]
+    assert "shown first" in high["first_share"] and "No preference" in half["first_share"]
+    assert "shown second" in low["first_share"]
+    assert "left out" in high["invalid_rate"] and low["invalid_rate"] == "Every reply had a verdict."
+    assert "longer answer wins" in high["prefers_longer"] and "shorter" in low["prefers_longer"]
+    assert "sways" in high["difference"] and "No effect" in half["difference"] and "against" in low["difference"]
+    assert "difference" not in none
+    assert list(read("reward", around(0.9, 0.05))) == ["tie_rate", "prefers_longer"]
+
+
+@pytest.mark.parametrize(
+    ("dollars", "text"),
+    [(0.0, "$0.00"), (0.4, "$0.40"), (12.344, "$12.34"), (0.0312, "$0.031"), (0.00004, "$0.000040")],
+)
+def test_dollars_are_not_rounded_to_nothing(dollars: float, text: str) -> None:
+    assert format_dollars(dollars) == text
