@@ -190,14 +190,17 @@ def judge(
     env_file: EnvFileOption = None,
     calibrate: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Labelled pairs of each subset to check the judge on; the same as judge.calibrate."),
+        typer.Option(min=0, help="Labelled pairs of each subset to check the judge on, instead of judge.calibrate."),
     ] = None,
 ) -> None:
     """Ask a judge which answers are better, in both orders: win rates, ratings, and how good the judge is."""
     _load_env(env_file)
-    more = [] if calibrate is None else [f"judge.calibrate={calibrate}"]
-    loaded, run = _open(recipe, [*(overrides or []), *more], runs)
-    if not _run_step(loaded, run, "judge"):
+    loaded, run = _open(recipe, overrides, runs)
+    if loaded.judge and calibrate is not None:
+        asked = loaded.model_copy(update={"judge": loaded.judge.model_copy(update={"calibrate": calibrate})})
+    else:
+        asked = loaded
+    if not _run_step(loaded, run, "judge", asked):
         raise typer.Exit(3)
 
 
@@ -215,13 +218,14 @@ def samples(
     runs: RunsOption = RUNS,
     per_model: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--per-model", min=1, help="Pairs of each model; the same as --set samples.per_model=N."),
+        typer.Option("--per-model", min=1, help="Pairs of each model, instead of samples.per_model."),
     ] = None,
 ) -> None:
     """Export prompt/response pairs of every model as JSONL and Markdown."""
-    more = [] if per_model is None else [f"samples.per_model={per_model}"]
-    loaded, run = _open(recipe, [*(overrides or []), *more], runs)
-    _run_step(loaded, run, "samples")
+    loaded, run = _open(recipe, overrides, runs)
+    update = {} if per_model is None else {"per_model": per_model}
+    asked = loaded.model_copy(update={"samples": loaded.samples.model_copy(update=update)})
+    _run_step(loaded, run, "samples", asked)
 
 
 @app.command()
@@ -286,8 +290,12 @@ def _timed(step: str) -> Iterator[None]:
     print(f"{step}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def _run_step(recipe: Recipe, run: RunDir, step: str) -> bool:
+def _run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None) -> bool:
     """Run one step that is not a stage, under its lock, and mark it done; other processes of a launch take part.
+
+    Args:
+        asked: the recipe with what the command line asks for beyond it. The step counts as done for the recipe, so
+            that `run` and `report` take its result.
 
     Returns:
         False where the step could not run, and the steps after it go on without it.
@@ -301,7 +309,7 @@ def _run_step(recipe: Recipe, run: RunDir, step: str) -> bool:
         run.write_provenance(recipe)
         run.replace(step)
         try:
-            action(recipe, run)
+            action(asked or recipe, run)
         except NotRun as reason:
             print(f"{step}: not run: {reason}", file=sys.stderr, flush=True)
             return False

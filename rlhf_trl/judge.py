@@ -122,6 +122,7 @@ def judge(recipe: Recipe, run: RunDir) -> None:
         ]
         for group, comparisons in groups.items()
     }
+    made_for = {"evaluation": recipe.fingerprint("evaluate")}
     about = {"kind": settings.kind, "id": judge_id, "name": name, "is": stated, "prompts": digest}
     path = run.judge_replies(re.sub(r"[^A-Za-z0-9._@-]+", "-", judge_id))
     try:
@@ -130,14 +131,14 @@ def judge(recipe: Recipe, run: RunDir) -> None:
         else:
             lines, stopped, spent = ask_locally(settings, calls, path), None, None
     except NotRun as reason:
-        write_json(run.winrate, {"status": "not run", "reason": str(reason), "judge": about})
+        write_json(run.winrate, {"status": "not run", "reason": str(reason), "judge": about, **made_for})
         raise
     games = {
         group: [call.game(lines[call.key()]) for call in of if call.key() in lines] for group, of in calls.items()
     }
     result = conclude(recipe, run, settings, games)
     status = {"status": "partial" if stopped else "complete", "reason": stopped}
-    write_json(run.winrate, {**status, "judge": about, "cost": spent, **result})
+    write_json(run.winrate, {**status, "judge": about, "cost": spent, **result, **made_for})
     if stopped:
         raise NotRun(f"stopped early: {stopped}. The same command goes on from there")
 

@@ -47,10 +47,16 @@ def report(recipe: Recipe, run: RunDir) -> None:
         UserError: an earlier step is missing, or was made with other settings.
     """
     for step in recipe.plan[1:-1]:
-        if step == "judge" and run.winrate.exists() and read_json(run.winrate)["status"] != "complete":
+        if step == "judge" and _judge_gave_up(recipe, run):
             continue
         run.require(recipe, step, f"train RECIPE {step}" if step in recipe.stages else f"{step} RECIPE")
     write_text(run.report, render(recipe, run))
+
+
+def _judge_gave_up(recipe: Recipe, run: RunDir) -> bool:
+    """Whether the judge could not run, or not to its end, on these answers; the page says so."""
+    found = read_json(run.winrate) if run.winrate.exists() else {"status": "complete"}
+    return found["status"] != "complete" and found["evaluation"] == recipe.fingerprint("evaluate")
 
 
 def render(recipe: Recipe, run: RunDir) -> str:

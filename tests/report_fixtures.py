@@ -75,7 +75,7 @@ def write_run(
     write_evaluation(run, invent(recipe, prompts, answers, count, subsets, accuracy))
     if judge:
         result = invent_winrate(recipe, run, judge)
-        write_json(run.winrate, result)
+        write_json(run.winrate, {**result, "evaluation": recipe.fingerprint("evaluate")})
         if result["status"] == "complete" and result["judge"]["kind"] == "openai":
             write_jsonl(run.judge_replies(result["judge"]["id"].replace("/", "-")), [])
     for stage in recipe.reward_stages:

@@ -365,4 +365,6 @@ def test_an_env_file_gives_the_address(made, tmp_path):
         assert server.requests[0]["model"] == "local-model"
     result = read_json(run.winrate)
     assert result["judge"]["name"] == "local-model"
-    assert run.done("judge").exists()
+    assert result["calibration"]["all"]["n"] == 6
+    # What the command asks for beyond the recipe does not make it another recipe's result.
+    assert run.is_done(made("judge.prompts=2")[0], "judge")
