@@ -1,5 +1,6 @@
 """Evaluation: the numbers in metrics.json are what a plain computation gives, and a whole recipe ends in a report."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_trl.errors import errors
 from rlhf_trl.evaluate import evaluate
+from rlhf_trl.judge import judge
 from rlhf_trl.models import encode, recorded_tokenizer
-from rlhf_trl.recipe import UserError, load_recipe
+from rlhf_trl.recipe import NotRun, UserError, load_recipe
 from rlhf_trl.report import report
 from rlhf_trl.rewards import load_reward_model
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_jsonl
@@ -361,9 +363,11 @@ def test_every_recipe_runs_from_pairs_to_report(path, tmp_path):
 def run_whole(recipe, run):
     run.write_provenance(recipe)
     train_all(recipe, run)
+    actions = {"evaluate": evaluate, "judge": judge, "errors": errors, "samples": samples, "report": report}
     for step in recipe.plan[recipe.plan.index("evaluate") :]:
-        {"evaluate": evaluate, "errors": errors, "samples": samples, "report": report}[step](recipe, run)
-        run.mark_done(recipe, step, 0.0)
+        with contextlib.suppress(NotRun):  # a judge without key or server
+            actions[step](recipe, run)
+            run.mark_done(recipe, step, 0.0)
         reset_accelerate()
     assert run.report.stat().st_size > 20_000
     assert set(read_json(run.metrics)["policies"]) == {"reference", *recipe.policies}
