@@ -31,10 +31,10 @@ from rlhf_trl.evaluation_figures import (
 from rlhf_trl.health import measure_text
 from rlhf_trl.measurements import Measurements
 from rlhf_trl.models import recorded_tokenizer, start_path
-from rlhf_trl.policies import REFERENCE, Policies
+from rlhf_trl.policies import Policies
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rewards import RewardModel, load_reward_model
-from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.stats import bootstrap_mean, bootstrap_ratio, wilson
 from rlhf_trl.trade_off import build_over_optimisation, build_pareto
 

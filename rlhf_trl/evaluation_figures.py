@@ -31,8 +31,8 @@ from rlhf_trl.policy_figures import (
     save,
     stage_lines,
 )
+from rlhf_trl.rundir import REFERENCE
 
-REFERENCE = "reference"
 # Score -> what gives it.
 JUDGES = {"reward": "reward model", "gold": "gold model"}
 # Estimate of the KL -> colour, marker, name.

@@ -26,13 +26,12 @@ from rlhf_trl.judge_client import OpenAIClient, Reply, Request, run_all
 from rlhf_trl.judge_prompts import JudgePrompt, fill, load_prompt, nonce, re_ask
 from rlhf_trl.judge_results import conclude
 from rlhf_trl.recipe import NotRun, Recipe, UserError
-from rlhf_trl.rundir import RunDir, read_jsonl, write_json, write_jsonl
+from rlhf_trl.rundir import REFERENCE, RunDir, read_jsonl, write_json, write_jsonl
 from rlhf_trl.sections import Judge
 from rlhf_trl.verdicts import Verdict, parse_verdict
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "reference"
 DEFAULT_MODEL = "gpt-4.1-mini"
 SAME = "The answers are the same text, so no call was made. [[C]]"
 # What an answer may say to the judge; each is put below the worse answer of a labelled pair.
@@ -218,7 +217,7 @@ def ask_locally(settings: Judge, calls: Mapping[str, Sequence[Call]], path: Path
 
 
 def ask_server(
-    settings: Judge, seed: int, model: str, calls: Mapping[str, Sequence[Call]], path: Any
+    settings: Judge, seed: int, model: str, calls: Mapping[str, Sequence[Call]], path: Path
 ) -> tuple[dict[str, Row], str | None, Row]:
     """Make the calls that the cache lacks, and ask once more where a reply has no verdict.
 

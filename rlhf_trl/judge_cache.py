@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
@@ -33,37 +33,13 @@ Message = dict[str, str]
 Usage = dict[str, int]
 """`prompt_tokens` (cached ones included), `cached_tokens`, `completion_tokens`."""
 
-Status = Literal[
-    "ok",
-    "refusal",
-    "content_filter",
-    "length",
-    "null_content",
-    "context_length",
-    "rate_limit",
-    "quota",
-    "server_error",
-    "timeout",
-    "connection",
-    "html",
-    "bad_json",
-    "no_choices",
-    "bad_request",
+Stands = Literal["ok", "refusal", "content_filter", "length", "null_content", "context_length"]
+# The same call may bring something else another time: it is made again.
+Passes = Literal[
+    "rate_limit", "quota", "server_error", "timeout", "connection", "html", "bad_json", "no_choices", "bad_request"
 ]
-# The same call may bring something else another time: it is made again. All others stand.
-MAY_PASS: frozenset[Status] = frozenset(
-    {
-        "rate_limit",
-        "quota",
-        "server_error",
-        "timeout",
-        "connection",
-        "html",
-        "bad_json",
-        "no_choices",
-        "bad_request",
-    }
-)
+Status = Literal[Stands, Passes]
+MAY_PASS: frozenset[Status] = frozenset(get_args(Passes))
 # Every line is handed to the operating system at once, which is enough for a killed process; the disk waits for no
 # more lines than these, which is for a power failure.
 LINES_A_SYNC = 64

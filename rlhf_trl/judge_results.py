@@ -15,13 +15,11 @@ from rlhf_trl.elo import bradley_terry
 from rlhf_trl.frontier import bootstrap_front, non_dominated
 from rlhf_trl.length_control import length_controlled
 from rlhf_trl.recipe import Recipe
-from rlhf_trl.rundir import RunDir, read_json, read_jsonl
+from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl
 from rlhf_trl.sections import Judge
 from rlhf_trl.stats import bootstrap_mean
 from rlhf_trl.winrates import compare_pairs, consistency, mean, prompt_scores, win_rate
 
-REFERENCE = "reference"
-# A judge that is not clear of chance and of the length rule on pairs that people labelled says nothing about policies.
 Row = dict[str, Any]
 Games = Mapping[str, Sequence[Row]]
 
@@ -68,7 +66,7 @@ def _calibrate(run: RunDir, settings: Judge, games: Sequence[Row], seed: int) ->
 
 
 def _trust(found: Row) -> str:
-    """Say whether the judge has shown that it can tell the better answer."""
+    """Say whether the judge has shown that it can tell the better answer: clear of chance, and of the length rule."""
     accuracy = found["accuracy"]
     if accuracy["mean"] is None:
         return "unknown"

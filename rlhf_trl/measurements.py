@@ -19,10 +19,10 @@ from rlhf_trl.adversarial import load_adversarial
 from rlhf_trl.checkpoints import damage, list_checkpoints
 from rlhf_trl.health import refuses, unsafe_patterns
 from rlhf_trl.models import Messages
-from rlhf_trl.policies import REFERENCE, Policies
+from rlhf_trl.policies import Policies
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rewards import RewardModel
-from rlhf_trl.rundir import RunDir, read_json, read_jsonl
+from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl
 from rlhf_trl.sampling import (
     LOGITS_BYTES,
     Completion,

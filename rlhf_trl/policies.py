@@ -19,9 +19,8 @@ from trl import ModelConfig
 
 from rlhf_trl.models import load_causal, start_path
 from rlhf_trl.recipe import Recipe, UserError
-from rlhf_trl.rundir import RunDir
+from rlhf_trl.rundir import REFERENCE, RunDir
 
-REFERENCE = "reference"
 # What decides which weights a `model` block loads; the rest of it describes the adapter.
 BASE_KEYS = (
     "model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code",

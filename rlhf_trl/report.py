@@ -24,11 +24,10 @@ from rlhf_trl.report_figures import draw_courses, draw_frontiers, draw_panels
 from rlhf_trl.report_findings import group_by_verdict, judge_gain, judge_reward_model, order_alarms
 from rlhf_trl.report_judge import view_judge
 from rlhf_trl.report_values import PREVIEW, printable, show_source, show_value
-from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_text
+from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl, write_text
 from rlhf_trl.texts import take_turns
 
 TEMPLATES = Path(__file__).parent / "templates"
-REFERENCE = "reference"
 SAMPLES = 8
 FIGURES = {
     "pareto": "gain against KL, with the front and best-of-n",

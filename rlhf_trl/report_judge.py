@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_trl.report_findings import judge_reward_model
+from rlhf_trl.rundir import REFERENCE
 
-REFERENCE = "reference"
 POINT = 0.01  # of a share
 
 

@@ -26,6 +26,8 @@ from rlhf_trl.recipe import STEPS, Recipe, UserError
 # The directory of each step that is not a stage; the report lies in the run's root.
 STEP_DIRS = dict(zip(STEPS, ("exploration", "data", "evaluation", "judge", "errors", "samples", "."), strict=True))
 PACKAGE = str(Path(__file__).parent)
+# What the policies of a run start from is called, beside their own names.
+REFERENCE = "reference"
 PACKAGES = ["torch", "trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy"]
 
 

@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_trl.recipe import Recipe, UserError
-from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_jsonl, write_text
+from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl, write_jsonl, write_text
 from rlhf_trl.texts import fence, inline, take_turns
 
-REFERENCE = "reference"
 SCORES = ("reward", "reward_gain", "gold", "gold_gain", "kl")
 NOTE = (
     "The prompts are the first of each subset in turn, in evaluation's own random order: none was picked for its "

@@ -19,8 +19,8 @@ from rlhf_trl.frontier import (
     non_dominated,
 )
 from rlhf_trl.health import raise_alarms
-from rlhf_trl.policies import REFERENCE
 from rlhf_trl.recipe import Recipe
+from rlhf_trl.rundir import REFERENCE
 from rlhf_trl.stats import bootstrap_mean
 
 Row = dict[str, Any]

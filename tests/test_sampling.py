@@ -8,10 +8,10 @@ from conftest import small_recipe
 from peft import PeftModel
 
 from rlhf_trl.models import encode, recorded_tokenizer, set_up_tokenizer
-from rlhf_trl.policies import REFERENCE, Policies
+from rlhf_trl.policies import Policies
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rewards import RewardModel, SharedClassifier, load_reward_model
-from rlhf_trl.rundir import read_jsonl
+from rlhf_trl.rundir import REFERENCE, read_jsonl
 from rlhf_trl.sampling import InverseTransform, answer_logits, measure_drift, sample, sorted_batches, spread
 from rlhf_trl.sections import Decoding
 
