@@ -42,7 +42,6 @@ NAMES = {
     "eval_rewards/margins": "validation_reward_margin",
     "mean_reward": "reward",
     "reward": "reward",
-    "objective/scores": "reward",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "lr": "learning_rate",
@@ -51,19 +50,38 @@ NAMES = {
     "entropy": "entropy",
     "num_tokens": "tokens",
     "completions/mean_length": "answer_tokens",
+    "answer_tokens": "answer_tokens",
+    "finished": "finished",
+    "policy/clipfrac_avg": "clip_fraction",
+    "policy/approxkl_avg": "approx_kl",
+    "explained_variance": "explained_variance",
+    "advantage_mean": "advantage_mean",
+    "advantage_std": "advantage_std",
+    "kl_coef": "kl_coef",
 }
 DEFINITIONS = {
+    "reward": "mean score of the reward model, before normalisation and penalties",
     "loss": "training loss of the library's trainer; for ppo the clipped surrogate alone, with value_loss beside it",
     "reward_accuracy": "share of pairs whose chosen answer has the higher reward (dpo: implicit reward)",
     "grad_norm": "norm of the gradient before clipping",
     "entropy": "mean over answer tokens, nats per token",
     "tokens": "tokens processed since the start",
+    "answer_tokens": "mean tokens of a sampled answer, its end token included",
+    "finished": "share of the sampled answers that end by themselves",
+    "clip_fraction": "share of answer tokens whose probability ratio the surrogate's clip holds",
+    "approx_kl": "mean square of the log-probability's change since the rollout, halved, nats per token",
+    "value_loss": "half the mean squared error of the (clipped) value",
+    "explained_variance": "1 - var(return - value) / var(return), before the update, on its first mini-batch",
+    "advantage_mean": "mean of return - value, before whitening, on the update's first mini-batch",
+    "advantage_std": "standard deviation of return - value, likewise",
+    "kl_coef": "coefficient of the KL penalty",
     "seconds": "wall-clock seconds since the start of training",
     "peak_memory_bytes": "peak of allocated GPU memory, or of resident memory on the CPU, of the main process",
 }
 KL_DEFINITIONS = {
     "grpo": "k3 estimate against the reference, mean over answer tokens, nats per token (logged only where beta > 0)",
-    "ppo": "k1 estimate against the reference, summed over an answer, nats per answer, on the rollout's samples",
+    "ppo": "estimate (kl_estimator, by default k1) against the reference, summed over an answer, nats per answer, on "
+    "the rollout's samples",
 }
 NO_KL = "not logged by this trainer; `evaluate` measures it"
 

@@ -25,6 +25,7 @@ from rlhf_trl.rewards import RewardModel
 from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl
 from rlhf_trl.sampling import (
     LOGITS_BYTES,
+    SHORTEST,
     Completion,
     answer_batch,
     answer_logits,
@@ -69,7 +70,7 @@ class Measurements:
             some = [prompts[row] for row in rows], [answers[row] for row in rows], [done[row] for row in rows]
             return model.score(*some, batch_size=size).tolist()
 
-        scores = spread(sorted_batches(lengths, size), work, f"{judge}: scores")
+        scores = spread(sorted_batches(lengths, size, SHORTEST), work, f"{judge}: scores")
         if not np.isfinite(scores).all():
             name = {"reward": self.settings.reward, "gold": self.settings.gold}[judge]
             raise UserError(f"evaluation.{judge}", f"{name} gives a score that is not finite", "train it again")
@@ -141,7 +142,7 @@ class Measurements:
 
         lengths = [sum(len(turn["content"]) for turn in prompt) + len(answer.text)
                    for prompt, answer in zip(self.prompts, answers, strict=True)]  # fmt: skip
-        return spread(sorted_batches(lengths, size), work, progress)
+        return spread(sorted_batches(lengths, size, SHORTEST), work, progress)
 
     def draw_best_of_n(self, reference: Sequence[Row]) -> list[Row]:
         """Draw more answers of the reference to each prompt, and score them all; the first draw is its own answer."""

@@ -67,7 +67,7 @@ POSITIVE = frozenset({
     "max_length", "num_iterations", "max_completion_length", "generation_batch_size", "steps_per_generation",
     "temperature", "num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size",
     "total_episodes", "lora_r", "lora_alpha", "missing_eos_penalty", "save_steps", "eval_steps", "logging_steps",
-    "dataset_num_proc", "repetition_penalty",
+    "dataset_num_proc", "repetition_penalty", "kl_target", "kl_horizon", "max_kl",
 })
 # fmt: on
 # ... and these lie in a closed interval.

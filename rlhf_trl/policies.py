@@ -28,10 +28,44 @@ BASE_KEYS = (
 )  # fmt: skip
 
 
-def base_block(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The keys of a stage's `model` block that its base is loaded with, in evaluation's precision."""
+def base_block(recipe: Recipe, stage: str, evaluation: bool = True) -> dict[str, Any]:
+    """The keys of a stage's `model` block that its base is loaded with; in evaluation's precision, or its own."""
     block = {key: value for key, value in recipe.model_block(stage).items() if key in BASE_KEYS}
-    return block | ({"dtype": recipe.evaluation.dtype} if recipe.evaluation.dtype else {})
+    return block | ({"dtype": recipe.evaluation.dtype} if evaluation and recipe.evaluation.dtype else {})
+
+
+def load_adapter(model: PeftModel, name: str, folder: Path, trainable: bool = False) -> Tensor | None:
+    """Lay a saved adapter on a base that has one already.
+
+    Args:
+        trainable: keep its weights in float32, whatever the base's precision.
+
+    Returns:
+        The weight of its reward head, (1, H), if it has one; the head itself stays with the caller.
+
+    Raises:
+        UserError: the adapter holds tensors that the base has no place for.
+    """
+    model.add_adapter(name, adapter_config(folder), autocast_adapter_dtype=trainable)
+    return fill_adapter(model, name, folder)
+
+
+def adapter_config(folder: Path) -> LoraConfig:
+    """The configuration of a saved adapter without its head, for use on a language model."""
+    config = LoraConfig.from_pretrained(str(folder))
+    config.task_type = config.modules_to_save = None
+    config.inference_mode = True
+    return config
+
+
+def fill_adapter(model: PeftModel, name: str, folder: Path) -> Tensor | None:
+    """Load the weights of a saved adapter into one that lies on the base; as `load_adapter` beside that."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    head = weights.pop("base_model.model.score.weight", None)
+    left = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
+    if left:
+        raise UserError(str(folder), f"the adapter does not fit its base: {left[0]}", "train the stage again")
+    return head
 
 
 class Policies:
@@ -56,26 +90,13 @@ class Policies:
         )
 
     def add(self, name: str, folder: Path) -> Tensor | None:
-        """Lay an adapter on the base.
-
-        Returns:
-            The weight of its reward head, (1, H), if it has one; the head itself stays with the caller.
-
-        Raises:
-            UserError: the adapter holds tensors that the base has no place for.
-        """
-        config = LoraConfig.from_pretrained(str(folder))
-        config.task_type = config.modules_to_save = None
-        config.inference_mode = True
-        if isinstance(self.model, PeftModel):
-            self.model.add_adapter(name, config)
+        """Lay an adapter on the base: as `load_adapter`."""
+        if not isinstance(self.model, PeftModel):
+            config = adapter_config(folder)
+            self.model = get_peft_model(self.model, config, adapter_name=name, autocast_adapter_dtype=False)
+            head = fill_adapter(self.model, name, folder)
         else:
-            self.model = get_peft_model(self.model, config, adapter_name=name)
-        weights = load_file(folder / "adapter_model.safetensors")
-        head = weights.pop("base_model.model.score.weight", None)
-        left = set_peft_model_state_dict(self.model, weights, adapter_name=name).unexpected_keys
-        if left:
-            raise UserError(str(folder), f"the adapter does not fit its base: {left[0]}", "train the stage again")
+            head = load_adapter(self.model, name, folder)
         self.model.to(PartialState().device).eval()
         self._adapters.add(name)
         return head

@@ -7,9 +7,10 @@ is switched on there; any other reward model is loaded for itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -70,24 +71,54 @@ class RewardModel:
         return scores
 
 
+def score_completions(
+    reward: RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    completions: Sequence[Sequence[int]],
+) -> Tensor:
+    """Score sampled tokens (of the policy's tokenizer) by the text they make, with the end token where they end by it.
+
+    Returns:
+        Scores in float32, shape (N,).
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    answers = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    finished = [bool(ids) and ids[-1] == tokenizer.eos_token_id for ids in completions]
+    scores = reward.score(prompts, answers, finished)
+    if not scores.isfinite().all():
+        raise UserError("reward", "the reward model gives a score that is not finite", "train it again")
+    return scores
+
+
+class Adapters(Protocol):
+    """Adapters on one base, of which one is on at a time."""
+
+    def use(self, name: str) -> AbstractContextManager[Any]:
+        """Yield the model with an adapter switched on."""
+
+
 class SharedClassifier(torch.nn.Module):
     """A reward adapter on the base of the policies: what a sequence classifier computes, without weights of its own
     but the head's."""
 
-    def __init__(self, policies: Policies, name: str, head: Tensor):
+    def __init__(self, adapters: Adapters, name: str, head: Tensor):
         super().__init__()
-        self._policies, self._name = policies, name
+        self._use, self._name = adapters.use, name  # the base is not a part of this module
         self.score = RewardHead(head.shape[1], 1, bias=False)
         self.score.weight = torch.nn.Parameter(head.float(), requires_grad=False)
-        self.score.to(self.device)
+        with self._use(name) as model:
+            self.score.to(model.device)
 
     @property
     def device(self) -> torch.device:
-        return self._policies.model.device
+        return self.score.weight.device
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SequenceClassifierOutput:
         """Score sequences that are padded on the right: (B, T), (B, T) -> logits (B, 1)."""
-        with self._policies.use(self._name) as model:
+        with self._use(self._name) as model:
             hidden = model.get_base_model().base_model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
             )[0]

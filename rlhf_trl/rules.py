@@ -119,6 +119,17 @@ def _check_mini_batches(of: Values) -> Iterator[Problem]:
         yield Problem(of.place("whiten_rewards"), f"needs mini-batches of at least 8 answers, not {size}", remedy)
 
 
+def _check_shared_base(of: Values) -> Iterator[Problem]:
+    if of.trainer != "ppo":
+        return
+    if not of.model("use_peft"):
+        problem = "PPO holds its policy, value model and reference as adapters on one base"
+        yield Problem(of.model_place("use_peft"), problem, f"set use_peft: true for the stage {of.name}")
+    if (of.option("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
+        problem = "would recompute the value model under the policy's adapter"
+        yield Problem(of.place("gradient_checkpointing_kwargs"), f"use_reentrant: true {problem}", "leave it out")
+
+
 def _check_dpo_loss(of: Values) -> Iterator[Problem]:
     if of.trainer != "dpo":
         return
@@ -218,6 +229,6 @@ def max_positions(model: str) -> int | None:
 
 
 RULES = (
-    *(_check_rollout, _check_evaluation_batch, _check_mini_batches, _check_dpo_loss),
+    *(_check_rollout, _check_evaluation_batch, _check_mini_batches, _check_shared_base, _check_dpo_loss),
     *(_check_quantisation, _check_dropout, _check_cut, _check_checkpoints, _check_positions),
 )

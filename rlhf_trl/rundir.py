@@ -120,6 +120,10 @@ class RunDir:
     def training_curves(self, stage: str) -> Path:
         return self.root / stage / "training_curves.png"
 
+    def reward_scale(self, stage: str) -> Path:
+        """Mean and spread of the reward model's scores, which PPO normalised them with."""
+        return self.root / stage / "reward_scale.json"
+
     def started(self, stage: str) -> Path:
         """Marks the fingerprint that the checkpoints of an unfinished stage belong to."""
         return self.root / stage / "started.json"

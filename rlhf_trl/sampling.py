@@ -32,6 +32,8 @@ T = TypeVar("T")
 # take for a batch of answers.
 KL_POSITIONS = 16
 LOGITS_BYTES = 2**28
+# Where a batch is read in one pass, its rows are at least this long, compared with the longest.
+SHORTEST = 0.8
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,21 @@ def spread(
     return [result for _, result in sorted(done, key=lambda item: item[0])]
 
 
-def sorted_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+def sorted_batches(lengths: Sequence[int], size: int, shortest: float = 0.0) -> list[list[int]]:
     """Group rows of similar length, the longest first, so that little is padded and memory runs out at once or
-    never."""
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    never.
+
+    Args:
+        shortest: a batch ends early before a row that is shorter than this share of its longest. Pays where the whole
+            batch is read at once; in generation, where each batch takes as many steps as any other, it does not.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if batches and len(batches[-1]) < size and lengths[row] >= shortest * lengths[batches[-1][0]]:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 class InverseTransform(LogitsProcessor):

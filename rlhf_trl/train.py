@@ -31,9 +31,10 @@ from rlhf_trl.callbacks import AtomicCheckpoints, Health, History, Interrupt, pe
 from rlhf_trl.checkpoints import last_valid_checkpoint
 from rlhf_trl.figures import plot_training
 from rlhf_trl.models import encode, load_causal, load_classifier, recorded_tokenizer, start_path
-from rlhf_trl.ppo import PPOConfig, PPOTrainer, build_ppo_models
+from rlhf_trl.ppo import PPOConfig, PPOTrainer
+from rlhf_trl.ppo_models import build_ppo_models
 from rlhf_trl.recipe import Problem, Recipe, RecipeError, UserError
-from rlhf_trl.rewards import load_reward_model
+from rlhf_trl.rewards import load_reward_model, score_completions
 from rlhf_trl.rundir import RunDir, environment, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -118,12 +119,9 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     resume = _prepare_directory(recipe, run, stage)
     history, health, interrupt = History(run.training_stats(stage), stage, trainer_word), Health(), Interrupt()
     trainer = build_trainer(recipe, run, stage, config)
-    for callback in (history, health, *([] if trainer_word == "ppo" else [interrupt])):
+    for callback in (history, health, interrupt):
         trainer.add_callback(callback)
-    if trainer_word == "ppo":
-        trainer.train()
-    else:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if interrupt.signal:
         _stop_interrupted(trainer, interrupt.signal, stage)
     _finish(recipe, run, stage, trainer, history, health)
@@ -198,9 +196,6 @@ def _prepare_directory(recipe: Recipe, run: RunDir, stage: str) -> Path | None:
         unfinished = (
             marker.exists() and read_json(marker)["fingerprint"] == fingerprint and not run.done(stage).exists()
         )
-        if unfinished and recipe.stages[stage].trainer == "ppo":
-            logger.warning("ppo cannot go on from a checkpoint: the stage starts again")
-            unfinished = False
         if not unfinished:
             run.replace(stage)
             write_json(marker, {"fingerprint": fingerprint})
@@ -232,10 +227,7 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
         "processing_class": tokenizer,
     }
     if word == "ppo":
-        reward = load_reward_model(recipe, run, str(recipe.stages[stage].reward))
-        return trainer_class(
-            **shared, **build_ppo_models(path, model_config, tokenizer, reward, config, len(train_data))
-        )
+        return trainer_class(**shared, **build_ppo_models(recipe, run, stage, config, tokenizer, ppo_view))
     load = load_classifier if word == "reward" else load_causal
     shared |= {"model": load(path, model_config, tokenizer), "peft_config": get_peft_config(model_config)}
     if word == "grpo":
@@ -274,12 +266,7 @@ def build_reward_function(
     reward_model = load_reward_model(recipe, run, stage)
 
     def reward(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        answers = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        finished = [bool(ids) and ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
-        scores = reward_model.score(prompts, answers, finished)
-        if not scores.isfinite().all():
-            raise UserError(f"stages.{stage}", "the reward model gives a score that is not finite", "train it again")
-        return scores.tolist()
+        return score_completions(reward_model, tokenizer, prompts, completion_ids).tolist()
 
     return reward
 
@@ -335,6 +322,7 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
         "trainable_parameters": trainable,
         "tensors_saved": tensors,
         "tensors_changed": changed,
+        "stopped": getattr(trainer, "stopped", None),
         "environment": environment(),
     })  # fmt: skip
     plot_training(history.stats, run.training_curves(stage))
