@@ -29,6 +29,7 @@ from rlhf_trl.sampling import (
     Completion,
     answer_batch,
     answer_logits,
+    head_logits,
     measure_drift,
     sample,
     sorted_batches,
@@ -96,7 +97,7 @@ class Measurements:
         """Sample one answer to each prompt, measure the policy's drift on it, and score it."""
         label = name if step is None else f"{name} at step {step}"
         with self.policies.use(name, checkpoint) as model:
-            answers = self._sample(model, self.prompts, f"{label}: answers")
+            answers = self._sample(model, self.prompts, f"{label}: answers", keep_hidden=True)
             drift = self.measure_kl(model, answers, f"{label}: KL", name == REFERENCE)
         records = [
             {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "answer": answer.text,
@@ -131,7 +132,8 @@ class Measurements:
         def work(rows: Sequence[int]) -> list[list[float]]:
             prompts, chosen = [self.prompts[row] for row in rows], [answers[row] for row in rows]
             batch = answer_batch(self.tokenizer, prompts, chosen, policy.device)
-            logits = answer_logits(policy, *batch)
+            kept = all(answer.hidden is not None for answer in chosen)
+            logits = head_logits(policy, chosen) if kept else answer_logits(policy, *batch)
             ref_logits = logits
             if not same:
                 with self.policies.use(REFERENCE) as reference:

@@ -5,6 +5,7 @@ Works on models and tensors, with the rows of a batch spread over the processes 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     LogitsProcessor,
@@ -44,6 +46,9 @@ class Completion:
     text: str
     finished: bool
     """Whether the answer ended by itself, before the length limit."""
+    hidden: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+    """What the model's output head read before each token, (T, H); only where asked for, and where it gives the
+    logits."""
 
 
 def spread(
@@ -95,10 +100,13 @@ class InverseTransform(LogitsProcessor):
         rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
         self._uniform = torch.stack(rows)
         self._step = 0
+        self.first: Tensor | None = None
+        """Logits of the first step, (B, V)."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Leave one token of each row possible: logits (B, V) -> (B, V)."""
-        cdf = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+        self.first = scores if self.first is None else self.first
+        cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         level = self._uniform[:, self._step, None].to(scores.device) * cdf[:, -1:]
         self._step += 1
         token = torch.searchsorted(cdf, level, right=True).clamp(max=scores.shape[-1] - 1)
@@ -122,6 +130,7 @@ def sample(
     draws: Sequence[int] | None = None,
     max_prompt_tokens: int | None = None,
     progress: str = "",
+    keep_hidden: bool = False,
 ) -> list[Completion]:
     """Sample an answer to each prompt.
 
@@ -129,6 +138,7 @@ def sample(
         decoding: without it, from the model's own distribution: temperature 1, no top-k, no top-p.
         draws: tells apart several answers to one prompt; 0 for each by default.
         max_prompt_tokens: a longer prompt loses its beginning.
+        keep_hidden: keep what the output head read, from which `head_logits` makes the logits once more.
 
     Returns:
         Completions in the order of the prompts. An answer is fixed by the seed, its prompt and its draw.
@@ -139,14 +149,23 @@ def sample(
 
     def answer(rows: Sequence[int]) -> list[Completion]:
         batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
-        chosen = [seeds[row] for row in rows]
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=_processors(decoding, chosen, max_new_tokens),
-        )[:, batch["input_ids"].shape[1] :]
-        return [_read_answer(tokenizer, tokens) for tokens in output.tolist()]
+        processors = _processors(decoding, [seeds[row] for row in rows], max_new_tokens)
+        seen: list[Tensor] = []
+        head = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]) if keep_hidden else None)
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)[
+            :, batch["input_ids"].shape[1] :
+        ]
+        hook.remove()
+        completions = [_read_answer(tokenizer, tokens) for tokens in output.tolist()]
+        # Some models bend the logits after their head (a soft cap, a scale).
+        if not seen or not torch.allclose(head(seen[0]).float(), processors[-1].first, rtol=1e-3, atol=1e-3):
+            return completions
+        hidden = torch.stack(seen, dim=1).cpu()
+        return [
+            dataclasses.replace(row, hidden=states[: len(row.ids)].clone())
+            for row, states in zip(completions, hidden, strict=True)
+        ]
 
     return spread(sorted_batches([len(row) for row in ids], batch_size), answer, progress)
 
@@ -212,6 +231,17 @@ def measure_drift(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: 
         terms = torch.stack([kl, -log_ratio, log_ratio.expm1() - log_ratio, entropy])
         sums += torch.where(mask[:, part].bool(), terms, 0.0).sum(-1)
     return Drift(*sums.unbind())
+
+
+@torch.no_grad()
+def head_logits(model: Any, answers: Sequence[Completion]) -> Tensor:
+    """Make the logits of sampled answers from what their model's head read: those that each token was drawn from.
+
+    Returns:
+        Logits at temperature 1, (B, A, V); those past an answer's end mean nothing.
+    """
+    hidden = pad_sequence([answer.hidden for answer in answers if answer.hidden is not None], batch_first=True)
+    return model.get_output_embeddings()(hidden.to(model.device))
 
 
 @torch.no_grad()

