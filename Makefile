@@ -18,9 +18,10 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The evaluation against the plain way: make bench MODEL=path/to/SmolLM2-135M
+# The evaluation against the plain way, and PPO against the stock set-up: make bench MODEL=path/to/SmolLM2-135M
 bench: .venv/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_evaluate.py $(MODEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_ppo.py $(MODEL)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

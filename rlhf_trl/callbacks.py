@@ -69,7 +69,7 @@ DEFINITIONS = {
     "answer_tokens": "mean tokens of a sampled answer, its end token included",
     "finished": "share of the sampled answers that end by themselves",
     "clip_fraction": "share of answer tokens whose probability ratio the surrogate's clip holds",
-    "approx_kl": "mean square of the log-probability's change since the rollout, halved, nats per token",
+    "approx_kl": "half the mean squared change of the log-probabilities since the rollout, padding as none",
     "value_loss": "half the mean squared error of the (clipped) value",
     "explained_variance": "1 - var(return - value) / var(return), before the update, on its first mini-batch",
     "advantage_mean": "mean of return - value, before whitening, on the update's first mini-batch",

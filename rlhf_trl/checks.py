@@ -32,6 +32,7 @@ OWNED = {
     "model_adapter_name": "a stage trains one adapter",
     "ref_adapter_name": "the reference is the base with the adapter off",
     "num_sample_generations": "sample answers are part of the evaluation",
+    "save_only_model": "a checkpoint holds what an interrupted stage goes on from",
     "skip_memory_metrics": "peak memory is always recorded",
     "use_cpu": "an accelerator is used where there is one; to hide it, set CUDA_VISIBLE_DEVICES= in the environment",
     "logging_nan_inf_filter": "a loss that is not finite is never hidden",

@@ -34,11 +34,11 @@ def base_block(recipe: Recipe, stage: str, evaluation: bool = True) -> dict[str,
     return block | ({"dtype": recipe.evaluation.dtype} if evaluation and recipe.evaluation.dtype else {})
 
 
-def load_adapter(model: PeftModel, name: str, folder: Path, trainable: bool = False) -> Tensor | None:
+def load_adapter(model: PeftModel, name: str, folder: Path, widen: bool = False) -> Tensor | None:
     """Lay a saved adapter on a base that has one already.
 
     Args:
-        trainable: keep its weights in float32, whatever the base's precision.
+        widen: keep its weights in float32, whatever the base's precision.
 
     Returns:
         The weight of its reward head, (1, H), if it has one; the head itself stays with the caller.
@@ -46,7 +46,7 @@ def load_adapter(model: PeftModel, name: str, folder: Path, trainable: bool = Fa
     Raises:
         UserError: the adapter holds tensors that the base has no place for.
     """
-    model.add_adapter(name, adapter_config(folder), autocast_adapter_dtype=trainable)
+    model.add_adapter(name, adapter_config(folder), autocast_adapter_dtype=widen)
     return fill_adapter(model, name, folder)
 
 

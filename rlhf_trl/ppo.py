@@ -1,7 +1,7 @@
 """PPO: the trainer of TRL 1.12, repaired through its own seams.
 
-TRL removed PPOTrainer in 1.13 (huggingface/trl#7020), so everything that is specific to it stands here and in
-`ppo_models`, and nothing of its loop is copied. What is repaired, and how:
+TRL removed PPOTrainer in 1.13 (huggingface/trl#7020), so everything that is specific to it stands here, in
+`ppo_models` and in `ppo_loop`, and nothing of its loop is copied. What is repaired, and how:
 
 - three full models become adapters on one base: `ppo_models` gives the loop views of them.
 - `num_mini_batches` and `max_grad_norm` had no effect: the accelerator's accumulation steps are set after
@@ -20,30 +20,29 @@ TRL removed PPOTrainer in 1.13 (huggingface/trl#7020), so everything that is spe
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
 import torch
-from accelerate import PartialState, skip_first_batches
+from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import reduce
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo import ppo_trainer as trl_loop
 
 from rlhf_trl.callbacks import AtomicCheckpoints, diverged
+from rlhf_trl.ppo_loop import Batches, BeginLoop, EndLoop, Entropy, LeaveLoop, generate_in_chunks, log_probs_of
 from rlhf_trl.ppo_models import POLICY, SharedPolicy
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rundir import read_json, write_json
@@ -94,112 +93,18 @@ class PPOConfig(trl_ppo.PPOConfig):
     )
 
 
-class _Entropy(torch.autograd.Function):
-    """Entropy of the distributions of logits z, (B, T, V) -> (B, T), in nats: H = log sum exp z - sum_v p(v) z(v).
-
-    Its gradient, -p(v) (log p(v) + H), is made from z again, so that nothing of that size is held in between.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        return torch.stack([_entropy(row) for row in logits])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (logits,) = ctx.saved_tensors
-        found = torch.empty_like(logits)
-        for row, (z, scale) in enumerate(zip(logits, grad, strict=True)):
-            log_p = z.log_softmax(-1)
-            found[row] = -log_p.exp() * (log_p + _entropy(z)[:, None]) * scale[:, None]
-        return found
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-class _Leave(Exception):
-    """Ends the library's loop from a callback."""
-
-
-class _Loop(TrainerCallback):
-    """Begins the loop where a checkpoint ended, and leaves it when asked to, which it does not do by itself."""
-
-    def __init__(self, trainer: PPOTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.restore()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.stopped:
-            control.should_save = False  # the optimizer's state is not that of the policy gone back to
-        if control.should_training_stop and not control.should_save:
-            raise _Leave
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if control.should_training_stop:
-            raise _Leave
-
-
-class _Batches:
-    """The prompts of one update after the other. Their order follows from the seed and the update alone."""
-
-    def __init__(self, loader: Any):
-        self.loader, self.done = loader, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch, skipped = divmod(self.done, len(self.loader))
-        self.loader.iteration = epoch
-        for batch in skip_first_batches(self.loader, skipped) if skipped else self.loader:
-            self.done += 1
-            yield batch
-
-
-class _SampledLogProbs:
-    """Log-probabilities of the sampled tokens, (B, T), where the loop expects the logits that they come from."""
-
-    def __init__(self, values: Tensor):
-        self.values = values
-
-    def __getitem__(self, rows: slice) -> _SampledLogProbs:
-        return _SampledLogProbs(self.values[rows])
-
-
-def _generate_in_chunks(
-    model: Any, queries: Tensor, chunk: int, pad_token_id: int, generation_config: Any
-) -> tuple[Tensor, _SampledLogProbs]:
-    """Sample answers, `chunk` prompts at a time, and keep of the logits what the loop reads of them."""
-    tokens: list[Tensor] = []
-    log_probs: list[Tensor] = []
-    for start in range(0, len(queries), chunk):
-        rows, logits = trl_loop.generate(model, queries[start : start + chunk], pad_token_id, generation_config)
-        log_probs += _gather(logits, rows[:, queries.shape[1] :])
-        tokens += rows
-    together = pad_sequence(tokens, batch_first=True, padding_value=pad_token_id)
-    return together, _SampledLogProbs(pad_sequence(log_probs, batch_first=True))
-
-
-_gather = trl_loop.selective_log_softmax
-
-
-def _log_probs_of(logits: Any, index: Tensor) -> Tensor:
-    return logits.values if isinstance(logits, _SampledLogProbs) else _gather(logits, index)
-
-
 class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
     """TRL's PPOTrainer, repaired; takes the models of `build_ppo_models` and a dataset of `input_ids`.
 
     Raises:
-        UserError: there are fewer prompts than one batch, or the parameters are sharded.
+        UserError: there are fewer prompts than one batch.
     """
 
     # Attributes of transformers 5 that PPOTrainer, which does not call its parent's constructor, never sets.
     is_distributed_loading_by_transformers = False
     is_fsdp_xla_v1_enabled = False
     control: Any
+    model: Any
 
     def __init__(self, args: PPOConfig, processing_class: PreTrainedTokenizerBase, **kwargs: Any):
         if processing_class.pad_token_id == processing_class.eos_token_id or processing_class.padding_side != "left":
@@ -212,10 +117,11 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
                             "lower the batch size or gradient_accumulation_steps, or use more data")  # fmt: skip
         # PPOTrainer builds an Accelerator of its own, which reads the precision from here alone.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-        super().__init__(args=args, processing_class=processing_class, **kwargs)
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise UserError("--accelerate", "PPO cannot generate from parameters that are sharded (FSDP, ZeRO-3)",
-                            "use ddp or zero2")  # fmt: skip
+        os.environ["ACCELERATE_GRADIENT_CLIPPING"] = str(args.max_grad_norm or 0.0)  # DeepSpeed's, which clips itself
+        with mock.patch.object(trl_loop, "prepare_deepspeed", lambda model, _: model):  # no weights to spread
+            super().__init__(args=args, processing_class=processing_class, **kwargs)
+        self.dataloader = Batches(self._prepare_loader())
+        # After the loader: under DeepSpeed, whatever is prepared sets them back.
         steps = args.gradient_accumulation_steps // args.num_mini_batches
         self.accelerator.gradient_accumulation_steps = steps
         # Accelerate ends an accumulation with each pass through the data, which would cut the mini-batches of its
@@ -229,7 +135,7 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         self._before = self._sampling
         self._measured: dict[str, list[float]] = defaultdict(list)
         self._targets: list[tuple[Tensor, Tensor]] = []
-        self._tokens = 0
+        self._tokens = self._new_tokens = 0
         self._first_mini_batch = False
         self._output: Any = None
         inner = self.accelerator.unwrap_model(self.model)
@@ -239,9 +145,13 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
                 object.__setattr__(self.model, name, item)
         self.shared: SharedPolicy = inner.policy
         self._value_head = inner.value_model
-        self.dataloader = _Batches(self._prepare_loader())
-        self.add_callback(_Loop(self))
-        self.optimizer.optimizer.register_step_pre_hook(self._clip)
+        self.add_callback(BeginLoop(self))
+        if not self.is_deepspeed_enabled:
+            self.optimizer.optimizer.register_step_pre_hook(self._clip)
+        if args.stop_token:
+            # An answer ends at a sampled padding token, too: so it is read everywhere.
+            ends = [processing_class.eos_token_id, processing_class.pad_token_id]
+            self.shared.generation_config.eos_token_id = ends
         self._generate = self.shared.generate
         self.shared.generate = self._generate_and_measure
         self.model.register_forward_hook(self._keep_output, with_kwargs=True)
@@ -268,15 +178,16 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
             resume_from_checkpoint: folder of the checkpoint to go on from.
         """
         self._checkpoint = resume_from_checkpoint
+        self.add_callback(EndLoop(self))
         device = self.accelerator.device.type
         # Without the cache: it would keep the rounded weights of before the first update.
         with (
             torch.autocast(device, torch.bfloat16, enabled=bool(self.args.bf16), cache_enabled=False),
-            mock.patch.multiple(trl_loop, batch_generation=_generate_in_chunks, selective_log_softmax=_log_probs_of),
+            mock.patch.multiple(trl_loop, batch_generation=generate_in_chunks, selective_log_softmax=log_probs_of),
         ):
             try:
                 super().train()
-            except _Leave:
+            except LeaveLoop:
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def null_ref_context(self) -> Any:
@@ -287,10 +198,10 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Add what the loop does not measure, adapt `kl_coef`, and stop at `max_kl`.
 
-        The loop averages its statistics over `num_mini_batches` times as many places as it fills, and its `eps` counts
-        from the start of the process.
+        The loop averages its statistics over `num_mini_batches` times as many places as it fills, which makes nothing
+        of their variance, and its `eps` counts from the start of the process.
         """
-        logs = {key: value for key, value in logs.items() if key != "eps"}
+        logs = {key: value for key, value in logs.items() if key not in ("eps", "val/ratio_var")}
         for key in AVERAGED & logs.keys():
             logs[key] *= self.args.num_mini_batches
         own = {key: torch.tensor(values, dtype=torch.float32).mean() for key, values in self._measured.items()}
@@ -300,11 +211,18 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
             own |= {"advantage_mean": advantages.mean(), "advantage_std": advantages.std()}
             own["explained_variance"] = 1 - advantages.var() / returns.var().clamp(min=1e-12)
         logs |= {key: reduce(own[key].to(self.accelerator.device), reduction="mean").item() for key in sorted(own)}
-        logs |= {"num_tokens": self._tokens, "kl_coef": self.args.kl_coef}
+        logs |= {"num_tokens": self._count_tokens(), "kl_coef": self.args.kl_coef}
         for record in (self._measured, self._targets, self.reward_model.raw):
             record.clear()
         super().log(logs, *args, **kwargs)
         self._control_kl(logs["objective/kl"])
+
+    def _count_tokens(self) -> int:
+        """Add what all processes have sampled since the last log."""
+        new = torch.tensor(self._new_tokens, device=self.accelerator.device)
+        self._tokens += int(reduce(new, reduction="sum"))
+        self._new_tokens = 0
+        return self._tokens
 
     def _control_kl(self, kl: float) -> None:
         """Adapt `kl_coef` (Ziegler et al., 2019, "Fine-tuning language models from human preferences", section 2.2),
@@ -320,7 +238,8 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
             return
         step, weights = self._before
         if step <= 0:
-            raise UserError("max_kl", f"the first update led to a KL of {kl:.3g} nats, above {self.args.max_kl:g}",
+            cause = "the first update led to" if step == 0 else "the policy at the start of training has"
+            raise UserError("max_kl", f"{cause} a KL of {kl:.3g} nats, above {self.args.max_kl:g}",
                             "lower learning_rate, or raise max_kl")  # fmt: skip
         for name, param in self._trained().items():
             param.data.copy_(weights[name])
@@ -334,13 +253,15 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._first_mini_batch = False
         params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
         limit = self.args.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(params, limit)
-        if not norm.isfinite():
+        self._record_norm(torch.nn.utils.clip_grad_norm_(params, limit).item())
+
+    def _record_norm(self, norm: float) -> None:
+        self._first_mini_batch = False
+        if not math.isfinite(norm):
             raise diverged(self.state.global_step, "the gradient", self.args.output_dir)
-        self._measured["grad_norm"].append(norm.item())
+        self._measured["grad_norm"].append(norm)
 
     def _generate_and_measure(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.max_kl and not self._first_mini_batch:
@@ -352,8 +273,7 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         lengths = (answers != self.processing_class.pad_token_id).sum(1).tolist()
         self._measured["answer_tokens"] += lengths
         self._measured["finished"] += (answers == self.processing_class.eos_token_id).any(1).double().tolist()
-        count = int(kwargs["attention_mask"].sum()) + sum(lengths)
-        self._tokens += count * self.accelerator.num_processes
+        self._new_tokens += int(kwargs["attention_mask"].sum()) + sum(lengths)
         return output
 
     def _keep_output(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -385,20 +305,27 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         self._output = None
         # The loop has divided these logits by the temperature in place; the last position predicts nothing.
         with torch.set_grad_enabled(self.args.entropy_coef != 0):
-            entropy = (_Entropy.apply(logits[:, :-1]) * mask).sum() / mask.sum()
+            entropy = (Entropy.apply(logits[:, :-1]) * mask).sum() / mask.sum()
         self._measured["entropy"].append(entropy.item())
         # DeepSpeed divides by the accumulation steps that it was built with, those of the whole batch.
         scale = self.args.num_mini_batches if self.is_deepspeed_enabled else 1
         self._backward(scale * (loss - self.args.entropy_coef * entropy), **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:  # it has made the step by now
+            self._record_norm(float(self.model.get_global_grad_norm()))
+        # Accelerate's autocast keeps the rounded weights of the first forward pass for as long as ours lasts.
+        torch.clear_autocast_cache()
 
     # --- checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy; into a checkpoint, also what the loop goes on from and the library does not save."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call or not self.args.should_save:
+        if not self.args.should_save:
             return
         folder = Path(str(output_dir))
+        self.shared.save_pretrained(str(folder))
+        self.processing_class.save_pretrained(folder)
+        if not _internal_call:
+            return
         value = {name: param for name, param in self._trained().items() if f".{POLICY}." not in name}
         save_file({name: param.detach().contiguous() for name, param in value.items()}, folder / VALUE_FILE)
         state = {"kl_coef": self.args.kl_coef, "tokens": self._tokens}
@@ -407,13 +334,21 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
             save_file(weights, folder / MEASURED_FILE)
         write_json(folder / STATE_FILE, state)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under DeepSpeed the library leaves frozen weights out of a checkpoint where it sees an adapter."""
+        outer, self.model = self.model, self.shared
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            self.model = outer
+
     def restore(self) -> None:
         """Take up a checkpoint: weights, optimizer, schedule, `kl_coef`, random states, position in the data."""
         if self._checkpoint is None:
             return
         folder = Path(self._checkpoint)
         if self.is_deepspeed_enabled:
-            deepspeed_load_checkpoint(self.model, str(folder))
+            deepspeed_load_checkpoint(self.model, str(folder), load_module_strict=False)
         else:
             set_peft_model_state_dict(self.shared, load_file(folder / "adapter_model.safetensors"), POLICY)
             trained = self._trained()

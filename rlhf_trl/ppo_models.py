@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from peft import PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from trl import ModelConfig, get_peft_config
 
@@ -182,7 +184,8 @@ class TextReward(nn.Module):
             prompts.append(self._prompts[tuple(token for token, kept in zip(ids[:start], mask, strict=False) if kept)])
             end = start + mask[start:].index(False) if False in mask[start:] else len(ids)
             answers.append(ids[start:end])
-        scores = score_completions(self._reward, self._tokenizer, prompts, answers)
+        with torch.autocast(input_ids.device.type, enabled=False):  # in the reward model's own precision
+            scores = score_completions(self._reward, self._tokenizer, prompts, answers)
         self.raw += scores.tolist()
         scores = ((scores - self.scale.mean) / self.scale.std).to(input_ids.device)
         return BaseModelOutput(hidden_states=(scores[:, None, None].expand(-1, input_ids.shape[1], 1),))
@@ -198,8 +201,11 @@ def build_ppo_models(
         view: one row of the stage's dataset, as the trainer sees it.
 
     Raises:
-        UserError: the value model is to start from a reward model that lies on another base.
+        UserError: the parameters are sharded, or the value model is to start from a reward model on another base.
     """
+    if is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise UserError("--accelerate", "PPO cannot generate from parameters that are sharded (FSDP, ZeRO-3)",
+                        "use ddp or zero2")  # fmt: skip
     model_config = ModelConfig(**recipe.model_block(stage), lora_task_type="CAUSAL_LM")
     base = load_causal(start_path(recipe, run, stage), model_config, tokenizer)
     lora = get_peft_config(model_config)
@@ -211,11 +217,11 @@ def build_ppo_models(
         if not shares:
             raise UserError(f"stages.{stage}.args.value_init", f"the reward model {name} lies on another base",
                             f"leave it out, or give {name} the init and the model of {stage}")  # fmt: skip
-        value_head = load_adapter(policy, VALUE, run.adapter(name), trainable=True)
+        value_head = load_adapter(policy, VALUE, run.adapter(name), widen=True)
     else:
-        policy.add_adapter(VALUE, copy.deepcopy(lora))
+        policy.add_adapter(VALUE, _value_config(lora, base))
     if shares:
-        head = load_adapter(policy, REWARD, run.adapter(name))
+        head = load_adapter(policy, REWARD, run.adapter(name), widen=True)
         assert head is not None
         reward = RewardModel(SharedClassifier(policy, REWARD, head), tokenizer)
     else:
@@ -260,6 +266,16 @@ def _estimate(policy: SharedPolicy, config: Any, longest: int) -> Estimate:
     )
 
 
+def _value_config(lora: Any, base: Any) -> Any:
+    """The policy's LoRA without the output head, which the value model does not pass through."""
+    config = copy.deepcopy(lora)
+    config.modules_to_save = None
+    if config.target_modules != "all-linear":
+        head = base.get_output_embeddings()
+        config.exclude_modules = [name for name, module in base.named_modules() if module is head]
+    return config
+
+
 def _shares_base(recipe: Recipe, run: RunDir, stage: str, reward: str) -> bool:
     """Whether a reward stage is an adapter on the very base of another stage."""
     blocks = [base_block(recipe, name, evaluation=False) for name in (stage, reward)]
@@ -277,6 +293,9 @@ def _measure_scale(reward: RewardModel, run: RunDir, stage: str) -> Scale:
     answers = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
     scores = reward.score(prompts, answers, [True] * len(answers))
     scale = Scale(scores.mean().item(), scores.std().item())
+    if not scale.std > 0:
+        raise UserError(f"stages.{stage}.args.normalize_rewards", "the reward model gives every answer one score",
+                        "train it again")  # fmt: skip
     if PartialState().is_main_process:
         write_json(run.reward_scale(stage), {**scale._asdict(), "answers": len(answers)})
     return scale

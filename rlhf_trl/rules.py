@@ -119,12 +119,26 @@ def _check_mini_batches(of: Values) -> Iterator[Problem]:
         yield Problem(of.place("whiten_rewards"), f"needs mini-batches of at least 8 answers, not {size}", remedy)
 
 
+# Option -> the value at which PPO's loop, which does not read it, does what it says; and what to use instead.
+UNREAD_BY_PPO = {
+    "fp16": (False, "set bf16: true"),
+    "max_steps": (-1, "set total_episodes: steps times batch"),
+    "data_seed": (None, "set seed"),
+    "eval_strategy": ("no", "leave it out: `evaluate` measures the checkpoints"),
+}
+
+
 def _check_shared_base(of: Values) -> Iterator[Problem]:
     if of.trainer != "ppo":
         return
     if not of.model("use_peft"):
         problem = "PPO holds its policy, value model and reference as adapters on one base"
         yield Problem(of.model_place("use_peft"), problem, f"set use_peft: true for the stage {of.name}")
+    for key, (default, remedy) in UNREAD_BY_PPO.items():
+        if of.option(key) not in (default, None):
+            yield Problem(of.place(key), "has no effect in PPO's loop", remedy)
+    if of.option("save_strategy") not in ("no", "steps"):
+        yield Problem(of.place("save_strategy"), "PPO's loop knows steps alone", "set save_strategy: steps")
     if (of.option("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
         problem = "would recompute the value model under the policy's adapter"
         yield Problem(of.place("gradient_checkpointing_kwargs"), f"use_reentrant: true {problem}", "leave it out")

@@ -56,26 +56,31 @@ def open_run(path: str):
 
 def make(path: str) -> None:
     """Prepare the data, and save adapters whose effect is small."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     from rlhf_trl.data.preprocess import prepare
 
     recipe, run = open_run(path)
     prepare(recipe, run)
-    torch.manual_seed(0)
     for stage in ("rm", *POLICIES):
-        reward = stage == "rm"
-        auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-        more = {"num_labels": 1} if reward else {}
-        base = auto.from_pretrained(recipe.model["model_name_or_path"], dtype=torch.bfloat16, **more)
-        task = "SEQ_CLS" if reward else "CAUSAL_LM"
-        adapted = get_peft_model(base, LoraConfig(task_type=task, r=16, target_modules="all-linear"))
-        for name, param in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(param, std=2e-3)
-        adapted.save_pretrained(run.adapter(stage))
+        save_adapter(recipe, run, stage)
+
+
+def save_adapter(recipe, run, stage: str) -> None:
+    """Save a random adapter, with a head if it is a reward stage's."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    torch.manual_seed(sum(map(ord, stage)))
+    reward = stage == "rm"
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    more = {"num_labels": 1} if reward else {}
+    base = auto.from_pretrained(recipe.model["model_name_or_path"], dtype=torch.bfloat16, **more)
+    task = "SEQ_CLS" if reward else "CAUSAL_LM"
+    adapted = get_peft_model(base, LoraConfig(task_type=task, r=16, target_modules="all-linear"))
+    for name, param in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(param, std=2e-3)
+    adapted.save_pretrained(run.adapter(stage))
 
 
 def report(seconds: float) -> None:

@@ -59,19 +59,41 @@ def test_two_processes_train_what_one_does(copy, stage, profile):
         assert torch.allclose(found[name], tensor, atol=1e-5), name
 
 
-@pytest.mark.parametrize("stage", ["grpo", "ppo"])
-def test_online_trainers_run_in_two_processes(copy, stage):
-    """Through `accelerate launch` itself, which is what the README gives as the same thing."""
-    profile = str(ROOT / "accelerate_configs" / "ddp.yaml")
+@pytest.mark.parametrize(("stage", "profile"), [("grpo", "ddp"), ("ppo", "ddp"), ("ppo", "zero2")])
+def test_online_trainers_run_in_two_processes(copy, stage, profile):
+    """Through `accelerate launch` itself, which is what the README gives as the same thing; every step is saved."""
+    config = str(ROOT / "accelerate_configs" / f"{profile}.yaml")
     shutil.rmtree(copy.step(stage))
-    done = launch(
-        copy, "accelerate.commands.launch", "--config_file", profile, "-m", "rlhf_trl", "train", "RECIPE", stage
-    )
+    args = f"stages.{stage}.args"
+    saving = ("--set", f"{args}.save_strategy=steps", "--set", f"{args}.save_steps=1")
+    command = ("accelerate.commands.launch", "--config_file", config, "-m", "rlhf_trl", "train", "RECIPE", stage)
+    done = launch(copy, *command, *saving)
     assert done.returncode == 0, done.stderr[-3000:]
     stats = read_json(copy.training_stats(stage))
     assert stats["summary"]["processes"] == 2
     assert abs(stats["history"][0]["kl"]) < 1e-4
-    assert all(tensor.isfinite().all() for tensor in adapter(copy, stage).values())
+    expected = adapter(copy, stage)
+    assert all(tensor.isfinite().all() for tensor in expected.values())
+    last = stats["summary"]["steps"]
+    if stage == "ppo":
+        for file in (copy.checkpoints(stage) / f"checkpoint-{last}").glob("*.safetensors"):
+            assert all("lora_" in name or ".score." in name for name in load_file(file)), file
+    # as if killed in the middle of the last step
+    shutil.rmtree(copy.checkpoints(stage) / f"checkpoint-{last}")
+    shutil.rmtree(copy.adapter(stage))
+    copy.done(stage).unlink()
+    done = launch(copy, *command, *saving)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming from" in done.stderr
+    for name, tensor in adapter(copy, stage).items():
+        assert torch.allclose(tensor, expected[name], atol=1e-6), name
+
+
+def test_ppo_refuses_sharded_parameters(copy):
+    shutil.rmtree(copy.step("ppo"))
+    done = launch(copy, "rlhf_trl", "train", "RECIPE", "ppo", "--accelerate", "zero3", "--processes", "2")
+    assert done.returncode != 0
+    assert "use ddp or zero2" in done.stderr
 
 
 def test_fewer_processes_than_asked_for_are_refused(copy):

@@ -15,7 +15,7 @@ LEVEL_0 |= {"agreement", "elo", "length_control", "logistic", "memory", "verdict
 # Modules that any step may use.
 SHARED = LEVEL_0 | {"__init__", "models", "policies", "rewards", "sampling", "figures", "policy_figures", "data.demo"}
 # A step that is more than one module: module -> the step it belongs to. Any other module is a step by itself.
-BELONGS = {"ppo": "train", "ppo_models": "train", "callbacks": "train"}
+BELONGS = {"ppo": "train", "ppo_loop": "train", "ppo_models": "train", "callbacks": "train"}
 BELONGS |= dict.fromkeys(("evaluation_figures", "measurements", "trade_off"), "evaluate")
 PREFIXES = {"report_": "report", "error_": "errors", "judge_": "judge"}
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib"}

@@ -1,7 +1,7 @@
 """PPO: the repairs of TRL's trainer do what the options say, on one shared base."""
 
 import math
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from transformers import set_seed
 
 from rlhf_trl.memory import Batch, Shape, estimate_ppo
 from rlhf_trl.models import encode, recorded_tokenizer
-from rlhf_trl.ppo import PPOTrainer, _generate_in_chunks
+from rlhf_trl.ppo import PPOTrainer
+from rlhf_trl.ppo_loop import generate_in_chunks
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rewards import load_reward_model
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl
@@ -268,7 +269,7 @@ def test_the_coefficient_follows_the_target(build):
     trainer = build("total_episodes=48", "kl_target=6", "kl_horizon=160", "learning_rate=1e-2")
     trainer.train()
     rows = rows_of(trainer)
-    for now, following in zip(rows, rows[1:], strict=False):
+    for now, following in pairwise(rows):
         error = min(max(now["objective/kl"] / 6 - 1, -0.2), 0.2)
         assert following["kl_coef"] == pytest.approx(now["kl_coef"] * (1 + error * 16 / 160))
     assert rows[-1]["kl_coef"] < rows[0]["kl_coef"]
@@ -338,7 +339,7 @@ def test_logits_are_reduced_chunk_by_chunk(build):
     config = trainer.shared.generation_config.__class__(max_new_tokens=12, do_sample=True, top_k=0, top_p=1.0)
     for chunk in (6, 4, 1):
         set_seed(5)
-        tokens, sampled = _generate_in_chunks(policy, queries, chunk, tokenizer.pad_token_id, config)
+        tokens, sampled = generate_in_chunks(policy, queries, chunk, tokenizer.pad_token_id, config)
         assert tokens.shape[0] == 6 and sampled[0:2].values.shape == (2, tokens.shape[1] - queries.shape[1])
         mask = tokens != tokenizer.pad_token_id
         positions = mask.cumsum(1) - mask.long()
@@ -381,12 +382,51 @@ def test_bf16_runs_in_bf16(build):
     trainer = build("bf16=true", "total_episodes=16", "gradient_checkpointing=true")
     kinds = set()
     layer = trainer.policy_model.get_base_model().model.layers[0].mlp
-    layer.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
+    layer.register_forward_hook(
+        lambda module, args, output: trainer.shared.active_adapter != "reward" and kinds.add(output.dtype)
+    )  # the reward model scores in its own precision
     trainer.train()
     assert trainer.accelerator.mixed_precision == "bf16"
     assert kinds == {torch.bfloat16}
     row = next(row for row in trainer.state.log_history if "val/ratio" in row)
     assert row["val/ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_later_epochs_in_bf16_see_the_new_weights(build):
+    """Accelerate's autocast would keep the rounded weights of the first forward pass until the end of training."""
+    trainer = build("bf16=true", *ONE_BATCH, "total_episodes=8", "num_ppo_epochs=2", "learning_rate=3e-2")
+    seen, inputs = [], []
+
+    def keep(_, args, kwargs, output):
+        seen.append(output[0].logits.kept.detach().clone())
+        inputs.append({key: kwargs[key] for key in ("input_ids", "attention_mask", "position_ids")})
+        live.append({name: param.detach().clone() for name, param in trainer._trained().items()})
+
+    live: list[dict] = []
+    trainer.model.register_forward_hook(keep, with_kwargs=True)
+    trainer.train()
+    trained = trainer._trained()
+    for logits, batch, state in zip(seen, inputs, live, strict=True):
+        for name, tensor in state.items():
+            trained[name].data.copy_(tensor)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(trainer.shared(**batch).logits.kept, logits, atol=1e-6)
+    assert len(seen) == 2
+
+
+def test_an_answer_ends_at_a_sampled_padding_token(build, trained):
+    trainer = build()
+    tokenizer = trainer.processing_class
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    assert trainer.shared.generation_config.eos_token_id == [eos, pad]
+    prompt, messages = next(iter(trainer.reward_model._prompts.items()))
+    answer = tokenizer("yes").input_ids
+    trainer.shared.context_length = len(prompt)
+    ids = torch.tensor([[*prompt, *answer, pad, eos], [*prompt, *answer, eos, pad]])
+    scores = trainer.reward_model.backbone(input_ids=ids, attention_mask=ids != pad).hidden_states[0][:, 0, 0]
+    expected = load_reward_model(*trained, "rm").score([messages] * 2, ["yes", "yes"], [False, True])
+    assert torch.allclose(scores, expected, atol=1e-4)
+    assert scores[0] != scores[1]
 
 
 def test_gradient_checkpointing_is_on_and_changes_nothing(build):

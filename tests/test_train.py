@@ -128,13 +128,16 @@ def test_reward_is_the_same_on_every_path(trained):
     scores = build_reward_function(recipe, run, "rm", tokenizer)(prompts=prompts, completion_ids=ids)
     assert torch.allclose(torch.tensor(scores), one, atol=1e-4)
     # PPO: prompts padded on the left, answers on the right
-    merged = load_reward_model(recipe, run, "rm").model.merge_and_unload()
+    config = config_of(recipe, RunDir(run.root.parent / "parity"), "ppo")
+    ppo = build_trainer(recipe, run, "ppo", config)
     starts = tokenizer.pad(
         {"input_ids": [encode(tokenizer, prompt)[0] for prompt in prompts]}, return_tensors="pt"
     ).input_ids
     width = max(map(len, ids))
     ends = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])
-    _, rewards, _ = get_reward(merged, torch.cat([starts, ends], 1), tokenizer.pad_token_id, starts.shape[1])
+    ppo.shared.context_length = starts.shape[1]
+    whole = torch.cat([starts, ends], 1)
+    _, rewards, _ = get_reward(ppo.reward_model, whole, tokenizer.pad_token_id, starts.shape[1])
     assert torch.allclose(rewards, one, atol=1e-4)
     # The end token is seen: the same answer, unfinished, scores otherwise.
     assert not torch.allclose(model.score(prompts, answers, [False] * 6), model.score(prompts, answers, [True] * 6))
@@ -282,14 +285,18 @@ def test_a_stage_needs_its_inputs(copy):
 # --- interruption
 # ------------------------------------------------------------------------------------------------------
 
-SAVING = ("save_strategy=steps", "save_steps=1", "max_steps=6")
+
+def saving(stage: str) -> tuple[str, ...]:
+    """Options for six steps with a checkpoint after each."""
+    length = "total_episodes=96" if stage == "ppo" else "max_steps=6"
+    return tuple(f"stages.{stage}.args.{item}" for item in ("save_strategy=steps", "save_steps=1", length))
 
 
-def start(run: RunDir, stage: str, *extra: str) -> subprocess.Popen:
+def start(run: RunDir, stage: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "rlhf_trl", "train", str(run.root.parent.parent / "small.yaml"), stage,
                "--runs", str(run.root.parent)]  # fmt: skip
-    for item in (*SAVING, *extra):
-        command += ["--set", f"stages.{stage}.args.{item}"]
+    for item in saving(stage):
+        command += ["--set", item]
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -303,7 +310,14 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "number"), [("dpo", signal.SIGKILL), ("grpo", signal.SIGKILL), ("dpo", signal.SIGTERM)]
+    ("stage", "number"),
+    [
+        ("dpo", signal.SIGKILL),
+        ("grpo", signal.SIGKILL),
+        ("ppo", signal.SIGKILL),
+        ("dpo", signal.SIGTERM),
+        ("ppo", signal.SIGTERM),
+    ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_weights(copy, stage, number):
     run, load = copy
@@ -330,15 +344,16 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(copy, stage, number):
     assert steps[-1] == 6
 
 
-def test_a_run_killed_after_its_last_checkpoint_finishes(copy):
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_a_run_killed_after_its_last_checkpoint_finishes(copy, stage):
     run, _ = copy
-    recipe = small_recipe(run.root.parent.parent, tuple(f"stages.dpo.args.{item}" for item in SAVING))
-    train(recipe, run, "dpo")
-    expected = sha(run.adapter("dpo") / "adapter_model.safetensors")
-    shutil.rmtree(run.adapter("dpo"))
-    run.done("dpo").unlink()
-    train(recipe, run, "dpo")
-    assert sha(run.adapter("dpo") / "adapter_model.safetensors") == expected
+    recipe = small_recipe(run.root.parent.parent, saving(stage))
+    train(recipe, run, stage)
+    expected = sha(run.adapter(stage) / "adapter_model.safetensors")
+    shutil.rmtree(run.adapter(stage))
+    run.done(stage).unlink()
+    train(recipe, run, stage)
+    assert sha(run.adapter(stage) / "adapter_model.safetensors") == expected
 
 
 @pytest.fixture
@@ -393,7 +408,7 @@ def test_a_checkpoint_that_cannot_be_finished_does_not_appear(copy, monkeypatch)
         return real(value, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full_disk)
-    recipe = small_recipe(run.root.parent.parent, tuple(f"stages.dpo.args.{item}" for item in SAVING))
+    recipe = small_recipe(run.root.parent.parent, saving("dpo"))
     with pytest.raises(OSError, match="No space left"):
         train(recipe, run, "dpo")
     names = [path.name for path in run.checkpoints("dpo").glob("checkpoint-*")]

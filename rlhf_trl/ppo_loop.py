@@ -1,0 +1,118 @@
+"""What stands in for parts of TRL's PPO loop: the entropy of a distribution, the order of the prompts, the sampling in
+chunks, and the beginning and the end of the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import skip_first_batches
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
+from trl.experimental.ppo import ppo_trainer as trl_loop
+
+
+class Entropy(torch.autograd.Function):
+    """Entropy of the distributions of logits z, (B, T, V) -> (B, T), in nats: H = log sum exp z - sum_v p(v) z(v).
+
+    Its gradient, -p(v) (log p(v) + H), is made from z again, so that nothing of that size is held in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return torch.stack([_entropy(row) for row in logits])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for row, (z, scale) in enumerate(zip(logits, grad, strict=True)):
+            log_p = z.log_softmax(-1)
+            found[row] = -log_p.exp() * (log_p + _entropy(z)[:, None]) * scale[:, None]
+        return found
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+class LeaveLoop(Exception):
+    """Ends the library's loop from a callback."""
+
+
+class BeginLoop(TrainerCallback):
+    """Begins the loop where a checkpoint ended. Comes before the callbacks that look at the step."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.restore()
+
+
+class EndLoop(TrainerCallback):
+    """Leaves the loop when asked to, which it does not do by itself. Comes after the callbacks that ask for it."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.stopped:
+            control.should_save = False  # the optimizer's state is not that of the policy gone back to
+        if control.should_training_stop and not control.should_save:
+            raise LeaveLoop
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_training_stop:
+            raise LeaveLoop
+
+
+class Batches:
+    """The prompts of one update after the other. Their order follows from the seed and the update alone."""
+
+    def __init__(self, loader: Any):
+        self.loader, self.done = loader, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, skipped = divmod(self.done, len(self.loader))
+        self.loader.set_epoch(epoch)
+        for batch in skip_first_batches(self.loader, skipped) if skipped else self.loader:
+            self.done += 1
+            yield batch
+
+
+class SampledLogProbs:
+    """Log-probabilities of the sampled tokens, (B, T), where the loop expects the logits that they come from."""
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    def __getitem__(self, rows: slice) -> SampledLogProbs:
+        return SampledLogProbs(self.values[rows])
+
+
+def generate_in_chunks(
+    model: Any, queries: Tensor, chunk: int, pad_token_id: int, generation_config: Any
+) -> tuple[Tensor, SampledLogProbs]:
+    """Sample answers, `chunk` prompts at a time, and keep of the logits what the loop reads of them."""
+    tokens: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    for start in range(0, len(queries), chunk):
+        rows, logits = trl_loop.generate(model, queries[start : start + chunk], pad_token_id, generation_config)
+        log_probs += _gather(logits, rows[:, queries.shape[1] :])
+        tokens += rows
+        del logits  # before the next chunk has its own
+    together = pad_sequence(tokens, batch_first=True, padding_value=pad_token_id)
+    return together, SampledLogProbs(pad_sequence(log_probs, batch_first=True))
+
+
+_gather = trl_loop.selective_log_softmax
+
+
+def log_probs_of(logits: Any, index: Tensor) -> Tensor:
+    return logits.values if isinstance(logits, SampledLogProbs) else _gather(logits, index)

@@ -1,0 +1,150 @@
+"""Memory and time of PPO on one shared base against TRL's stock set-up: `make bench MODEL=path/to/SmolLM2-135M`.
+
+Stock: a LoRA policy, a full value model and a separate reward model, in TRL's trainer as it is. Both run 3 updates on
+the same prompts (64 to 96 tokens) of batches of 4 x 2, with answers of 32 tokens and 2 PPO epochs, each in a process
+of its own. Peak is resident memory minus that of a process with the imports alone (on a GPU, what was allocated).
+State is the bytes of weights, gradients and optimizer alone.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+RECIPE = """
+name: bench
+model: {{model_name_or_path: {model}, dtype: {dtype}, use_peft: true, lora_r: 16, lora_alpha: 32, lora_dropout: 0.0,
+         lora_target_modules: all-linear}}
+data: {{source: {data}, max_length: 256, max_rows: 1200, test_fraction: 0.1}}
+stages:
+  rm: {{trainer: reward, args: {{max_length: 256}}}}
+  ppo:
+    trainer: ppo
+    reward: rm
+    args: {{per_device_train_batch_size: 4, gradient_accumulation_steps: 2, total_episodes: 24, num_ppo_epochs: 2,
+            response_length: 32, stop_token: eos, temperature: 1.0, gradient_checkpointing: false, bf16: {bf16},
+            save_strategy: "no", logging_steps: 1, learning_rate: 1.0e-5}}
+"""
+
+
+def main(model: str) -> None:
+    for dtype in ("float32", "bfloat16"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "bench.yaml"
+            text = RECIPE.format(
+                model=model, dtype=dtype, data=SHARED / "hh-rlhf", bf16=str(dtype != "float32").lower()
+            )
+            path.write_text(text)
+            results = {}
+            for way in ("make", "stock", "ours"):
+                done = subprocess.run([sys.executable, __file__, way, str(path)], stdout=subprocess.PIPE, text=True,
+                                      check=True)  # fmt: skip
+                if way != "make":
+                    results[way] = json.loads(done.stdout.splitlines()[-1])
+                    print(dtype, way, results[way], flush=True)
+            print(dtype, "ours / stock", {key: round(results["ours"][key] / results["stock"][key], 2)
+                                          for key in results["ours"]}, flush=True)  # fmt: skip
+
+
+def resident() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_run(path: str):
+    from rlhf_trl.recipe import load_recipe
+    from rlhf_trl.rundir import RunDir
+
+    recipe = load_recipe(Path(path))
+    return recipe, RunDir(Path(path).parent / recipe.name)
+
+
+def make(path: str) -> None:
+    from bench_evaluate import save_adapter
+
+    from rlhf_trl.data.preprocess import prepare
+    from rlhf_trl.models import encode, recorded_tokenizer
+    from rlhf_trl.rundir import read_jsonl
+
+    recipe, run = open_run(path)
+    prepare(recipe, run)
+    tokenizer = recorded_tokenizer(recipe, run)
+    rows = [row for row in read_jsonl(run.prompts("train")) if 64 <= len(encode(tokenizer, row["prompt"])[0]) <= 96]
+    run.prompts("train").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_adapter(recipe, run, "rm")
+
+
+def measure(trainer, start: int) -> None:
+    from transformers import TrainerCallback
+
+    from rlhf_trl.callbacks import peak_memory
+
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            marks.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
+    peak = peak_memory() - start
+    models = [model for model in (trainer.model, trainer.reward_model, trainer.ref_model) if model is not None]
+    params = {id(param): param for model in models for param in model.parameters()}
+    weights = sum(param.numel() * param.element_size() for param in params.values())
+    trained = sum(param.numel() * param.element_size() for param in params.values() if param.requires_grad)
+    state = weights + 3 * trained  # gradient and two moments
+    print(json.dumps({"peak_mb": round(peak / 1e6), "state_mb": round(state / 1e6),
+                      "seconds_per_update": round((marks[-1] - marks[0]) / (len(marks) - 1), 2)}))  # fmt: skip
+
+
+def build(path: str, ours: bool):
+    """The trainer of the stage, and the resident memory before any model was loaded."""
+    from transformers import set_seed
+    from trl.experimental.ppo import PPOTrainer
+
+    from rlhf_trl import train
+
+    recipe, run = open_run(path)
+    start = resident()
+    config = train._build_stage_config(recipe, run, "ppo")
+    set_seed(config.seed)
+    if ours:
+        return train.build_trainer(recipe, run, "ppo", config), start
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from rlhf_trl.models import recorded_tokenizer
+
+    tokenizer = recorded_tokenizer(recipe, run)
+    base, dtype = recipe.model["model_name_or_path"], getattr(torch, recipe.model["dtype"])
+    config.bf16 = False  # which it ignores
+    policy = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    policy = get_peft_model(
+        policy, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    )
+    value, reward = (AutoModelForSequenceClassification.from_pretrained(base, dtype=dtype, num_labels=1) for _ in "12")
+    reward = PeftModel.from_pretrained(reward, run.adapter("rm")).merge_and_unload()
+    for model in (policy, value, reward):
+        model.config.pad_token_id = tokenizer.pad_token_id
+    data = train._load_view(run.prompts("train"), train.ppo_view, tokenizer)
+    return PPOTrainer(args=config, processing_class=tokenizer, model=policy, ref_model=None, reward_model=reward,
+                      value_model=value, train_dataset=data, eval_dataset=data), start  # fmt: skip
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "make":
+        make(sys.argv[2])
+    elif sys.argv[1] in ("stock", "ours"):
+        measure(*build(sys.argv[2], sys.argv[1] == "ours"))
+    else:
+        main(sys.argv[1])
