@@ -51,7 +51,7 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in self._asdict().items())
-        return f"about {self.total / 1e9:.1f} GB ({parts}; rollout and update follow each other)"
+        return f"about {self.total / 1e9:.2f} GB ({parts}; rollout and update follow each other)"
 
 
 def estimate_ppo(

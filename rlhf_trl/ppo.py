@@ -115,9 +115,12 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
             raise UserError("data",
                             f"{per_process} training prompts per process are fewer than one PPO batch of {batch}",
                             "lower the batch size or gradient_accumulation_steps, or use more data")  # fmt: skip
-        # PPOTrainer builds an Accelerator of its own, which reads the precision from here alone.
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-        os.environ["ACCELERATE_GRADIENT_CLIPPING"] = str(args.max_grad_norm or 0.0)  # DeepSpeed's, which clips itself
+        # PPOTrainer builds an Accelerator of its own, which reads these from here alone.
+        os.environ |= {
+            "ACCELERATE_MIXED_PRECISION": "bf16" if args.bf16 else "no",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(args.gradient_accumulation_steps),
+            "ACCELERATE_GRADIENT_CLIPPING": str(args.max_grad_norm or 0.0),  # of DeepSpeed, which clips itself
+        }
         with mock.patch.object(trl_loop, "prepare_deepspeed", lambda model, _: model):  # no weights to spread
             super().__init__(args=args, processing_class=processing_class, **kwargs)
         self.dataloader = Batches(self._prepare_loader())

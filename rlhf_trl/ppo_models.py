@@ -238,7 +238,8 @@ def build_ppo_models(
             value.score.bias.fill_(-scale.mean / scale.std)
     rows = [*read_jsonl(run.prompts("train")), *read_jsonl(run.prompts("test"))]
     prompts = {tuple(view(tokenizer, row)["input_ids"]): row["prompt"] for row in rows}
-    logger.info("memory of a process: %s", _estimate(policy, config, max(map(len, prompts))))
+    if PartialState().is_main_process:
+        logger.info("memory of a process: %s", _estimate(policy, config, max(map(len, prompts))))
     return {
         "model": policy,
         "ref_model": None,

@@ -112,8 +112,9 @@ def reset_accelerate() -> None:
     """Forget the process-wide state that one trainer leaves to the next; a stage has a process of its own."""
     from accelerate.state import AcceleratorState, GradientState
 
-    # A trainer in bfloat16 leaves this behind, and the next one would take it for its own setting.
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    # Trainers leave these behind, and the next one would take them for its own settings.
+    for name in ("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"):
+        os.environ.pop(f"ACCELERATE_{name}", None)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

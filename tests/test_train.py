@@ -65,9 +65,10 @@ def test_training_changes_the_adapter_and_not_the_base(copy, stage):
     trainer.train()
     after = dict(model.named_parameters())
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert changed == {name for name in before if "lora_" in name or "modules_to_save" in name}
+    adapters = {name for name in before if "lora_" in name or "modules_to_save" in name}
+    assert changed == {name for name in adapters if ".reward." not in name}  # PPO's, on the same base
     base = load_file(run.model("sft") / "model.safetensors")
-    frozen = {name: param for name, param in after.items() if name not in changed and "original_module" not in name}
+    frozen = {name: param for name, param in after.items() if name not in adapters and "original_module" not in name}
     for name, tensor in base.items():
         suffix = "." + name.removeprefix("model.")
         same = [p for key, p in frozen.items() if key.replace(".base_layer", "").endswith(suffix)]
