@@ -7,12 +7,9 @@ evaluation, so that all score the same tokens.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,6 @@ from rlhf_trl.rundir import RunDir
 Messages = list[dict[str, str]]
 
 TINY = "builtin:tiny"
-M_MMAP_THRESHOLD = -3  # of malloc.h
 HH_TEMPLATE = Path(__file__).parent / "templates" / "hh.jinja"
 # Bytes that no UTF-8 text holds. In a byte-level BPE their tokens never come out of text, so that one can serve for
 # padding.
@@ -253,19 +249,7 @@ def _whole(param: torch.nn.Parameter) -> Iterator[torch.nn.Parameter]:
         yield param
 
 
-@functools.cache
-def _give_memory_back() -> None:
-    """On the CPU, make the C library hand large tensors back to the system when they are freed.
-
-    Those that it keeps lie in a heap that falls to pieces: PPO on SmolLM2-135M held 4.5 GB for 2.4 GB in use.
-    """
-    if sys.platform == "linux" and not torch.accelerator.is_available():
-        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
 def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = True, **more: Any) -> PreTrainedModel:
-    _give_memory_back()
     quantization = get_quantization_config(config) if quantize else None
     if quantization is not None:
         more |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}

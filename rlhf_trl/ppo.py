@@ -42,7 +42,16 @@ from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo import ppo_trainer as trl_loop
 
 from rlhf_trl.callbacks import AtomicCheckpoints, diverged
-from rlhf_trl.ppo_loop import Batches, BeginLoop, EndLoop, Entropy, LeaveLoop, generate_in_chunks, log_probs_of
+from rlhf_trl.ppo_loop import (
+    Batches,
+    BeginLoop,
+    EndLoop,
+    Entropy,
+    LeaveLoop,
+    generate_in_chunks,
+    log_probs_of,
+    trim_heap,
+)
 from rlhf_trl.ppo_models import POLICY, SharedPolicy
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rundir import read_json, write_json
@@ -317,6 +326,7 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
             self._record_norm(float(self.model.get_global_grad_norm()))
         # Accelerate's autocast keeps the rounded weights of the first forward pass for as long as ours lasts.
         torch.clear_autocast_cache()
+        trim_heap()
 
     # --- checkpoints
 

@@ -4,6 +4,10 @@ chunks, and the beginning and the end of the loop.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from trl.experimental.ppo import ppo_trainer as trl_loop
+
+# Free memory in the C library's heap that is worth the time of giving it back.
+UNUSED_BYTES = 2**29
 
 
 class Entropy(torch.autograd.Function):
@@ -116,3 +123,33 @@ _gather = trl_loop.selective_log_softmax
 
 def log_probs_of(logits: Any, index: Tensor) -> Tensor:
     return logits.values if isinstance(logits, SampledLogProbs) else _gather(logits, index)
+
+
+class _Mallinfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33; `fordblks` are the bytes that are free and not given back."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks")
+    ] + [("keepcost", ctypes.c_size_t)]
+
+
+@functools.cache
+def _c_library() -> Any:
+    if sys.platform == "linux" and not torch.accelerator.is_available():
+        with contextlib.suppress(OSError, AttributeError):  # another C library, or an older one
+            library = ctypes.CDLL("libc.so.6")
+            library.mallinfo2.restype = _Mallinfo
+            return library
+    return None
+
+
+def trim_heap() -> None:
+    """On the CPU, give the memory that a backward pass has freed back to the system.
+
+    The activations of a micro-batch lie in pieces of the C library's heap that those of the next do not fit into:
+    PPO on SmolLM2-135M would hold 4.5 GB for 2.4 GB in use.
+    """
+    library = _c_library()
+    if library is not None and library.mallinfo2().fordblks > UNUSED_BYTES:
+        library.malloc_trim(0)
