@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from rlhf_trl.stats import RESAMPLES, Estimate
+from rlhf_trl.stats import RESAMPLES, Estimate, bootstrap_mean
 
+Point = TypeVar("Point", bound=Hashable)
 # Resamples whose weights are in memory together: CHUNK * prompts * 8 bytes.
 CHUNK = 200
 
@@ -73,12 +74,12 @@ def hypervolume(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: f
 
 
 def bootstrap_front(
-    gains: Mapping[str, np.ndarray],
-    kls: Mapping[str, np.ndarray],
+    gains: Mapping[Point, np.ndarray],
+    kls: Mapping[Point, np.ndarray],
     worst_gain: float,
     worst_kl: float,
     seed: int,
-) -> tuple[dict[str, float], Estimate]:
+) -> tuple[dict[Point, float], Estimate]:
     """Tell how sure the front is: the share of resamples that have each point on it, and its hypervolume.
 
     A point is the mean over the prompts, (P,) each; the same prompts are drawn for all points and for both axes. The
@@ -101,6 +102,33 @@ def bootstrap_front(
     area = hypervolume(gain.mean(axis=1), kl.mean(axis=1), worst_gain, worst_kl)
     shares = {name: float(count) / RESAMPLES for name, count in zip(names, on_front, strict=True)}
     return shares, Estimate(area, float(low), float(high), gain.shape[1])
+
+
+def describe_front(
+    gains: Mapping[Point, np.ndarray],
+    kls: Mapping[Point, np.ndarray],
+    worst_gain: float,
+    worst_kl: float,
+    seed: int,
+) -> tuple[dict[Point, dict[str, Any]], dict[str, Any]]:
+    """Describe every point, and the hypervolume; arguments as of `bootstrap_front`.
+
+    Returns:
+        For each point `kl` and `gain` with their intervals, `on_front`, and `front_share`, the share of resamples that
+        have it there; and the hypervolume with its interval.
+    """
+    shares, area = bootstrap_front(gains, kls, worst_gain, worst_kl, seed)
+    means = (np.array([values[point].mean() for point in gains]) for values in (gains, kls))
+    points = {
+        point: {
+            "kl": bootstrap_mean(kls[point], seed).as_dict(),
+            "gain": bootstrap_mean(gains[point], seed).as_dict(),
+            "on_front": front,
+            "front_share": shares[point],
+        }
+        for point, front in zip(gains, non_dominated(*means).tolist(), strict=True)
+    }
+    return points, area.as_dict()
 
 
 def best_of_n_kl(n: int) -> float:

@@ -12,12 +12,11 @@ import numpy as np
 
 from rlhf_trl.agreement import agreement
 from rlhf_trl.elo import bradley_terry
-from rlhf_trl.frontier import bootstrap_front, non_dominated
+from rlhf_trl.frontier import describe_front
 from rlhf_trl.length_control import length_controlled
 from rlhf_trl.recipe import Recipe
 from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl
 from rlhf_trl.sections import Judge
-from rlhf_trl.stats import bootstrap_mean
 from rlhf_trl.winrates import compare_pairs, consistency, mean, prompt_scores, win_rate
 
 Row = dict[str, Any]
@@ -105,18 +104,15 @@ def _build_axis(recipe: Recipe, run: RunDir, games: Sequence[Row]) -> Row | None
     rates = {name: np.array([of[prompt] for prompt in prompts]) for name, of in scores.items()}
     kls[REFERENCE], rates[REFERENCE] = np.zeros(len(prompts)), np.full(len(prompts), 0.5)
     worst = {"gain": 0.5, "kl": recipe.evaluation.worst.kl}
-    shares, area = bootstrap_front(rates, kls, worst["gain"], worst["kl"], recipe.seed)
-    on_front = non_dominated(np.array([rates[n].mean() for n in rates]), np.array([kls[n].mean() for n in rates]))
+    described, area = describe_front(rates, kls, worst["gain"], worst["kl"], recipe.seed)
     return {
         "worst": worst,
         "points": [
             {"policy": name, "step": None, "trainer": None if name == REFERENCE else recipe.stages[name].trainer,
-             "kl": bootstrap_mean(kls[name], recipe.seed).as_dict(),
-             "gain": bootstrap_mean(rates[name], recipe.seed).as_dict(),
-             "on_front": bool(front), "front_share": shares[name]}
-            for name, front in zip(rates, on_front, strict=True)
+             **described[name]}
+            for name in rates
         ],
-        "hypervolume": area.as_dict(),
+        "hypervolume": area,
         "best_of_n": [],
         "at_kl": [],
     }  # fmt: skip

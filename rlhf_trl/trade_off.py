@@ -13,10 +13,9 @@ import numpy as np
 from rlhf_trl.frontier import (
     best_of_n,
     best_of_n_kl,
-    bootstrap_front,
+    describe_front,
     fit_over_optimisation,
     gain_at_kl,
-    non_dominated,
 )
 from rlhf_trl.health import raise_alarms
 from rlhf_trl.recipe import Recipe
@@ -47,18 +46,10 @@ def _build_axis(recipe: Recipe, axis: str, records: Records, draws: Sequence[Row
     seed, worst = recipe.seed, recipe.evaluation.worst
     kls = {key: np.array([row["kl"] for row in rows]) for key, rows in records.items()}
     gains = {key: np.array([row[f"{axis}_gain"] for row in rows]) for key, rows in records.items()}
-    names = {key: f"{key[0]} {key[1]}" for key in records}
-    shares, area = bootstrap_front(
-        {names[key]: gains[key] for key in records}, {names[key]: kls[key] for key in records},
-        worst.gain, worst.kl, seed,
-    )  # fmt: skip
-    means = (np.array([values[key].mean() for key in records]) for values in (gains, kls))
-    on_front = dict(zip(records, non_dominated(*means).tolist(), strict=True))
+    described, area = describe_front(gains, kls, worst.gain, worst.kl, seed)
     points = [
         {"policy": policy, "step": step, "trainer": None if policy == REFERENCE else recipe.stages[policy].trainer,
-         "kl": bootstrap_mean(kls[policy, step], seed).as_dict(),
-         "gain": bootstrap_mean(gains[policy, step], seed).as_dict(),
-         "on_front": on_front[policy, step], "front_share": shares[names[policy, step]]}
+         **described[policy, step]}
         for policy, step in records
     ]  # fmt: skip
     methods: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -73,7 +64,7 @@ def _build_axis(recipe: Recipe, axis: str, records: Records, draws: Sequence[Row
         )  # fmt: skip
     return {
         "points": points,
-        "hypervolume": area.as_dict(),
+        "hypervolume": area,
         "best_of_n": [
             {"n": n, "kl": best_of_n_kl(n), "gain": bootstrap_mean(gain, seed).as_dict()} for n, gain in curve.items()
         ],

@@ -175,7 +175,7 @@ def test_hostile_text_stays_inside_its_fence(tmp_path):
     page = (run.exploration / "samples.md").read_bytes().decode("utf-8")
     assert "\x1b" not in page
     assert "\u202e" not in page
-    assert "\\u{1b}[31m" in page
+    assert "⟨U+001B⟩[31m" in page
     fence = None
     outside = []
     for line in page.split("\n"):

@@ -12,7 +12,7 @@ from transformers import set_seed
 from rlhf_trl.memory import Batch, Shape, estimate_ppo
 from rlhf_trl.models import encode, recorded_tokenizer
 from rlhf_trl.ppo import PPOTrainer
-from rlhf_trl.ppo_loop import generate_in_chunks
+from rlhf_trl.ppo_loop import Batches, generate_in_chunks
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rewards import load_reward_model
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl
@@ -253,6 +253,23 @@ def test_interrupted_runs_go_on_exactly(build, tmp_path):
             assert [row[key] for row in again] == [row[key] for row in rows], key
         after = snapshot(resumed)
         assert all(torch.equal(after[name], expected[name]) for name in expected)
+
+
+def test_the_order_of_the_prompts_follows_from_the_update(build):
+    trainer = build()
+    trainer.train_dataset = trainer.train_dataset.select(range(44))  # two batches of 16 in each pass, and a rest
+
+    def take(start: int, count: int) -> list[list[list[int]]]:
+        batches = Batches(trainer._prepare_loader())
+        batches.done, found = start, []
+        while len(found) < count:
+            found += [batch["input_ids"].tolist() for batch in batches]
+        return found[:count]
+
+    straight = take(0, 7)
+    assert straight[0] != straight[2]
+    for start in range(1, 7):
+        assert take(start, 7 - start) == straight[start:], start
 
 
 def test_a_checkpoint_holds_the_value_model(build):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +15,10 @@ from rapidfuzz.distance import Indel
 
 from rlhf_trl.data.hh import Pair, RowError
 from rlhf_trl.data.sources import Row
+from rlhf_trl.texts import fence, inline
 
 RANDOM_PAIRS = 3
 MAX_CHARACTERS = 1200
-JOINERS = "\u200c\u200d"  # without them Persian and emoji come apart
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,9 @@ class Examples:
     def render(self, source: str) -> str:
         """Write the page."""
         note = "Pairs as they stand in the data; some may offend. Row numbers count from 0 over the source."
-        parts = [f"# Samples of {_inline(source)}\n\n{note}\n"]
+        parts = [f"# Samples of {inline(source[:60])}\n\n{note}\n"]
         for subset in sorted(self.random):
-            parts.append(f"## {_inline(subset)}\n")
+            parts.append(f"## {inline(subset[:60])}\n")
             parts += [_render_pair("Drawn by hash", example) for example in self.random[subset]]
             parts += [
                 _render_pair(title, example)
@@ -85,7 +83,9 @@ class Examples:
                 parts.append(_render_pair(example.reason, example))
             else:
                 raw = json.dumps(example.content, default=str, indent=1, ensure_ascii=False)
-                parts.append(f"### {example.reason} (row {example.row} of {_inline(example.subset)})\n\n{_fence(raw)}")
+                parts.append(
+                    f"### {example.reason} (row {example.row} of {inline(example.subset[:60])})\n\n{_cut(raw)}"
+                )
         return "\n".join(parts)
 
 
@@ -103,30 +103,14 @@ def _render_pair(title: str, example: _Example) -> str:
     earlier = len(pair.prompt) - 1
     asked = pair.prompt[-1]["content"] if pair.prompt else ""
     return (
-        f"### {title} (row {example.row} of {_inline(example.subset)})\n\n"
-        f"**User**{f', after {earlier} earlier turns' if earlier > 0 else ''}\n\n{_fence(asked)}\n"
-        f"**Chosen**, {len(pair.chosen)} characters\n\n{_fence(pair.chosen)}\n"
-        f"**Rejected**, {len(pair.rejected)} characters\n\n{_fence(pair.rejected)}"
+        f"### {title} (row {example.row} of {inline(example.subset[:60])})\n\n"
+        f"**User**{f', after {earlier} earlier turns' if earlier > 0 else ''}\n\n{_cut(asked)}\n"
+        f"**Chosen**, {len(pair.chosen)} characters\n\n{_cut(pair.chosen)}\n"
+        f"**Rejected**, {len(pair.rejected)} characters\n\n{_cut(pair.rejected)}"
     )
 
 
-def _fence(text: str) -> str:
-    """A Markdown code block that no run of backticks in the text ends."""
+def _cut(text: str) -> str:
+    """A Markdown code block of a text's beginning."""
     more = len(text) - MAX_CHARACTERS
-    text = _visible(text[:MAX_CHARACTERS].replace("\r\n", "\n")) + (
-        f"\n[… {more} more characters]" if more > 0 else ""
-    )
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}\n"
-
-
-def _inline(text: str) -> str:
-    return "`" + _visible(text[:60]).replace("`", "'").replace("\n", " ") + "`"
-
-
-def _visible(text: str) -> str:
-    """Spell out what a terminal or a page would act on: escapes, direction marks, lone surrogates."""
-    categories = {char: unicodedata.category(char) for char in set(text)}
-    hidden = {char for char, category in categories.items() if category in ("Cc", "Cf", "Cs", "Zl", "Zp")}
-    hidden -= set("\n\t" + JOINERS)
-    return "".join(f"\\u{{{ord(char):x}}}" if char in hidden else char for char in text)
+    return fence(text[:MAX_CHARACTERS].replace("\r\n", "\n") + (f"\n[… {more} more characters]" if more > 0 else ""))
