@@ -34,6 +34,15 @@ def base_block(recipe: Recipe, stage: str, evaluation: bool = True) -> dict[str,
     return block | ({"dtype": recipe.evaluation.dtype} if evaluation and recipe.evaluation.dtype else {})
 
 
+def shares_base(recipe: Recipe, run: RunDir, first: str, stage: str, evaluation: bool = True) -> bool:
+    """Whether a stage is an adapter on the very base of another one; `evaluation` as of `base_block`."""
+    return (
+        bool(recipe.model_block(stage).get("use_peft"))
+        and base_block(recipe, first, evaluation) == base_block(recipe, stage, evaluation)
+        and start_path(recipe, run, first) == start_path(recipe, run, stage)
+    )
+
+
 def load_adapter(model: PeftModel, name: str, folder: Path, widen: bool = False) -> Tensor | None:
     """Lay a saved adapter on a base that has one already.
 
@@ -74,8 +83,8 @@ class Policies:
     def __init__(self, recipe: Recipe, run: RunDir, tokenizer: PreTrainedTokenizerBase):
         self.recipe, self.run, self.tokenizer = recipe, run, tokenizer
         first = recipe.policies[0]
-        self.block, self.path = base_block(recipe, first), start_path(recipe, run, first)
-        self.model: Any = self._load(self.path)
+        self.block = base_block(recipe, first)
+        self.model: Any = self._load(start_path(recipe, run, first))
         self._adapters: set[str] = set()
 
     def _load(self, path: str) -> Any:
@@ -83,11 +92,7 @@ class Policies:
 
     def can_hold(self, stage: str) -> bool:
         """Whether a stage is an adapter on this very base."""
-        return (
-            bool(self.recipe.model_block(stage).get("use_peft"))
-            and base_block(self.recipe, stage) == self.block
-            and start_path(self.recipe, self.run, stage) == self.path
-        )
+        return shares_base(self.recipe, self.run, self.recipe.policies[0], stage)
 
     def add(self, name: str, folder: Path) -> Tensor | None:
         """Lay an adapter on the base: as `load_adapter`."""

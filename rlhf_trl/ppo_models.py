@@ -26,7 +26,7 @@ from trl import ModelConfig, get_peft_config
 
 from rlhf_trl.memory import Batch, Estimate, Shape, estimate_ppo
 from rlhf_trl.models import Messages, RewardHead, load_causal, start_path
-from rlhf_trl.policies import base_block, load_adapter
+from rlhf_trl.policies import load_adapter, shares_base
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rewards import RewardModel, SharedClassifier, load_reward_model, score_completions
 from rlhf_trl.rundir import RunDir, read_jsonl, write_json
@@ -211,7 +211,7 @@ def build_ppo_models(
     lora = get_peft_config(model_config)
     policy = SharedPolicy(base, lora, adapter_name=POLICY)
     name = str(recipe.stages[stage].reward)
-    shares = _shares_base(recipe, run, stage, name)
+    shares = shares_base(recipe, run, stage, name, evaluation=False)
     value_head = None
     if config.value_init == "reward":
         if not shares:
@@ -275,16 +275,6 @@ def _value_config(lora: Any, base: Any) -> Any:
         head = base.get_output_embeddings()
         config.exclude_modules = [name for name, module in base.named_modules() if module is head]
     return config
-
-
-def _shares_base(recipe: Recipe, run: RunDir, stage: str, reward: str) -> bool:
-    """Whether a reward stage is an adapter on the very base of another stage."""
-    blocks = [base_block(recipe, name, evaluation=False) for name in (stage, reward)]
-    return (
-        bool(recipe.model_block(reward).get("use_peft"))
-        and blocks[0] == blocks[1]
-        and start_path(recipe, run, stage) == start_path(recipe, run, reward)
-    )
 
 
 def _measure_scale(reward: RewardModel, run: RunDir, stage: str) -> Scale:

@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+from bench_evaluate import SHARED, open_run, save_adapter
+
 RECIPE = """
 name: bench
 model: {{model_name_or_path: {model}, dtype: {dtype}, use_peft: true, lora_r: 16, lora_alpha: 32, lora_dropout: 0.0,
@@ -59,17 +60,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def open_run(path: str):
-    from rlhf_trl.recipe import load_recipe
-    from rlhf_trl.rundir import RunDir
-
-    recipe = load_recipe(Path(path))
-    return recipe, RunDir(Path(path).parent / recipe.name)
-
-
 def make(path: str) -> None:
-    from bench_evaluate import save_adapter
-
     from rlhf_trl.data.preprocess import prepare
     from rlhf_trl.models import encode, recorded_tokenizer
     from rlhf_trl.rundir import read_jsonl
