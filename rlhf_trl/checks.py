@@ -74,6 +74,11 @@ def check_recipe(recipe: Recipe, known_stages: Sequence[str], wrong: Set[str], p
         problems += _check_links(links, name, stage)
     bad = {*wrong, *(problem.place for problem in problems), *meant(problems)}
     problems += _check_evaluation(links, bad)
+    for index, name in enumerate(recipe.comparison.stages):
+        if name not in {*known_stages, *origins}:
+            near = nearest(name, [*known_stages, *origins])
+            remedy = f"did you mean {near!r}?" if near else f"the stages are: {', '.join(known_stages)}"
+            problems.append(Problem(f"comparison.stages.{index}", f"there is no stage {name!r}", remedy))
     for name, stage in recipe.stages.items():
         if f"stages.{name}.sweep" in bad:
             continue

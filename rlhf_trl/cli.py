@@ -205,6 +205,25 @@ def judge(
 
 
 @app.command()
+def compare(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    stages: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--stages", metavar="A,B,...", help="Compare these stages, instead of comparison.stages."),
+    ] = None,
+) -> None:
+    """Compare the runs: stability, convergence, compute, sample quality, and which method was better at equal KL."""
+    loaded, run = _open(recipe, overrides, runs)
+    asked = loaded
+    if stages is not None:
+        chosen = json.dumps([name.strip() for name in stages.split(",")])
+        asked, _ = _open(recipe, [*(overrides or []), f"comparison.stages={chosen}"], runs)
+    _run_step(loaded, run, "compare", asked)
+
+
+@app.command()
 def errors(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
     """Analyse the errors of every reward stage: accuracy, biases, calibration, examples, probes."""
     loaded, run = _open(recipe, overrides, runs)
@@ -229,8 +248,21 @@ def samples(
 
 
 @app.command()
-def report(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
-    """Write report.html from the results of the run."""
+def report(
+    recipe: RecipeArg = "demo",
+    beside: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="RUN", help="Another run: both are directories, and one page holds the two."),
+    ] = None,
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Write report.html from the results of the run; or lay two finished runs beside each other."""
+    if beside is not None:
+        from rlhf_trl.report_beside import lay_beside
+
+        print(lay_beside(RunDir(Path(recipe)), RunDir(beside)))
+        return
     loaded, run = _open(recipe, overrides, runs)
     _run_step(loaded, run, "report")
 

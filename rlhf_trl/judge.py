@@ -1,7 +1,8 @@
 """Step `judge`: which of two answers a judge prefers, in both orders, and what that says about the policies.
 
 Reads the answers of `evaluate` and the held-out pairs. Writes `judge/<judge>.jsonl`, the raw replies, which are kept
-when the step is started again so that only missing calls are made, and `judge/winrate.json`.
+when the step is started again so that only missing calls are made, `judge/winrate.json`, and
+`judge/prompt_scores.json`: each policy's score against the reference on each prompt.
 
     OPENAI_API_KEY=... rlhf-trl judge recipes/hh_gpt2.yaml --calibrate 100
     OPENAI_BASE_URL=http://127.0.0.1:8000/v1 rlhf-trl judge recipes/hh_gpt2.yaml --set judge.model=my-model
@@ -29,6 +30,7 @@ from rlhf_trl.recipe import NotRun, Recipe, UserError
 from rlhf_trl.rundir import REFERENCE, RunDir, read_jsonl, write_json, write_jsonl
 from rlhf_trl.sections import Judge
 from rlhf_trl.verdicts import Verdict, parse_verdict
+from rlhf_trl.winrates import prompt_scores
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +139,9 @@ def judge(recipe: Recipe, run: RunDir) -> None:
     }
     result = conclude(recipe, run, settings, games)
     status = {"status": "partial" if stopped else "complete", "reason": stopped}
+    write_json(
+        run.prompt_scores, {name: prompt_scores(games["policies"], name, REFERENCE) for name in recipe.policies}
+    )
     write_json(run.winrate, {**status, "judge": about, "cost": spent, **result, **made_for})
     if stopped:
         raise NotRun(f"stopped early: {stopped}. The same command goes on from there")

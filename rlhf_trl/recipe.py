@@ -13,6 +13,8 @@ import copy
 import hashlib
 import itertools
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -27,6 +29,7 @@ from rlhf_trl.document import meant, read_document
 from rlhf_trl.options import nearest, show
 from rlhf_trl.sections import (
     Alarms,
+    Comparison,
     Data,
     Decoding,
     Errors,
@@ -43,7 +46,7 @@ from rlhf_trl.sections import (
 
 POLICY_TRAINERS = ("dpo", "grpo", "ppo")
 # The steps that are not stages; training comes after `prepare`.
-STEPS = ("explore", "prepare", "evaluate", "judge", "errors", "samples", "report")
+STEPS = ("explore", "prepare", "evaluate", "judge", "compare", "errors", "samples", "report")
 # Names of other directories and words of a run; a stage that took one would write over it.
 RESERVED = {*STEPS, "data", "exploration", "evaluation", "comparison", "samples", "base", "reference", "judge", "run"}
 RESERVED |= {"replaced", "report.html", "recipe.json", "env.json"}
@@ -61,6 +64,7 @@ class Recipe(Strict):
     evaluation: Evaluation = Evaluation()
     judge: Judge | None = None
     """Without this section no judge is asked."""
+    comparison: Comparison = Comparison()
     errors: Errors = Errors()
     samples: Samples = Samples()
     _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -80,7 +84,30 @@ class Recipe(Strict):
         """Every step and stage of this recipe, in the order in which `run` takes them."""
         errors, samples = ["errors"] * bool(self.reward_stages), ["samples"] * bool(self.policies)
         judge = ["judge"] * bool(self.judge and self.policies)
-        return ["explore", "prepare", *self.stages, "evaluate", *judge, *errors, *samples, "report"]
+        return ["explore", "prepare", *self.stages, "evaluate", *judge, "compare", *errors, *samples, "report"]
+
+    @property
+    def compared(self) -> list[str]:
+        """The stages that `compare` lays beside each other: those asked for, or all policies, or else every stage."""
+        return self.comparison.stages or self.policies or list(self.stages)
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """The stages that differ in their seed alone, under what their names have in common, in recipe order."""
+        alike: dict[tuple[str, int], list[str]] = {}
+        seen: Counter[str] = Counter()
+        for name, stage in self.stages.items():
+            args = {key: value for key, value in self.args_of(name).items() if key != "seed"}
+            settings = json.dumps([stage.model_dump(exclude={"args"}), args], sort_keys=True)
+            own = f"{settings} {self.args_of(name)['seed']}"
+            alike.setdefault((settings, seen[own]), []).append(name)  # one seed twice is not two seeds
+            seen[own] += 1
+        groups: dict[str, list[str]] = {}
+        for names in alike.values():
+            common = re.sub(r"-seed=\d+", "", names[0])
+            shared = len(names) > 1 and common not in self.stages and common not in groups
+            groups[common if shared else names[0]] = names
+        return groups
 
     def half_of(self, stage: str) -> str | None:
         """The half of the training prompts that a stage learns from; None is all of them.
@@ -129,6 +156,10 @@ class Recipe(Strict):
         if step == "judge":
             judge = self.judge and self.judge.model_dump()
             return {"step": step, "seed": self.seed, "judge": judge, "inputs": self.fingerprint("evaluate")}
+        if step == "compare":
+            inputs = {name: self.fingerprint(name) for name in self.compared}
+            return {"step": step, "seed": self.seed, "comparison": self.comparison.model_dump(), "inputs": inputs,
+                    "evaluation": self.fingerprint("evaluate"), "judge": self.fingerprint("judge")}  # fmt: skip
         if step == "errors":
             inputs = {name: self.fingerprint(name) for name in self.reward_stages}
             return {"step": step, "seed": self.seed, "errors": self.errors.model_dump(),
@@ -218,7 +249,11 @@ def expand_sweeps(recipe: Recipe) -> Recipe:
         for name, stage in recipe.stages.items()
         for full_name, args in combinations(name, stage)
     }
-    return recipe.model_copy(update={"stages": stages})
+    asked = recipe.comparison.stages
+    swept = {name: [full_name for full_name, _ in combinations(name, recipe.stages[name])] for name in recipe.stages}
+    compared = dict.fromkeys(full_name for name in asked for full_name in swept.get(name, [name]))
+    comparison = recipe.comparison.model_copy(update={"stages": list(compared)})
+    return recipe.model_copy(update={"stages": stages, "comparison": comparison})
 
 
 def _parse(raw: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
@@ -247,7 +282,7 @@ def _reserved_names(raw: dict[str, Any]) -> list[Problem]:
 
 
 SECTIONS: dict[str, type[Strict]] = {"data": Data, "evaluation": Evaluation, "judge": Judge,
-                                      "errors": Errors, "samples": Samples}  # fmt: skip
+                                      "comparison": Comparison, "errors": Errors, "samples": Samples}  # fmt: skip
 NESTED: dict[str, type[Strict]] = {"judge_decoding": Decoding, "worst": Worst, "alarms": Alarms, "price": Price}
 EXAMPLES = {
     "name": "`name: my-run`, the folder of the run",

@@ -6,29 +6,28 @@ RFC 6901; lines of a JSONL file count from 0), and carries it as `data-source`; 
 otherwise.
 
     rlhf-trl report recipes/demo.yaml
+    rlhf-trl report runs/demo runs/demo-long     # two runs beside each other: `report_beside`
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from rlhf_trl.recipe import Recipe
-from rlhf_trl.report_figures import draw_courses, draw_frontiers, draw_panels
+from rlhf_trl.report_figures import draw_comparison, draw_courses, draw_frontiers, draw_panels
 from rlhf_trl.report_findings import group_by_verdict, judge_gain, judge_reward_model, order_alarms
 from rlhf_trl.report_judge import view_judge
-from rlhf_trl.report_values import PREVIEW, printable, show_source, show_value
+from rlhf_trl.report_values import PREVIEW, environment_of
 from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl, write_text
 from rlhf_trl.texts import take_turns
 
-TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = 8
+WORST = 3
 FIGURES = {
     "pareto": "gain against KL, with the front and best-of-n",
     "reward_distributions": "how each policy's scores are spread",
@@ -64,30 +63,27 @@ def render(recipe: Recipe, run: RunDir) -> str:
     documents: dict[str, Any] = {
         name: (read_jsonl if name.endswith(".jsonl") else read_json)(run.root / name) for name in _flat(files)
     }
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"value": partial(show_value, documents), "source": partial(show_source, documents)}
-    page = environment.get_template("report.html.j2").render(
-        recipe=recipe,
-        recipe_lines=_as_yaml(documents[files["recipe"]], list(recipe.stages)).split("\n"),
-        files=files,
-        contents=list_contents(recipe, run),
-        env=documents[files["env"]],
-        summary=documents[files["summary"]],
-        quarantine=_relative(run, run.quarantine),
-        figures={_relative(run, run.figure(name)): FIGURES[name] for name in FIGURES if run.figure(name).exists()},
-        PREVIEW=PREVIEW,
-        **_view_training(recipe, files, documents),
-        **_view_results(recipe, files, documents),
-        **_view_judge(recipe, files, documents),
-        **_view_answers(run, files, documents),
-        **_view_reward_models(recipe, run, files, documents),
+    page = (
+        environment_of(documents)
+        .get_template("report.html.j2")
+        .render(
+            recipe=recipe,
+            recipe_lines=_as_yaml(documents[files["recipe"]], list(recipe.stages)).split("\n"),
+            files=files,
+            contents=list_contents(recipe, run),
+            env=documents[files["env"]],
+            summary=documents[files["summary"]],
+            quarantine=_relative(run, run.quarantine),
+            figures={_relative(run, run.figure(name)): FIGURES[name] for name in FIGURES if run.figure(name).exists()},
+            PREVIEW=PREVIEW,
+            **_view_training(recipe, files, documents),
+            compared=documents[files["compared"]],
+            compared_figures=draw_comparison(documents[files["compared"]]),
+            **_view_results(recipe, files, documents),
+            **_view_judge(recipe, files, documents),
+            **_view_answers(run, files, documents),
+            **_view_reward_models(recipe, run, files, documents),
+        )
     )
     return page.lstrip()
 
@@ -150,6 +146,7 @@ def _view_answers(run: RunDir, files: Mapping[str, Any], documents: Mapping[str,
     return {
         "completions": completions,
         "samples": choose_samples([*completions.values()]),
+        "subsets": sorted({row["subset"] for row in completions.get(REFERENCE, [])}),
         "samples_folder": _relative(run, run.samples),
         "adversarial_rows": rows,
         "adversarial_lines": lines,
@@ -161,11 +158,17 @@ def _view_reward_models(
 ) -> dict[str, Any]:
     metrics = documents[files["metrics"]]
     models = [key for key in ("reward_model", "gold_model") if metrics[key]]
+    examples = {stage: documents[name] for stage, name in files["examples"].items()}
     return {
         "reward_models": models,
         "reward_verdicts": {key: judge_reward_model(metrics[key]) for key in models},
         "analyses": {stage: documents[name] for stage, name in files["errors"].items()},
-        "comparisons": documents[files["comparison"]]["comparisons"] if "comparison" in files else [],
+        "comparisons": documents[files["reward_comparison"]]["comparisons"] if "reward_comparison" in files else [],
+        "error_examples": examples,
+        "worst": {
+            stage: [line for line, row in enumerate(rows) if row["kind"] == "confident_error"][:WORST]
+            for stage, rows in examples.items()
+        },
         "error_files": {
             stage: {
                 "the whole analysis": _relative(run, run.error_report(stage)),
@@ -187,17 +190,19 @@ def _name_files(recipe: Recipe, run: RunDir) -> dict[str, Any]:
         "env": run.env,
         "summary": run.summary,
         "metrics": run.metrics,
+        "compared": run.comparison,
         "stats": {stage: run.training_stats(stage) for stage in recipe.stages},
         "done": {step: run.done(step) for step in steps},
         "completions": {policy: run.completions(policy) for policy in policies},
         "errors": {stage: run.error_analysis(stage) for stage in recipe.reward_stages},
+        "examples": {stage: run.error_examples(stage) for stage in recipe.reward_stages},
     }
     some = {
         "pareto": run.pareto,
         "over_optimisation": run.over_optimisation,
         "adversarial": run.adversarial,
         "adversarial_answers": run.adversarial_answers,
-        "comparison": run.reward_comparison,
+        "reward_comparison": run.reward_comparison,
     }
     some |= {"winrate": run.winrate} if "judge" in recipe.plan else {}
     paths |= {key: path for key, path in some.items() if path.exists()}
@@ -262,6 +267,11 @@ def list_contents(recipe: Recipe, run: RunDir) -> list[tuple[str, str]]:
         rows += [(run.winrate, "win rates, and how good the judge is")]
         replies = sorted(run.winrate.parent.glob("*.jsonl"))
         rows += [(path, "every reply of a judge, as it came") for path in replies]
+    rows += [
+        (run.comparison_report, "the comparison of the training runs and of the methods, to read"),
+        (run.comparison, "its numbers"),
+        (run.comparison_figure, "its figures"),
+    ]
     for stage in recipe.reward_stages:
         rows += [
             (run.error_report(stage), "the error analysis of the reward model, to read"),

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from rlhf_trl.comparison_figures import draw_differences, draw_seeds, measure_of
 from rlhf_trl.figures import BLUE, GREEN, GREY, ORANGE, PANELS
 from rlhf_trl.policy_figures import (
     GRID,
@@ -37,11 +39,14 @@ LINE_STYLES = ((BLUE, "-", "blue"), (ORANGE, "--", "orange"), (GREEN, ":", "gree
 MAKERS = {"reward": "reward model", "gold": "gold model", "win_rate": "judge"}
 
 
-def draw_frontiers(pareto: Mapping[str, Any], win_rates: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def draw_frontiers(
+    pareto: Mapping[str, Any], win_rates: Mapping[str, Any] | None = None, prefix: str = ""
+) -> list[dict[str, Any]]:
     """Draw gain against KL by each score, and the win rate, for a wide page and for a phone.
 
     Args:
         win_rates: the axis of `winrate.json`, if there is one.
+        prefix: keeps the figures of two runs on one page apart.
     """
     frontiers = {**pareto["axes"], **({"win_rate": win_rates} if win_rates else {})}
     drawn = []
@@ -61,7 +66,7 @@ def draw_frontiers(pareto: Mapping[str, Any], win_rates: Mapping[str, Any] | Non
         more = max(0, len(finals) - 6)  # names need room
         sizes = {"wide": (900, 380 + 14 * more), "narrow": (360, 380 + 32 * more)}
         svgs = {
-            name: Markup(plot_frontier(frontier, score, *size, f"{score}-kl-{name}", label))
+            name: Markup(plot_frontier(frontier, score, *size, f"{prefix}{score}-kl-{name}", label))
             for name, size in sizes.items()
         }
         drawn.append({"score": score, "maker": maker, **svgs})
@@ -95,6 +100,34 @@ def _find_peaks(entry: Mapping[str, Any]) -> dict[str, str]:
     furthest = max(point["kl"]["mean"] for point in entry["points"])
     peaks = {score: fit["peak_kl"] for score, fit in entry["fit"].items() if fit}
     return {score: "inside" if peak is not None and peak <= furthest else "beyond" for score, peak in peaks.items()}
+
+
+def draw_comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Draw the differences of the methods at equal KL, and every seed's gain against KL, where there are any."""
+    verdict, drawn = results["verdict"], []
+    if verdict:
+        found = [(pair, pair["measures"][verdict["measure"]]["equal_kl"]["difference"]) for pair in results["pairs"]]
+        words = [f"{pair['a']} less {pair['b']}: {format_estimate(of, '+')}." for pair, of in found if of]
+        label = "Differences at the same KL. " + " ".join(words)
+        svg = _draw(lambda axes: draw_differences(axes, results), (430, 80 + 62 * len(words)), "differences", label)
+        says = "The first less the second; filled where the difference is clear of nought after Holm's correction."
+        drawn.append({"title": "Difference at the same KL", "says": says, "svg": svg})
+    measure = measure_of(results)
+    if verdict and measure:
+        known = {name: stage["quality"] for name, stage in results["stages"].items() if stage["quality"]}
+        words = [f"{name}: {format_estimate(of[measure], '+')} at {format_estimate(of['kl'])} nats."
+                 for name, of in known.items()]  # fmt: skip
+        label = f"{measure.replace('_', ' ').capitalize()} against KL of every run. " + " ".join(words)
+        svg = _draw(lambda axes: draw_seeds(axes, results), (430, 300), "seeds", label)
+        drawn.append({"title": "Every run", "says": "One point for each seed, as trained.", "svg": svg})
+    return drawn
+
+
+def _draw(draw: Callable[[Axes], None], size: tuple[int, int], key: str, label: str) -> Markup:
+    with matplotlib.rc_context({**STYLE, "font.size": 10, "axes.labelsize": 10}):
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+        draw(figure.add_subplot())
+        return Markup(to_svg(figure, key, label))
 
 
 def draw_panels(stage: str, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

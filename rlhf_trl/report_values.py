@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Undefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 from markupsafe import Markup
 
 from rlhf_trl.texts import visible
@@ -19,6 +20,21 @@ from rlhf_trl.texts import visible
 # A text longer than this is cut for display, and the page says so; longer than PREVIEW, it is folded.
 MAX_CHARACTERS = 20_000
 PREVIEW = 420
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def environment_of(documents: Mapping[str, Any]) -> Environment:
+    """Build what renders a page of these documents; it prints a number by its address alone."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"value": partial(show_value, documents), "source": partial(show_source, documents)}
+    return environment
 
 
 def show_value(documents: Mapping[str, Any], style: str, file: str, *keys: str | int) -> Markup:
@@ -121,6 +137,8 @@ STYLES: dict[str, Callable[[Any], str]] = {
     "number": format_number,
     "percent": lambda value: f"{100 * value:.1f}\u00a0%",
     "count": lambda value: f"{value:,.0f}" if value == round(value) else f"{value:,.1f}",
+    "rounded": lambda value: f"{value:,.0f}",
+    "steps": lambda value: ", ".join(map(str, value)) or "none",
     "p": lambda value: f"{value:.2g}".replace("-", "−"),
     "dollars": format_dollars,
     "seconds": format_seconds,

@@ -24,7 +24,10 @@ from rlhf_trl import __version__
 from rlhf_trl.recipe import STEPS, Recipe, UserError
 
 # The directory of each step that is not a stage; the report lies in the run's root.
-STEP_DIRS = dict(zip(STEPS, ("exploration", "data", "evaluation", "judge", "errors", "samples", "."), strict=True))
+STEP_DIRS = dict.fromkeys(STEPS, ".") | {
+    "explore": "exploration", "prepare": "data", "evaluate": "evaluation", "judge": "judge",
+    "compare": "comparison", "errors": "errors", "samples": "samples",
+}  # fmt: skip
 PACKAGE = str(Path(__file__).parent)
 # What the policies of a run start from is called, beside their own names.
 REFERENCE = "reference"
@@ -54,6 +57,11 @@ class RunDir:
         self.adversarial_answers = self.evaluation / "adversarial.jsonl"
         self.final_results = self.evaluation / "final_results.json"
         self.winrate = root / "judge" / "winrate.json"
+        self.prompt_scores = root / "judge" / "prompt_scores.json"
+        self.comparison_folder = root / "comparison"
+        self.comparison = self.comparison_folder / "comparison_results.json"
+        self.comparison_report = self.comparison_folder / "comparison_report.txt"
+        self.comparison_figure = self.comparison_folder / "comparison.png"
         self.errors_folder = root / "errors"
         self.reward_comparison = self.errors_folder / "comparison.json"
         self.samples = root / "samples"

@@ -143,6 +143,19 @@ class Evaluation(Strict):
     """Precision of the models in evaluation; without it, that of the `model` block."""
 
 
+class Comparison(Strict):
+    """How the training runs are compared."""
+
+    stages: list[str] = []
+    """Their names; a swept stage's name stands for all that it expands to. Empty means all policies, or without one
+    every stage."""
+    threshold: float | None = None
+    """Reward that a run is to reach; without it nine tenths of the way from the lowest start to the median best reward
+    of the runs whose rewards mean the same."""
+    hold: int = Field(default=3, ge=1)
+    """Logged rewards in a row that must be at the threshold for it to be reached."""
+
+
 class Errors(Strict):
     """The error analysis of every reward stage."""
 

@@ -319,6 +319,7 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seed": trainer.args.seed,
         "rows": len(trainer.train_dataset),
+        "samples_per_step": _samples_per_step(trainer.args),
         "trainable_parameters": trainable,
         "tensors_saved": tensors,
         "tensors_changed": changed,
@@ -326,6 +327,13 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
         "environment": environment(),
     })  # fmt: skip
     plot_training(history.stats, run.training_curves(stage))
+
+
+def _samples_per_step(args: Any) -> int:
+    """Count the samples of one step over all processes: pairs, answers of the data, or sampled answers."""
+    if isinstance(args, PPOConfig):
+        return int(args.batch_size)
+    return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
 
 def _check_saved(folder: Path, needs_head: bool) -> int:

@@ -18,8 +18,9 @@ from rlhf_trl.frontier import (
 )
 from rlhf_trl.judge_results import conclude
 from rlhf_trl.recipe import Recipe
-from rlhf_trl.rundir import RunDir, read_jsonl
+from rlhf_trl.rundir import RunDir, read_jsonl, write_json
 from rlhf_trl.stats import bootstrap_mean, wilson
+from rlhf_trl.winrates import prompt_scores
 
 Row = dict[str, Any]
 # Policy -> its true gain in reward and in gold reward, its KL, and how much longer its answers are; others are drawn.
@@ -430,6 +431,7 @@ def invent_winrate(recipe: Recipe, run: RunDir, judge: str) -> Row:
         status, reason = "partial", "max_requests reached: 40 calls"
         policies, labelled, canaries = policies[:40], [], []
     games = {"policies": policies, "labelled": labelled, "canaries": canaries}
+    write_json(run.prompt_scores, {of: prompt_scores(policies, of, "reference") for of in recipe.policies})
     calls = len(policies) + len(labelled) + len(canaries)
     usage = {"prompt_tokens": 412 * calls, "cached_tokens": 90 * calls, "completion_tokens": 57 * calls}
     dollars = round((322 * 0.4 + 90 * 0.1 + 57 * 1.6) * calls / 1e6, 6)

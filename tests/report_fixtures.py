@@ -10,6 +10,7 @@ from typing import Any
 
 from evaluation_fixtures import JUDGES, comparison, error_analysis, invent, invent_winrate
 
+from rlhf_trl.compare import build
 from rlhf_trl.recipe import Recipe, expand_sweeps
 from rlhf_trl.rundir import RunDir, read_json, write_json, write_jsonl
 from rlhf_trl.stats import wilson
@@ -80,8 +81,10 @@ def write_run(
             write_jsonl(run.judge_replies(result["judge"]["id"].replace("/", "-")), [])
     for stage in recipe.reward_stages:
         write_json(run.error_analysis(stage), error_analysis(stage))
+        write_jsonl(run.error_examples(stage), error_examples(prompts, answers))
     if recipe.reward_stages:
         write_json(run.reward_comparison, comparison(recipe.reward_stages))
+    write_json(run.comparison, build(recipe, run))
     for index, step in enumerate(recipe.plan[:-1]):
         if step == "judge" and read_json(run.winrate)["status"] != "complete":
             continue
@@ -89,6 +92,16 @@ def write_run(
         marker = {"step": step, "fingerprint": recipe.fingerprint(step), "finished": finished}
         write_json(run.done(step), {**marker, "seconds": round(8.4 * 2.1**index, 3)})
     return recipe, run
+
+
+def error_examples(prompts: Sequence[Any], answers: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    for kind in ("confident_error", "near_tie"):
+        for rank, prompt in enumerate(prompts):
+            scores = {"chosen_score": -0.4, "rejected_score": 0.9 - 0.1 * rank, "margin": -1.3 + 0.1 * rank}
+            texts = {"prompt": prompt, "chosen": answers[rank % len(answers)], "rejected": answers[0]}
+            rows.append({"kind": kind, "rank": rank + 1, "prompt_id": f"prompt-{rank}", **texts, **scores})
+    return rows
 
 
 def write_evaluation(run: RunDir, found: dict[str, Any]) -> None:
@@ -156,18 +169,24 @@ def training_stats(stage: str, trainer: str, steps: int, draw: random.Random) ->
         if trainer in ("grpo", "ppo"):
             kl = (6 if trainer == "ppo" else 0.12) * done + abs(noise) * (1 if trainer == "ppo" else 0.03)
             row |= {"reward": -0.5 + 1.2 * done**0.5 + draw.gauss(0, 0.06), "kl": kl, "entropy": 3.1 - done + noise}
-        history.append({"step": step, "epoch": done, "seconds": 1.9 * step, "peak_memory_bytes": 2_100_000_000, **row})
+            row |= {"answer_tokens": 60.0, "tokens": 9_600 * step}
+        history.append(
+            {"step": step, "epoch": done, "seconds": 1.9 * step, "peak_memory_bytes": 2_100_000_000, "log": {}, **row}
+        )
         if step % (steps // 3 or 1) == 0 and trainer in ("reward", "dpo", "sft"):
             validation = {"validation_loss": 0.71 * math.exp(-0.8 * done)}
             if trainer != "sft":
                 validation |= {"validation_reward_accuracy": 0.5 + 0.2 * done, "validation_reward_margin": 0.8 * done}
-            history.append({"step": step, "epoch": done, "seconds": 1.9 * step, **validation})
+            history.append({"step": step, "epoch": done, "seconds": 1.9 * step, "log": {}, **validation})
     finished = {
         "steps": steps,
         "seconds": 1.9 * steps,
         "peak_memory_bytes": 2_100_000_000,
         "processes": 1,
+        "cpu_threads": 8,
         "device": "cpu",
+        "samples_per_step": 64,
+        "stopped": None,
         "seed": 42,
         "trainable_parameters": 811_008,
     }

@@ -1,0 +1,155 @@
+"""Two runs laid beside each other on one page.
+
+Reads the JSON and JSONL files of both run directories; writes `<A>-beside-<B>.html` and, with what is worked out for
+it, `<A>-beside-<B>.json` into the folder that holds the first.
+
+    rlhf-trl report runs/demo runs/demo-long
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_trl.policy_comparison import compare_groups, read_points
+from rlhf_trl.recipe import Recipe, UserError
+from rlhf_trl.report_figures import draw_frontiers
+from rlhf_trl.report_values import environment_of
+from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl, write_json, write_text
+
+Row = dict[str, Any]
+NOT_COMPARED = "name"
+
+
+def lay_beside(first: RunDir, second: RunDir) -> Path:
+    """Write the page, and give its path.
+
+    Raises:
+        UserError: a directory holds no run, its evaluation is not finished, or both are the same.
+    """
+    if first.root.resolve() == second.root.resolve():
+        raise UserError(str(second.root), "is the same run as the first", "name two different runs")
+    runs = {"a": first, "b": second}
+    recipes = {key: run.recorded_recipe() for key, run in runs.items()}
+    for key, run in runs.items():
+        for step in ("evaluate", "compare"):
+            run.require(recipes[key], step, f"{step} RECIPE")
+    folder = first.root.resolve().parent
+    page = folder / f"{first.root.resolve().name}-beside-{second.root.resolve().name}.html"
+    worked_out = page.with_suffix(".json")
+    write_json(worked_out, compare_runs(recipes, runs))
+    write_text(page, render(recipes, runs, worked_out))
+    return page
+
+
+def compare_runs(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> Row:
+    """Say what differs, and compare the policies of both runs where prompts, scores and reference are the same."""
+    settings, environments = (
+        [dict(_flatten(of)) for of in both]
+        for both in (
+            [recipes[key].model_dump(exclude={NOT_COMPARED}) for key in "ab"],
+            [read_json(runs[key].env)["versions"] for key in "ab"],
+        )
+    )
+    different = {
+        "recipe": _differences(*settings),
+        "versions": _differences(*environments),
+    }
+    why_not = _why_not_comparable(recipes, runs)
+    pairs: list[Row] = []
+    if why_not is None:
+        pairs = _compare_policies(recipes, runs)
+    return {"different": different, "why_not": why_not, "pairs": pairs}
+
+
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
+    """The keys whose values differ, each value as text; `–` where a run has no such key."""
+    keys = sorted({*a, *b})
+    shown = {key: [str(of[key]) if key in of else "–" for of in (a, b)] for key in keys}
+    return [{"key": key, "a": one, "b": other} for key, (one, other) in shown.items() if one != other]
+
+
+def _why_not_comparable(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> str | None:
+    """Say why gains of the two runs are not of one kind, or None where they are."""
+    if not all(recipe.policies for recipe in recipes.values()):
+        return "one of the runs has no policy"
+    prompts = [[row["id"] for row in read_jsonl(runs[key].completions(REFERENCE))] for key in "ab"]
+    if prompts[0] != prompts[1]:
+        return "their held-out prompts differ"
+    starts = [{_identity(recipe, recipe.stages[name].init) for name in recipe.policies} for recipe in recipes.values()]
+    if starts[0] != starts[1]:
+        return "their policies start from different references"
+    judges = [_identity(recipe, recipe.evaluation.gold or recipe.evaluation.reward) for recipe in recipes.values()]
+    if judges[0] != judges[1]:
+        return "their answers are scored by different reward models"
+    decodings = [recipe.evaluation.max_new_tokens for recipe in recipes.values()]
+    return None if decodings[0] == decodings[1] else "their answers have different longest lengths"
+
+
+def _identity(recipe: Recipe, name: str | None) -> str:
+    """What a model was made of: a stage's fingerprint, the base model, or the name of a model elsewhere."""
+    if name is None:
+        return str(recipe.model["model_name_or_path"])
+    return recipe.fingerprint(name) if name in recipe.stages else name
+
+
+def _compare_policies(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> list[Row]:
+    """Compare the groups of one name in both runs; without a name in common, every group with every other."""
+    groups: dict[str, dict[str, str]] = {key: {} for key in "ab"}
+    stages: dict[str, list[str]] = {}
+    records, judged = {}, {}
+    for key, recipe in recipes.items():
+        metrics = read_json(runs[key].metrics)
+        scores = read_json(runs[key].prompt_scores) if runs[key].prompt_scores.exists() else {}
+        for group, own in recipe.groups.items():
+            if own[0] in recipe.policies:
+                title = f"{runs[key].root.resolve().name} {group}"
+                groups[key][group] = title
+                stages[title] = [f"{key}/{name}" for name in own]
+        for name in recipe.policies:
+            records[f"{key}/{name}"] = read_points(runs[key], metrics, name)
+            judged[f"{key}/{name}"] = scores.get(name, {})
+    shared = [name for name in groups["a"] if name in groups["b"]]
+    pairs = [(groups["a"][name], groups["b"][name]) for name in shared]
+    pairs = pairs or [(one, other) for one in groups["a"].values() for other in groups["b"].values()]
+    return compare_groups(pairs, stages, records, judged, recipes["a"].seed)
+
+
+def render(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir], worked_out: Path) -> str:
+    """Render the page from the files of both runs and what was worked out."""
+    files: dict[str, dict[str, str]] = {}
+    documents: dict[str, Any] = {worked_out.name: read_json(worked_out)}
+    frontiers = {}
+    for key, run in runs.items():
+        paths = {"metrics": run.metrics, "compared": run.comparison, "env": run.env, "recipe": run.recipe}
+        paths |= {f"stats/{name}": run.training_stats(name) for name in recipes[key].stages}
+        some = {"pareto": run.pareto, "winrate": run.winrate, "over_optimisation": run.over_optimisation}
+        paths |= {name: path for name, path in some.items() if path.exists()}
+        files[key] = {name: os.path.relpath(path.resolve(), worked_out.parent) for name, path in paths.items()}
+        documents |= {files[key][name]: read_json(path) for name, path in paths.items()}
+        frontiers[key] = draw_frontiers(documents[files[key]["pareto"]], prefix=key) if "pareto" in files[key] else []
+    environment = environment_of(documents)
+    return environment.get_template("beside.html.j2").render(
+        recipes=recipes,
+        names={key: run.root.resolve().name for key, run in runs.items()},
+        pages={key: os.path.relpath(run.report.resolve(), worked_out.parent) for key, run in runs.items()},
+        files=files,
+        worked_out=worked_out.name,
+        found=documents[worked_out.name],
+        metrics={key: documents[files[key]["metrics"]] for key in runs},
+        compared={key: documents[files[key]["compared"]] for key in runs},
+        alarms={key: documents[files[key]["over_optimisation"]]["alarms"] if "over_optimisation" in files[key] else []
+                for key in runs},
+        policies=list(dict.fromkeys(name for recipe in recipes.values() for name in recipe.policies)),
+        frontiers=frontiers,
+    ).lstrip()  # fmt: skip
