@@ -105,7 +105,10 @@ class History(TrainerCallback):
             earlier = [row for row in read_json(self.path)["history"] if row["step"] <= state.global_step]
             self.stats["history"] = earlier
             self.before = earlier[-1]["seconds"] if earlier else 0.0
+        self.stats["max_steps"] = state.max_steps
         self.start = time.perf_counter()
+        if state.is_world_process_zero:  # before the first log, so that `status` sees that training has begun
+            write_json(self.path, self.stats)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         finite = {

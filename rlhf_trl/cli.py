@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -20,8 +21,21 @@ from typing import Annotated, Any, Optional
 import typer
 
 from rlhf_trl import __version__
-from rlhf_trl.recipe import STEPS, NotRun, Recipe, UserError, load_recipe
+from rlhf_trl.jobs import Launcher, find_places, links, train_stages
+from rlhf_trl.launch import (
+    launch_command,
+    profile_processes,
+    require_one_machine,
+    require_processes,
+    run_command,
+    shipped,
+)
+from rlhf_trl.live import Live
+from rlhf_trl.options import nearest
+from rlhf_trl.progress import plan_table, status_end, status_table, summary_table
+from rlhf_trl.recipe import NotRun, Recipe, UserError, load_recipe
 from rlhf_trl.rundir import RunDir
+from rlhf_trl.states import step_states
 
 app = typer.Typer(
     add_completion=False,
@@ -85,8 +99,6 @@ def show_version(
 
 
 def _open(recipe: str, overrides: list[str] | None, runs: Path, processes: int | None = None) -> tuple[Recipe, RunDir]:
-    from rlhf_trl.launch import shipped
-
     loaded = load_recipe(shipped("recipes", recipe), overrides or [], processes or 1)
     return loaded, RunDir(runs / loaded.name)
 
@@ -136,11 +148,9 @@ def train(
     """Train one stage; also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
     _planned_processes(accelerate, processes)
     if accelerate:
-        _train_in_child(recipe, overrides, runs, stage, accelerate, processes)
+        with _timed(stage):
+            _run_child(["train", recipe, stage, "--runs", str(runs), *_as_options(overrides)], accelerate, processes)
         return
-    from rlhf_trl.launch import require_processes
-    from rlhf_trl.options import nearest
-
     require_processes()
     loaded, run = _open(recipe, overrides, runs, int(os.environ.get("WORLD_SIZE", "1")))
     if stage not in loaded.stages:
@@ -167,10 +177,8 @@ def evaluate(
     """Measure reward, KL, frontier and alarms of every policy on held-out prompts; also under `accelerate launch`."""
     _planned_processes(accelerate, processes)
     if accelerate:
-        _run_child(["evaluate", recipe, "--runs", str(runs)], overrides, accelerate, processes)
+        _run_child(["evaluate", recipe, "--runs", str(runs), *_as_options(overrides)], accelerate, processes)
         return
-    from rlhf_trl.launch import require_processes
-
     require_processes()
     loaded, run = _open(recipe, overrides, runs)
     _run_step(loaded, run, "evaluate")
@@ -274,30 +282,71 @@ def run(
     runs: RunsOption = RUNS,
     accelerate: AccelerateOption = None,
     processes: ProcessesOption = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Stages that train side by side, where there is a place for them.")
+    ] = 1,
     env_file: EnvFileOption = None,
 ) -> None:
     """Run every step of a recipe, from the pairs to the report; finished steps are skipped."""
     _load_env(env_file)
     planned = _planned_processes(accelerate, processes)
+    if accelerate and jobs > 1:
+        require_one_machine(shipped("accelerate_configs", accelerate))
     loaded, directory = _open(recipe, overrides, runs, planned)
     plan = loaded.plan
     waiting = [step for step in plan if not directory.is_done(loaded, step)]
     if waiting and waiting[-1] != "report":  # the judge may have new verdicts
         waiting.append("report")
     print(f"run {directory.root}: {len(plan)} steps, {len(plan) - len(waiting)} done already")
-    if any(step in loaded.stages for step in waiting):
-        # In a process of its own, which gives the accelerator back.
-        _run_child(["validate", recipe, "--processes", str(planned)], overrides)
-    for step in waiting:
-        print(f"\n=== {step} ({plan.index(step) + 1} of {len(plan)})", flush=True)
-        if step == "evaluate" and planned > 1:
-            # Each process holds whole models, whatever profile sharded them in training.
-            _run_child(["evaluate", recipe, "--runs", str(runs)], overrides, "ddp", planned)
-        elif step in STEPS:
-            _run_step(loaded, directory, step)
-        else:
-            _train_in_child(recipe, overrides, runs, step, accelerate, processes)
-    print(f"\nreport: {directory.report}")
+    print(plan_table(step_states(loaded, directory), waiting), flush=True)
+    options = ["--runs", str(runs), *_as_options(overrides)]
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
+    with directory.lock("run") if waiting else contextlib.nullcontext():
+        if any(step in loaded.stages for step in waiting):
+            # In a process of its own, which gives the accelerator back.
+            _run_child(["validate", recipe, "--processes", str(planned), *_as_options(overrides)])
+        for trained, steps in itertools.groupby(waiting, key=loaded.stages.__contains__):
+            if trained:
+                directory.write_provenance(loaded)
+                launcher = Launcher(recipe, options, accelerate, processes, jobs)
+                live = Live(directory, plan, sys.stdout, sys.stderr)
+                places = find_places(jobs, planned, live.say)
+                code = train_stages([*steps], links(loaded), places, launcher.start_in(directory), live)
+                if code != 0:
+                    raise typer.Exit(code)
+                seconds |= live.seconds
+                continue
+            for step in steps:
+                print(f"\n=== {step} ({plan.index(step) + 1} of {len(plan)})", flush=True)
+                start = time.perf_counter()
+                if step == "evaluate" and planned > 1:
+                    # Each process holds whole models, whatever profile sharded them in training.
+                    _run_child(["evaluate", recipe, *options], "ddp", planned)
+                else:
+                    _run_step(loaded, directory, step)
+                seconds[step] = time.perf_counter() - start
+    if seconds:
+        print(f"\n{summary_table(seconds, time.perf_counter() - began)}")
+    looks = {"report": directory.report, "samples": directory.samples, "alarms": directory.over_optimisation,
+             "logs": directory.logs}  # fmt: skip
+    print("\n" + "\n".join(f"{name}: {path}" for name, path in looks.items() if path.exists()))
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run, or its name.")],
+    runs: RunsOption = RUNS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the states as JSON.")] = False,
+) -> None:
+    """Tell how far a run has come, from its files: what is done, what is running, what has stopped and where."""
+    named = RunDir(runs / run)
+    directory = named if named.recipe.exists() and not RunDir(Path(run)).recipe.exists() else RunDir(Path(run))
+    states = step_states(directory.recorded_recipe(), directory)
+    if as_json:
+        print(json.dumps({"run": str(directory.root), "steps": [state.as_dict() for state in states]}, indent=2))
+    else:
+        print(f"run {directory.root}\n{status_table(states)}\n{status_end(states)}")
 
 
 def _planned_processes(accelerate: str | None, processes: int | None) -> int:
@@ -307,8 +356,6 @@ def _planned_processes(accelerate: str | None, processes: int | None) -> int:
         UserError: `--processes` without a profile, or a profile that does not exist.
     """
     if accelerate is not None:
-        from rlhf_trl.launch import profile_processes, shipped
-
         return processes or profile_processes(shipped("accelerate_configs", accelerate)) or 1
     if processes is not None:
         raise UserError("--processes", "needs a profile to launch with", "add --accelerate ddp")
@@ -362,25 +409,16 @@ def _load_step(step: str) -> Any:
     return getattr(importlib.import_module(f"rlhf_trl.{module}"), step)
 
 
-def _train_in_child(
-    recipe: str, overrides: list[str] | None, runs: Path, stage: str, accelerate: str | None, processes: int | None
-) -> None:
-    """Train a stage in processes of its own: memory is returned, and each has the launcher it needs."""
-    with _timed(stage):
-        _run_child(["train", recipe, stage, "--runs", str(runs)], overrides, accelerate, processes)
+def _as_options(overrides: list[str] | None) -> list[str]:
+    return [word for override in overrides or [] for word in ("--set", override)]
 
 
-def _run_child(
-    arguments: list[str], overrides: list[str] | None, accelerate: str | None = None, processes: int | None = None
-) -> None:
+def _run_child(arguments: list[str], accelerate: str | None = None, processes: int | None = None) -> None:
     """Run a command of this program in processes of its own.
 
     Raises:
         typer.Exit: with the status of a child that failed; it has said why.
     """
-    from rlhf_trl.launch import launch_command, run_command
-
-    options = [word for override in overrides or [] for word in ("--set", override)]
-    status = run_command(*launch_command([*arguments, *options], accelerate, processes))
-    if status != 0:
-        raise typer.Exit(status)
+    code = run_command(*launch_command(arguments, accelerate, processes))
+    if code != 0:
+        raise typer.Exit(code)

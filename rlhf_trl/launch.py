@@ -5,12 +5,14 @@ Reads `accelerate_configs/`; writes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from ruamel.yaml import YAML, YAMLError
@@ -45,13 +47,14 @@ def shipped(kind: str, name: str) -> Path:
 
 
 def launch_command(
-    arguments: Sequence[str], profile: str | None, processes: int | None
+    arguments: Sequence[str], profile: str | None, processes: int | None, port: int | None = None
 ) -> tuple[list[str], dict[str, str]]:
     """Build the command that runs `rlhf-trl ARGUMENTS` in training processes, and its environment.
 
     Args:
         profile: a file of `accelerate_configs/` by name or path; None for one process without the launcher.
         processes: overrides the profile's number of processes.
+        port: where the processes meet, instead of the profile's; 0 is any that is free.
     """
     environment = dict(os.environ)
     command = [sys.executable, "-m"]
@@ -62,6 +65,8 @@ def launch_command(
         if asked is not None:
             command += ["--num_processes", str(asked)]
             environment[ASKED] = str(asked)
+        if port is not None:
+            command += ["--main_process_port", str(port)]
         command.append("-m")
     return [*command, "rlhf_trl", *arguments], environment
 
@@ -71,16 +76,39 @@ def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
 
     A Ctrl-C reaches the child, which saves a checkpoint; this process waits for it. SIGTERM is passed on.
     """
-    with subprocess.Popen(command, env=environment) as child:
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
-        try:
-            status = child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    with subprocess.Popen(command, env=environment) as child, outlive_signals(child):
+        return exit_status(child.wait())
+
+
+@contextlib.contextmanager
+def outlive_signals(child: subprocess.Popen[bytes] | None = None) -> Iterator[list[int]]:
+    """Go on at SIGINT, which a terminal sends to the children, too, and at SIGTERM.
+
+    Args:
+        child: gets SIGTERM at once.
+
+    Returns:
+        The signals that came, a list that grows.
+    """
+    received: list[int] = []
+
+    def remember(number: int, _: Any) -> None:
+        received.append(number)
+        if child is not None and number == signal.SIGTERM:
+            child.send_signal(number)
+
+    # Handlers, not SIG_IGN, which a child that starts meanwhile would inherit.
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_status(code: int) -> int:
+    """The status of a process as a shell gives it: 128 and the number of the signal that ended it."""
+    return code if code >= 0 else 128 - code
 
 
 def require_processes() -> None:
@@ -119,6 +147,21 @@ def _launcher_processes() -> int | None:
 
 
 def profile_processes(config: Path) -> int | None:
+    return _read_profile(config).get("num_processes")
+
+
+def require_one_machine(config: Path) -> None:
+    """Refuse to train several stages at once on several machines, which must agree on where each of them meets.
+
+    Raises:
+        UserError: the profile names more than one machine.
+    """
+    machines = _read_profile(config).get("num_machines", 1)
+    if machines > 1:
+        raise UserError("--jobs", f"{config.stem} is a profile of {machines} machines", "leave --jobs out")
+
+
+def _read_profile(config: Path) -> dict[str, Any]:
     remedy = "give a file or a name of accelerate_configs/"
     try:
         profile = YAML(typ="safe", pure=True).load(config.read_text(encoding="utf-8"))
@@ -128,4 +171,4 @@ def profile_processes(config: Path) -> int | None:
         raise UserError(str(config), f"not valid YAML: {' '.join(str(error).split())}", remedy) from None
     if not isinstance(profile, dict):
         raise UserError(str(config), "is not a profile of accelerate", remedy)
-    return profile.get("num_processes")
+    return profile

@@ -147,11 +147,14 @@ def base_path(model: dict[str, Any], run: RunDir) -> str:
     """Where the base model of a `model` block lies; builds `builtin:tiny` on first use."""
     if model["model_name_or_path"] != TINY:
         return str(model["model_name_or_path"])
-    if not run.base.exists():
-        from rlhf_trl.data.demo import build_tiny
+    if run.base.exists():
+        return str(run.base)
+    with run.model_lock("base"):
+        if not run.base.exists():
+            from rlhf_trl.data.demo import build_tiny
 
-        with _staged(run.base) as folder:
-            build_tiny(folder)
+            with _staged(run.base) as folder:
+                build_tiny(folder)
     return str(run.base)
 
 
@@ -165,13 +168,16 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
     if init is None:
         return base_path(recipe.model_block(stage), run)
     path = run.model(init)
-    if not path.exists():
-        config = ModelConfig(**recipe.model_block(init))
-        base = load_weights(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
-        merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
-        with _staged(path) as folder:
-            merged.save_pretrained(folder)
-            recorded_tokenizer(recipe, run).save_pretrained(folder)
+    if path.exists():
+        return str(path)
+    with run.model_lock(init):  # stages that train side by side may start from the same one
+        if not path.exists():
+            config = ModelConfig(**recipe.model_block(init))
+            base = load_weights(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
+            merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
+            with _staged(path) as folder:
+                merged.save_pretrained(folder)
+                recorded_tokenizer(recipe, run).save_pretrained(folder)
     return str(path)
 
 

@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -49,7 +49,7 @@ POLICY_TRAINERS = ("dpo", "grpo", "ppo")
 STEPS = ("explore", "prepare", "evaluate", "judge", "compare", "errors", "samples", "report")
 # Names of other directories and words of a run; a stage that took one would write over it.
 RESERVED = {*STEPS, "data", "exploration", "evaluation", "comparison", "samples", "base", "reference", "judge", "run"}
-RESERVED |= {"replaced", "report.html", "recipe.json", "env.json"}
+RESERVED |= {"logs", "replaced", "report.html", "recipe.json", "env.json"}
 MAX_STAGES = 100
 
 
@@ -139,6 +139,19 @@ class Recipe(Strict):
         """
         text = json.dumps(self._dependencies(step), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The hash of the content of every source outside the run: data, base model, reward models."""
+        judges = [name for name in (self.evaluation.reward, self.evaluation.gold) if name and name not in self.stages]
+        names = (self.data.source, str(self.model.get("model_name_or_path")), *judges)
+        return {name: self._hash(name) for name in names}
+
+    def read_from(self, sources: Mapping[str, str]) -> Recipe:
+        """Take the sources to be what they were when these hashes were taken, wherever they lie and whatever is there
+        now."""
+        self._hashes.update(sources)
+        return self
 
     def _dependencies(self, step: str) -> dict[str, Any]:
         base = {key: self.model.get(key) for key in ("model_name_or_path", "model_revision")}

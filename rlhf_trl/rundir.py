@@ -7,6 +7,7 @@ directory. `done.json`, written last, holds the fingerprint of what the step dep
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -65,6 +66,7 @@ class RunDir:
         self.errors_folder = root / "errors"
         self.reward_comparison = self.errors_folder / "comparison.json"
         self.samples = root / "samples"
+        self.logs = root / "logs"
 
     def pairs(self, split: str) -> Path:
         """Preference view (`prompt`, `chosen`, `rejected`, `subset`, `row`) of `train` or `test`."""
@@ -136,6 +138,20 @@ class RunDir:
         """Marks the fingerprint that the checkpoints of an unfinished stage belong to."""
         return self.root / stage / "started.json"
 
+    def log(self, stage: str) -> Path:
+        """Everything that a stage has printed under `run`, one attempt after the other."""
+        return self.logs / f"{stage}.log"
+
+    def holder(self, step: str) -> Path:
+        """Says who holds the step; left behind by a process that was killed."""
+        return self.root / ".locks" / step
+
+    def model_lock(self, stage: str) -> FileLock:
+        """Held while the adapter of a stage is merged, or `base` is built; no step has an @ in its name."""
+        path = self.root / ".locks" / f"{stage}@model.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
     def done(self, step: str) -> Path:
         return self.step(step) / "done.json"
 
@@ -145,8 +161,19 @@ class RunDir:
 
     def fingerprint_of(self, step: str) -> str | None:
         """The fingerprint that the step last finished with, or None."""
-        done = read_json(self.done(step)) if self.done(step).exists() else {}
-        return done.get("fingerprint") if done.get("step") == step else None
+        return _read_marker(self.done(step), step).get("fingerprint")
+
+    def last_seconds(self, step: str) -> float | None:
+        """Tell how long the step took when it last finished here, with whatever settings, or None."""
+        kept = (self.root / "replaced").glob(f"{step}-*/done.json")
+        for path in (self.done(step), *sorted(kept, reverse=True)):
+            marker = _read_marker(path, step)
+            if marker:
+                # Of a stage that was interrupted, the marker has the seconds since it went on alone.
+                stats = path.with_name(self.training_stats(step).name)
+                trained = read_json(stats)["summary"]["seconds"] if step not in STEPS and stats.exists() else 0.0
+                return max(marker["seconds"], trained)
+        return None
 
     def mark_done(self, recipe: Recipe, step: str, seconds: float) -> None:
         """Write the step's `done.json`; the step's last act."""
@@ -191,11 +218,11 @@ class RunDir:
         Raises:
             UserError: another process holds it, or the run's folder cannot be written to.
         """
-        path = self.root / ".locks" / step
+        path = self.holder(step)
         lock = FileLock(path.with_name(f"{step}.lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0.3, poll_interval=0.05)  # outlasts a look of `is_held`
         except Timeout:
             holder = "another process"
             with contextlib.suppress(FileNotFoundError):
@@ -212,10 +239,55 @@ class RunDir:
             path.unlink(missing_ok=True)
             lock.release()
 
+    def is_held(self, step: str) -> bool:
+        """Tell whether a process holds the step, from outside and without disturbing it.
+
+        The lock is asked for, shared and without waiting, and let go of at once; two that ask do not meet. A process
+        number would tell less: it may be another machine's, or have been given out again.
+        """
+        try:
+            with self.holder(step).with_name(f"{step}.lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     def write_provenance(self, recipe: Recipe) -> None:
-        """Write the resolved recipe and the environment beside it."""
+        """Write the resolved recipe, and beside it the environment, the order of the steps and the hashes of the
+        sources."""
         write_json(self.recipe, recipe.model_dump())
-        write_json(self.env, environment())
+        write_json(self.env, {**environment(), "plan": recipe.plan, "sources": recipe.sources})
+
+    def recorded_recipe(self) -> Recipe:
+        """Read the recipe that the run was made with, as `write_provenance` left it.
+
+        Its fingerprints come from the recorded hashes: they do not depend on the current folder, nor on what has
+        become of the sources.
+
+        Raises:
+            UserError: the directory is no run, or one of a version whose recipes differ.
+        """
+        try:
+            recipe, env = Recipe.model_validate(read_json(self.recipe)), read_json(self.env)
+            # Sorted by name in the file; the order in which they train is the plan's.
+            stages = {name: recipe.stages[name] for name in env["plan"] if name in recipe.stages}
+            return recipe.model_copy(update={"stages": stages}).read_from(env["sources"])
+        except OSError as error:
+            problem = f"is no run: {self.recipe.name}: {error.strerror}"
+            raise UserError(str(self.root), problem, "give the directory of a run, or its name and --runs") from None
+        except (ValueError, KeyError):
+            remedy = "look at it with the version that `env.json` names"
+            raise UserError(str(self.root), "was made by another version of rlhf-trl", remedy) from None
+
+
+def _read_marker(path: Path, step: str) -> dict[str, Any]:
+    try:
+        marker = read_json(path)
+    except FileNotFoundError:  # or it is being replaced at this moment
+        return {}
+    return marker if marker["step"] == step else {}
 
 
 def now() -> str:
@@ -229,18 +301,19 @@ def environment() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    gpus = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    gpus = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     return {
         "versions": versions,
-        "git": _output("git", "-C", PACKAGE, "rev-parse", "HEAD"),
-        "git_dirty": bool(_output("git", "-C", PACKAGE, "status", "--porcelain", "--untracked-files=no")),
+        "git": output_of("git", "-C", PACKAGE, "rev-parse", "HEAD"),
+        "git_dirty": bool(output_of("git", "-C", PACKAGE, "status", "--porcelain", "--untracked-files=no")),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": [line.strip() for line in gpus.splitlines()],
     }
 
 
-def _output(*command: str) -> str:
+def output_of(*command: str) -> str:
+    """What a command prints; nothing where there is no such command, or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -316,6 +316,7 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
         "seconds": round(history.seconds, 3),
         "peak_memory_bytes": peak_memory(),
         "processes": PartialState().num_processes,
+        "cpu_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seed": trainer.args.seed,
         "rows": len(trainer.train_dataset),

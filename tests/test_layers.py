@@ -11,6 +11,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_trl"
 LEVEL_0 = {"document", "options", "recipe", "sections", "rules", "checks", "rundir", "stats", "launch"}
 LEVEL_0 |= {"adversarial", "calibration", "checkpoints", "frontier", "health", "pairstats", "texts", "words"}
+LEVEL_0 |= {"jobs", "live", "progress", "states"}
 LEVEL_0 |= {"agreement", "elo", "length_control", "logistic", "memory", "verdicts", "winrates"}
 LEVEL_0 |= {"dynamics", "policy_comparison", "seeds"}
 # Modules that any step may use.
