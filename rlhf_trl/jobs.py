@@ -6,6 +6,7 @@ Starts processes and waits for them; reads and writes nothing itself.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -131,7 +132,7 @@ def start_logged(command: Sequence[str], environment: Mapping[str, str], log: Pa
     quiet = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        file.write(f"=== {now()} {' '.join(command)}\n".encode())
+        file.write(f"=== {now()} {shlex.join(command)}\n".encode())
         file.flush()
         return subprocess.Popen(command, env={**environment, **quiet}, stdout=file, stderr=subprocess.STDOUT)
 

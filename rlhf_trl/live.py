@@ -9,9 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from typing import TextIO
 
 from rlhf_trl.progress import duration, ending, progress_words
 from rlhf_trl.rundir import RunDir
@@ -34,7 +32,6 @@ class Attempt:
     """Statistics that are not newer are an earlier attempt's (nanoseconds)."""
     offset: int
     """Where its output begins in the log, in bytes."""
-    bar: tqdm[Any] | None
 
 
 class Live:
@@ -49,16 +46,17 @@ class Live:
         self.seconds: dict[str, float] = {}
         """What each stage that has ended took."""
         self.looked = 0.0
+        self.drawn = 0
+        """Lines on the terminal that will be taken back."""
 
     def begin(self, stage: str) -> None:
         """Announce a stage; call it before its process starts."""
         number, log, now = self.plan.index(stage) + 1, self.run.log(stage), time.monotonic()
         self.say(f"\n=== {stage} ({number} of {len(self.plan)}), its output: {log}")
-        bar = tqdm(bar_format="{desc}", leave=False, file=self.stream) if self.stream.isatty() else None
         stats = self.run.training_stats(stage)
         since = stats.stat().st_mtime_ns + 1 if stats.exists() else 0
         offset = log.stat().st_size if log.exists() else 0
-        self.running[stage] = Attempt(now, now, since, offset, bar)
+        self.running[stage] = Attempt(now, now, since, offset)
 
     def update(self) -> None:
         """Look at the stages that are running, at most once a second."""
@@ -66,30 +64,32 @@ class Live:
         if now - self.looked < LOOK:
             return
         self.looked = now
+        if self.stream.isatty():
+            self._take_back()
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
+            self.stream.writelines(f"{self._line(*item)[:width]}\n" for item in self.running.items())
+            self.stream.flush()
+            self.drawn = len(self.running)
+            return
         for stage, attempt in self.running.items():
-            if attempt.bar is not None:
-                width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be taken back
-                attempt.bar.set_description_str(self._line(stage, attempt)[:width])
-            elif now - attempt.spoke >= LINE:
+            if now - attempt.spoke >= LINE:
                 attempt.spoke = now
                 self.say(self._line(stage, attempt))
 
     def end(self, stage: str, status: int) -> None:
-        """Say how a stage has ended, after what its process has said."""
+        """Say how a stage has ended, and below it what its process said last."""
         attempt = self.running.pop(stage)
-        if attempt.bar is not None:
-            attempt.bar.close()
         self.seconds[stage] = time.monotonic() - attempt.began
+        progress = read_progress(self.run.training_stats(stage), attempt.since)
+        reached = "" if progress is None else f", {progress_words(progress)}"
+        outcome = f"{ending(status)} after " if status else ""
+        self.say(f"{stage}: {outcome}{self.seconds[stage]:.1f} s{reached}")
         log = self.run.log(stage)
         said = messages(log.read_bytes()[attempt.offset :].decode(errors="replace"))
         if len(said) > LAST_LINES:
             self.say(f"  ({len(said) - LAST_LINES} lines more in {log})", self.errors)
         for line in said[-LAST_LINES:]:
             self.say(f"  {line}", self.errors)
-        progress = read_progress(self.run.training_stats(stage), attempt.since)
-        reached = "" if progress is None else f", {progress_words(progress)}"
-        outcome = "" if status == 0 else f"{ending(status)} after "
-        self.say(f"{stage}: {outcome}{self.seconds[stage]:.1f} s{reached}")
 
     def conclude(self, failed: Mapping[str, int], left: Sequence[str]) -> None:
         """Name the stages that failed, once all that were running have ended, and those that were not begun."""
@@ -99,9 +99,17 @@ class Live:
             self.say(f"not begun: {', '.join(left)}", self.errors)
 
     def say(self, line: str, stream: TextIO | None = None) -> None:
-        """Write a line that stays, above those that are rewritten."""
-        tqdm.write(line, file=stream or self.stream)
-        (stream or self.stream).flush()
+        """Write a line that stays."""
+        self._take_back()
+        stream = stream or self.stream
+        stream.write(f"{line}\n")
+        stream.flush()
+
+    def _take_back(self) -> None:
+        if self.drawn:
+            self.stream.write(f"\x1b[{self.drawn}F\x1b[J")  # up to the first of them, and clear from there
+            self.stream.flush()
+            self.drawn = 0
 
     def _line(self, stage: str, attempt: Attempt) -> str:
         progress = read_progress(self.run.training_stats(stage), attempt.since)

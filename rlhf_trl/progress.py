@@ -45,7 +45,8 @@ def plan_table(states: Sequence[StepState], waiting: Sequence[str]) -> str:
     """
     rows = [(state.step, state.trainer or "", _plan_words(state, waiting), _estimate(state, waiting))
             for state in states]  # fmt: skip
-    known = [state.seconds_left for state in states if state.step in waiting and state.seconds_left is not None]
+    seconds = [_seconds_to_run(state) for state in states if state.step in waiting]
+    known = [value for value in seconds if value is not None]
     new = len(waiting) - len(known)
     total = f"\nabout {duration(sum(known))} for the {_steps(len(known))} that were timed before"
     rest = f"; {new} {'is' if new == 1 else 'are'} new" if new else ""
@@ -73,10 +74,13 @@ def _plan_words(state: StepState, waiting: Sequence[str]) -> str:
 def _estimate(state: StepState, waiting: Sequence[str]) -> str:
     if state.step not in waiting:
         return "" if state.last_seconds is None else f"took {duration(state.last_seconds)}"
-    if state.seconds_left is None:
-        return "–"
+    seconds = _seconds_to_run(state)
     measured = state.progress is not None and state.progress.seconds_per_step is not None
-    return f"about {duration(state.seconds_left)}{'' if measured else ' (last time)'}"
+    return "–" if seconds is None else f"about {duration(seconds)}{'' if measured else ' (last time)'}"
+
+
+def _seconds_to_run(state: StepState) -> float | None:
+    return state.last_seconds if state.state == "done" else state.seconds_left
 
 
 def status_table(states: Sequence[StepState]) -> str:

@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from rlhf_trl import __version__, cli, launch
+from rlhf_trl.jobs import start_logged
 from rlhf_trl.launch import launch_command, require_processes, run_command, shipped
 from rlhf_trl.recipe import Recipe, UserError
+from rlhf_trl.rundir import RunDir
 
 RECIPE = """\
 name: cli
@@ -30,6 +34,19 @@ COMMANDS = {
     "report": ["report", "RECIPE"],
     "run": ["run", "RECIPE"],
 }
+# A stage that says what a real one says, and what it makes of its name.
+STAGE = """\
+import pathlib, sys
+from rlhf_trl.recipe import load_recipe
+from rlhf_trl.rundir import RunDir
+recipe, run, stage = load_recipe(pathlib.Path(sys.argv[1])), RunDir(pathlib.Path(sys.argv[2])), sys.argv[3]
+print("{'loss': '0.5'}")
+print("a warning", file=sys.stderr)
+if stage in sys.argv[4:]:
+    sys.exit(2)
+run.replace(stage)
+run.mark_done(recipe, stage, 3.0)
+"""
 
 
 @pytest.fixture
@@ -242,3 +259,104 @@ def test_the_status_of_a_child_is_its_own_and_a_signal_counts_from_128():
     environment = dict(os.environ)
     assert run_command([sys.executable, "-c", "raise SystemExit(7)"], environment) == 7
     assert run_command([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], environment) == 143
+
+
+# --- run and status --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stub(monkeypatch, recipe_file, tmp_path):
+    """Steps that only mark themselves done, and stages in processes that do so, too; those in `bad` fail."""
+    bad: list[str] = []
+    ran: list[str] = []
+    (tmp_path / "stage.py").write_text(STAGE)
+
+    def step(recipe, run, name, asked=None):
+        ran.append(name)
+        run.replace(name)
+        run.mark_done(recipe, name, 1.0)
+        return True
+
+    def start_in(self, run):
+        def start(stage, place):
+            command = [sys.executable, "stage.py", str(recipe_file), str(run.root), stage, *bad]
+            return start_logged(command, {**os.environ, "PYTHONPATH": str(ROOT), **place}, run.log(stage))
+
+        return start
+
+    monkeypatch.setattr(cli, "_run_step", step)
+    monkeypatch.setattr(cli, "_run_child", lambda *_: None)
+    monkeypatch.setattr(cli.Launcher, "start_in", start_in)
+    return SimpleNamespace(bad=bad, ran=ran, run=RunDir(Path("runs") / "cli"))
+
+
+def columns(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_run_shows_its_plan_trains_and_says_what_it_took(stub, call, recipe_file):
+    status, out, err = call("run", recipe_file)
+    assert status == 0 and stub.ran == ["explore", "prepare", "evaluate", "samples", "report"]
+    lines = columns(out)
+    assert lines[:9] == [
+        "run runs/cli: 7 steps, 0 done already",
+        "step trainer state time",
+        *(f"{number} {step} to do –" for number, step in enumerate(PLAN, 1)),
+    ]
+    assert re.findall(r"=== (\w+) \((\d)", out) == [(step.split()[0], str(at)) for at, step in enumerate(PLAN, 1)]
+    assert [line.split()[0] for line in lines if re.fullmatch(r"\w+ [\d.]+ s", line)] == [
+        *(step.split()[0] for step in PLAN),
+        "total",
+    ]
+    assert lines[-2:] == ["samples: runs/cli/samples", "logs: runs/cli/logs"]
+    assert err == "  a warning\n" * 2 and "'loss'" in stub.run.log("sft").read_text()
+
+
+PLAN = ["explore", "prepare", "sft sft", "dpo dpo", "evaluate", "samples", "report"]
+
+
+def test_a_second_run_does_nothing_and_a_changed_one_says_what_and_how_long(stub, call, recipe_file):
+    call("run", recipe_file)
+    stub.ran.clear()
+    status, out, _ = call("run", recipe_file)
+    assert status == 0 and stub.ran == [] and "7 steps, 7 done already" in out and "total" not in out
+    _, out, _ = call("run", recipe_file, "--set", "stages.dpo.args.beta=0.3")
+    assert "4 dpo dpo to do again: settings changed about 3.0 s (last time)" in columns(out)
+    assert "about 6.0 s for the 4 steps that were timed before" in out
+    assert stub.ran == ["evaluate", "samples", "report"]
+
+
+def test_a_stage_that_fails_ends_the_run_with_its_status_and_its_words(stub, call, recipe_file):
+    stub.bad.append("sft")
+    status, out, err = call("run", recipe_file, "--jobs", "2")
+    assert status == 2 and stub.ran == ["explore", "prepare"]
+    assert "--jobs 2: " in out and "sft: failed with status 2 after" in out
+    assert err.splitlines() == [
+        *("  a warning", "sft failed with status 2; its output: runs/cli/logs/sft.log", "not begun: dpo")
+    ]
+
+
+def test_a_run_that_another_process_makes_is_not_run_twice(stub, call, recipe_file):
+    with stub.run.lock("run"):
+        status, _, err = call("run", recipe_file)
+    assert status == 2 and f"held by process {os.getpid()}" in err and stub.ran == []
+
+
+def test_status_takes_a_directory_or_a_name_and_changes_nothing(stub, call, recipe_file, tmp_path):
+    call("run", recipe_file)
+    before = {path: path.stat().st_mtime_ns for path in stub.run.root.rglob("*")}
+    status, out, _ = call("status", "runs/cli")
+    assert status == 0 and columns(out)[0] == "run runs/cli" and columns(out)[-1] == "finished"
+    assert [line.split()[1] for line in columns(out)[2:-1]] == [step.split()[0] for step in PLAN]
+    assert call("status", "cli")[1] == out
+    (tmp_path / "cli").mkdir()  # a folder of that name that is no run
+    assert call("status", "cli")[1] == out
+    assert {path: path.stat().st_mtime_ns for path in stub.run.root.rglob("*")} == before
+    status, out, _ = call("status", "cli", "--json")
+    found = json.loads(out)
+    assert status == 0 and [step["state"] for step in found["steps"]] == ["done"] * 7
+
+
+def test_status_of_what_is_no_run_is_a_users_mistake(call):
+    status, out, err = call("status", "nothing")
+    assert (status, out) == (2, "") and "nothing: is no run" in err and "--runs" in err

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from rlhf_trl import rundir
-from rlhf_trl.recipe import STEPS, Recipe, UserError, expand_sweeps
+from rlhf_trl.recipe import STEPS, Recipe, UserError, expand_sweeps, source_hash
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 
@@ -266,7 +266,10 @@ def test_provenance_is_the_resolved_recipe_and_the_versions(run, recipe):
     assert Recipe.model_validate(read_json(run.recipe)).model_dump() == recipe.model_dump()
     env = read_json(run.env)
     assert env["versions"]["trl"] == "1.12.0" and env["versions"]["torch"].startswith("2.13.0")
-    assert env.keys() == {"versions", "git", "git_dirty", "platform", "cpus", "gpus"}
+    assert env.keys() == {"versions", "git", "git_dirty", "platform", "cpus", "gpus", "plan", "sources"}
+    assert env["plan"] == recipe.plan and env["sources"] == {
+        name: source_hash(name) for name in ("builtin:demo", "builtin:tiny")
+    }
     assert files(run.root) == {"recipe.json", "env.json"}
 
 

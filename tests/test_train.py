@@ -12,6 +12,7 @@ import sys
 import time
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from conftest import RECIPE, ROOT, small_recipe
 from safetensors.torch import load_file
 
 from rlhf_trl import train as train_module
+from rlhf_trl.callbacks import History
 from rlhf_trl.checkpoints import last_valid_checkpoint
 from rlhf_trl.models import encode, recorded_tokenizer
-from rlhf_trl.recipe import UserError
+from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rewards import load_reward_model
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_json
+from rlhf_trl.states import StepState, step_states
 from rlhf_trl.train import build_config, build_reward_function, build_trainer, train
 
 
@@ -283,6 +286,13 @@ def test_a_stage_needs_its_inputs(copy):
         train(small_recipe(run.root.parent.parent), run, "grpo")
 
 
+def test_the_statistics_are_there_from_the_first_moment_on(tmp_path):
+    state = SimpleNamespace(global_step=0, max_steps=7, is_world_process_zero=True)
+    History(tmp_path / "stats.json", "dpo", "dpo").on_train_begin(None, state, None)
+    stats = read_json(tmp_path / "stats.json")
+    assert (stats["max_steps"], stats["history"]) == (7, [])
+
+
 # --- interruption
 # ------------------------------------------------------------------------------------------------------
 
@@ -301,6 +311,10 @@ def start(run: RunDir, stage: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
+
+
+def state_of(recipe: Recipe, run: RunDir, stage: str) -> StepState:
+    return next(state for state in step_states(recipe, run) if state.step == stage)
 
 
 def wait_for(path: Path) -> None:
@@ -329,10 +343,17 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(copy, stage, number):
     expected = sha(run.adapter(stage) / "adapter_model.safetensors")
     shutil.rmtree(run.step(stage))
 
+    recipe = small_recipe(run.root.parent.parent, saving(stage))
     process = start(run, stage)
     wait_for(run.checkpoints(stage) / "checkpoint-2")
+    state = state_of(recipe, run, stage)
+    assert state.state == "running" and f"process {process.pid} " in state.holder
+    assert state.progress.max_steps == 6 and state.progress.step >= 1 and "loss" in state.progress.values
     process.send_signal(number)
     process.communicate()
+    state = state_of(recipe, run, stage)
+    assert state.state == "stopped" and state.checkpoint >= 2 and state.seconds_left > 0
+    assert (state.holder is None) == (number == signal.SIGTERM)
     assert process.returncode == (128 + number if number == signal.SIGTERM else -number)
     assert not run.adapter(stage).exists()
     again = start(run, stage)
