@@ -295,8 +295,9 @@ def run(
     loaded, directory = _open(recipe, overrides, runs, planned)
     plan = loaded.plan
     waiting = [step for step in plan if not directory.is_done(loaded, step)]
-    if waiting and waiting[-1] != "report":  # the judge may have new verdicts
-        waiting.append("report")
+    # Its verdicts are the only results that may change while the settings do not.
+    renewed = {"compare", "report"} if "judge" in waiting else {"report"} if waiting else set()
+    waiting = [step for step in plan if step in {*waiting, *renewed}]
     print(f"run {directory.root}: {len(plan)} steps, {len(plan) - len(waiting)} done already")
     print(plan_table(step_states(loaded, directory), waiting), flush=True)
     options = ["--runs", str(runs), *_as_options(overrides)]
@@ -387,6 +388,8 @@ def _run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = Non
         action = _load_step(step)
         run.write_provenance(recipe)
         run.replace(step)
+        if step == "judge":  # what it says now is not what was compared
+            run.done("compare").unlink(missing_ok=True)
         try:
             action(asked or recipe, run)
         except NotRun as reason:

@@ -172,7 +172,8 @@ def _headline(
     winner: str | None, beaten: Mapping[str, Sequence[str]], results: Sequence[tuple[str, str, Row]], measure: str
 ) -> str:
     """The verdict in one sentence."""
-    how = f"{BY[measure]} at the same KL"
+    alone = any(1 in result["seeds"] for *_, result in results)
+    how = f"{BY[measure]} at the same KL" + (", as far as one seed can tell" if alone else "")
     if winner is not None:
         return f"{winner} is better than {join(beaten[winner])} {how}."
     if not any(beaten.values()):

@@ -46,22 +46,22 @@ def lay_beside(first: RunDir, second: RunDir) -> Path:
 
 def compare_runs(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> Row:
     """Say what differs, and compare the policies of both runs where prompts, scores and reference are the same."""
-    settings, environments = (
-        [dict(_flatten(of)) for of in both]
-        for both in (
-            [recipes[key].model_dump(exclude={NOT_COMPARED}) for key in "ab"],
-            [read_json(runs[key].env)["versions"] for key in "ab"],
-        )
-    )
-    different = {
-        "recipe": _differences(*settings),
-        "versions": _differences(*environments),
-    }
+    settings = [recipes[key].model_dump(exclude={NOT_COMPARED}) for key in "ab"]
+    for own, other in (settings, settings[::-1]):
+        # Of a stage that the other run does not have, its trainer is difference enough.
+        own["stages"] = {
+            name: stage if name in other["stages"] else stage["trainer"] for name, stage in own["stages"].items()
+        }
+    versions = [read_json(runs[key].env)["versions"] for key in "ab"]
     why_not = _why_not_comparable(recipes, runs)
-    pairs: list[Row] = []
-    if why_not is None:
-        pairs = _compare_policies(recipes, runs)
-    return {"different": different, "why_not": why_not, "pairs": pairs}
+    pairs = [] if why_not else _compare_policies(recipes, runs)
+    results = [of["equal_kl"] for pair in pairs for of in pair["measures"].values() if of["why_not"] is None]
+    return {
+        "different": {"recipe": _differences(*settings), "versions": _differences(*versions)},
+        "why_not": why_not,
+        "pairs": pairs,
+        "warnings": list(dict.fromkeys(result["warning"] for result in results if result["warning"])),
+    }
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -74,8 +74,9 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
     """The keys whose values differ, each value as text; `–` where a run has no such key."""
-    keys = sorted({*a, *b})
-    shown = {key: [str(of[key]) if key in of else "–" for of in (a, b)] for key in keys}
+    flat = [dict(_flatten(of)) for of in (a, b)]
+    keys = sorted({*flat[0], *flat[1]})
+    shown = {key: [str(of[key]) if key in of else "–" for of in flat] for key in keys}
     return [{"key": key, "a": one, "b": other} for key, (one, other) in shown.items() if one != other]
 
 

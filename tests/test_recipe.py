@@ -898,9 +898,9 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     return {step: recipe.fingerprint(step) for step in recipe.plan}
 
 
-ALL = {"explore", "prepare", "sft", "rm", "dpo", "grpo", "ppo", "evaluate", "errors", "samples", "report"}
+ALL = {"explore", "prepare", "sft", "rm", "dpo", "grpo", "ppo", "evaluate", "compare", "errors", "samples", "report"}
 TRAINED = ALL - {"explore", "prepare"}
-MEASURED = {"evaluate", "samples", "report"}
+MEASURED = {"evaluate", "compare", "samples", "report"}
 CHANGES = {
     "stages.dpo.args.beta=0.3": {"dpo", *MEASURED},
     "stages.dpo.args.seed=5": {"dpo", *MEASURED},
@@ -908,7 +908,8 @@ CHANGES = {
     "stages.rm.args.learning_rate=1e-4": {"rm", "grpo", "ppo", "errors", *MEASURED},
     "evaluation.alarms.length_ratio=2.0": MEASURED,
     "errors.pairs=50": {"errors", "report"},
-    "judge={prompts: 5}": {"report"},  # a step more, which the report shows
+    "judge={prompts: 5}": {"compare", "report"},  # a step more, which these read
+    "comparison.hold=5": {"compare", "report"},
     "samples.per_model=5": {"samples", "report"},
     "stages.sft.args.learning_rate=1e-4": TRAINED,
     "stages.sft.model.lora_r=8": TRAINED,
