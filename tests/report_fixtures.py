@@ -69,7 +69,7 @@ def write_run(
     recipe = expand_sweeps(Recipe.model_validate(content))
     run, draw = RunDir(root), random.Random(7)
     write_json(run.recipe, recipe.model_dump())
-    write_json(run.env, environment())
+    write_json(run.env, {**environment(), "plan": recipe.plan, "sources": recipe.sources})
     write_json(run.summary, summary(subsets))
     for stage in recipe.stages:
         write_json(run.training_stats(stage), training_stats(stage, recipe.stages[stage].trainer, steps, draw))

@@ -304,7 +304,9 @@ def test_an_order_that_is_not_complete_has_no_winner_and_says_what_is_known() ->
 def test_one_seed_is_about_these_runs_alone() -> None:
     _, verdict = judge({"dpo": {0: answers(4, 0.2, 0)}, "ppo": {1: answers(4, 0.6, 1)}})
     assert verdict["winner"] == "ppo"
-    assert verdict["sentence"] == "ppo is better than dpo by the gold model at the same KL, as far as one seed can tell."
+    assert (
+        verdict["sentence"] == "ppo is better than dpo by the gold model at the same KL, as far as one seed can tell."
+    )
     assert len(verdict["warnings"]) == 1
     assert verdict["warnings"][0].startswith("one seed")
 

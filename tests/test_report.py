@@ -13,24 +13,29 @@ from urllib.parse import unquote
 import pytest
 from jinja2 import DictLoader, Environment
 from matplotlib.figure import Figure
-from report_fixtures import GOLD, STAGES, SWEEP, write_run
+from report_fixtures import GOLD, PROMPTS, STAGES, SWEEP, write_run
 from ruamel.yaml import YAML
 
 from rlhf_trl import report_figures
 from rlhf_trl.policy_figures import draw_frontier
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.report import choose_samples, list_contents, render, report
+from rlhf_trl.report_beside import compare_runs, lay_beside
 from rlhf_trl.report_figures import plot_frontier
 from rlhf_trl.report_findings import judge_gain, judge_reward_model, order_alarms
 from rlhf_trl.report_judge import judge_share, read_habits, shows_length, weigh_trust
 from rlhf_trl.report_values import MAX_CHARACTERS, format_dollars, format_estimate, printable
-from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_json
+from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_json, write_jsonl
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "use"}
 HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} [/b] \x1b[31m \u202egpj.exe\u202c \x00 &lt; \"' onload=x </div>"
 RUNS: dict[str, dict[str, Any]] = {
     "sweep": {"stages": SWEEP},
     "gold": {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold", "checkpoints": 4}},
+    "seeds": {
+        "stages": {**STAGES, **GOLD, "dpo": {**STAGES["dpo"], "sweep": {"seed": [1, 2, 3, 4, 5]}}},
+        "evaluation": {"gold": "gold"},
+    },
     "hub-judges": {
         "stages": {name: STAGES[name] for name in ("sft", "dpo")},
         "reward": "org/rm-7b",
@@ -103,12 +108,19 @@ class Tree(HTMLParser):
         self.open[-1].children.append(data)
 
 
-@pytest.fixture(scope="module", params=RUNS)
+BESIDE = {"judged beside seeds": ("judged", "seeds"), "hostile beside no-judge": ("hostile", "no-judge")}
+
+
+@pytest.fixture(scope="module", params=[*RUNS, *BESIDE])
 def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Element]:
-    root = tmp_path_factory.mktemp("runs") / request.param
-    recipe, run = write_run(root, **{"count": 24, "steps": 6, **RUNS[request.param]})
-    report(recipe, run)
-    return root, Tree(run.report.read_text(encoding="utf-8")).root
+    """The page of a run, or of two beside each other, and the folder that its addresses begin in."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = [write_run(folder / name, **{"count": 24, "steps": 6, **RUNS[name]})
+            for name in BESIDE.get(request.param, [request.param])]  # fmt: skip
+    if len(made) == 2:
+        return folder, Tree(lay_beside(made[0][1], made[1][1]).read_text(encoding="utf-8")).root
+    report(*made[0])
+    return folder / request.param, Tree(made[0][1].report.read_text(encoding="utf-8")).root
 
 
 @functools.cache
@@ -171,7 +183,7 @@ def shows(text: str, value: Any, address: str) -> bool:
 def test_every_value_on_the_page_is_what_its_source_holds(page: tuple[Path, Element]) -> None:
     root, tree = page
     marked = [element for element in tree.all() if "data-source" in element.attrs]
-    assert len(marked) > 50
+    assert len(marked) > 15
     wrong = [
         (element.attrs["data-source"], element.text()[:80])
         for element in marked
@@ -183,14 +195,16 @@ def test_every_value_on_the_page_is_what_its_source_holds(page: tuple[Path, Elem
 def test_every_section_names_a_source_that_exists(page: tuple[Path, Element]) -> None:
     root, tree = page
     paths = [element.attrs["data-path"] for element in tree.all() if "data-path" in element.attrs]
-    assert len(paths) > 5
+    assert len(paths) > 3
     for path in paths:
         assert resolve(root, path) not in (None, {}, [])
 
 
 def test_no_number_stands_on_the_page_without_a_source(page: tuple[Path, Element]) -> None:
     root, tree = page
-    names = {*read_json(root / "recipe.json")["stages"], *read_json(root / "data/summary.json")["subsets"], root.name}
+    recipes = [read_json(path) for path in root.rglob("recipe.json")]
+    names = {*(recipe["name"] for recipe in recipes), *(name for recipe in recipes for name in recipe["stages"])}
+    names |= {name for path in root.rglob("summary.json") for name in read_json(path)["subsets"]}
 
     def loose(element: Element) -> list[str]:
         classes = element.attrs.get("class", "").split()
@@ -221,7 +235,7 @@ def test_page_is_self_contained_and_runs_nothing(page: tuple[Path, Element]) -> 
         link = element.attrs.get("href", element.attrs.get("xlink:href", "#"))
         assert link.startswith("#") or link == "data:," or (root / unquote(link)).is_relative_to(root)
         assert ":" not in link.removeprefix("data:")
-    assert "url(" not in (root / "report.html").read_text().replace("url(#", "")
+    assert "url(" not in next(root.glob("*.html")).read_text().replace("url(#", "")
 
 
 def test_ids_are_unique_and_every_reference_has_its_target(page: tuple[Path, Element]) -> None:
@@ -229,7 +243,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(page: tuple[Path, Ele
     elements = tree.all()
     ids = [element.attrs["id"] for element in elements if "id" in element.attrs]
     assert len(ids) == len(set(ids))
-    wanted = set(re.findall(r'(?:href="#|url\(#|aria-labelledby=")([\w-]+)', (root / "report.html").read_text()))
+    wanted = set(re.findall(r'(?:href="#|url\(#|aria-labelledby=")([\w-]+)', next(root.glob("*.html")).read_text()))
     assert wanted <= set(ids)
 
 
@@ -929,3 +943,74 @@ def test_habits_are_read_from_their_intervals() -> None:
 )
 def test_dollars_are_not_rounded_to_nothing(dollars: float, text: str) -> None:
     assert format_dollars(dollars) == text
+
+
+# --- two runs beside each other --------------------------------------------------------------------------------------
+
+TWO = {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold"}, "judge": "good", "count": 24, "steps": 6}
+
+
+def two_runs(folder: Path, **changes: Any) -> dict[str, tuple[Recipe, RunDir]]:
+    return {"a": write_run(folder / "first", **TWO), "b": write_run(folder / "second", **{**TWO, **changes})}
+
+
+def laid(runs: dict[str, tuple[Recipe, RunDir]]) -> dict[str, Any]:
+    return compare_runs(
+        {key: recipe for key, (recipe, _) in runs.items()}, {key: run for key, (_, run) in runs.items()}
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_policies_of_one_name_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
+    runs = two_runs(tmp_path)
+    found = laid(runs)
+    assert (found["why_not"], found["different"]) == (None, {"recipe": [], "versions": []})
+    assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [
+        (f"first {name}", f"second {name}") for name in ("dpo", "grpo", "ppo")
+    ]
+    # The invented answers of both runs are the same.
+    assert {pair["measures"]["gold"]["equal_kl"]["outcome"] for pair in found["pairs"]} == {"indistinguishable"}
+    rows = read_jsonl(runs["b"][1].completions("dpo"))
+    write_jsonl(runs["b"][1].completions("dpo"), [{**row, "gold_gain": row["gold_gain"] + 2.0} for row in rows])
+    better = laid(runs)["pairs"][0]
+    assert better["sentence"].startswith("second dpo is better than first dpo by the gold model")
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"prompts": PROMPTS[:2], "count": 23}, "their held-out prompts differ"),
+        ({"stages": {**STAGES, **GOLD, "gold": {**GOLD["gold"], "args": {"seed": 9}}}}, "scored by different reward"),
+        ({"stages": {**STAGES, **GOLD, "sft": {**STAGES["sft"], "args": {"seed": 9}}}}, "start from different refer"),
+        ({"evaluation": {"gold": "gold", "max_new_tokens": 9}}, "different longest lengths"),
+        ({"stages": {name: STAGES[name] for name in ("sft", "rm")}, "evaluation": {}, "judge": None}, "has no policy"),
+    ],
+)
+def test_gains_of_different_kinds_are_not_compared(tmp_path: Path, changes: Any, why: str) -> None:
+    found = laid(two_runs(tmp_path, **changes))
+    assert why in found["why_not"]
+    assert found["pairs"] == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_different_is_listed_with_both_values(tmp_path: Path) -> None:
+    stages = {**TWO["stages"], "ppo": {**STAGES["ppo"], "args": {"kl_coef": 0.2}}, "more": STAGES["dpo"]}
+    runs = two_runs(tmp_path, stages=stages)
+    env = read_json(runs["b"][1].env)
+    write_json(runs["b"][1].env, {**env, "versions": {**env["versions"], "trl": "1.12.1"}})
+    assert laid(runs)["different"] == {
+        "recipe": [
+            {"key": "stages.more", "a": "–", "b": "dpo"},
+            {"key": "stages.ppo.args.kl_coef", "a": "0.05", "b": "0.2"},
+        ],
+        "versions": [{"key": "trl", "a": "1.12.0", "b": "1.12.1"}],
+    }
+
+
+def test_a_run_beside_itself_or_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    _, run = write_run(tmp_path / "first", **TWO)
+    with pytest.raises(UserError, match="the same run"):
+        lay_beside(run, RunDir(tmp_path / "elsewhere" / ".." / "first"))
+    with pytest.raises(UserError, match="is no run"):
+        lay_beside(run, RunDir(tmp_path))
