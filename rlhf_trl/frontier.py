@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from rlhf_trl.stats import RESAMPLES, Estimate, bootstrap_mean
+from rlhf_trl.stats import RESAMPLES, Estimate, bootstrap_mean, resample, resampled_means
 
 Point = TypeVar("Point", bound=Hashable)
-# Resamples whose weights are in memory together: CHUNK * prompts * 8 bytes.
-CHUNK = 200
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,8 @@ def bootstrap_front(
     names = list(gains)
     gain, kl = _points(np.stack([gains[name] for name in names]), np.stack([kls[name] for name in names]))
     on_front, areas = np.zeros(len(names)), []
-    for weights in _resamples(gain.shape[1], seed):
-        some_gain, some_kl = _means(weights, gain), _means(weights, kl)
+    for weights in resample(gain.shape[1], seed):
+        some_gain, some_kl = resampled_means(weights, gain), resampled_means(weights, kl)
         on_front += non_dominated(some_gain, some_kl).sum(axis=0)
         areas.append(_area(some_gain, some_kl, worst_gain, worst_kl))
     low, high = np.quantile(np.concatenate(areas), [0.025, 0.975])
@@ -188,13 +186,36 @@ def gain_at_kl(kls: np.ndarray, gains: np.ndarray, budget: float, seed: int) -> 
     # The mean of equal numbers, such as best-of-n's KLs, may lie below them in the last digit.
     if kl.max() < budget * (1 - 1e-12):
         return None
-    mean = _interpolate(kl[None], gain[None], budget)[0]
+    mean = interpolate_gain(kl[None], gain[None], budget)[0]
     resampled = [
-        _interpolate(_means(weights, kls), _means(weights, gains), budget)
-        for weights in _resamples(kls.shape[1], seed)
+        interpolate_gain(resampled_means(weights, kls), resampled_means(weights, gains), budget)
+        for weights in resample(kls.shape[1], seed)
     ]
     low, high = np.quantile(np.concatenate(resampled), [0.025, 0.975])
     return Estimate(float(mean), float(low), float(high), kls.shape[1])
+
+
+def interpolate_gain(kl: np.ndarray, gain: np.ndarray, budget: float) -> np.ndarray:
+    """Read each row's gain at a KL of `budget` off the lines over sqrt(KL) through (0, 0) and the row's front.
+
+    Past the last point of the front the gain stays as it is, also where no point of the row has that KL. Shapes
+    (R, K), (R, K) -> (R,); a KL below 0 counts as 0.
+
+    Raises:
+        ValueError: the shapes differ, or a value is not finite.
+    """
+    origin = np.zeros((len(kl), 1))
+    front = np.hstack([origin == 0, non_dominated(gain, kl)])
+    x, y = np.hstack([origin, np.sqrt(np.maximum(kl, 0))]), np.hstack([origin, gain])
+    target = math.sqrt(budget)
+    row = np.arange(len(kl))
+    # Of points at the same place the first is taken, so that a point without KL does not replace the origin.
+    left = np.where(front & (x <= target), x, -np.inf).argmax(axis=1)
+    # Without a point beyond the budget this is the origin, the width is not positive, and the left point's gain stays.
+    right = np.where(front & (x > target), x, np.inf).argmin(axis=1)
+    width = x[row, right] - x[row, left]
+    share = np.divide(target - x[row, left], width, out=np.zeros(len(kl)), where=width > 0)
+    return y[row, left] + share * (y[row, right] - y[row, left])
 
 
 def fit_over_optimisation(kl: np.ndarray, gain: np.ndarray, form: Literal["rl", "bon"]) -> Fit | None:
@@ -252,36 +273,3 @@ def _area(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: float) 
     starts = np.minimum(np.take_along_axis(kl, order, axis=-1), worst_kl)
     widths = np.diff(starts, axis=-1, append=np.full((*starts.shape[:-1], 1), worst_kl))
     return (widths * np.maximum(best - worst_gain, 0)).sum(axis=-1)
-
-
-def _resamples(prompts: int, seed: int) -> Iterator[np.ndarray]:
-    """Draw prompts with replacement, a few resamples at a time: each prompt's weight in the mean, (CHUNK, P)."""
-    generator = np.random.default_rng(seed)
-    for _ in range(RESAMPLES // CHUNK):
-        picks = generator.integers(0, prompts, size=(CHUNK, prompts)) + prompts * np.arange(CHUNK)[:, None]
-        yield np.bincount(picks.ravel(), minlength=CHUNK * prompts).reshape(CHUNK, prompts) / prompts
-
-
-def _means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Resampled means, (CHUNK, P), (K, P) -> (CHUNK, K).
-
-    One product a point: in a product of two matrices, the last digit of a column depends on its place, and points that
-    are the same would differ.
-    """
-    return np.stack([weights @ row for row in values], axis=1)
-
-
-def _interpolate(kl: np.ndarray, gain: np.ndarray, budget: float) -> np.ndarray:
-    """Gains at the budget on the lines through (0, 0) and each row's front, (R, K), (R, K) -> (R,)."""
-    origin = np.zeros((len(kl), 1))
-    front = np.hstack([origin == 0, non_dominated(gain, kl)])
-    x, y = np.hstack([origin, np.sqrt(np.maximum(kl, 0))]), np.hstack([origin, gain])
-    target = math.sqrt(budget)
-    row = np.arange(len(kl))
-    # Of points at the same place the first is taken, so that a point without KL does not replace the origin.
-    left = np.where(front & (x <= target), x, -np.inf).argmax(axis=1)
-    # Without a point beyond the budget this is the origin, the width is not positive, and the left point's gain stays.
-    right = np.where(front & (x > target), x, np.inf).argmin(axis=1)
-    width = x[row, right] - x[row, left]
-    share = np.divide(target - x[row, left], width, out=np.zeros(len(kl)), where=width > 0)
-    return y[row, left] + share * (y[row, right] - y[row, left])

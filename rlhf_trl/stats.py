@@ -6,12 +6,14 @@ Reads and writes nothing; works on arrays, without torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 RESAMPLES = 2000
+# Resamples whose weights are in memory together: CHUNK * units * 8 bytes.
+CHUNK = 200
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,35 @@ def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float], 
     picks = np.random.default_rng(seed).integers(0, top.size, size=(RESAMPLES, top.size))
     low, high = np.quantile(top[picks].sum(axis=1) / bottom[picks].sum(axis=1), [0.025, 0.975])
     return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), int(top.size))
+
+
+def holm(pvalues: Sequence[float | None]) -> list[float | None]:
+    """Correct p-values of several comparisons so that any false finding at all keeps its rate (Holm, 1979).
+
+    None, where there was nothing to test, stays None and does not count as a comparison.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    tested = [p for p in pvalues if p is not None]
+    corrected = iter(multipletests(tested, method="holm")[1].tolist() if tested else [])
+    return [None if p is None else next(corrected) for p in pvalues]
+
+
+def resample(units: int, seed: int) -> Iterator[np.ndarray]:
+    """Draw the units of `RESAMPLES` resamples, a few resamples at a time: each unit's weight in the mean, (CHUNK, N).
+
+    The same draws for every statistic of the same number of units, which makes comparisons paired.
+    """
+    generator = np.random.default_rng(seed)
+    for _ in range(RESAMPLES // CHUNK):
+        picks = generator.integers(0, units, size=(CHUNK, units)) + units * np.arange(CHUNK)[:, None]
+        yield np.bincount(picks.ravel(), minlength=CHUNK * units).reshape(CHUNK, units) / units
+
+
+def resampled_means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Take the means of K rows of N units under each weighting, (R, N), (K, N) -> (R, K).
+
+    One product a row: in a product of two matrices, the last digit of a column depends on its place, and rows that are
+    the same would differ.
+    """
+    return np.stack([weights @ row for row in values], axis=1)
