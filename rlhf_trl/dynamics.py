@@ -18,9 +18,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 Better = Literal["higher", "lower"]
 # In median absolute changes. Of runs of independent normal noise with 50 to 500 rows 0.3 to 0.5 % have a spike, of
-# shorter ones up to 1.2 %; of spikes of 8 standard deviations 94 to 98 % are found, of 10 nearly all, in 20 rows 83 and
-# 96 %. In median absolute deviations from the running median, the same 1 % of false alarms takes 10 units in 500 rows,
-# 12 in 50, which find 78 % of the spikes of 8, and 20 in 20, which find 24 %.
+# shorter ones up to 1.2 %. Of spikes of 8 standard deviations 94 to 98 % are found, of 10 nearly all; in 20 rows 83
+# and 96 %. In median absolute deviations from the running median, 1 % of false alarms takes 10 units in 500 rows, 12
+# in 50, which find 78 % of the spikes of 8, and 20 in 20, which find 24 %.
 SPIKE = 5.25
 # Likewise; the same noise counts as diverging in 0.7 % of runs of 6 rows, 0.3 % of 10, and next to none of 20 or more.
 WORSE = 6.0
@@ -93,7 +93,7 @@ def find_jumps(steps: Sequence[int], kl: Sequence[float]) -> list[int]:
     """Find the steps at which the KL changed, since the row before, by more than 5 times the median absolute change.
 
     A change of less than 5 % of the largest KL is no jump. Where the logged KL is independent noise on a level, and no
-    smaller than that, a tenth of runs of 100 rows have one and a third of 500: a single jump is only a place to look at.
+    smaller than that, a tenth of runs of 100 rows have one and a third of 500: one jump is only a place to look at.
 
     Raises:
         ValueError: as `smooth`, or the lengths differ.
@@ -172,7 +172,7 @@ def describe_convergence(
 
 
 def area_until(steps: Sequence[float], values: Sequence[float], start: float, budget: float) -> float | None:
-    """Average the rise of the smoothed reward over the start, from 0 to `budget`: the area under the curve, normalised.
+    """Average the rise of the smoothed reward over its start, from 0 to `budget`: the normalised area under the curve.
 
     By trapezoids from (0, `start`) on, cut at the budget; a straight rise has half of its end. Runs are compared over
     a common budget of steps, seconds or tokens, whichever `steps` holds. None where the run did not get that far.

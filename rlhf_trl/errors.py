@@ -30,6 +30,7 @@ from rlhf_trl.pairstats import average, correct, correlation, share
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rewards import RewardModel, load_reward_model
 from rlhf_trl.rundir import RunDir, read_jsonl, write_json, write_jsonl, write_text
+from rlhf_trl.stats import holm
 
 logger = logging.getLogger(__name__)
 
@@ -185,17 +186,13 @@ def compare(tables: dict[str, list[Row]], seed: int) -> dict[str, Any]:
         tables: stage -> rows of `scores.jsonl`, the same pairs in the same order.
         seed: of the bootstrap.
     """
-    from statsmodels.stats.multitest import multipletests
-
     comparisons = [
         {"first": first, "second": second, **_compare(tables[first], tables[second], seed)}
         for first, second in itertools.combinations(tables, 2)
     ]
     tests = [found["mcnemar"] for found in comparisons if found["mcnemar"]]
-    if tests:
-        corrected = multipletests([test["p"] for test in tests], method="holm")[1]
-        for test, p in zip(tests, corrected, strict=True):
-            test["p_holm"] = float(p)
+    for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test["p_holm"] = p
     for found in comparisons:
         found["says"] = _say(found, len(tests))
     why = {} if comparisons else {"why_empty": "the recipe has one reward stage"}

@@ -17,7 +17,7 @@ from rlhf_trl.stats import RESAMPLES, Estimate, resample, resampled_means
 # KLs and gains of a run's K points, its checkpoints and its final model: (K, P) each, K of the run's own.
 Points = tuple[np.ndarray, np.ndarray]
 Run = TypeVar("Run")
-# Fewer seeds than this get a warning (Agarwal et al., 2021, arXiv 2108.13264, find 3 too few and 5 often enough).
+# With fewer seeds than this there is a warning. What 3, 5 and 10 seeds are worth: `compare_as_trained`.
 ENOUGH = 5
 
 
@@ -118,7 +118,21 @@ def compare_as_trained(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: i
     The two-level bootstrap draws seeds with replacement within each method, prompts once for all runs, which makes
     the comparison paired over prompts, and takes percentiles.
 
-    COVERAGE
+    From few seeds it knows too little: where the spread between seeds rules, the interval would have to be 1.7 times
+    as wide with 3 seeds, 1.3 times with 5, and 1.1 times with 10. Where the prompts rule, it is wider than it need be,
+    because both levels draw their noise (Owen, 2007, Annals of Applied Statistics 1:386). Between equal methods with
+    100 prompts, in 1500 simulations, the share of intervals that hold the difference, and of p < 0.05, in percent:
+
+    ========================================= ======= ======= ======= ======= =======
+    seeds of each method                      1       3       5       10      20
+    ========================================= ======= ======= ======= ======= =======
+    spread 10 standard errors over prompts    15, 85  82, 18  88, 12  94, 6   95, 5
+    spread 3 standard errors                  45, 55  88, 12  92, 8   95, 5   96, 4
+    spread 1 standard error                   83, 17  98, 2   99, 1   99, 1   99, 1
+    no spread                                 94, 6   100, 0  100, 0  100, 0  100, 0
+    ========================================= ======= ======= ======= ======= =======
+
+    The standard error is that of one run's mean gain over the prompts; the spread is the runs' standard deviation.
 
     Returns:
         `a`, `b` and their `difference`, with 95 % intervals over n = P prompts; `p`, two-sided: twice the share of
@@ -148,14 +162,15 @@ def _check(arrays: Sequence[np.ndarray], *seeds: int) -> None:
 def _compare(
     a: Sequence[Run], b: Sequence[Run], gain: Callable[[Run, np.ndarray], np.ndarray], prompts: int, seed: int
 ) -> dict[str, Any]:
-    """Bootstrap over seeds and prompts; `gain` gives a run's mean gain under weights of the prompts, (R, P) -> (R,)."""
+    """Bootstrap over seeds and prompts; `gain` is a run's mean gain under weights of prompts, (R, P) -> (R,)."""
     # The first row is the data, the others are resamples.
     weights = np.concatenate([np.full((1, prompts), 1 / prompts), *resample(prompts, seed)])
     of_runs = [np.stack([gain(run, weights) for run in runs], axis=1) for runs in (a, b)]
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng((seed, 1))  # not the stream of the prompts
     of_a, of_b = (_draw_seeds(gains, generator) for gains in of_runs)
     # Seeds are drawn for each method by itself, so that the same runs on both sides would seem to differ by chance.
-    same = np.array_equal(*(np.sort(gains, axis=1) for gains in of_runs))
+    runs_of_a, runs_of_b = (np.sort(gains, axis=1) for gains in of_runs)
+    same = np.array_equal(runs_of_a, runs_of_b)
     difference = np.zeros_like(of_a) if same else of_a - of_b
     sides = [int((difference[1:] <= 0).sum()), int((difference[1:] >= 0).sum())]
     return {
@@ -168,7 +183,7 @@ def _compare(
 
 
 def _draw_seeds(gains: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Mean over the runs: over all in the first row, over as many drawn with replacement in the others, (R, S) -> (R,)."""
+    """Mean over all runs in the first row, over as many drawn with replacement in the others, (R, S) -> (R,)."""
     seeds = gains.shape[1]
     shares = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(gains)) / seeds
     shares[0] = 1 / seeds
@@ -186,13 +201,4 @@ def _warning(seeds: int) -> str | None:
         return None
     if seeds == 1:
         return "one seed: nothing is known about the spread between seeds; the interval is about these runs alone"
-    return f"{seeds} seeds say little about the spread between seeds: the interval is too narrow"
-
-
-def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Temporary."""
-    from statsmodels.stats.multitest import multipletests
-
-    known = [p for p in ps if p is not None]
-    adjusted = iter(multipletests(known, method="holm")[1].tolist() if known else [])
-    return [None if p is None else next(adjusted) for p in ps]
+    return f"{seeds} seeds say little about the spread between seeds: the interval may be much too narrow"

@@ -73,6 +73,18 @@ def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float], 
     return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), int(top.size))
 
 
+def holm(pvalues: Sequence[float | None]) -> list[float | None]:
+    """Correct p-values of several comparisons so that any false finding at all keeps its rate (Holm, 1979).
+
+    None, where there was nothing to test, stays None and does not count as a comparison.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    tested = [p for p in pvalues if p is not None]
+    corrected = iter(multipletests(tested, method="holm")[1].tolist() if tested else [])
+    return [None if p is None else next(corrected) for p in pvalues]
+
+
 def resample(units: int, seed: int) -> Iterator[np.ndarray]:
     """Draw the units of `RESAMPLES` resamples, a few resamples at a time: each unit's weight in the mean, (CHUNK, N).
 

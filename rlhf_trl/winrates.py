@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_trl.stats import Estimate, bootstrap_mean, bootstrap_ratio
+from rlhf_trl.stats import Estimate, bootstrap_mean, bootstrap_ratio, holm
 
 Game = Mapping[str, Any]
 NO_PAIR = "no prompt has a verdict in both orders"
@@ -305,10 +305,3 @@ def exact_test(one: int, other: int) -> float:
     from scipy.stats import binomtest
 
     return float(binomtest(one, one + other).pvalue) if one + other else 1.0
-
-
-def holm(pvalues: Sequence[float]) -> list[float]:
-    """Correct p-values of several comparisons so that any false finding at all keeps its rate (Holm, 1979)."""
-    from statsmodels.stats.multitest import multipletests
-
-    return multipletests(pvalues, method="holm")[1].tolist() if len(pvalues) else []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from rlhf_trl.stats import Estimate, bootstrap_mean, wilson
+from rlhf_trl.stats import RESAMPLES, Estimate, bootstrap_mean, holm, resample, resampled_means, wilson
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 30, 200, 8552])
@@ -60,3 +60,28 @@ def test_bootstrap_covers_the_truth_as_often_as_promised(draw, truth):
 def test_an_estimate_is_plain_numbers():
     assert wilson(3, 4).as_dict() == {"mean": 0.75, "low": wilson(3, 4).low, "high": wilson(3, 4).high, "n": 4}
     assert {type(value) for value in bootstrap_mean(np.array([1.0, 2.0])).as_dict().values()} == {float, int}
+
+
+def test_holm_corrects_what_was_tested():
+    """By hand: 3 x .01, 2 x .02, and at least that. None is no test, and does not count."""
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([None, 0.03, 0.01, None, 0.02]) == [None, pytest.approx(0.04), 0.03, None, pytest.approx(0.04)]
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([0.04]) == [0.04]
+    assert holm([None]) == [None]
+    assert holm([]) == []
+
+
+def test_resamples_are_draws_with_replacement():
+    """Each unit is drawn n times in n draws on average, with a binomial variance, and the weights give the mean."""
+    weights = np.concatenate([*resample(20, 3)])
+    assert weights.shape == (RESAMPLES, 20)
+    assert weights.sum(axis=1) == pytest.approx(np.ones(RESAMPLES))
+    assert weights.mean(axis=0) == pytest.approx(np.full(20, 1 / 20), abs=0.005)
+    assert (20 * weights).var() == pytest.approx(0.95, abs=0.03)
+    values = np.random.default_rng(4).normal(size=(2, 20))
+    means = resampled_means(weights, values)
+    assert means == pytest.approx(weights @ values.T)
+    assert np.quantile(means[:, 0], [0.025, 0.975]) == pytest.approx(
+        [bootstrap_mean(values[0], 3).low, bootstrap_mean(values[0], 3).high]
+    )

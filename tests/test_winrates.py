@@ -16,7 +16,7 @@ from scipy.stats import binom
 from rlhf_trl.length_control import length_controlled
 from rlhf_trl.logistic import fit_logistic
 from rlhf_trl.verdicts import Verdict, parse_verdict
-from rlhf_trl.winrates import between, compare_pairs, consistency, exact_test, holm, mean, prompt_scores, win_rate
+from rlhf_trl.winrates import between, compare_pairs, consistency, exact_test, mean, prompt_scores, win_rate
 
 
 def game(prompt, a_first, score, a="dpo", b="reference", status="ok", lengths=(100, 100)):
@@ -154,16 +154,12 @@ def test_comparisons_of_one_prompt_are_one_unit():
         assert two[name] == pytest.approx(one[name])
 
 
-def test_exact_tests_and_holm():
+def test_exact_tests():
     assert exact_test(5, 15) == pytest.approx(0.041389, abs=5e-7)
     assert exact_test(15, 5) == exact_test(5, 15)
     assert exact_test(0, 0) == 1
     assert exact_test(0, 5) == 2 / 2**5
     assert exact_test(9, 22) == pytest.approx(2 * binom.cdf(9, 31, 0.5))
-    # Holm (1979), by hand: 3 x .01, 2 x .02, and at least that.
-    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
-    assert holm([0.9, 0.8]) == [1, 1]
-    assert holm([]) == []
 
 
 def test_two_policies_against_one_reference():
