@@ -90,7 +90,7 @@ def draw_training(axes: Axes, results: Mapping[str, Any], stats: Mapping[str, Ro
     for name in names:
         color, marker = STYLES[results["stages"][name]["trainer"]]
         points = [(row["seconds"], row[quantity]) for row in stats[name]["history"] if quantity in row]
-        line = {"linestyle": styles[name], "marker": marker, "markersize": 4}
+        line: Row = {"linestyle": styles[name], "marker": marker, "markersize": 4}
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.5, label=name, **line)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(f"{quantity} (runs in which it means the same)")

@@ -125,7 +125,7 @@ def is_diverging(values: Sequence[float], better: Better) -> bool:
 def describe_convergence(
     steps: Sequence[int],
     seconds: Sequence[float],
-    tokens: Sequence[int] | None,
+    tokens: Sequence[float] | None,
     values: Sequence[float],
     start: float,
     threshold: float,

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_trl.rundir import RunDir, read_jsonl
-from rlhf_trl.seeds import compare_as_trained, compare_at_equal_kl, holm
+from rlhf_trl.seeds import compare_as_trained, compare_at_equal_kl
+from rlhf_trl.stats import holm
 
 Row = dict[str, Any]
 # Stage -> for each of its checkpoints, the final policy last, one record for each prompt (`id`, `kl`, scores).
