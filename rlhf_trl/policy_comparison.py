@@ -130,16 +130,18 @@ def _say(a: str, b: str, measure: str, found: Row, pairs: int) -> str:
         return f"{a} and {b} cannot be compared {BY[measure]} at the same KL: {result['why_not']}."
     if result["outcome"] == "indistinguishable":
         return f"{a} and {b} are indistinguishable {BY[measure]}: every prompt has the same score."
+    # Told from the better one's side.
+    first, second, turn = (b, a, -1) if result["outcome"] == "worse" else (a, b, 1)
     scale, unit = (100, " percentage points") if measure == "win_rate" else (1, "")
-    mean, low, high = (f"{scale * result['difference'][key]:+.{1 if unit else 2}f}" for key in ("mean", "low", "high"))
-    corrected = f" after Holm's correction for {pairs} pairs" if pairs > 1 else ""
+    mean, *ends = (turn * scale * result["difference"][key] for key in ("mean", "low", "high"))
+    low, high = sorted(ends)
+    digits = 1 if unit else 2
     at = f"at the same KL of {result['kl']:{'.2f' if result['kl'] >= 0.1 else '.1g'}} nats: "
-    at += f"{mean}{unit} [{low}, {high}], p = {result['p_holm']:.2g}{corrected}"
+    at += f"{mean:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}], p = {result['p_holm']:.2g}"
+    at += f" after Holm's correction for {pairs} pairs" if pairs > 1 else ""
     if result["outcome"] == "same":
         return f"There is no significant difference between {a} and {b} {BY[measure]} {at}."
-    first, second = (a, b) if result["outcome"] == "better" else (b, a)
-    turned = "" if first == a else f" ({a} less {b})"
-    return f"{first} is better than {second} {BY[measure]} {at}{turned}."
+    return f"{first} is better than {second} {BY[measure]} {at}."
 
 
 def conclude(groups: Sequence[str], pairs: Sequence[Row]) -> Row | None:

@@ -258,7 +258,7 @@ def test_the_better_method_is_named_and_by_how_much() -> None:
     outcomes = {(pair["a"], pair["b"]): pair["measures"]["gold"]["equal_kl"]["outcome"] for pair in pairs}
     assert outcomes == {("dpo", "ppo"): "worse", ("dpo", "grpo"): "same", ("ppo", "grpo"): "better"}
     assert pairs[0]["sentence"].startswith("ppo is better than dpo by the gold model at the same KL of ")
-    assert "(dpo less ppo)" in pairs[0]["sentence"]
+    assert "nats: +0.4" in pairs[0]["sentence"]  # told from the better one's side
     assert "There is no significant difference between dpo and grpo" in pairs[1]["sentence"]
     assert pairs[0]["measures"]["win_rate"]["why_not"] == "there is no judge, or it has not judged"
 
