@@ -347,7 +347,7 @@ def status(
     if as_json:
         print(json.dumps({"run": str(directory.root), "steps": [state.as_dict() for state in states]}, indent=2))
     else:
-        print(f"run {directory.root}\n{status_table(states)}\n{status_end(states)}")
+        print(f"run {directory.root}\n{status_table(states)}\n{status_end(states, directory.is_held('run'))}")
 
 
 def _planned_processes(accelerate: str | None, processes: int | None) -> int:

@@ -124,12 +124,16 @@ def summary_table(seconds: Mapping[str, float], total: float) -> str:
     return "\n".join(f"{step.ljust(width)}  {duration(taken)}" for step, taken in rows.items())
 
 
-def status_end(states: Sequence[StepState]) -> str:
-    """Say in a sentence what the states come to."""
+def status_end(states: Sequence[StepState], running: bool) -> str:
+    """Say in a sentence what the states come to.
+
+    Args:
+        running: `run` is at work, if only between two steps.
+    """
     done = sum(state.state == "done" for state in states)
     if done == len(states):
         return "finished"
-    if any(state.state == "running" for state in states):
+    if running or any(state.state == "running" for state in states):
         return f"at work: {done} of {_steps(len(states))} done"
     return f"at rest: {done} of {_steps(len(states))} done; `rlhf-trl run RECIPE` goes on from there"
 

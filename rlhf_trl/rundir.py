@@ -166,7 +166,7 @@ class RunDir:
     def last_seconds(self, step: str) -> float | None:
         """Tell how long the step took when it last finished here, with whatever settings, or None."""
         kept = (self.root / "replaced").glob(f"{step}-*/done.json")
-        for path in (self.done(step), *sorted(kept, reverse=True)):
+        for path in (self.done(step), *sorted(kept, key=lambda path: path.stat().st_mtime_ns, reverse=True)):
             marker = _read_marker(path, step)
             if marker:
                 # Of a stage that was interrupted, the marker has the seconds since it went on alone.

@@ -3,12 +3,14 @@
 import gzip
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import shared, small_recipe
 from transformers import AutoTokenizer
 
-from rlhf_trl.models import encode, load_tokenizer, recorded_tokenizer, set_up_tokenizer
+from rlhf_trl.data import demo
+from rlhf_trl.models import base_path, encode, load_tokenizer, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rundir import RunDir
 
@@ -103,4 +105,19 @@ def test_base_path_of_the_tiny_model_is_built_once(tmp_path):
     stamp = (run.base / "model.safetensors").stat().st_mtime_ns
     load_tokenizer(recipe, run)
     assert (run.base / "model.safetensors").stat().st_mtime_ns == stamp
-    assert [path.name for path in run.root.iterdir()] == ["base"]
+    assert {path.name for path in run.root.iterdir()} == {"base", ".locks"}
+
+
+def test_two_that_need_the_same_model_at_once_build_it_once(tmp_path, monkeypatch):
+    built = []
+
+    def build(folder):
+        built.append(folder)
+        time.sleep(0.2)
+        (folder / "config.json").touch()
+
+    monkeypatch.setattr(demo, "build_tiny", build)
+    run = RunDir(tmp_path / "run")
+    with ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(lambda _: base_path({"model_name_or_path": "builtin:tiny"}, run), range(2))]
+    assert found == [str(run.base)] * 2 and len(built) == 1

@@ -81,9 +81,10 @@ def test_the_status_says_where_each_step_stands():
 
 
 def test_the_status_ends_with_what_it_comes_to():
-    assert status_end(STATES) == "at work: 2 of 7 steps done"
-    assert status_end(STATES[:4]) == "at rest: 1 of 4 steps done; `rlhf-trl run RECIPE` goes on from there"
-    assert status_end(STATES[:1]) == "finished"
+    assert status_end(STATES, False) == "at work: 2 of 7 steps done"
+    assert status_end(STATES[:4], True) == "at work: 1 of 4 steps done"
+    assert status_end(STATES[:4], False) == "at rest: 1 of 4 steps done; `rlhf-trl run RECIPE` goes on from there"
+    assert status_end(STATES[:1], False) == "finished"
 
 
 def test_the_summary_adds_the_whole_time():
