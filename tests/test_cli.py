@@ -296,10 +296,10 @@ def columns(text: str) -> list[str]:
 
 def test_run_shows_its_plan_trains_and_says_what_it_took(stub, call, recipe_file):
     status, out, err = call("run", recipe_file)
-    assert status == 0 and stub.ran == ["explore", "prepare", "evaluate", "samples", "report"]
+    assert status == 0 and stub.ran == ["explore", "prepare", "evaluate", "compare", "samples", "report"]
     lines = columns(out)
-    assert lines[:9] == [
-        "run runs/cli: 7 steps, 0 done already",
+    assert lines[:10] == [
+        "run runs/cli: 8 steps, 0 done already",
         "step trainer state time",
         *(f"{number} {step} to do –" for number, step in enumerate(PLAN, 1)),
     ]
@@ -312,18 +312,18 @@ def test_run_shows_its_plan_trains_and_says_what_it_took(stub, call, recipe_file
     assert err == "  a warning\n" * 2 and "'loss'" in stub.run.log("sft").read_text()
 
 
-PLAN = ["explore", "prepare", "sft sft", "dpo dpo", "evaluate", "samples", "report"]
+PLAN = ["explore", "prepare", "sft sft", "dpo dpo", "evaluate", "compare", "samples", "report"]
 
 
 def test_a_second_run_does_nothing_and_a_changed_one_says_what_and_how_long(stub, call, recipe_file):
     call("run", recipe_file)
     stub.ran.clear()
     status, out, _ = call("run", recipe_file)
-    assert status == 0 and stub.ran == [] and "7 steps, 7 done already" in out and "total" not in out
+    assert status == 0 and stub.ran == [] and "8 steps, 8 done already" in out and "total" not in out
     _, out, _ = call("run", recipe_file, "--set", "stages.dpo.args.beta=0.3")
     assert "4 dpo dpo to do again: settings changed about 3.0 s (last time)" in columns(out)
-    assert "about 6.0 s for the 4 steps that were timed before" in out
-    assert stub.ran == ["evaluate", "samples", "report"]
+    assert "about 7.0 s for the 5 steps that were timed before" in out
+    assert stub.ran == ["evaluate", "compare", "samples", "report"]
 
 
 def test_a_stage_that_fails_ends_the_run_with_its_status_and_its_words(stub, call, recipe_file):
@@ -354,7 +354,7 @@ def test_status_takes_a_directory_or_a_name_and_changes_nothing(stub, call, reci
     assert {path: path.stat().st_mtime_ns for path in stub.run.root.rglob("*")} == before
     status, out, _ = call("status", "cli", "--json")
     found = json.loads(out)
-    assert status == 0 and [step["state"] for step in found["steps"]] == ["done"] * 7
+    assert status == 0 and [step["state"] for step in found["steps"]] == ["done"] * 8
 
 
 def test_status_of_what_is_no_run_is_a_users_mistake(call):

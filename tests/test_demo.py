@@ -54,11 +54,11 @@ def test_a_second_run_does_nothing_and_an_edit_little(demo):
     done = command("run", "demo", cwd=folder)
     assert done.returncode == 0
     assert time.monotonic() - start < 10
-    assert "13 steps, 13 done already" in done.stdout
+    assert "14 steps, 14 done already" in done.stdout
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     done = command("run", "demo", "--set", "stages.dpo.args.beta=0.2", "--set", "evaluation.prompts=100", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.findall(r"=== (\w+)", done.stdout) == ["dpo", "evaluate", "judge", "samples", "report"]
+    assert re.findall(r"=== (\w+)", done.stdout) == ["dpo", "evaluate", "judge", "compare", "samples", "report"]
 
 
 # --- the README ------------------------------------------------------------------------------------------------------
@@ -88,7 +88,8 @@ def test_commands_of_the_readme_are_real(line):
         if word.startswith("--"):
             assert word in done.stdout
     overrides = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
-    load_recipe(shipped("recipes", words[2]), overrides)
+    if not words[2].startswith("runs/"):  # a run instead of a recipe
+        load_recipe(shipped("recipes", words[2]), overrides)
     if "--accelerate" in words:
         assert shipped("accelerate_configs", words[words.index("--accelerate") + 1]).exists()
 

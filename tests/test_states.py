@@ -14,7 +14,7 @@ from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rundir import RunDir, read_json, write_json
 from rlhf_trl.states import Progress, read_progress, step_states
 
-STEPS = ["explore", "prepare", "sft", "rm", "dpo", "evaluate", "judge", "errors", "samples", "report"]
+STEPS = ["explore", "prepare", "sft", "rm", "dpo", "evaluate", "judge", "compare", "errors", "samples", "report"]
 
 
 def build(**changes) -> Recipe:
