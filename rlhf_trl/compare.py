@@ -15,6 +15,7 @@ from typing import Any
 
 from rlhf_trl.compare_report import render
 from rlhf_trl.compare_training import (
+    SIGNS,
     describe_meanings,
     find,
     measure_convergence,
@@ -23,14 +24,14 @@ from rlhf_trl.compare_training import (
     needed,
 )
 from rlhf_trl.comparison_figures import plot_comparison
-from rlhf_trl.policy_comparison import compare_groups, conclude, read_points
+from rlhf_trl.policy_comparison import compare_groups, conclude, join, read_judge, read_points
 from rlhf_trl.recipe import POLICY_TRAINERS, Recipe
-from rlhf_trl.rundir import REFERENCE, RunDir, read_json, write_json, write_text
+from rlhf_trl.rundir import RunDir, read_json, write_json, write_text
 from rlhf_trl.seeds import summarise_seeds
 
 Row = dict[str, Any]
 # The quantities whose meaning depends on the trainer or the machine.
-COMPARABLE = ("loss", "reward", "kl", "convergence", "seconds")
+COMPARABLE = ("loss", "reward", "kl", "convergence", "seconds", "pace")
 QUALITY = ("kl", "kl_per_token", "entropy", "reward_gain", "gold_gain", "answer_tokens")
 DEFINITIONS = {
     "variance": "variance of all logged values",
@@ -44,21 +45,27 @@ DEFINITIONS = {
     "threshold": "reward to be reached: the recipe's, or nine tenths of the way from the lowest start to the median "
     "best reward of the runs whose rewards mean the same",
     "reached": "whether that many rewards in a row (hold) were at the threshold; steps, seconds and tokens are those "
-    "of the first of them. Where it was not reached, they are not known but larger than the run was long (censored)",
-    "rate": "rise of the reward for each step over the whole run",
-    "area": "mean height of the reward curve above its start, over the run's steps",
-    "area_common": "the same over the seconds (common_seconds) that every run with this meaning of reward trained",
+    "of the first of them. Where it was not reached, they are only known to be larger than at the last row from which "
+    "it was not held (censored)",
+    "rate": "rise of the reward for each second of training over the whole run",
+    "area": "mean height of the smoothed reward curve above its start, over the seconds (area_seconds) that every run "
+    "with this meaning of reward trained",
+    "samples_per_value": "samples that a logged value is the mean of; the more, the less noise",
     "samples_per_second": "pairs, answers of the data, or sampled answers that training used in a second",
     "tokens_per_second": "tokens that the trainer counts, prompts included, in a second",
     "generated_tokens": "tokens of all answers sampled in training; none for a method that samples nothing",
     "device_seconds": "seconds of training times its processes: compute on one scale for all methods, on one kind of "
     "device",
+    "improvement": "probability that a run of the first method ends above a run of the second, by its mean gain; a "
+    "tie counts half (Agarwal et al., 2021)",
     "device_seconds_with_inputs": "the same with the stages that this one builds on, such as its reward model",
     "kl": "exact KL to the reference on the held-out prompts, nats per answer: one definition for every method",
     "difference": "first method less the second on the same prompts; at equal KL, where both are read off the lines "
     "from the reference through their own points over the square root of the KL",
     "p_holm": "two-sided p-value of the two-level bootstrap over seeds and prompts, corrected over all pairs of this "
-    "measure (Holm, 1979)",
+    "measure (Holm, 1979); where a method is read off a line far from its points, the larger of that at equal KL and "
+    "that as trained, and 1 where the two point in opposite directions",
+    **SIGNS,
 }
 
 
@@ -87,8 +94,8 @@ def build(recipe: Recipe, run: RunDir) -> Row:
     policies = [name for name in names if recipe.stages[name].trainer in POLICY_TRAINERS]
     stats = {name: read_json(run.training_stats(name)) for compared in names for name in needed(recipe, compared)}
     metrics = read_json(run.metrics) if policies else {"policies": {}, "checkpoints": {}}
-    win_rates, judged = _read_judge(recipe, run)
-    results = compare_stages(recipe, stats, metrics, win_rates, names)
+    judged = read_judge(recipe, run)
+    results = compare_stages(recipe, stats, metrics, judged.win_rates, names)
     groups = {group: [name for name in own if name in names] for group, own in recipe.groups.items()}
     groups = {group: own for group, own in groups.items() if own}
     results["groups"] = {group: summarise(results["stages"], own, recipe.seed) for group, own in groups.items()}
@@ -96,19 +103,12 @@ def build(recipe: Recipe, run: RunDir) -> Row:
     records = {name: read_points(run, metrics, name) for name in policies}
     pairs = compare_groups(list(combinations(methods, 2)), methods, records, judged, recipe.seed)
     results["pairs"] = [{**pair, "cost": weigh(results, pair["a"], pair["b"])} for pair in pairs]
-    results["verdict"] = conclude(list(methods), pairs)
+    doubts = {"gold": None, "reward": describe_doubt(recipe, policies), "win_rate": judged.doubt}
+    results["verdict"] = conclude(list(methods), pairs, doubts)
+    left_out = [name for name in recipe.policies if name not in names]
+    if results["verdict"] and left_out:
+        results["verdict"]["warnings"].append(f"not among the compared: {join(left_out)}")
     return {**results, "definitions": DEFINITIONS, "settings": recipe.comparison.model_dump()}
-
-
-def _read_judge(recipe: Recipe, run: RunDir) -> tuple[Mapping[str, Row], Mapping[str, Mapping[str, float]]]:
-    """The judge's win rates against the reference and the scores behind them, if it judged these answers."""
-    if "judge" not in recipe.plan or not run.winrate.exists():
-        return {}, {}
-    found = read_json(run.winrate)
-    if found["status"] == "not run" or found["evaluation"] != recipe.fingerprint("evaluate"):
-        return {}, {}
-    rates = {row["a"]: row["win_rate"] for row in found["win_rates"] if row["b"] == REFERENCE}
-    return rates, read_json(run.prompt_scores)
 
 
 def compare_stages(
@@ -123,7 +123,7 @@ def compare_stages(
     """
     groups = {name: group for group, own in recipe.groups.items() for name in own}
     meanings = {name: describe_meanings(recipe, name, stats[name]) for name in names}
-    convergence = measure_convergence(recipe, stats, meanings, metrics["checkpoints"])
+    convergence = measure_convergence(recipe, stats, meanings, metrics)
     stages = {
         name: {
             "trainer": stats[name]["trainer"],
@@ -139,10 +139,10 @@ def compare_stages(
     }
     for name, found in find(stages, stats, recipe.evaluation.worst.kl).items():
         stages[name]["findings"] = found
-    return {"stages": stages, "comparable": {quantity: _alike(stages, quantity) for quantity in COMPARABLE}}
+    return {"stages": stages, "comparable": {quantity: _gather(stages, quantity) for quantity in COMPARABLE}}
 
 
-def _alike(stages: Mapping[str, Row], quantity: str) -> list[Row]:
+def _gather(stages: Mapping[str, Row], quantity: str) -> list[Row]:
     """Gather the stages in which a quantity means the same; those that do not have it are left out."""
     found: dict[str, list[str]] = {}
     for name, stage in stages.items():
@@ -178,11 +178,22 @@ def summarise(stages: Mapping[str, Row], names: Sequence[str], seed: int) -> Row
 
 
 def weigh(results: Row, a: str, b: str) -> Row:
-    """Hold the compute of two groups against each other: mean device seconds with inputs, and their ratio, where both
-    ran on the same devices."""
+    """Hold the compute of two groups against each other: mean device seconds with inputs, and their ratio, where all
+    of it ran on the same kind of device."""
     groups, stages = results["groups"], results["stages"]
-    meanings = {stages[name]["meanings"]["seconds"] for group in (a, b) for name in groups[group]["stages"]}
+    devices = {
+        of for group in (a, b) for name in groups[group]["stages"] for of in stages[name]["efficiency"]["devices"]
+    }
+    if len(devices) > 1:
+        return {"ratio": None, "why_not": "they ran on different devices: " + " and ".join(sorted(devices))}
     means = {group: groups[group]["seeds"]["device_seconds_with_inputs"]["mean"] for group in (a, b)}
-    if len(meanings) > 1:
-        return {"ratio": None, "why_not": "they ran on different devices: " + " and ".join(sorted(meanings))}
     return {"ratio": means[a] / means[b], "why_not": None}
+
+
+def describe_doubt(recipe: Recipe, policies: Sequence[str]) -> str | None:
+    """Say which policies were trained to raise the very reward that compares them."""
+    trained = [name for name in policies if recipe.stages[name].reward == recipe.evaluation.reward]
+    if not trained or recipe.evaluation.reward is None:
+        return None
+    were = "was" if len(trained) == 1 else "were"
+    return f"{join(trained)} {were} trained to raise this very reward; a gold model or a judge would be independent"

@@ -21,7 +21,7 @@ def render(name: str, results: Mapping[str, Any]) -> str:
         _conclude(results),
         _stability(results["stages"], results["comparable"]),
         _convergence(results["stages"], results["comparable"]["convergence"]),
-        _efficiency(results["stages"], results["comparable"]["seconds"]),
+        _efficiency(results["stages"], results["comparable"]),
         _quality(results["stages"]),
         _seeds(results["groups"]),
         _define(results["definitions"]),
@@ -56,16 +56,23 @@ def _stability(stages: Mapping[str, Row], comparable: Mapping[str, Sequence[Row]
     for quantity in ("loss", "reward"):
         for alike in comparable[quantity]:
             yield from _wrap(f"{quantity.capitalize()}: {alike['meaning']}")
-            found = {name: stages[name]["stability"][quantity] for name in alike["stages"]}
-            yield from _table(
-                ["run", *keys], [[name, *(_cell(of[key]) for key in keys)] for name, of in found.items()]
-            )
+            rows = []
+            for name in alike["stages"]:
+                found = stages[name]["stability"]
+                rows.append([name, _cell(found["samples_per_value"]), *(_cell(found[quantity][key]) for key in keys)])
+            yield from _table(["run", "samples_per_value", *keys], rows)
     for alike in comparable["kl"]:
         yield from _wrap(f"KL: {alike['meaning']}")
         columns = ("jumps", "highest", "last")
         found = {name: stages[name]["stability"]["kl"] for name in alike["stages"]}
         rows = [[name, *(_cell(of[key]) for key in columns)] for name, of in found.items()]
         yield from _table(["run", *columns], rows)
+    for name, stage in stages.items():
+        signs = [
+            f"{key} {_cell(of['first'])} to {_cell(of['last'])}" for key, of in stage["stability"]["signs"].items()
+        ]
+        if signs:
+            yield from _wrap(f"{name}, from first to last: {'; '.join(signs)}.")
 
 
 def _convergence(stages: Mapping[str, Row], comparable: Sequence[Row]) -> Iterator[str]:
@@ -91,21 +98,23 @@ def _until(convergence: Row) -> list[Any]:
     return [*took, convergence["final"], convergence["rate"], convergence["area"]]
 
 
-def _efficiency(stages: Mapping[str, Row], comparable: Sequence[Row]) -> Iterator[str]:
+PACE = {"seconds_per_step": "s/step", "samples_per_step": "samples/step", "samples_per_second": "samples/s",
+        "tokens_per_second": "tokens/s", "generated_tokens": "sampled tokens"}  # fmt: skip
+COMPUTE = {"peak_memory_bytes": "peak memory", "seconds": "seconds", "device_seconds": "device s",
+           "device_seconds_with_inputs": "with inputs"}  # fmt: skip
+
+
+def _efficiency(stages: Mapping[str, Row], comparable: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     yield from _heading("Computational efficiency")
-    keys = ("seconds_per_step", "samples_per_step", "samples_per_second", "tokens_per_second", "peak_memory_bytes",
-            "device_seconds", "device_seconds_with_inputs")  # fmt: skip
-    titles = ["run", "s/step", "samples/step", "samples/s", "tokens/s", "peak memory", "device s", "with inputs"]
-    for alike in comparable:
-        yield from _wrap(
-            f"On {alike['meaning']}. A sample is a pair for dpo and reward, a sampled answer for grpo and ppo."
-        )
-        rows = []
-        for name in alike["stages"]:
-            cells = {**stages[name]["efficiency"]}
-            cells["peak_memory_bytes"] = f"{cells['peak_memory_bytes'] / 1e9:.2f} GB"
-            rows.append([name, *(_cell(cells[key]) for key in keys)])
-        yield from _table(titles, rows)
+    for quantity, columns in (("seconds", COMPUTE), ("pace", PACE)):
+        for alike in comparable[quantity]:
+            yield from _wrap(("On " if quantity == "seconds" else "Samples are ") + alike["meaning"])
+            rows = []
+            for name in alike["stages"]:
+                cells = {**stages[name]["efficiency"]}
+                cells["peak_memory_bytes"] = f"{cells['peak_memory_bytes'] / 1e9:.2f} GB"
+                rows.append([name, *(_cell(cells[key]) for key in columns)])
+            yield from _table(["run", *columns.values()], rows)
 
 
 def _quality(stages: Mapping[str, Row]) -> Iterator[str]:

@@ -24,14 +24,18 @@ from rlhf_trl.dynamics import (
 )
 from rlhf_trl.options import read_options
 from rlhf_trl.recipe import Recipe
+from rlhf_trl.rundir import REFERENCE
 
 Row = dict[str, Any]
 Stats = Mapping[str, Row]
 # Share of the way from the lowest start to the runs' median best reward that counts as reached, where the recipe names
 # no reward: the best of all runs may be one lucky row.
 NEAR_BEST = 0.9
-# A run is slow where its step takes this many times the median of the runs it is held against.
-SLOW = 2.0
+# A run is slow where a sample takes this many times the median of the others of its trainer; without any, of all those
+# on the same devices, of which only an order of magnitude says something.
+SLOW, SLOW_AMONG_OTHERS = 2.0, 10.0
+# In shorter histories noise alone makes jumps.
+FEWEST_FOR_JUMPS = 20
 # Losses that training is to lower. Those of grpo and ppo are surrogates around 0, whose level says nothing.
 FALLING = ("sft", "reward", "dpo")
 # A gradient norm that ends this many times above its own median has left its course.
@@ -56,6 +60,8 @@ SAMPLES = {
     "ppo": "sampled answers",
 }  # fmt: skip
 LONGEST = {"grpo": "max_completion_length", "ppo": "response_length"}
+# Other options that say which answers are sampled, and what is their reward.
+SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "reward_weights")
 # What a trainer logs about its own health -> what it is.
 SIGNS = {
     "clip_fraction": "share of answer tokens that the surrogate's clip holds",
@@ -67,31 +73,52 @@ SIGNS = {
 
 
 def describe_meanings(recipe: Recipe, stage: str, stats: Row) -> dict[str, str | None]:
-    """Say in words what the stage's loss, reward, KL, samples and seconds are; None for what it does not log."""
+    """Say in words what the stage's loss, reward, KL, seconds and pace are; None for what it does not log."""
     trainer, args, summary = stats["trainer"], recipe.args_of(stage), stats["summary"]
-    given = ", ".join(f"{key} {value}" for key, value in sorted(args.items()) if key not in SAME_LOSS)
-    devices = f"{summary['processes']} {'process' if summary['processes'] == 1 else 'processes'}"
-    threads = f", threads of each: {summary['cpu_threads']}" if summary["device"] == "cpu" else ""
+    given = _options(args, [key for key in sorted(args) if key not in SAME_LOSS])
+    count = summary["processes"]
+    devices = f"{count} {'process' if count == 1 else 'processes'} on {describe_device(stats)}"
     meanings: dict[str, str | None] = {
         "loss": f"loss of the {trainer} trainer" + (f" with {given}" if given else ""),
         "reward": None,
         "kl": None,
-        "samples": SAMPLES[trainer],
-        "seconds": f"{devices} on {summary['device']}{threads}",
+        "seconds": describe_device(stats),
+        "pace": f"{SAMPLES[trainer]}, {devices}",
     }
     if trainer in LONGEST:
         options = read_options(trainer)
         warmth, longest = (args.get(key, options[key].default) for key in ("temperature", LONGEST[trainer]))
         sampled = f"answers to training prompts sampled at temperature {warmth:g}, up to {longest} tokens"
-        meanings["reward"] = f"mean score by {recipe.stages[stage].reward} of {sampled}"
+        others = _options(args, [key for key in SAMPLING if key in args])
+        sampled += f", {others}" if others else ""
+        if trainer == "ppo" and args.get("stop_token") != "eos":  # GRPO's answers always end there
+            sampled += ", not ended by their end token"
+        start = recipe.stages[stage].init or "the base model"
+        meanings["reward"] = f"mean score by {recipe.stages[stage].reward} of {sampled}, from {start} on"
         kind = args.get("kl_estimator", options["kl_estimator"].default) if trainer == "ppo" else "k3"
         meanings["kl"] = f"{stats['definitions']['kl']}; {kind}, {sampled}"
     return meanings
 
 
+def describe_device(stats: Row) -> str:
+    """Say what one process of a run trained on."""
+    summary = stats["summary"]
+    if summary["device"] != "cpu":
+        return str(summary["device"])
+    return f"the CPU, with {summary['cpu_threads']} thread{'' if summary['cpu_threads'] == 1 else 's'} a process"
+
+
+def _options(args: Row, keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {args[key]}" for key in keys)
+
+
 def measure_stability(stats: Row, meanings: Row) -> Row:
     """Describe loss and reward, the jumps of the KL, and what else the trainer logs about itself."""
     found: Row = {}
+    summary, history = stats["summary"], stats["history"]
+    # A logged value is a mean over the steps since the last one: the more samples, the less noise.
+    logged = max(1, len([row for row in history if "loss" in row]))
+    found["samples_per_value"] = round(summary["samples_per_step"] * summary["steps"] / logged)
     for key, better in (("loss", "lower"), ("reward", "higher")):
         steps, values = column(stats, key) if meanings[key] else ([], [])
         found[key] = (values and {
@@ -114,11 +141,12 @@ def measure_efficiency(recipe: Recipe, stage: str, all_stats: Stats) -> Row:
     """Measure speed, memory, and compute on one scale: seconds of a device, those of the stages it builds on
     included."""
     stats = all_stats[stage]
-    summary, history = stats["summary"], stats["history"]
+    summary = stats["summary"]
     seconds, steps = summary["seconds"], summary["steps"]
     samples = summary["samples_per_step"] * steps
-    tokens = max((row["tokens"] for row in history if "tokens" in row), default=None)
+    counted = [row for row in stats["history"] if "tokens" in row]
     generated = generated_tokens(recipe, stage, stats)
+    inputs = needed(recipe, stage)
     return {
         "steps": steps,
         "seconds": seconds,
@@ -126,16 +154,15 @@ def measure_efficiency(recipe: Recipe, stage: str, all_stats: Stats) -> Row:
         "samples": samples,
         "samples_per_step": summary["samples_per_step"],
         "samples_per_second": samples / seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens and tokens / seconds,
-        "generated_tokens": generated[-1] if generated else None,
+        "tokens_per_second": counted[-1]["tokens"] / counted[-1]["seconds"] if counted else None,
+        "generated_tokens": generated and generated["total"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "device_seconds": seconds * summary["processes"],
         "device_seconds_with_inputs": sum(
-            all_stats[name]["summary"]["seconds"] * all_stats[name]["summary"]["processes"]
-            for name in needed(recipe, stage)
+            all_stats[name]["summary"]["seconds"] * all_stats[name]["summary"]["processes"] for name in inputs
         ),
-        "inputs": needed(recipe, stage)[:-1],
+        "inputs": inputs[:-1],
+        "devices": sorted({describe_device(all_stats[name]) for name in inputs}),
     }
 
 
@@ -147,77 +174,84 @@ def needed(recipe: Recipe, stage: str) -> list[str]:
     return [*found, stage]
 
 
-def generated_tokens(recipe: Recipe, stage: str, stats: Row) -> list[float] | None:
-    """Count the tokens that a run had sampled by each row of its history; None for a trainer that samples none."""
-    if stats["trainer"] not in LONGEST:
+def generated_tokens(recipe: Recipe, stage: str, stats: Row) -> Row | None:
+    """Count the tokens that a run had sampled: `steps` and `tokens` at each row that logs an answer's length, and
+    `total`, with the steps after the last of them at its length; None for a trainer that samples none."""
+    rows = [row for row in stats["history"] if "answer_tokens" in row]
+    if stats["trainer"] not in LONGEST or not rows:
         return None
     # A batch of answers serves `num_iterations` steps.
     answers = stats["summary"]["samples_per_step"] / recipe.args_of(stage).get("num_iterations", 1)
-    rows = [{"step": 0}, *stats["history"]]
-    return np.cumsum(
-        [(b["step"] - a["step"]) * answers * b.get("answer_tokens", 0) for a, b in pairwise(rows)]
-    ).tolist()
+    steps = [0, *(row["step"] for row in rows)]
+    tokens = np.cumsum(
+        [0.0, *(answers * (b - a) * row["answer_tokens"] for (a, b), row in zip(pairwise(steps), rows, strict=True))]
+    )
+    tail = (stats["summary"]["steps"] - steps[-1]) * answers * rows[-1]["answer_tokens"]
+    return {"steps": steps, "tokens": tokens.tolist(), "total": float(tokens[-1] + tail)}
 
 
-def measure_convergence(
-    recipe: Recipe, all_stats: Stats, meanings: Mapping[str, Row], checkpoints: Mapping[str, Sequence[Row]]
-) -> dict[str, Row]:
+def measure_convergence(recipe: Recipe, all_stats: Stats, meanings: Mapping[str, Row], metrics: Row) -> dict[str, Row]:
     """Measure when each run first reached a reward and kept it.
 
     Args:
         all_stats: of every stage of the recipe.
         meanings: of the stages to compare.
-        checkpoints: the evaluated checkpoints of each policy, `metrics.json#/checkpoints`; may lack policies. Their
-            reward means the same for every trainer, and is taken where there are any.
+        metrics: content of `metrics.json`. The reward of an evaluated checkpoint means the same for every trainer, and
+            is taken where there are any.
     """
-    rows = {stage: _rewards(recipe, stage, all_stats[stage], checkpoints.get(stage, ())) for stage in meanings}
-    words = {
-        stage: "mean score on the held-out prompts, by checkpoint"
-        if checkpoints.get(stage)
-        else meanings[stage]["reward"]
-        for stage in meanings
-    }
+    series = {stage: _rewards(recipe, stage, all_stats[stage], metrics) for stage in meanings}
+    evaluated = "mean score on the held-out prompts, by checkpoint"
+    words = {stage: evaluated if of and of["evaluated"] else meanings[stage]["reward"] for stage, of in series.items()}
     found: dict[str, Row] = {}
-    for stage, (steps, seconds, tokens, values) in rows.items():
-        if words[stage] is None or not values:
-            found[stage] = {
-                "meaning": None,
-                "why_not": "it trains on no reward of sampled answers, and no checkpoint was evaluated",
-            }
+    for stage, own in series.items():
+        if own is None or words[stage] is None:
+            reason = "it trains on no reward of sampled answers, and no checkpoint was evaluated by a reward model"
+            found[stage] = {"meaning": None, "why_not": reason}
             continue
-        alike = [smooth(rows[other][3]) for other in rows if words[other] == words[stage]]
-        start, best = min(float(of[0]) for of in alike), float(np.median([of.max() for of in alike]))
-        threshold = recipe.comparison.threshold
-        threshold = start + NEAR_BEST * (best - start) if threshold is None else threshold
-        hold = recipe.comparison.hold
-        common = min(rows[other][1][-1] for other in rows if words[other] == words[stage])
+        alike = [of for other, of in series.items() if of and words[other] == words[stage]]
+        lowest = min(of["start"] for of in alike)
+        best = float(np.median([smooth(of["values"]).max() for of in alike]))
+        threshold, hold = recipe.comparison.threshold, recipe.comparison.hold
+        threshold = lowest + NEAR_BEST * (best - lowest) if threshold is None else threshold
+        common = min(of["seconds"][-1] for of in alike)
+        columns = (own["steps"], own["seconds"], own["tokens"], own["values"], own["start"])
+        result = describe_convergence(*columns, threshold, hold)
         found[stage] = {
             "meaning": words[stage],
-            "start": start,
-            **describe_convergence(steps, seconds, tokens, values, start, threshold, hold),
-            "area_common": area_until(seconds, values, start, common),
-            "common_seconds": common,
+            "start": own["start"],
+            **{key: value for key, value in result.items() if key not in ("area", "rate")},
+            "rate": (result["final"] - own["start"]) / own["seconds"][-1],
+            "area": area_until(own["seconds"], own["values"], own["start"], common),
+            "area_seconds": common,
         }
     return found
 
 
-def _rewards(
-    recipe: Recipe, stage: str, stats: Row, checkpoints: Sequence[Row]
-) -> tuple[list[int], list[float], list[float] | None, list[float]]:
-    """Step, seconds, sampled tokens and reward of each logged row or evaluated checkpoint."""
+def _rewards(recipe: Recipe, stage: str, stats: Row, metrics: Row) -> Row | None:
+    """The rewards of a run, of its evaluated checkpoints or as logged, with steps, seconds and sampled tokens, and
+    what it started from; None without any."""
     history, generated = stats["history"], generated_tokens(recipe, stage, stats)
-    if checkpoints and history:
-        logged, steps = [row["step"] for row in history], [entry["step"] for entry in checkpoints]
-        seconds = np.interp(steps, [0, *logged], [0.0, *(row["seconds"] for row in history)]).tolist()
-        tokens = np.interp(steps, [0, *logged], [0.0, *generated]).tolist() if generated else None
-        return steps, seconds, tokens, [entry["reward"]["mean"] for entry in checkpoints]
-    rows = [index for index, row in enumerate(history) if "reward" in row]
-    return (
-        [history[index]["step"] for index in rows],
-        [history[index]["seconds"] for index in rows],
-        [generated[index] for index in rows] if generated else None,
-        [history[index]["reward"] for index in rows],
-    )
+    checkpoints = [entry for entry in metrics["checkpoints"].get(stage, ()) if "reward" in entry]
+    rows = [row for row in history if "reward" in row]
+    if checkpoints:
+        steps = [entry["step"] for entry in checkpoints]
+        values = [entry["reward"]["mean"] for entry in checkpoints]
+        start = metrics["policies"][REFERENCE]["reward"]["mean"]
+    elif rows:
+        steps, values = [row["step"] for row in rows], [row["reward"] for row in rows]
+        start = values[0]
+    else:
+        return None
+    return {
+        "evaluated": bool(checkpoints),
+        "steps": steps,
+        "seconds": np.interp(
+            steps, [0, *(row["step"] for row in history)], [0.0, *(row["seconds"] for row in history)]
+        ).tolist(),
+        "tokens": np.interp(steps, generated["steps"], generated["tokens"]).tolist() if generated else None,
+        "values": values,
+        "start": start,
+    }
 
 
 def find(stages: Mapping[str, Row], all_stats: Stats, furthest: float) -> dict[str, list[Row]]:
@@ -240,32 +274,33 @@ def find(stages: Mapping[str, Row], all_stats: Stats, furthest: float) -> dict[s
         if len(norms) >= 6 and np.median(norms[-3:]) > RUNAWAY * np.median(norms):
             words = f"its gradient norm ends {RUNAWAY:g} times above its median or more"
             found[name].append(_finding("diverging", "grad_norm", words))
-        far = _kl_per_answer(all_stats[name])
+        far = _kl_per_answer(stage, all_stats[name])
         if far is not None and far > furthest:
             words = f"its KL ends at {far:.0f} nats per answer, beyond evaluation.worst.kl ({furthest:g})"
             found[name].append(_finding("diverging", "kl", words))
         jumps = stability["kl"]["jumps"] if stability["kl"] else []
-        if jumps:
+        if jumps and len(column(all_stats[name], "kl")[0]) >= FEWEST_FOR_JUMPS:
             found[name].append(_finding("jump", "kl", f"its KL jumps at {_steps(jumps)}", jumps))
         reason = all_stats[name]["summary"]["stopped"]
         if reason:
             found[name].append(_finding("stopped", "kl", f"it was stopped: {reason}"))
-        pace = _slowness(name, stages)
-        if pace is not None and pace > SLOW:
-            words = f"a step takes {pace:.1f} times the median of the other runs"
-            found[name].append(_finding("slow", "seconds_per_step", words))
-        same = [other for other in stages if other != name and _alike(all_stats[name], all_stats[other])]
+        slow = _slowness(name, stages)
+        if slow:
+            found[name].append(_finding("slow", "samples_per_second", slow))
+        same = [other for other in stages if other != name and _same_history(all_stats[name], all_stats[other])]
         if same:
             found[name].append(_finding("identical", "history", f"its training is that of {', '.join(same)}"))
     return found
 
 
-def _kl_per_answer(stats: Row) -> float | None:
-    """The last logged KL in nats per answer: GRPO's is per token. None where the trainer logs none."""
-    rows = [row for row in stats["history"] if "kl" in row]
-    if not rows:
-        return None
-    return float(rows[-1]["kl"] * (rows[-1]["answer_tokens"] if stats["trainer"] == "grpo" else 1))
+def _kl_per_answer(stage: Row, stats: Row) -> float | None:
+    """The policy's KL in nats per answer: as evaluated, or else the median of the last three logged, of which GRPO's
+    are per token. None without either."""
+    if stage["quality"]:
+        return float(stage["quality"]["kl"]["mean"])
+    rows = [row for row in stats["history"] if "kl" in row][-3:]
+    lengths = [row["answer_tokens"] if stats["trainer"] == "grpo" else 1 for row in rows]
+    return float(np.median([row["kl"] * length for row, length in zip(rows, lengths, strict=True)])) if rows else None
 
 
 def _finding(word: str, quantity: str, says: str, steps: Sequence[int] = ()) -> Row:
@@ -277,17 +312,21 @@ def _steps(steps: Sequence[int]) -> str:
     return f"step{'s' if len(steps) > 1 else ''} {shown}" + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
 
 
-def _slowness(name: str, stages: Mapping[str, Row]) -> float | None:
-    """Seconds of a step over the median of the others on the same devices: of its own trainer, or else of all."""
+def _slowness(name: str, stages: Mapping[str, Row]) -> str | None:
+    """Say how slow a run is beside those that do the same on the same devices, if it is."""
     own = stages[name]
     others = [of for other, of in stages.items()
               if other != name and of["meanings"]["seconds"] == own["meanings"]["seconds"]]  # fmt: skip
-    others = [of for of in others if of["trainer"] == own["trainer"]] or others
-    pace = own["efficiency"]["seconds_per_step"]
-    return pace / float(np.median([of["efficiency"]["seconds_per_step"] for of in others])) if others else None
+    same = [of for of in others if of["trainer"] == own["trainer"]]
+    if not others:
+        return None
+    whose, limit = (f"other {own['trainer']} runs", SLOW) if same else ("other runs", SLOW_AMONG_OTHERS)
+    usual = float(np.median([of["efficiency"]["samples_per_second"] for of in same or others]))
+    times = usual / own["efficiency"]["samples_per_second"]
+    return f"a sample takes {times:.1f} times the median of the {whose}" if times > limit else None
 
 
-def _alike(one: Row, other: Row) -> bool:
+def _same_history(one: Row, other: Row) -> bool:
     """Whether two runs logged the same, step for step, but for time and memory."""
     measured = ("seconds", "peak_memory_bytes", "log")
     plain = [[{k: v for k, v in row.items() if k not in measured} for row in of["history"]] for of in (one, other)]

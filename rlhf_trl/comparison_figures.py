@@ -6,6 +6,7 @@ the SVGs of the report alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from rlhf_trl.policy_figures import INK, PAPER, POLICY_STYLES, STYLE, root_scale
 
 Row = dict[str, Any]
 STYLES = {**POLICY_STYLES, "sft": (GREY, "D"), "reward": (PURPLE, "v")}
+# More would cover each other; the largest differences are drawn.
+MOST_PAIRS = 12
+MARKERS = "os^vDP*X"
 AXIS = {"gold": "gold gain", "reward": "reward gain", "win_rate": "win rate"}
 
 
@@ -51,8 +55,9 @@ def draw_differences(axes: Axes, results: Mapping[str, Any]) -> None:
     """Draw the first method less the second with its 95 % interval, a line for each pair; filled where it is clear
     of 0 after Holm's correction."""
     measure = results["verdict"]["measure"]
-    found = [(pair["a"], pair["b"], pair["measures"][measure]["equal_kl"]) for pair in results["pairs"]]
-    found = [(a, b, result) for a, b, result in found if result["difference"]]
+    found = [(pair["a"], pair["b"], pair["measures"][measure].get("equal_kl")) for pair in results["pairs"]]
+    found = [(a, b, result) for a, b, result in found if result and result["difference"]]
+    found = sorted(found, key=lambda entry: -abs(entry[2]["difference"]["mean"]))[:MOST_PAIRS]
     axes.axvline(0, color=GREY, linewidth=1)
     for place, (_, _, result) in enumerate(found):
         difference = result["difference"]
@@ -70,8 +75,14 @@ def draw_seeds(axes: Axes, results: Mapping[str, Any]) -> None:
     """Draw each policy's gain against its KL, every seed a point."""
     measure = str(measure_of(results))
     furthest = 0.0
-    for name, group in results["groups"].items():
+    drawn = [(name, group) for name, group in results["groups"].items()
+             if all(results["stages"][stage]["quality"] for stage in group["stages"])]  # fmt: skip
+    own: Counter[str] = Counter()
+    for name, group in drawn:
         color, marker = STYLES[group["trainer"]]
+        if own[group["trainer"]]:  # another group of this trainer
+            marker = MARKERS[(MARKERS.index(marker) + own[group["trainer"]]) % len(MARKERS)]
+        own[group["trainer"]] += 1
         qualities = [results["stages"][stage]["quality"] for stage in group["stages"]]
         x, y = [of["kl"]["mean"] for of in qualities], [of[measure]["mean"] for of in qualities]
         axes.plot(x, y, linestyle="none", marker=marker, markersize=8, color=color, markeredgecolor=PAPER, label=name)
@@ -86,6 +97,7 @@ def draw_training(axes: Axes, results: Mapping[str, Any], stats: Mapping[str, Ro
     """Draw the logged reward by seconds, of the most runs in which it means the same; without any reward, the loss."""
     quantity = "reward" if results["comparable"]["reward"] else "loss"
     names: Sequence[str] = max((of["stages"] for of in results["comparable"][quantity]), key=len, default=[])
+    others = sum(len(of["stages"]) for of in results["comparable"][quantity]) - len(names)
     styles = stage_lines({name: results["stages"][name]["trainer"] for name in names})
     for name in names:
         color, marker = STYLES[results["stages"][name]["trainer"]]
@@ -93,7 +105,7 @@ def draw_training(axes: Axes, results: Mapping[str, Any], stats: Mapping[str, Ro
         line: Row = {"linestyle": styles[name], "marker": marker, "markersize": 4}
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.5, label=name, **line)
     axes.set_xlabel("seconds of training")
-    axes.set_ylabel(f"{quantity} (runs in which it means the same)")
+    axes.set_ylabel(f"{quantity}, where it means the same" + (f" ({others} runs left out)" if others else ""))
     if names:
         axes.legend(frameon=False, fontsize=9)
 

@@ -142,7 +142,8 @@ def describe_convergence(
 
     Returns:
         `threshold` and `hold`; `reached`; `steps`, `seconds` and `tokens` at the first of the rows that held, None
-        where none did: then the run is censored, and `censored_at` has the same three for its last row. Of the
+        where none did: then the run is censored, and `censored_at` has the same three for the last row from which the
+        threshold was not held, 0 where there are too few rows to tell even that. Of the
         smoothed reward, `final`, `best`, `rate`, (final - start) / last step, and `area`, as of `area_until` for the
         whole run.
 
@@ -156,7 +157,8 @@ def describe_convergence(
     enough = (smoothed >= threshold).tolist()
     row = next((first for first in range(len(enough) - hold + 1) if all(enough[first : first + hold])), None)
     cost = {"steps": steps, "seconds": seconds, "tokens": tokens}
-    last = {name: None if column is None else column[-1] for name, column in cost.items()}
+    refuted = len(enough) - hold
+    last = {name: None if column is None else column[refuted] if refuted >= 0 else 0 for name, column in cost.items()}
     final = float(smoothed[-1])
     return {
         "threshold": threshold,

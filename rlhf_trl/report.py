@@ -20,11 +20,12 @@ from ruamel.yaml import YAML
 
 from rlhf_trl.recipe import Recipe
 from rlhf_trl.report_figures import draw_comparison, draw_courses, draw_frontiers, draw_panels
-from rlhf_trl.report_findings import group_by_verdict, judge_gain, judge_reward_model, order_alarms
+from rlhf_trl.report_findings import group_by_verdict, judge_gain, order_alarms
 from rlhf_trl.report_judge import view_judge
 from rlhf_trl.report_values import PREVIEW, environment_of
 from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl, write_text
 from rlhf_trl.texts import take_turns
+from rlhf_trl.trust import judge_reward_model
 
 SAMPLES = 8
 WORST = 3

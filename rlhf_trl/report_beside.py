@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.policy_comparison import compare_groups, read_points
+from rlhf_trl.policy_comparison import compare_groups, read_judge, read_points
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.report_figures import draw_frontiers
 from rlhf_trl.report_values import environment_of
@@ -104,22 +105,33 @@ def _identity(recipe: Recipe, name: str | None) -> str:
     return recipe.fingerprint(name) if name in recipe.stages else name
 
 
+def _name(runs: Mapping[str, RunDir]) -> dict[str, str]:
+    """Name the runs after their folders; where these have one name, with the folders above them."""
+    roots = {key: run.root.resolve() for key, run in runs.items()}
+    if roots["a"].name != roots["b"].name:
+        return {key: root.name for key, root in roots.items()}
+    return {key: f"{root.parent.name}/{root.name}" for key, root in roots.items()}
+
+
 def _compare_policies(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> list[Row]:
     """Compare the groups of one name in both runs; without a name in common, every group with every other."""
     groups: dict[str, dict[str, str]] = {key: {} for key in "ab"}
     stages: dict[str, list[str]] = {}
-    records, judged = {}, {}
+    records, scores = {}, {}
+    names = _name(runs)
+    judges = {key: read_judge(recipe, runs[key]) for key, recipe in recipes.items()}
     for key, recipe in recipes.items():
         metrics = read_json(runs[key].metrics)
-        scores = read_json(runs[key].prompt_scores) if runs[key].prompt_scores.exists() else {}
         for group, own in recipe.groups.items():
             if own[0] in recipe.policies:
-                title = f"{runs[key].root.resolve().name} {group}"
-                groups[key][group] = title
-                stages[title] = [f"{key}/{name}" for name in own]
+                title = groups[key][group] = f"{names[key]} {group}"
+                stages[title] = [f"{key}:{name}" for name in own]
         for name in recipe.policies:
-            records[f"{key}/{name}"] = read_points(runs[key], metrics, name)
-            judged[f"{key}/{name}"] = scores.get(name, {})
+            records[f"{key}:{name}"] = read_points(runs[key], metrics, name)
+            scores[f"{key}:{name}"] = judges[key].scores.get(name, {})
+    judged = replace(judges["a"], scores=scores)
+    if judges["a"].who != judges["b"].who:
+        judged = replace(judged, why_not="the runs have different judges")
     shared = [name for name in groups["a"] if name in groups["b"]]
     pairs = [(groups["a"][name], groups["b"][name]) for name in shared]
     pairs = pairs or [(one, other) for one in groups["a"].values() for other in groups["b"].values()]
@@ -142,7 +154,7 @@ def render(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir], worked_out
     environment = environment_of(documents)
     return environment.get_template("beside.html.j2").render(
         recipes=recipes,
-        names={key: run.root.resolve().name for key, run in runs.items()},
+        names=_name(runs),
         pages={key: os.path.relpath(run.report.resolve(), worked_out.parent) for key, run in runs.items()},
         files=files,
         worked_out=worked_out.name,

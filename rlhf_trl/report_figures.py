@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rlhf_trl.comparison_figures import draw_differences, draw_seeds, measure_of
+from rlhf_trl.comparison_figures import MOST_PAIRS, draw_differences, draw_seeds, measure_of
 from rlhf_trl.figures import BLUE, GREEN, GREY, ORANGE, PANELS
 from rlhf_trl.policy_figures import (
     GRID,
@@ -106,10 +106,15 @@ def draw_comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Draw the differences of the methods at equal KL, and every seed's gain against KL, where there are any."""
     verdict, drawn = results["verdict"], []
     if verdict:
-        found = [(pair, pair["measures"][verdict["measure"]]["equal_kl"]["difference"]) for pair in results["pairs"]]
+        found = [(pair, _difference_of(pair, verdict["measure"])) for pair in results["pairs"]]
         words = [f"{pair['a']} less {pair['b']}: {format_estimate(of, '+')}." for pair, of in found if of]
         label = "Differences at the same KL. " + " ".join(words)
-        svg = _draw(lambda axes: draw_differences(axes, results), (430, 80 + 62 * len(words)), "differences", label)
+        svg = _draw(
+            lambda axes: draw_differences(axes, results),
+            (430, 80 + 62 * min(len(words), MOST_PAIRS)),
+            "differences",
+            label,
+        )
         says = "The first less the second; filled where the difference is clear of nought after Holm's correction."
         drawn.append({"title": "Difference at the same KL", "says": says, "svg": svg})
     measure = measure_of(results)
@@ -121,6 +126,11 @@ def draw_comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         svg = _draw(lambda axes: draw_seeds(axes, results), (430, 300), "seeds", label)
         drawn.append({"title": "Every run", "says": "One point for each seed, as trained.", "svg": svg})
     return drawn
+
+
+def _difference_of(pair: Mapping[str, Any], measure: str) -> Any:
+    found = pair["measures"][measure]
+    return found["equal_kl"]["difference"] if found["why_not"] is None else None
 
 
 def _draw(draw: Callable[[Axes], None], size: tuple[int, int], key: str, label: str) -> Markup:

@@ -17,18 +17,6 @@ def judge_gain(policy: Mapping[str, Any], gain: str = "reward_gain") -> str:
     return "better" if found["low"] > 0 else "worse" if found["high"] < 0 else "same"
 
 
-def judge_reward_model(result: Mapping[str, Any]) -> str:
-    """Compare the accuracy with what length alone can do: prefer the longer answer, or prefer the shorter one.
-
-    Returns:
-        `above` or `below` where the interval is clear of both rules' intervals, else `unclear`.
-    """
-    accuracy, longer = result["accuracy"], result["length_baseline"]
-    if accuracy["low"] > max(longer["high"], 1 - longer["low"]):
-        return "above"
-    return "below" if accuracy["high"] < min(longer["low"], 1 - longer["high"]) else "unclear"
-
-
 def group_by_verdict(verdicts: Mapping[str, str]) -> dict[str, list[str]]:
     """Gather the policies of each verdict."""
     return {

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_trl.report_findings import judge_reward_model
 from rlhf_trl.rundir import REFERENCE
+from rlhf_trl.trust import weigh_trust
 
 POINT = 0.01  # of a share
 
@@ -60,26 +60,6 @@ def shows_length(found: Mapping[str, Any]) -> bool:
     """Tell whether the length-controlled win rate belongs beside the raw one: it has a warning, or is a point off."""
     raw, controlled = found["raw"]["mean"], found["length_controlled"]["mean"]
     return raw is not None and (bool(found["warnings"]) or abs(controlled - raw) >= POINT)
-
-
-def weigh_trust(result: Mapping[str, Any]) -> str:
-    """Say whether the judge has shown that it can tell the better answer.
-
-    Returns:
-        `informed`; `chance` or `length`, which it is not clear of; `unknown` without a verdict on a labelled pair;
-        `none` where it was not compared with human labels. A reward model is held to its accuracy on held-out pairs.
-    """
-    calibration = result["calibration"]
-    if calibration is None:
-        return "none"
-    if result["judge"]["kind"] != "reward":
-        return str(calibration["verdict"])
-    model = calibration["reward_model"]
-    if model is None:
-        return "none"
-    if model["accuracy"]["low"] <= 0.5:
-        return "chance"
-    return "informed" if judge_reward_model(model) == "above" else "length"
 
 
 def read_habits(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -38,8 +38,8 @@ def environment_of(documents: Mapping[str, Any]) -> Environment:
 
 
 def show_value(documents: Mapping[str, Any], style: str, file: str, *keys: str | int) -> Markup:
-    """Print the value at an address, marked with that address; null prints a dash, an estimate that could not be
-    computed a dash and the reason."""
+    """Print the value at an address, marked with that address, a number as a link to its file; null prints a dash, an
+    estimate that could not be computed a dash and the reason."""
     value = _resolve(documents, file, keys)
     if isinstance(value, dict) and value["mean"] is None:
         dash = show_value(documents, style, file, *keys, "mean")
@@ -51,8 +51,11 @@ def show_value(documents: Mapping[str, Any], style: str, file: str, *keys: str |
         mean, bracket, interval = text.partition(" [")
         text = Markup('<b>{}</b><span class="ci">{}</span>').format(mean, bracket + interval)
     address = printable(pointer(file, keys))
-    kind = "text" if style == "text" else "number"
-    return Markup('<span class="{0}" data-source="{1}" title="{1}">{2}</span>').format(kind, address, text)
+    if style == "text":
+        return Markup('<span class="text" data-source="{0}" title="{0}">{1}</span>').format(address, text)
+    # Thousands of stops would be in the way of the keyboard, which has the link to the file below each section.
+    link = '<a class="number" href="{0}" data-source="{1}" title="{1}" tabindex="-1">{2}</a>'
+    return Markup(link).format(quote(address, safe="/#"), address, text)
 
 
 def show_source(documents: Mapping[str, Any], file: str, *keys: str | int) -> Markup:

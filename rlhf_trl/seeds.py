@@ -6,6 +6,7 @@ KL is in nats per answer. A run is one seed of a method; all runs have answered 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ Points = tuple[np.ndarray, np.ndarray]
 Run = TypeVar("Run")
 # With fewer seeds than this there is a warning. What 3, 5 and 10 seeds are worth: `compare_as_trained`.
 ENOUGH = 5
+# With fewer seeds than this, the two-level interval may be too narrow; see `compare_as_trained`.
+SURE = 10
 
 
 def interquartile_mean(scores: np.ndarray) -> float:
@@ -137,7 +140,7 @@ def compare_as_trained(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: i
     Returns:
         `a`, `b` and their `difference`, with 95 % intervals over n = P prompts; `p`, two-sided: twice the share of
         resamples on the rarer side of 0, those at 0 and the data themselves included; `seeds` of both; `identical`,
-        whether the difference is 0 in every resample, as that of the same runs is; `warning` with fewer than `ENOUGH`
+        whether the difference is 0 in every resample, as that of the same runs is; `warning` with fewer than `SURE`
         seeds, None otherwise.
 
     Raises:
@@ -172,14 +175,27 @@ def _compare(
     runs_of_a, runs_of_b = (np.sort(gains, axis=1) for gains in of_runs)
     same = np.array_equal(runs_of_a, runs_of_b)
     difference = np.zeros_like(of_a) if same else of_a - of_b
-    sides = [int((difference[1:] <= 0).sum()), int((difference[1:] >= 0).sum())]
     return {
         **{name: _estimate(rows, prompts) for name, rows in (("a", of_a), ("b", of_b), ("difference", difference))},
-        "p": min(1.0, 2 * (1 + min(sides)) / (RESAMPLES + 1)),
+        "p": _p_value(difference[0], difference[1:]),
         "seeds": [len(a), len(b)],
         "identical": not difference.any(),
         "warning": _warning(min(len(a), len(b))),
     }
+
+
+def _p_value(difference: float, resamples: np.ndarray) -> float:
+    """Twice the share of resamples on the rarer side of 0, those at 0 included.
+
+    Where no resample is there, the share is less than can be counted: then the normal tail, and never more than the
+    count can exclude. Without it, no correction for dozens of pairs could leave a difference significant.
+    """
+    rarer = min(int((resamples <= 0).sum()), int((resamples >= 0).sum()))
+    counted = min(1.0, 2 * (1 + rarer) / (len(resamples) + 1))
+    if rarer:
+        return counted
+    spread = float(resamples.std())
+    return min(counted, math.erfc(abs(difference) / spread / math.sqrt(2)) if spread else 0.0)
 
 
 def _draw_seeds(gains: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -197,8 +213,10 @@ def _estimate(rows: np.ndarray, n: int) -> dict[str, float]:
 
 def _warning(seeds: int) -> str | None:
     """Say what the smaller number of seeds means for an interval."""
-    if seeds >= ENOUGH:
-        return None
     if seeds == 1:
         return "one seed: nothing is known about the spread between seeds; the interval is about these runs alone"
-    return f"{seeds} seeds say little about the spread between seeds: the interval may be much too narrow"
+    if seeds < SURE:
+        return (
+            f"{seeds} seeds say little about the spread between seeds: where it is large, the interval is too narrow"
+        )
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from syrupy.assertion import SnapshotAssertion
 from rlhf_trl.compare import build, compare, compare_stages, summarise, weigh
 from rlhf_trl.compare_report import render
 from rlhf_trl.compare_training import find, generated_tokens, needed
-from rlhf_trl.policy_comparison import compare_groups, conclude, say
+from rlhf_trl.policy_comparison import Judged, compare_groups, conclude, read_judge, say
 from rlhf_trl.recipe import Recipe, UserError, expand_sweeps, load_recipe
+from rlhf_trl.report_figures import draw_comparison
 from rlhf_trl.rundir import read_json, read_jsonl, write_json, write_jsonl
 
 ALIKE = {"temperature": 1.0}
@@ -25,7 +27,7 @@ RL = {
     **STAGES,
     **GOLD,
     "grpo": {**STAGES["grpo"], "args": {"beta": 0.05, "max_completion_length": 64, **ALIKE}},
-    "ppo": {**STAGES["ppo"], "args": {"kl_coef": 0.05, "response_length": 64, **ALIKE}},
+    "ppo": {**STAGES["ppo"], "args": {"kl_coef": 0.05, "response_length": 64, "stop_token": "eos", **ALIKE}},
 }
 
 
@@ -75,7 +77,7 @@ def test_a_spike_a_divergence_and_slowness_are_each_named_for_what_they_are() ->
     assert words(results, "dpo-seed=1") == {"spike": "loss"}
     assert results["stages"]["dpo-seed=1"]["findings"][0]["steps"] == [30]
     assert words(results, "dpo-seed=2") == {"diverging": "loss"}
-    assert words(results, "dpo-seed=3") == {"slow": "seconds_per_step"}
+    assert words(results, "dpo-seed=3") == {"slow": "samples_per_second"}
     assert words(results, "dpo-seed=4") == {}
 
 
@@ -138,7 +140,7 @@ def test_rewards_of_answers_that_are_sampled_differently_do_not_mean_the_same() 
     recipe = recipe_of(STAGES)  # the libraries' own defaults: temperature 1.0 and 0.7, 256 and 53 tokens
     comparable = measured(recipe, stats_of(recipe))["comparable"]
     assert [of["stages"] for of in comparable["reward"]] == [["grpo"], ["ppo"]]
-    assert "temperature 0.7, up to 53 tokens" in comparable["reward"][1]["meaning"]
+    assert "temperature 0.7, up to 53 tokens, not ended by their end token" in comparable["reward"][1]["meaning"]
 
 
 def test_a_loss_scaled_by_beta_is_another_loss_and_a_learning_rate_is_not() -> None:
@@ -162,6 +164,7 @@ def test_times_on_other_devices_or_threads_are_not_compared() -> None:
     assert "slow" not in words(results, "ppo")
     results["groups"] = {name: summarise(results["stages"], [name], 0) for name in ("dpo", "grpo", "ppo")}
     assert weigh(results, "dpo", "ppo")["ratio"] is None
+    assert [of["stages"] for of in results["comparable"]["pace"]] == [["dpo"], ["grpo"], ["ppo"]]
     assert "different devices" in weigh(results, "dpo", "ppo")["why_not"]
 
 
@@ -178,12 +181,13 @@ def test_a_threshold_that_was_not_reached_is_censored() -> None:
     missed, reached = stages["grpo"]["convergence"], stages["ppo"]["convergence"]
     assert not missed["reached"]
     assert missed["steps"] is missed["seconds"] is missed["tokens"] is None
-    assert missed["censored_at"] == {"steps": 20, "seconds": pytest.approx(38.0), "tokens": 20 * 64 * 60}
+    # From step 17 on there were four values; from step 18 on nobody knows.
+    assert missed["censored_at"] == {"steps": 17, "seconds": pytest.approx(17 * 1.9), "tokens": 17 * 64 * 60}
     assert (reached["reached"], reached["steps"]) == (True, 9)  # 9/20 = .45
     assert reached["tokens"] == 9 * 64 * 60
     assert reached["seconds"] == pytest.approx(9 * 1.9)
     text = render("a-run", {**measured(recipe, stats), "groups": {}, "pairs": [], "verdict": None, "definitions": {}})
-    assert "> 20" in text
+    assert "> 17" in text
 
 
 def test_a_method_that_samples_nothing_has_no_reward_to_reach() -> None:
@@ -198,19 +202,64 @@ def test_evaluated_checkpoints_let_every_method_be_compared() -> None:
     recipe = recipe_of(RL)
     stats = stats_of(recipe)
     curve = [{"step": step, "reward": {"mean": step / 60}} for step in (15, 30, 45, 60)]
-    metrics = {"policies": {}, "checkpoints": dict.fromkeys(recipe.policies, curve)}
+    reference = {"reference": {"reward": {"mean": -0.25}}}
+    metrics = {"policies": reference, "checkpoints": dict.fromkeys(recipe.policies, curve)}
     results = compare_stages(recipe, stats, metrics, {}, recipe.policies)
     assert [of["stages"] for of in results["comparable"]["convergence"]] == [["dpo", "grpo", "ppo"]]
-    assert results["stages"]["dpo"]["convergence"]["final"] == pytest.approx(1.0)
-    assert results["stages"]["dpo"]["convergence"]["tokens"] is None
+    found = results["stages"]["dpo"]["convergence"]
+    assert (found["start"], found["final"], found["tokens"]) == (-0.25, pytest.approx(1.0), None)
+    assert found["rate"] == pytest.approx(1.25 / (60 * 1.9))
+
+
+def test_checkpoints_that_no_reward_model_scored_are_no_rewards() -> None:
+    recipe = recipe_of(RL)
+    metrics = {"policies": {}, "checkpoints": {"dpo": [{"step": 30, "kl": {"mean": 1.0}}]}}
+    results = compare_stages(recipe, stats_of(recipe), metrics, {}, ["dpo"])
+    assert results["stages"]["dpo"]["convergence"]["meaning"] is None
+
+
+def test_a_run_that_logged_nothing_stands_beside_others() -> None:
+    recipe = recipe_of({**RL, "again": {**RL["grpo"]}})
+    stats = stats_of(recipe)
+    stats["again"]["history"] = []
+    results = measured(recipe, stats, ["grpo", "again"])
+    assert [of["stages"] for of in results["comparable"]["convergence"]] == [["grpo"]]
+    assert results["stages"]["again"]["efficiency"]["tokens_per_second"] is None
+
+
+def test_a_run_is_held_against_its_own_start() -> None:
+    """A run that begins high and stays there has not risen, whatever the others began with."""
+    recipe = recipe_of(RL)
+    stats = stats_of(recipe)
+    for row in stats["ppo"]["history"]:
+        row["reward"] = 2.0
+    found = measured(recipe, stats)["stages"]["ppo"]["convergence"]
+    assert (found["start"], found["rate"], found["area"]) == (2.0, 0.0, 0.0)
+
+
+def test_areas_are_over_the_time_that_all_of_them_trained() -> None:
+    recipe = recipe_of(RL)
+    stats = stats_of(recipe)
+    for row in stats["ppo"]["history"]:
+        row["seconds"] *= 2
+    stages = measured(recipe, stats)["stages"]
+    assert stages["ppo"]["convergence"]["area_seconds"] == stages["grpo"]["convergence"]["area_seconds"] == 60 * 1.9
+
+
+def test_tokens_after_the_last_log_and_around_a_validation_are_counted() -> None:
+    recipe = recipe_of(RL)
+    stats = stats_of(recipe, 26)["grpo"]
+    stats["history"] = [row for row in stats["history"] if row["step"] % 10 == 0]
+    stats["history"].insert(1, {"step": 15, "seconds": 28.5, "log": {}, "validation_loss": 0.5})
+    assert generated_tokens(recipe, "grpo", stats)["total"] == 26 * 64 * 60
 
 
 def test_grpo_counts_a_batch_once_however_often_it_learns_from_it() -> None:
     stages = {**RL, "grpo": {**RL["grpo"], "args": {**RL["grpo"]["args"], "num_iterations": 2}}}
     once, twice = recipe_of(RL), recipe_of(stages)
     stats = stats_of(once)["grpo"]
-    assert generated_tokens(once, "grpo", stats)[-1] == 60 * 64 * 60
-    assert generated_tokens(twice, "grpo", stats)[-1] == 60 * 64 * 60 / 2
+    assert generated_tokens(once, "grpo", stats)["total"] == 60 * 64 * 60
+    assert generated_tokens(twice, "grpo", stats)["total"] == 60 * 64 * 60 / 2
 
 
 def test_compute_holds_every_stage_that_is_needed_once() -> None:
@@ -241,20 +290,23 @@ def five(kl: float, gain: float, start: int) -> dict[int, Any]:
     return {seed: answers(kl, gain + 0.02 * (seed % 5 - 2), seed) for seed in range(start, start + 5)}
 
 
-def judge(methods: dict[str, dict[int, Any]], judged: dict[str, Any] | None = None) -> tuple[list[Any], Any]:
+NOBODY = Judged({}, {}, None, "there is no judge, or it has not judged")
+SURE: dict[str, str | None] = {"gold": None, "reward": None, "win_rate": None}
+
+
+def judge(methods: dict[str, dict[int, Any]]) -> tuple[list[Any], Any]:
     groups = {name: [f"{name}-{seed}" for seed in runs] for name, runs in methods.items()}
     records = {f"{name}-{seed}": rows for name, runs in methods.items() for seed, rows in runs.items()}
-    names = list(groups)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    found = compare_groups(pairs, groups, records, judged or {}, 0)
-    return found, conclude(names, found)
+    pairs = compare_groups(list(combinations(groups, 2)), groups, records, NOBODY, 0)
+    return pairs, conclude(list(groups), pairs, SURE)
 
 
 def test_the_better_method_is_named_and_by_how_much() -> None:
     pairs, verdict = judge({"dpo": five(4, 0.2, 0), "ppo": five(4, 0.6, 10), "grpo": five(4, 0.2, 20)})
     assert verdict["winner"] == "ppo"
     assert verdict["sentence"] == "ppo is better than dpo and grpo by the gold model at the same KL."
-    assert verdict["warnings"] == []
+    assert len(verdict["warnings"]) == 1
+    assert verdict["warnings"][0].startswith("5 seeds say little")
     outcomes = {(pair["a"], pair["b"]): pair["measures"]["gold"]["equal_kl"]["outcome"] for pair in pairs}
     assert outcomes == {("dpo", "ppo"): "worse", ("dpo", "grpo"): "same", ("ppo", "grpo"): "better"}
     assert pairs[0]["sentence"].startswith("ppo is better than dpo by the gold model at the same KL of ")
@@ -284,12 +336,38 @@ def test_identical_runs_are_indistinguishable() -> None:
 
 
 def test_more_kl_on_the_same_curve_is_no_better_method() -> None:
-    """Gain grows with sqrt(KL): the run that went further looks better as trained, and is the same at equal KL."""
+    """Gain grows with sqrt(KL): the run that went further has more as trained, and is the same at equal KL."""
     pairs, verdict = judge({"near": five(1, 0.4, 0), "far": five(4, 0.8, 10)})
     result = pairs[0]["measures"]["gold"]
-    assert result["as_trained"]["outcome"] == "worse"
+    assert result["as_trained"]["p"] < 0.05
     assert result["equal_kl"]["outcome"] == "same"
     assert verdict["winner"] is None
+
+
+def test_a_line_alone_makes_no_winner() -> None:
+    """On a curve that saturates, a line from a far point lies below it: the nearer run is not better for that."""
+    pairs, verdict = judge({"near": five(1, 1.0, 0), "far": five(4, 1.2, 10)})
+    result = pairs[0]["measures"]["gold"]
+    assert result["equal_kl"]["difference"]["low"] > 0
+    assert result["equal_kl"]["lines"] == ["far"]
+    assert (result["equal_kl"]["p"], result["equal_kl"]["outcome"]) == (1.0, "same")
+    assert "far read off a line, far from what was measured" in pairs[0]["sentence"]
+    assert verdict["winner"] is None
+
+
+def test_measured_checkpoints_near_the_kl_decide() -> None:
+    runs = {seed: [*answers(1, 0.4, seed), *answers(4, 1.2, seed + 50)] for seed in range(20, 25)}
+    pairs, verdict = judge({"near": five(1, 1.0, 0), "far": runs})
+    assert pairs[0]["measures"]["gold"]["equal_kl"]["lines"] == []
+    assert verdict["winner"] == "near"
+
+
+def test_large_differences_survive_the_correction_for_dozens_of_pairs() -> None:
+    methods = {f"dpo-{index}": five(4, 10.0 * index, 10 * index) for index in range(12)}
+    pairs, verdict = judge(methods)
+    assert len(pairs) == 66
+    assert verdict["winner"] == "dpo-11"
+    assert verdict["sentence"] == "dpo-11 is better than 11 others by the gold model at the same KL."
 
 
 def test_an_order_that_is_not_complete_has_no_winner_and_says_what_is_known() -> None:
@@ -318,31 +396,59 @@ def test_a_policy_that_never_moved_is_not_compared() -> None:
     assert "not moved" in pairs[0]["sentence"]
 
 
-def test_without_scores_the_judge_decides_on_the_prompts_that_all_were_judged_on() -> None:
+def judged_runs(dpo: dict[str, float], ppo: dict[str, float], **about: Any) -> tuple[list[Any], Any]:
     runs = {name: [[{"id": str(i), "kl": 4.0} for i in range(200)]] for name in ("dpo-0", "ppo-0")}
-    draw = random.Random(0)
-    judged = {
-        "dpo-0": {str(i): draw.choice([0.0, 0.5, 1.0]) for i in range(150)},
-        "ppo-0": {str(i): draw.choice([0.5, 1.0, 1.0]) for i in range(50, 200)},
-    }
+    judged = Judged({"dpo-0": dpo, "ppo-0": ppo}, {}, "gpt", **about)
     pairs = compare_groups([("dpo", "ppo")], {"dpo": ["dpo-0"], "ppo": ["ppo-0"]}, runs, judged, 0)
-    verdict = conclude(["dpo", "ppo"], pairs)
+    return pairs, conclude(["dpo", "ppo"], pairs, {**SURE, "win_rate": judged.doubt})
+
+
+def test_without_scores_the_judge_decides_on_the_prompts_that_all_were_judged_on() -> None:
+    draw = random.Random(0)
+    dpo = {str(i): draw.choice([0.0, 0.5, 1.0]) for i in range(150)}
+    ppo = {str(i): draw.choice([0.5, 1.0, 1.0]) for i in range(50, 200)}
+    pairs, verdict = judged_runs(dpo, ppo, doubt="it may know nothing")
     assert (verdict["measure"], verdict["winner"]) == ("win_rate", "ppo")
+    assert verdict["warnings"][0] == "it may know nothing"
     result = pairs[0]["measures"]["win_rate"]["as_trained"]
     both = [str(i) for i in range(50, 150)]
-    true = np.mean([judged["dpo-0"][i] for i in both]) - np.mean([judged["ppo-0"][i] for i in both])
+    true = np.mean([dpo[i] for i in both]) - np.mean([ppo[i] for i in both])
     assert result["difference"]["mean"] == pytest.approx(true)
     assert result["difference"]["n"] == 100
-    assert "percentage points" in pairs[0]["sentence"]
+    assert result["improvement"] == 0.0
+    assert pairs[0]["sentence"].endswith("on 100 prompts.")
+
+
+def test_a_handful_of_verdicts_makes_no_winner() -> None:
+    pairs, verdict = judged_runs({str(i): 1.0 for i in range(3)}, {str(i): 0.0 for i in range(3)})
+    assert pairs[0]["measures"]["win_rate"]["why_not"].startswith("only 3 prompts")
+    assert verdict is None
+
+
+def test_a_judge_that_is_the_gold_model_is_no_second_opinion() -> None:
+    dpo = {str(i): 1.0 for i in range(200)}
+    pairs, _ = judged_runs(dpo, dpo, why_not="the judge is the gold model, whose scores stand beside this")
+    assert pairs[0]["measures"]["win_rate"]["why_not"].startswith("the judge is the gold model")
 
 
 def test_a_pair_without_any_score_says_so() -> None:
-    runs = {name: [[{"id": str(i), "kl": 4.0} for i in range(9)]] for name in ("dpo-0", "ppo-0")}
-    pairs = compare_groups([("dpo", "ppo")], {"dpo": ["dpo-0"], "ppo": ["ppo-0"]}, runs, {}, 0)
+    runs = {name: [[{"id": str(i), "kl": 4.0} for i in range(40)]] for name in ("dpo-0", "ppo-0")}
+    pairs = compare_groups([("dpo", "ppo")], {"dpo": ["dpo-0"], "ppo": ["ppo-0"]}, runs, NOBODY, 0)
     assert say(pairs[0], 1).startswith(
         "Nothing can be said about dpo and ppo: there is no reward model; there is no judge"
     )
-    assert conclude(["dpo", "ppo"], pairs) is None
+    assert conclude(["dpo", "ppo"], pairs, SURE) is None
+
+
+def test_policies_that_could_not_be_compared_are_named_beside_the_others() -> None:
+    _, verdict = judge({"dpo": five(0, 0.0, 0), "ppo": five(4, 0.6, 10), "grpo": five(4, 0.6, 20)})
+    assert (
+        verdict["sentence"]
+        == "There is no significant difference between ppo and grpo by the gold model at the same KL."
+    )
+    assert verdict["warnings"][-1] == "not compared: dpo and ppo; dpo and grpo"
+    _, nothing = judge({"dpo": five(0, 0.0, 0), "ppo": five(4, 0.6, 10)})
+    assert nothing["sentence"] == "No two methods could be compared at the same KL."
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -424,10 +530,39 @@ def test_a_judge_of_other_answers_is_not_used(finished: Any) -> None:
 
 def test_stages_that_are_asked_for_are_compared(finished: Any) -> None:
     recipe, run = finished
-    asked = recipe.model_copy(update={"comparison": recipe.comparison.model_copy(update={"stages": ["rm", "gold"]})})
+    comparison = recipe.comparison
+    asked = recipe.model_copy(update={"comparison": comparison.model_copy(update={"stages": ["rm", "gold"]})})
     results = build(asked, run)
     assert set(results["stages"]) == {"rm", "gold"}
     assert (results["pairs"], results["verdict"]) == ([], None)
+    mixed = recipe.model_copy(update={"comparison": comparison.model_copy(update={"stages": ["sft", "dpo", "ppo"]})})
+    compare(mixed, run)
+    assert read_json(run.comparison)["verdict"]["warnings"][-1] == "not among the compared: grpo"
+    assert draw_comparison(read_json(run.comparison))
+
+
+def test_without_a_gold_model_the_verdict_says_who_was_trained_for_its_score(tmp_path: Path) -> None:
+    stages = {name: RL[name] for name in ("sft", "rm", "dpo", "ppo", "grpo")}
+    recipe, run = write_run(tmp_path / "a-run", stages=stages)
+    warnings = build(recipe, run)["verdict"]["warnings"]
+    assert warnings[0].startswith("ppo and grpo were trained to raise this very reward")
+
+
+@pytest.mark.parametrize(("kind", "word"), [("chance", "has not shown"), ("offline", "a rule for tests")])
+def test_a_judge_that_means_little_is_called_so(tmp_path: Path, kind: str, word: str) -> None:
+    recipe, run = write_run(tmp_path / "a-run", stages=RL, evaluation={"gold": "gold"}, judge=kind)
+    judged = read_judge(recipe, run)
+    assert judged.doubt is not None
+    assert word in judged.doubt
+
+
+def test_a_diverged_dpo_is_seen_by_its_evaluated_kl(finished: Any) -> None:
+    recipe, run = finished
+    metrics = read_json(run.metrics)
+    metrics["policies"]["dpo"]["kl"]["mean"] = 300.0
+    write_json(run.metrics, metrics)
+    found = build(recipe, run)["stages"]["dpo"]["findings"]
+    assert ("diverging", "kl") in [(of["finding"], of["quantity"]) for of in found]
 
 
 def test_reward_models_alone_can_be_compared(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "rlhf_trl"
 LEVEL_0 = {"document", "options", "recipe", "sections", "rules", "checks", "rundir", "stats", "launch"}
 LEVEL_0 |= {"adversarial", "calibration", "checkpoints", "frontier", "health", "pairstats", "texts", "words"}
-LEVEL_0 |= {"jobs", "live", "policy_comparison", "progress", "states"}
+LEVEL_0 |= {"jobs", "live", "policy_comparison", "progress", "states", "trust"}
 LEVEL_0 |= {"agreement", "dynamics", "elo", "length_control", "logistic", "memory", "seeds", "verdicts", "winrates"}
 # Modules that any step may use.
 SHARED = LEVEL_0 | {"__init__", "models", "policies", "rewards", "sampling", "figures", "policy_figures", "data.demo"}

@@ -22,10 +22,11 @@ from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.report import choose_samples, list_contents, render, report
 from rlhf_trl.report_beside import compare_runs, lay_beside
 from rlhf_trl.report_figures import plot_frontier
-from rlhf_trl.report_findings import judge_gain, judge_reward_model, order_alarms
-from rlhf_trl.report_judge import judge_share, read_habits, shows_length, weigh_trust
+from rlhf_trl.report_findings import judge_gain, order_alarms
+from rlhf_trl.report_judge import judge_share, read_habits, shows_length
 from rlhf_trl.report_values import MAX_CHARACTERS, format_dollars, format_estimate, printable
 from rlhf_trl.rundir import RunDir, read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.trust import judge_reward_model, weigh_trust
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "use"}
 HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} [/b] \x1b[31m \u202egpj.exe\u202c \x00 &lt; \"' onload=x </div>"
