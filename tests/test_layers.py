@@ -12,12 +12,13 @@ PACKAGE = ROOT / "rlhf_trl"
 LEVEL_0 = {"document", "options", "recipe", "sections", "rules", "checks", "rundir", "stats", "launch"}
 LEVEL_0 |= {"adversarial", "calibration", "checkpoints", "frontier", "health", "pairstats", "texts", "words"}
 LEVEL_0 |= {"agreement", "elo", "length_control", "logistic", "memory", "verdicts", "winrates"}
+LEVEL_0 |= {"weights", "adapter_check", "adapter_shapes", "report_values"}
 # Modules that any step may use.
 SHARED = LEVEL_0 | {"__init__", "models", "policies", "rewards", "sampling", "figures", "policy_figures", "data.demo"}
 # A step that is more than one module: module -> the step it belongs to. Any other module is a step by itself.
 BELONGS = {"ppo": "train", "ppo_loop": "train", "ppo_models": "train", "callbacks": "train"}
 BELONGS |= dict.fromkeys(("evaluation_figures", "measurements", "trade_off"), "evaluate")
-PREFIXES = {"report_": "report", "error_": "errors", "judge_": "judge"}
+PREFIXES = {"report_": "report", "error_": "errors", "judge_": "judge", "adapter_": "adapter"}
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib"}
 
 MODULES = {
