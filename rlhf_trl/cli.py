@@ -20,6 +20,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from rlhf_trl import __version__
+from rlhf_trl.adapters_cli import adapter_app, chat, score
 from rlhf_trl.recipe import STEPS, NotRun, Recipe, UserError, load_recipe
 from rlhf_trl.rundir import RunDir
 
@@ -30,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="From preference pairs to shared LoRA adapters with the evidence attached.",
 )
+
+app.add_typer(adapter_app, name="adapter")
 
 RecipeArg = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (demo).")
@@ -266,6 +269,10 @@ def run(
         else:
             _train_in_child(recipe, overrides, runs, step, accelerate, processes)
     print(f"\nreport: {directory.report}")
+
+
+app.command()(chat)
+app.command()(score)
 
 
 def _planned_processes(accelerate: str | None, processes: int | None) -> int:
