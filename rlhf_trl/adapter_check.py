@@ -73,14 +73,14 @@ def check_adapter(folder: Path, base: Path | None = None) -> list[Problem]:
             except UserError as error:
                 problems += error.problems
     if CONFIG in documents:
-        problems += _check_config(folder, documents[CONFIG])
-    problems += _check_settings(documents)
+        problems += _check_config(documents[CONFIG])
+    if problems:
+        return problems
+    problems += _check_settings(folder, documents)
     try:
         tensors = read_header(folder / ADAPTER)
     except UserError as error:
         return problems + list(error.problems)
-    if problems:
-        return problems
     config, lineage = documents[CONFIG], documents.get(LINEAGE)
     problems += check_tensors(config, tensors)
     base = base or (folder / BASE if (folder / BASE).is_dir() else None)
@@ -128,27 +128,28 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _check_config(folder: Path, config: dict[str, Any]) -> Iterator[Problem]:
+def _check_config(config: dict[str, Any]) -> Iterator[Problem]:
+    """Find what makes a configuration none of a LoRA adapter for text."""
     if config.get("peft_type") != "LORA":
         yield Problem(CONFIG, f"peft_type is {config.get('peft_type')!r}, not 'LORA'", "use a LoRA adapter")
     if config.get("task_type") not in ("CAUSAL_LM", "SEQ_CLS"):
-        problem = (
-            f"task_type is {config.get('task_type')!r}: neither a policy (CAUSAL_LM) nor a reward model (SEQ_CLS)"
-        )
+        problem = f"task_type is {config.get('task_type')!r}: the adapter is of neither a policy nor a reward model"
         yield Problem(CONFIG, problem, "ask its author what it is for")
     targets = config.get("target_modules")
     if not isinstance(targets, str) and not (
         isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     ):
         yield Problem(CONFIG, "target_modules is neither a pattern nor a list of names", "fetch the adapter again")
+
+
+def _check_settings(folder: Path, documents: dict[str, dict[str, Any]]) -> Iterator[Problem]:
+    """Find what an adapter would have a loader import or open outside its folder."""
+    config = documents[CONFIG]
     name = config.get("base_model_name_or_path")
     shipped = name == f"./{BASE}" and (folder / BASE).is_dir()
     if not shipped and (not isinstance(name, str) or is_path(name) or not _is_repository(name)):
         problem = f"base_model_name_or_path is {name!r}: a place on somebody's machine, not a public model"
         yield Problem(CONFIG, problem, "write the OWNER/NAME of the base there, and check with --base")
-
-
-def _check_settings(documents: dict[str, dict[str, Any]]) -> Iterator[Problem]:
     for file, document in documents.items():
         for key in IMPORTS:
             if document.get(key):

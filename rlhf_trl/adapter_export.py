@@ -108,7 +108,12 @@ def _require_no_date(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a chat template that renders a text differently on another day: scores would change with it."""
     text = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
     days = {
-        tokenizer.apply_chat_template(text, tokenize=False, strftime_now=lambda _, day=day: day) for day in ("1", "2")
+        tokenizer.apply_chat_template(
+            text,
+            tokenize=False,
+            chat_template=f"{{%- macro strftime_now(format) -%}}{day}{{%- endmacro -%}}{tokenizer.chat_template}",
+        )
+        for day in ("Monday", "Tuesday")
     }
     if len(days) > 1:
         remedy = "give the tokenizer a template that does not call strftime_now, and prepare again"
