@@ -191,7 +191,9 @@ def _check_base(
     except UserError as error:
         yield from error.problems
         return
-    shapes = list(check_base(config, tensors, weights))
+    settings = _read_object(base / "config.json") if (base / "config.json").exists() else {}
+    # The shapes of quantised weights are those of their packing.
+    shapes = [] if settings.get("quantization_config") else list(check_base(config, tensors, weights))
     yield from shapes
     if not shapes and lineage is not None and hash_weights(weights) != lineage["base"]["weights"]:
         problem = "the weights of this base are not those that the adapter was exported for, though their shapes fit"

@@ -53,10 +53,10 @@ def push(folder: Path, upload: Upload) -> str:
         The address of the commit.
 
     Raises:
-        UserError: the Hub refuses, or the repository is there and public though it is to be private.
+        UserError: the upload fails, or the repository is there and public though it is to be private.
     """
+    from httpx2 import TransportError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
@@ -70,9 +70,9 @@ def push(folder: Path, upload: Upload) -> str:
             allow_patterns=list(upload.files),
             commit_message=f"Export of {read_json(folder / LINEAGE)['stage']}",
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(upload.repository, f"the Hub refuses: {reason}", "log in with `hf auth login`") from error
+    except (OSError, TransportError) as error:  # the Hub's own errors, no token, no network
+        problem = f"the upload failed: {str(error).splitlines()[0]}"
+        raise UserError(upload.repository, problem, "check the network, and log in with `hf auth login`") from error
     return str(commit.commit_url)
 
 

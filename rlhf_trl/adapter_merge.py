@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_trl.adapter_check import CONFIG, LINEAGE
 from rlhf_trl.adapter_verify import PROBE, TOLERANCE
-from rlhf_trl.loading import find_sound_base, load_policy, load_reward_model
+from rlhf_trl.loading import load_policy, load_reward_model, locate_base
 from rlhf_trl.models import encode, staged
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rundir import read_json, write_json
@@ -39,8 +39,8 @@ def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "this is there already", "name a folder that does not exist")
-    task = read_json(folder / CONFIG)["task_type"] if (folder / CONFIG).exists() else "CAUSAL_LM"
-    path = find_sound_base(folder, base, task)
+    path = locate_base(folder, base)
+    task = read_json(folder / CONFIG)["task_type"]
     if "quantization_config" in read_json(path / "config.json"):
         problem = "the base is quantised: merged weights would be rounded to its few values"
         raise UserError(str(path), problem, "merge into the base in full precision: --base")

@@ -62,7 +62,7 @@ def load_policy(folder: str | Path, base: str | Path | None = None, dtype: str =
         UserError: it is a reward adapter, or the base cannot be reached.
     """
     folder = Path(folder)
-    path = find_sound_base(folder, base, "CAUSAL_LM")
+    path = _sound_base(folder, base, "CAUSAL_LM")
     tokenizer = _tokenizer(folder, path)
     model = load_causal(str(path), ModelConfig(dtype=dtype), tokenizer)
     lineage = read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else None
@@ -80,24 +80,37 @@ def load_reward_model(folder: str | Path, base: str | Path | None = None) -> Rew
         UserError: it is a policy adapter, or the base cannot be reached.
     """
     folder = Path(folder)
-    path = find_sound_base(folder, base, "SEQ_CLS")
+    path = _sound_base(folder, base, "SEQ_CLS")
     tokenizer = _tokenizer(folder, path)
     model: Any = load_classifier(str(path), ModelConfig(dtype="float32"), tokenizer)
     model = PeftModel.from_pretrained(model, folder).requires_grad_(False)
     return RewardModel(model.to(PartialState().device).eval(), tokenizer)
 
 
-def find_sound_base(folder: Path, base: str | Path | None, task: str) -> Path:
-    """Check an adapter and its base, and return where the base lies."""
+def locate_base(folder: Path, base: str | Path | None) -> Path:
+    """Find the folder of an adapter's base: the given one, the one that it ships, or that of the id that it names.
+
+    Raises:
+        AdapterError: something is wrong with the adapter.
+        UserError: the base cannot be reached.
+    """
     require_sound(folder)
-    config = read_json(folder / CONFIG)
-    if config["task_type"] != task:
-        kinds = {"CAUSAL_LM": "a policy", "SEQ_CLS": "a reward model"}
-        problem = f"the adapter is of {kinds[config['task_type']]}, not of {kinds[task]}"
-        raise UserError(str(folder), problem, "use the other command, or load function")
-    if base is None and (folder / SHIPPED).is_dir():
+    if base is not None:
+        return Path(base)
+    if (folder / SHIPPED).is_dir():
         return folder / SHIPPED
-    path = Path(base) if base is not None else fetch(config["base_model_name_or_path"], config.get("revision"))
+    config = read_json(folder / CONFIG)
+    return fetch(config["base_model_name_or_path"], config.get("revision"))
+
+
+def _sound_base(folder: Path, base: str | Path | None, task: str) -> Path:
+    """Locate the base of a policy (CAUSAL_LM) or a reward adapter (SEQ_CLS), and check the two together."""
+    path = locate_base(folder, base)
+    found = read_json(folder / CONFIG)["task_type"]
+    if found != task:
+        kinds = {"CAUSAL_LM": "a policy", "SEQ_CLS": "a reward model"}
+        problem = f"the adapter is of {kinds[found]}, not of {kinds[task]}"
+        raise UserError(str(folder), problem, "use the other command, or load function")
     require_sound(folder, path)
     return path
 

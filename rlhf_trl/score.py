@@ -9,15 +9,25 @@ Reads JSON lines: pairs of any shape that `prepare` takes (`chosen` and `rejecte
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.data.hh import Pair, Reason, RowError, normalise
+from rlhf_trl.data.hh import Reason, RowError, normalise
 from rlhf_trl.models import encode
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rewards import RewardModel
 from rlhf_trl.stats import wilson
+
+
+@dataclass(frozen=True)
+class _Row:
+    line: int
+    prompt: list[dict[str, str]]
+    answers: list[str]
+    """Two of a pair, one of a completion, none where `why_not` says what is wrong."""
+    why_not: str | None = None
 
 
 def score_file(model: RewardModel, path: Path, batch_size: int = 16) -> list[dict[str, Any]]:
@@ -30,22 +40,12 @@ def score_file(model: RewardModel, path: Path, batch_size: int = 16) -> list[dic
     Raises:
         UserError: the file cannot be read, or a line is not JSON.
     """
-    rows = [_read(number, text, path) for number, text in enumerate(_lines(path), start=1) if text.strip()]
-    texts = [(row["pair"].prompt, answer) for row in rows if row["pair"] for answer in row["answers"]]
     limit = model.model.config.max_position_embeddings
-    lengths = [sum(map(len, encode(model.tokenizer, prompt, answer))) for prompt, answer in texts]
-    fit = [place for place, length in enumerate(lengths) if length <= limit]
-    found = model.score([texts[place][0] for place in fit], [texts[place][1] for place in fit], [True] * len(fit),
-                        batch_size).tolist()  # fmt: skip
-    scores: dict[int, float] = dict(zip(fit, found, strict=True))
-    place, results = 0, []
-    for row in rows:
-        places = range(place, place := place + (len(row["answers"]) if row["pair"] else 0))
-        too_long = [lengths[one] for one in places if one not in scores]
-        if too_long:
-            row["why_not"] = f"too_long: {max(too_long)} tokens, and the model reads {limit}"
-        results.append(_result(row, [scores[one] for one in places if one in scores]))
-    return results
+    rows = [_fit(row, model, limit) for row in _read(path)]
+    texts = [(row.prompt, answer) for row in rows for answer in row.answers]
+    prompts, answers = [text[0] for text in texts], [text[1] for text in texts]
+    scores = iter(model.score(prompts, answers, [True] * len(texts), batch_size).tolist())
+    return [_result(row, [next(scores) for _ in row.answers]) for row in rows]
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> str:
@@ -60,40 +60,48 @@ def summarise(rows: Sequence[dict[str, Any]]) -> str:
     return text
 
 
-def _lines(path: Path) -> list[str]:
+def _read(path: Path) -> Iterator[_Row]:
     try:
-        return path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             str(path), f"the file cannot be read: {error}", "give a file of JSON lines in UTF-8"
         ) from error
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}", "the line is not JSON", "write one JSON object a line") from error
+        yield _read_row(number, raw)
 
 
-def _read(number: int, text: str, path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}", "the line is not JSON", "write one JSON object a line") from error
+def _read_row(number: int, raw: Any) -> _Row:
     single = isinstance(raw, dict) and "completion" in raw
-    if single:  # a pair of one answer with itself
+    if single:  # read as a pair of that answer with itself, which is then the one thing that is wrong with it
         raw = {**raw, "chosen": raw["completion"], "rejected": raw["completion"]}
-    row: dict[str, Any] = {"line": number, "pair": None, "single": single, "why_not": None, "answers": []}
     try:
-        row["pair"] = normalise(raw)
+        pair = normalise(raw)
     except RowError as error:
-        row["why_not"] = error.reasons[0].value
-        if error.reasons == [Reason.IDENTICAL]:
-            row |= {"pair": error.pair, "why_not": None}
-    pair: Pair | None = row["pair"]
-    if pair:
-        row["answers"] = [pair.chosen] if single else [pair.chosen, pair.rejected]
-    return row
+        if single and error.reasons == [Reason.IDENTICAL] and error.pair:
+            return _Row(number, error.pair.prompt, [error.pair.chosen])
+        return _Row(number, [], [], error.reasons[0].value)
+    return _Row(number, pair.prompt, [pair.chosen, pair.rejected])
 
 
-def _result(row: dict[str, Any], scores: list[float]) -> dict[str, Any]:
-    if row["why_not"]:
-        return {"line": row["line"], "why_not": row["why_not"]}
-    if row["single"]:
-        return {"line": row["line"], "score": scores[0]}
+def _fit(row: _Row, model: RewardModel, limit: int) -> _Row:
+    """Leave out a row with more tokens than the model has positions for."""
+    longest = max((sum(map(len, encode(model.tokenizer, row.prompt, answer))) for answer in row.answers), default=0)
+    if longest <= limit:
+        return row
+    return _Row(row.line, [], [], f"too_long: {longest} tokens, and the model reads {limit}")
+
+
+def _result(row: _Row, scores: list[float]) -> dict[str, Any]:
+    if row.why_not:
+        return {"line": row.line, "why_not": row.why_not}
+    if len(scores) == 1:
+        return {"line": row.line, "score": scores[0]}
     chosen, rejected = scores
-    return {"line": row["line"], "chosen": chosen, "rejected": rejected, "margin": chosen - rejected}
+    return {"line": row.line, "chosen": chosen, "rejected": rejected, "margin": chosen - rejected}

@@ -71,7 +71,7 @@ def test_every_number_resolves_to_the_json(run, kind):
     addresses = SHOWN.findall(card)
     assert len(addresses) > (20 if kind == "policy" else 12)
     for file, address in addresses:
-        before, comment, after = rest.partition(f"<!-- {file}#{address} -->")
+        before, _, after = rest.partition(f"<!-- {file}#{address} -->")
         printed = [text for text in spellings(resolve(documents, file, address)) if before.endswith(text)]
         assert printed, (address, before[-60:])
         rest = before[: -len(max(printed, key=len))] + after
