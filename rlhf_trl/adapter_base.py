@@ -18,7 +18,7 @@ from rlhf_trl.weights import hash_weights, read_weights
 SHIPPED = "base"
 # A base of up to this many bytes is shipped without being asked for.
 SMALL = 200_000_000
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -118,7 +118,7 @@ def ship(base: Base, folder: Path) -> None:
 
 
 def _require_small(folder: Path) -> None:
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     if size > SMALL:
         problem = f"the base has no public id that is known, and its {size / 1e6:,.0f} MB would have to be shipped"
         remedy = "name it with --base-id ID (and --revision), or ship it with --with-base"

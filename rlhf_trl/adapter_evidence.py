@@ -6,7 +6,6 @@ address of where it was read. A measurement that is older than the stage it is o
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 from rlhf_trl.recipe import Recipe
@@ -84,7 +83,9 @@ def _add_evaluation(document: _Document, run: RunDir, stage: str) -> None:
     own = [alarm for alarm in alarms if alarm["policy"] == stage and alarm["step"] is None]
     document.add("alarms", own, run.over_optimisation, "alarms")
     document.add("alarms_checked", len(own), run.over_optimisation, "alarms")
-    document.add("front", read_json(run.final_results)["policies"][stage]["on_front"], run.final_results)
+    front = read_json(run.final_results)["policies"][stage]["on_front"]
+    document.add("front", {key: front.get(key, False) for key in ("reward", "gold")}, run.final_results,
+                 "policies", stage, "on_front")  # fmt: skip
     rows = read_jsonl(run.completions(stage))[:SAMPLES]
     starts = {row["id"]: row["answer"] for row in read_jsonl(run.completions(REFERENCE))}
     samples = [{**{key: row[key] for key in ("id", "subset", "prompt", "answer")},
@@ -115,6 +116,5 @@ def _stale(run: RunDir, step: str, stage: str) -> str | None:
     """Why a step's results are not of the stage as it is now; None if they are."""
     if not run.done(step).exists():
         return f"the step {step!r} was not run"
-    measured, trained = (datetime.strptime(read_json(run.done(name))["finished"], "%Y-%m-%dT%H:%M:%S%z")
-                         for name in (step, stage))  # fmt: skip
-    return f"the stage was trained again after the step {step!r}" if measured < trained else None
+    stale = run.finished(step) < run.finished(stage)
+    return f"the stage was trained again after the step {step!r}" if stale else None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from itertools import chain as flatten
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "this is there already", "name a folder that does not exist")
     stages = lora_chain(recipe, stage)
-    for name in stages:
-        if not run.done(name).exists():
-            raise UserError(str(run.step(name)), f"the stage {name!r} is not finished", f"train {name!r} first")
+    _require_trained(run, [name for name in (recipe.stages[stages[0]].init, *stages) if name])
     base = find_base(recipe, run, stages[0], base_id, revision, with_base)
     kind = "reward" if recipe.stages[stage].trainer == "reward" else "policy"
     tokenizer = recorded_tokenizer(recipe, run, stage)
@@ -102,6 +101,17 @@ def open_recipe(run: RunDir, stage: str) -> Recipe:
     if stage not in recipe.stages:
         raise UserError(str(run.root), f"there is no stage {stage!r}", f"the stages are: {', '.join(recipe.stages)}")
     return recipe
+
+
+def _require_trained(run: RunDir, stages: Sequence[str]) -> None:
+    """Refuse a chain of stages if one is not finished, or was trained again under the one that starts from it."""
+    for name in stages:
+        if not run.done(name).exists():
+            raise UserError(str(run.step(name)), f"the stage {name!r} is not finished", f"train {name!r} first")
+    for parent, name in pairwise(stages):
+        if run.finished(name) < run.finished(parent):
+            problem = f"its parent {parent!r} was trained again afterwards"
+            raise UserError(str(run.step(name)), problem, f"train {name!r} again")
 
 
 def _require_no_date(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -29,7 +29,9 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
     """
     stage = stages[-1]
     block = recipe.model_block(stage)
-    summary = read_json(run.summary)
+    summary, document = read_json(run.summary), recipe.model_dump()
+    if document["judge"]:
+        document["judge"]["base_url"] = None  # the address of a server of the house
     return {
         "format": FORMAT,
         "run": recipe.name,
@@ -49,7 +51,7 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
         "rank": read_json(folder / CONFIG)["r"],
         "parents": [_parent(recipe, run, name, relation) for name, relation in _parents(recipe, stage)],
         "weights": {name: hash_file(run.adapter(name) / ADAPTER) for name in stages},
-        "recipe": without_paths(recipe.model_dump()),
+        "recipe": without_paths(document),
         "fingerprint": run.fingerprint_of(stage),
         "data": {
             "source": without_paths(recipe.data.source),

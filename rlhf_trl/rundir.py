@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ STEP_DIRS = dict(zip(STEPS, ("exploration", "data", "evaluation", "judge", "erro
 PACKAGE = str(Path(__file__).parent)
 # What the policies of a run start from is called, beside their own names.
 REFERENCE = "reference"
+MOMENT = "%Y-%m-%dT%H:%M:%S%z"
 PACKAGES = ["torch", "trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy"]
 
 
@@ -140,6 +142,10 @@ class RunDir:
         done = read_json(self.done(step)) if self.done(step).exists() else {}
         return done.get("fingerprint") if done.get("step") == step else None
 
+    def finished(self, step: str) -> datetime:
+        """When a step that is done was finished."""
+        return datetime.strptime(read_json(self.done(step))["finished"], MOMENT)
+
     def mark_done(self, recipe: Recipe, step: str, seconds: float) -> None:
         """Write the step's `done.json`; the step's last act."""
         marker = {
@@ -212,7 +218,7 @@ class RunDir:
 
 def now() -> str:
     """Local time with its UTC offset, ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return time.strftime(MOMENT)
 
 
 def environment() -> dict[str, Any]:

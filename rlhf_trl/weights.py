@@ -65,7 +65,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there are none in safetensors, or a header is damaged.
     """
-    files = sorted(path for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors")
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(str(folder), "there are no weights in safetensors here", "use a base that has them")
     found = {name: tensor for file in files for name, tensor in read_header(file).items()}

@@ -43,7 +43,7 @@ def run(tmp_path):
     """A finished run with policies, a gold model and a judge: its recipe and directory."""
     recipe, run = write_run(tmp_path / "hh", judge="chance")
     policies = read_json(run.metrics)["policies"]
-    found = {name: {"on_front": {"reward": True}} for name in policies}
+    found = {name: {"on_front": {"reward": True, "gold": False}} for name in policies}
     write_json(run.final_results, {"policies": found})
     return recipe, run
 
@@ -128,6 +128,8 @@ def test_verdicts_on_other_answers_are_not_carried(run):
 def test_the_judge_stands_with_its_calibration(run):
     card, _ = render(*run, run[0].policies[0])
     assert "pairs that people have labelled it agrees with them in" in card
+    assert "no other policy of its run has more reward gain at less KL" in card
+    assert "more gold gain at less KL" not in card
 
 
 def test_alarms_that_were_raised_are_listed(run):

@@ -1,11 +1,13 @@
 """Exports: what others load is what the run trained, and says where it comes from and how good it is."""
 
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from adapter_fixtures import ADAPTER, COMMIT, ID, change_tensors
+from adapter_fixtures import ADAPTER, COMMIT, ID, change_tensors, write_base, write_run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -48,6 +50,28 @@ def test_the_combined_adapter_is_the_merged_parent_with_the_policy_on_it(gpt2_ru
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.adapter("dpo")), IDS
     )
     assert (only_policy - expected).abs().max() > 1e-2  # and so does the parent
+
+
+def test_the_combined_adapter_of_a_llama_is_exact_too(tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    recipe, run = write_run(tmp_path, base, parent=True)
+    merged = AutoModelForCausalLM.from_pretrained(start_path(recipe, run, "dpo"))
+    expected = logits(PeftModel.from_pretrained(merged, run.adapter("dpo")), IDS)
+    tensors, config = combine([run.adapter("sft"), run.adapter("dpo")])
+    config.save_pretrained(tmp_path / "both")
+    save_file(tensors, tmp_path / "both" / ADAPTER)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, tmp_path / "both"), IDS), expected,
+                               atol=1e-5, rtol=0)  # fmt: skip
+
+
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="needs SMOLLM2=path/to/SmolLM2-135M")
+@pytest.mark.parametrize("parent", [False, True])
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
+def test_smollm2_is_exported_exactly(tmp_path, parent, stage):
+    _, run = write_run(tmp_path, Path(os.environ["SMOLLM2"]), parent)
+    found = export(run, stage, tmp_path / "out", ID)["verification"]
+    assert found["relative"] < 1e-5
 
 
 def test_the_ranks_are_concatenated_and_the_scalings_folded_in(gpt2_run):
@@ -188,6 +212,17 @@ def test_the_card_holds_the_lines_that_were_verified(policy_export, reward_expor
 def test_mistakes_are_named(gpt2_run, tmp_path, changes, problem):
     with pytest.raises(UserError, match=problem):
         export(gpt2_run[2], **{"stage": "dpo", "out": tmp_path / "out", "base_id": ID, **changes})
+
+
+def test_a_parent_that_was_trained_again_is_noticed(gpt2_run, tmp_path):
+    run = RunDir(shutil.copytree(gpt2_run[2].root, tmp_path / "run"))
+    marker = read_json(run.done("sft"))
+    write_json(run.done("sft"), {**marker, "finished": "2099-01-01T00:00:00+0000"})
+    with pytest.raises(UserError, match="its parent 'sft' was trained again afterwards"):
+        export(run, "dpo", tmp_path / "out", ID)
+    run.done("sft").unlink()
+    with pytest.raises(UserError, match="the stage 'sft' is not finished"):
+        export(run, "dpo", tmp_path / "out", ID)
 
 
 def test_what_is_there_is_not_written_over(gpt2_run, tmp_path):
