@@ -30,6 +30,8 @@ TEXTS = (("What is a good way to learn a language?", "Read a little every day, a
 def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
     """Merge an adapter into its base in float32, and compare what was saved with the adapter.
 
+    They are compared in float64: in float32, rounding on the way through the layers is larger than what merging does.
+
     Returns:
         `difference`, the largest absolute one of an output, and `largest`, the largest absolute output.
 
@@ -44,20 +46,16 @@ def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
     if "quantization_config" in read_json(path / "config.json"):
         problem = "the base is quantised: merged weights would be rounded to its few values"
         raise UserError(str(path), problem, "merge into the base in full precision: --base")
-    if task == "SEQ_CLS":
-        reward = load_reward_model(folder, path)
-        model, tokenizer = reward.model, reward.tokenizer
-    else:
-        policy = load_policy(folder, path, dtype="float32")
-        model, tokenizer = policy.model, policy.tokenizer
+    model, tokenizer = _load(folder, path, task)
     texts = _texts(folder, tokenizer)
-    before = _outputs(model, texts)
+    before = _outputs(model.double(), texts)
     lineage = read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else None
     out.parent.mkdir(parents=True, exist_ok=True)
+    del model  # one copy in memory at a time
     with staged(out) as target:
-        _save(model, tokenizer, target)
+        _save(_load(folder, path, task)[0], tokenizer, target)
         auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
-        after = _outputs(auto.from_pretrained(target, dtype="float32").to(model.device), texts)
+        after = _outputs(auto.from_pretrained(target, dtype="float64"), texts)
         pairs = list(zip(before, after, strict=True))
         difference = max(float((one - other).abs().max()) for one, other in pairs)
         largest = max(float(one.abs().max()) for one in before)
@@ -67,6 +65,14 @@ def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
         found = {"difference": difference, "largest": largest}
         write_json(target / LINEAGE, {"merged": found, "adapter": lineage})
     return found
+
+
+def _load(folder: Path, base: Path, task: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    if task == "SEQ_CLS":
+        reward = load_reward_model(folder, base)
+        return reward.model, reward.tokenizer
+    policy = load_policy(folder, base, dtype="float32")
+    return policy.model, policy.tokenizer
 
 
 def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
