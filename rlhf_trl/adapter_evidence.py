@@ -6,6 +6,7 @@ address of where it was read. A measurement that is older than the stage it is o
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rlhf_trl.recipe import Recipe
@@ -40,6 +41,17 @@ def gather(recipe: Recipe, run: RunDir, stage: str) -> dict[str, Any]:
         _add_evaluation(document, run, stage)
         _add_judge(document, run, stage)
     return {**document.parts, "missing": document.missing, "sources": document.sources}
+
+
+def without_paths(value: Any) -> Any:
+    """Replace every text that is a path by `local:` and its last part."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and (value.startswith(("/", "~", ".")) or ("/" in value and Path(value).exists())):
+        return f"local:{Path(value).name}"
+    return value
 
 
 class _Document:
@@ -108,7 +120,11 @@ def _add_judge(document: _Document, run: RunDir, stage: str) -> None:
     for place, entry in enumerate(found["win_rates"]):
         if (entry["a"], entry["b"]) == (stage, REFERENCE):
             rate = {key: entry[key] for key in ("win_rate", "n", "length_controlled")}
-            parts = {"judge": found["judge"], "calibration": found["calibration"], "habits": found["habits"]}
+            parts = {
+                "judge": without_paths(found["judge"]),
+                "calibration": found["calibration"],
+                "habits": found["habits"],
+            }
             document.add("judge", {**parts, "rate": rate}, run.winrate, "win_rates", place)
 
 

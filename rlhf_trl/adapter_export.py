@@ -57,7 +57,8 @@ def export(
 
     Raises:
         UserError: there is no such stage, or it has no adapter or is not finished; the adapters cannot be combined
-            exactly; the base is large and has no public id; or the export does not do what the run's adapter does.
+            exactly; the base is large and has no public id; the export does not do what the run's adapter does, or it
+            names a place on this machine.
     """
     recipe = open_recipe(run, stage)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -86,6 +87,7 @@ def export(
         write_card(folder, lineage, evidence)
         write_json(folder / LINEAGE, {**lineage, "files": hash_files(folder)})
         require_sound(folder, base.folder)
+        _require_no_path(folder, (run.root.resolve(), base.folder.resolve()))
     return lineage
 
 
@@ -128,6 +130,13 @@ def _require_no_date(tokenizer: PreTrainedTokenizerBase) -> None:
     if len(days) > 1:
         remedy = "give the tokenizer a template that does not call strftime_now, and prepare again"
         raise UserError("chat template", "the template writes today's date", remedy)
+
+
+def _require_no_path(folder: Path, paths: Sequence[Path]) -> None:
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".md", ".jinja")):
+        text = file.read_text(encoding="utf-8")
+        if found := [str(path) for path in paths if str(path) in text]:
+            raise UserError(file.name, f"the export would name a place on this machine: {found[0]}", "report this")
 
 
 def _write_adapter(adapters: Sequence[Path], base: Base, folder: Path) -> None:

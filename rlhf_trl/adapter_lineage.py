@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_trl.adapter_base import Base
 from rlhf_trl.adapter_check import ADAPTER, CONFIG, LINEAGE, TEMPLATE
+from rlhf_trl.adapter_evidence import without_paths
 from rlhf_trl.recipe import Recipe
 from rlhf_trl.rundir import RunDir, environment, read_json
 from rlhf_trl.weights import hash_file
@@ -73,17 +74,6 @@ def hash_files(folder: Path) -> dict[str, str]:
     """Hash every file of an export but `lineage.json` itself: path -> SHA-256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LINEAGE)
     return {file.relative_to(folder).as_posix(): hash_file(file) for file in files}
-
-
-def without_paths(value: Any) -> Any:
-    """Replace every text that is a path by `local:` and its last part."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and (value.startswith(("/", "~", ".")) or ("/" in value and Path(value).exists())):
-        return f"local:{Path(value).name}"
-    return value
 
 
 def _parents(recipe: Recipe, stage: str) -> list[tuple[str, str]]:

@@ -214,6 +214,17 @@ def test_mistakes_are_named(gpt2_run, tmp_path, changes, problem):
         export(gpt2_run[2], **{"stage": "dpo", "out": tmp_path / "out", "base_id": ID, **changes})
 
 
+def test_a_place_on_this_machine_does_not_leave_it(gpt2_run, tmp_path, monkeypatch):
+    gather = adapter_export.gather
+    root = str(gpt2_run[2].root.resolve())
+    monkeypatch.setattr(adapter_export, "gather", lambda *given: {**gather(*given), "sources": {"policy": root}})
+    monkeypatch.setattr(
+        adapter_export, "verify", lambda *_: {"rows": 1, "outputs": 1, "largest": 1.0, "difference": 0}
+    )
+    with pytest.raises(UserError, match="the export would name a place on this machine"):
+        export(gpt2_run[2], "dpo", tmp_path / "out", ID)
+
+
 def test_a_parent_that_was_trained_again_is_noticed(gpt2_run, tmp_path):
     run = RunDir(shutil.copytree(gpt2_run[2].root, tmp_path / "run"))
     marker = read_json(run.done("sft"))
