@@ -153,7 +153,7 @@ def base_path(model: dict[str, Any], run: RunDir) -> str:
         if not run.base.exists():
             from rlhf_trl.data.demo import build_tiny
 
-            with _staged(run.base) as folder:
+            with staged(run.base) as folder:
                 build_tiny(folder)
     return str(run.base)
 
@@ -175,14 +175,14 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
             config = ModelConfig(**recipe.model_block(init))
             base = load_weights(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
             merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
-            with _staged(path) as folder:
+            with staged(path) as folder:
                 merged.save_pretrained(folder)
                 recorded_tokenizer(recipe, run).save_pretrained(folder)
     return str(path)
 
 
 @contextlib.contextmanager
-def _staged(path: Path) -> Iterator[Path]:
+def staged(path: Path) -> Iterator[Path]:
     """A folder that appears under its name only when it is complete."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)

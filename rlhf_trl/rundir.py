@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ STEP_DIRS = dict.fromkeys(STEPS, ".") | {
 PACKAGE = str(Path(__file__).parent)
 # What the policies of a run start from is called, beside their own names.
 REFERENCE = "reference"
+MOMENT = "%Y-%m-%dT%H:%M:%S%z"
 PACKAGES = ["torch", "trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy"]
 
 
@@ -175,6 +177,10 @@ class RunDir:
                 return max(marker["seconds"], trained)
         return None
 
+    def finished(self, step: str) -> datetime:
+        """When a step that is done was finished."""
+        return datetime.strptime(read_json(self.done(step))["finished"], MOMENT)
+
     def mark_done(self, recipe: Recipe, step: str, seconds: float) -> None:
         """Write the step's `done.json`; the step's last act."""
         marker = {
@@ -292,7 +298,7 @@ def _read_marker(path: Path, step: str) -> dict[str, Any]:
 
 def now() -> str:
     """Local time with its UTC offset, ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return time.strftime(MOMENT)
 
 
 def environment() -> dict[str, Any]:

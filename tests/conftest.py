@@ -134,3 +134,35 @@ def trained(tmp_path_factory) -> tuple[Recipe, RunDir]:
     run = RunDir(folder / "runs" / recipe.name)
     train_all(recipe, run)
     return recipe, run
+
+
+@pytest.fixture(scope="session")
+def gpt2_run(tmp_path_factory) -> tuple[Path, Recipe, RunDir]:
+    """A base, and a run on it whose policy and reward model start from an SFT adapter. Read only."""
+    from adapter_fixtures import write_base, write_run
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    base = write_base(folder / "base", "gpt2")
+    return base, *write_run(folder, base, parent=True)
+
+
+@pytest.fixture(scope="session")
+def policy_export(gpt2_run, tmp_path_factory) -> Path:
+    """The policy of that run, exported for a public base. Read only."""
+    return _export(gpt2_run[2], "dpo", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def reward_export(gpt2_run, tmp_path_factory) -> Path:
+    """Its reward model, likewise."""
+    return _export(gpt2_run[2], "rm", tmp_path_factory)
+
+
+def _export(run: RunDir, stage: str, tmp_path_factory) -> Path:
+    from adapter_fixtures import COMMIT, ID
+
+    from rlhf_trl.adapter_export import export
+
+    folder = tmp_path_factory.mktemp("exports") / stage
+    export(run, stage, folder, ID, COMMIT)
+    return folder

@@ -356,6 +356,8 @@ def error_analysis(stage: str) -> Row:
             "errors": {"equal_mass": {"ece": 0.061, "if_calibrated": by_chance}},
             "gap": estimate([0.02, 0.05, 0.03, -0.01]),
         },
+        "breakdowns": {"subset": [{"name": "helpful-base", "n": 190, **{key: overall[key] for key in cells}}]},
+        "definitions": {"accuracy": "share of the pairs whose chosen answer has the higher score"},
         "findings": [
             {"name": "sound", "alarm": False, "says": "It is better than a coin: accuracy 71.1 % [64.2, 77.0]."},
             {

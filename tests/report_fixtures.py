@@ -180,6 +180,7 @@ def training_stats(stage: str, trainer: str, steps: int, draw: random.Random) ->
             history.append({"step": step, "epoch": done, "seconds": 1.9 * step, "log": {}, **validation})
     finished = {
         "steps": steps,
+        "rows": 8 * steps,
         "seconds": 1.9 * steps,
         "peak_memory_bytes": 2_100_000_000,
         "processes": 1,

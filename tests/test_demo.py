@@ -81,6 +81,11 @@ def test_commands_of_the_readme_are_real(line):
     if words[0] == "accelerate":
         assert (ROOT / words[words.index("--config_file") + 1]).exists()
         words = ["rlhf-trl", *words[words.index("rlhf_trl") + 1 :]]
+    if words[1] in ("adapter", "chat", "score"):
+        done = command(*words[1 : 3 if words[1] == "adapter" else 2], "--help", cwd=ROOT)
+        assert done.returncode == 0
+        assert all(word in done.stdout for word in words if word.startswith("--"))
+        return
     words = ["demo" if word == "RECIPE" else "dpo" if word == "STAGE" else word for word in words]
     done = command(words[1], "--help", cwd=ROOT)
     assert done.returncode == 0

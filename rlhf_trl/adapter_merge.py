@@ -1,0 +1,94 @@
+"""`adapter merge`: an adapter folded into its base, as a model of its own that answers, or scores, the same.
+
+Reads an adapter and its base; writes a model's folder, in float32, with the tokenizer and a `lineage.json`.
+
+    rlhf-trl adapter merge shared/demo-grpo merged/demo-grpo
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf_trl.adapter_check import CONFIG, LINEAGE
+from rlhf_trl.adapter_verify import PROBE, TOLERANCE
+from rlhf_trl.loading import load_policy, load_reward_model, locate_base
+from rlhf_trl.models import encode, staged
+from rlhf_trl.recipe import UserError
+from rlhf_trl.rundir import read_json, write_json
+
+# What an adapter without a probe of its own is compared on.
+TEXTS = (("What is a good way to learn a language?", "Read a little every day, and talk to people."),
+         ("Why is the sky blue?", "Because air scatters blue light more than red."))  # fmt: skip
+
+
+def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
+    """Merge an adapter into its base in float32, and compare what was saved with the adapter.
+
+    They are compared in float64: in float32, rounding on the way through the layers is larger than what merging does.
+
+    Returns:
+        `difference`, the largest absolute one of an output, and `largest`, the largest absolute output.
+
+    Raises:
+        UserError: the adapter or the base is not sound; the base is quantised, so that the merged weights would be
+            rounded to its few values; or the merged model's outputs differ.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(str(out), "this is there already", "name a folder that does not exist")
+    path = locate_base(folder, base)
+    task = read_json(folder / CONFIG)["task_type"]
+    if "quantization_config" in read_json(path / "config.json"):
+        problem = "the base is quantised: merged weights would be rounded to its few values"
+        raise UserError(str(path), problem, "merge into the base in full precision: --base")
+    model, tokenizer = _load(folder, path, task)
+    texts = _texts(folder, tokenizer)
+    before = _outputs(model.double(), texts)
+    lineage = read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    del model  # one copy in memory at a time
+    with staged(out) as target:
+        _save(_load(folder, path, task)[0], tokenizer, target)
+        auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
+        after = _outputs(auto.from_pretrained(target, dtype="float64"), texts)
+        pairs = list(zip(before, after, strict=True))
+        difference = max(float((one - other).abs().max()) for one, other in pairs)
+        largest = max(float(one.abs().max()) for one in before)
+        if not difference <= TOLERANCE * max(1.0, largest):
+            problem = f"the merged model's outputs differ by up to {difference:.3g}, at outputs up to {largest:.3g}"
+            raise UserError(str(folder), problem, "use the adapter as it is, and report this")
+        found = {"difference": difference, "largest": largest}
+        write_json(target / LINEAGE, {"merged": found, "adapter": lineage})
+    return found
+
+
+def _load(folder: Path, base: Path, task: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    if task == "SEQ_CLS":
+        reward = load_reward_model(folder, base)
+        return reward.model, reward.tokenizer
+    policy = load_policy(folder, base, dtype="float32")
+    return policy.model, policy.tokenizer
+
+
+def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    merged = model.merge_and_unload()
+    merged.config.pad_token_id = tokenizer.pad_token_id  # a classifier finds the end of a text by it
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _texts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    if (folder / PROBE).exists():
+        return [torch.tensor(row["input_ids"]) for row in read_json(folder / PROBE)["rows"]]
+    pairs = [encode(tokenizer, [{"role": "user", "content": text}], answer) for text, answer in TEXTS]
+    return [torch.tensor(prompt + answer) for prompt, answer in pairs]
+
+
+@torch.no_grad()
+def _outputs(model: Any, texts: list[Tensor]) -> list[Tensor]:
+    return [model(input_ids=row[None].to(model.device)).logits.cpu() for row in texts]

@@ -1,0 +1,107 @@
+"""A model hub for tests: real HTTP on a local port, with the calls that an upload makes.
+
+with FakeHub() as hub:
+    HF_ENDPOINT=hub.url ...
+assert hub.files["me/demo"]["README.md"] == b"..."
+"""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class FakeHub:
+    """Keeps repositories, their visibility and their files; a request without the right token is refused."""
+
+    def __init__(self, token: str = "hf_test"):
+        self.token = token
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.objects: dict[str, bytes] = {}
+        self.calls: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    parts = []
+                    while size := int(self.rfile.readline(), 16):
+                        parts.append(self.rfile.read(size))
+                        self.rfile.readline()
+                    self.rfile.readline()
+                    return b"".join(parts)
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+            def answer(self, value: Any, status: int = 200) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def handle_call(self) -> None:
+                body = self.body()
+                hub.calls.append(f"{self.command} {self.path}")
+                if self.path.startswith("/objects/"):  # the address of an object is its permission
+                    hub.objects[self.path.rpartition("/")[2]] = body
+                    self.answer({})
+                elif self.headers.get("Authorization") != f"Bearer {hub.token}" and "validate" not in self.path:
+                    self.answer({"error": "Invalid credentials"}, 401)
+                else:
+                    self.answer(*hub.respond(self.path, body))
+
+            do_GET = do_POST = do_PUT = handle_call
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "FakeHub":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def respond(self, path: str, body: bytes) -> tuple[Any, int]:
+        parts = path.split("?")[0].strip("/").split("/")
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            if name in self.files:
+                return {"error": "You already created this model repo", "url": f"{self.url}/{name}"}, 409
+            self.files[name], self.private[name] = {}, asked["visibility"] == "private"
+            return {"url": f"{self.url}/{name}", "name": name}, 200
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}, 200
+        if parts[-1] == "batch":
+            found = [
+                {**one, "actions": {"upload": {"href": f"{self.url}/objects/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]
+            return {"transfer": "basic", "objects": found}, 200
+        name = "/".join(parts[2:4])
+        if parts[4:5] == ["preupload"]:
+            files = [
+                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                 "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]  # fmt: skip
+            return {"files": files}, 200
+        if parts[4:5] == ["commit"]:
+            for line in body.splitlines():
+                row = json.loads(line)
+                if row["key"] == "file":
+                    self.files[name][row["value"]["path"]] = base64.b64decode(row["value"]["content"])
+                elif row["key"] == "lfsFile":
+                    self.files[name][row["value"]["path"]] = self.objects[row["value"]["oid"]]
+            return {"commitUrl": f"{self.url}/{name}/commit/1", "commitOid": "1" * 40, "pullRequestUrl": None}, 200
+        if name in self.files:
+            return {"id": name, "modelId": name, "private": self.private[name], "sha": "1" * 40, "siblings": []}, 200
+        return {"error": "Repository not found"}, 404
