@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_trl.dynamics import (
+    Better,
     area_until,
     describe_convergence,
     describe_stability,
@@ -62,6 +63,7 @@ SAMPLES = {
 LONGEST = {"grpo": "max_completion_length", "ppo": "response_length"}
 # Other options that say which answers are sampled, and what is their reward.
 SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "reward_weights")
+DIRECTIONS: tuple[tuple[str, Better], ...] = (("loss", "lower"), ("reward", "higher"))
 # What a trainer logs about its own health -> what it is.
 SIGNS = {
     "clip_fraction": "share of answer tokens that the surrogate's clip holds",
@@ -119,12 +121,12 @@ def measure_stability(stats: Row, meanings: Row) -> Row:
     # A logged value is a mean over the steps since the last one: the more samples, the less noise.
     logged = max(1, len([row for row in history if "loss" in row]))
     found["samples_per_value"] = round(summary["samples_per_step"] * summary["steps"] / logged)
-    for key, better in (("loss", "lower"), ("reward", "higher")):
+    for key, better in DIRECTIONS:
         steps, values = column(stats, key) if meanings[key] else ([], [])
         found[key] = (values and {
-            **describe_stability(values, better),  # type: ignore[arg-type]
+            **describe_stability(values, better),
             "spikes": find_spikes(steps, values),
-            "diverging": is_diverging(values, better),  # type: ignore[arg-type]
+            "diverging": is_diverging(values, better),
         }) or None  # fmt: skip
     steps, values = column(stats, "kl")
     found["kl"] = {"jumps": find_jumps(steps, values), "highest": max(values), "last": values[-1]} if values else None
@@ -317,7 +319,9 @@ def _slowness(name: str, stages: Mapping[str, Row]) -> str | None:
     own = stages[name]
     others = [of for other, of in stages.items()
               if other != name and of["meanings"]["seconds"] == own["meanings"]["seconds"]]  # fmt: skip
-    same = [of for of in others if of["trainer"] == own["trainer"]]
+    same = [
+        of for of in others if (of["trainer"], of["meanings"]["pace"]) == (own["trainer"], own["meanings"]["pace"])
+    ]
     if not others:
         return None
     whose, limit = (f"other {own['trainer']} runs", SLOW) if same else ("other runs", SLOW_AMONG_OTHERS)
