@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from rlhf_trl import __version__, cli, launch
+from rlhf_trl import __version__, cli, launch, run_cli
 from rlhf_trl.jobs import start_logged
 from rlhf_trl.launch import launch_command, require_processes, run_command, shipped
 from rlhf_trl.recipe import Recipe, UserError
@@ -146,7 +146,7 @@ def test_validate_print_is_the_resolved_recipe(call, recipe_file):
 
 @pytest.mark.parametrize("arguments", [["train", "RECIPE", "sft"], ["run", "RECIPE"]])
 def test_processes_without_a_profile_are_refused(arguments, call, recipe_file, monkeypatch):
-    monkeypatch.setattr(cli, "_run_step", lambda *_: None)
+    monkeypatch.setattr(cli, "run_step", lambda *_: None)
     status, _, err = call(*(recipe_file if word == "RECIPE" else word for word in arguments), "--processes", "2")
     assert status == 2 and "--processes: needs a profile" in err and "--accelerate ddp" in err
 
@@ -172,9 +172,9 @@ def test_version_and_help(call):
 
 def test_any_other_error_keeps_its_traceback_and_has_status_1(recipe_file):
     code = (
-        "import sys; from rlhf_trl import cli\n"
+        "import sys; from rlhf_trl import cli, run_cli\n"
         "def fail(*_): raise ZeroDivisionError('a defect')\n"
-        f"cli.load_recipe = fail; sys.argv = ['rlhf-trl', 'validate', {str(recipe_file)!r}]; cli.main()"
+        f"run_cli.load_recipe = fail; sys.argv = ['rlhf-trl', 'validate', {str(recipe_file)!r}]; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
@@ -284,9 +284,9 @@ def stub(monkeypatch, recipe_file, tmp_path):
 
         return start
 
-    monkeypatch.setattr(cli, "_run_step", step)
-    monkeypatch.setattr(cli, "_run_child", lambda *_: None)
-    monkeypatch.setattr(cli.Launcher, "start_in", start_in)
+    monkeypatch.setattr(run_cli, "run_step", step)
+    monkeypatch.setattr(run_cli, "run_child", lambda *_: None)
+    monkeypatch.setattr(run_cli.Launcher, "start_in", start_in)
     return SimpleNamespace(bad=bad, ran=ran, run=RunDir(Path("runs") / "cli"))
 
 

@@ -13,6 +13,7 @@ from conftest import ROOT, reset_accelerate, shared, small_recipe, train_all
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from rlhf_trl.compare import compare
 from rlhf_trl.errors import errors
 from rlhf_trl.evaluate import evaluate
 from rlhf_trl.judge import judge
@@ -363,13 +364,15 @@ def test_every_recipe_runs_from_pairs_to_report(path, tmp_path):
 def run_whole(recipe, run):
     run.write_provenance(recipe)
     train_all(recipe, run)
-    actions = {"evaluate": evaluate, "judge": judge, "errors": errors, "samples": samples, "report": report}
+    actions = {"evaluate": evaluate, "judge": judge, "compare": compare, "errors": errors, "samples": samples}
+    actions["report"] = report
     for step in recipe.plan[recipe.plan.index("evaluate") :]:
         with contextlib.suppress(NotRun):  # a judge without key or server
             actions[step](recipe, run)
             run.mark_done(recipe, step, 0.0)
         reset_accelerate()
     assert run.report.stat().st_size > 20_000
+    assert set(read_json(run.comparison)["stages"]) == set(recipe.compared)
     assert set(read_json(run.metrics)["policies"]) == {"reference", *recipe.policies}
     assert len(read_jsonl(run.samples / "reference.jsonl")) == 4
     for stage in recipe.reward_stages:
