@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.adapter_base import Base
-from rlhf_trl.adapter_check import ADAPTER, CONFIG, LINEAGE, TEMPLATE
+from rlhf_trl.adapter_check import ADAPTER, CONFIG, LINEAGE, TEMPLATE, list_files
 from rlhf_trl.adapter_evidence import without_paths
 from rlhf_trl.recipe import Recipe
 from rlhf_trl.rundir import RunDir, environment, read_json
@@ -72,7 +72,7 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Hash every file of an export but `lineage.json` itself: path -> SHA-256."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LINEAGE)
+    files = sorted(path for path in list_files(folder) if path.name != LINEAGE)
     return {file.relative_to(folder).as_posix(): hash_file(file) for file in files}
 
 
