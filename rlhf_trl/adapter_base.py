@@ -13,6 +13,7 @@ from pathlib import Path
 from rlhf_trl.models import TINY, base_path
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rundir import RunDir
+from rlhf_trl.texts import first_line
 from rlhf_trl.weights import hash_weights, read_weights
 
 SHIPPED = "base"
@@ -102,10 +103,8 @@ def fetch(name: str, revision: str | None) -> Path:
             snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES, "*.jinja", "token*.json"])
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            name, f"the base cannot be reached: {reason}", "check the name, the network, and access"
-        ) from error
+        problem = f"the base cannot be reached: {first_line(error)}"
+        raise UserError(name, problem, "check the name, the network, and access") from error
 
 
 def ship(base: Base, folder: Path) -> None:

@@ -63,6 +63,7 @@ def render_card(lineage: Mapping[str, Any], evidence: Mapping[str, Any], has_fig
         pipeline=PIPELINES[lineage["kind"]],
         dataset=source if not source.startswith(("local:", "builtin:")) else None,
         lines=Written(loading_lines(lineage["kind"], lineage["base"]["shipped"])),
+        unjudged=[place for place, alarm in enumerate(evidence.get("alarms") or ()) if alarm["value"] is None],
         raised=[place for place, alarm in enumerate(evidence.get("alarms") or ()) if alarm["raised"]],
     )
 

@@ -40,8 +40,6 @@ CODE = (".py", ".so", ".pyc", ".sh", ".dll", ".ipynb")
 IMPORTS = ("auto_mapping", "megatron_config", "auto_map")
 MAX_JSON = 20_000_000
 MAX_RANK = 4096
-# Starts of LoRA that leave the base as it is; others, such as PiSSA, change its weights when an adapter is loaded.
-STARTS = ("true", "false", '"gaussian"')
 # What `peft` saves whole for a classifier, under either name.
 HEADS = {"score", "classifier"}
 REVISION = re.compile(r"\w[\w./-]*")
@@ -173,7 +171,7 @@ def _check_config(config: dict[str, Any]) -> Iterator[Problem]:
     yield from _check_types(config)
     if config.get("bias") != "none":
         yield Problem(CONFIG, f"bias is {config.get('bias')!r}: it would replace biases of the base", FETCH)
-    if json.dumps(config.get("init_lora_weights", True)) not in STARTS:
+    if not keeps_base(config.get("init_lora_weights", True)):
         problem = f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base when it is loaded"
         yield Problem(CONFIG, problem, "ask its author for plain LoRA weights")
     if config.get("layer_replication"):
@@ -183,6 +181,12 @@ def _check_config(config: dict[str, Any]) -> Iterator[Problem]:
     if not isinstance(whole, list) or any(name not in heads for name in map(str, whole)):
         problem = f"modules_to_save is {whole!r}: an adapter may replace no module of its base but the reward head"
         yield Problem(CONFIG, problem, FETCH)
+
+
+def keeps_base(start: Any) -> bool:
+    """Tell whether LoRA that starts so (`init_lora_weights`) leaves the weights of its base as they are; others,
+    such as PiSSA, change them when an adapter is loaded."""
+    return start in (True, False, "gaussian") and type(start) in (bool, str)
 
 
 def _check_types(config: dict[str, Any]) -> Iterator[Problem]:

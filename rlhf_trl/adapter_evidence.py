@@ -94,7 +94,8 @@ def _add_evaluation(document: _Document, run: RunDir, stage: str) -> None:
     alarms = read_json(run.over_optimisation)["alarms"] if run.over_optimisation.exists() else []
     own = [alarm for alarm in alarms if alarm["policy"] == stage and alarm["step"] is None]
     document.add("alarms", own, run.over_optimisation, "alarms")
-    document.add("alarms_checked", len(own), run.over_optimisation, "alarms")
+    judged = sum(alarm["value"] is not None for alarm in own)
+    document.add("alarms_checked", judged, run.over_optimisation, "alarms")
     front = read_json(run.final_results)["policies"][stage]["on_front"]
     document.add("front", {key: front.get(key, False) for key in ("reward", "gold")}, run.final_results,
                  "policies", stage, "on_front")  # fmt: skip

@@ -50,7 +50,7 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
         },
         "combined": list(stages),
         "rank": read_json(folder / CONFIG)["r"],
-        "parents": [_parent(recipe, run, name, relation) for name, relation in _parents(recipe, stage)],
+        "parents": [_parent(recipe, run, name, relation) for name, relation in list_parents(recipe, stage)],
         "weights": {name: hash_file(run.adapter(name) / ADAPTER) for name in stages},
         "recipe": without_paths(document),
         "fingerprint": run.fingerprint_of(stage),
@@ -76,13 +76,13 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): hash_file(file) for file in files}
 
 
-def _parents(recipe: Recipe, stage: str) -> list[tuple[str, str]]:
-    """The stages that a stage rests on, each after its own: those it starts from (`init`), and its `reward`."""
+def list_parents(recipe: Recipe, stage: str) -> list[tuple[str, str]]:
+    """List the stages that a stage rests on, each after its own: those it starts from (`init`), and its `reward`."""
     found: dict[str, str] = {}
     links = recipe.stages[stage]
     for relation, name in (("init", links.init), ("reward", links.reward)):
         if name is not None:
-            found |= {parent: word for parent, word in _parents(recipe, name) if parent not in found}
+            found |= {parent: word for parent, word in list_parents(recipe, name) if parent not in found}
             found.setdefault(name, relation)
     return list(found.items())
 

@@ -145,7 +145,7 @@ HOSTILE = {
     "rank as text": (set_to(CONFIG, r="10"), "r is '10', not a whole number"),
     "rank true": (set_to(CONFIG, r=True), "r is True, not a whole number"),
     "huge rank": (set_to(CONFIG, r=10**9), "r is 1000000000, not a whole number"),
-    "alpha": (rewrite(CONFIG, b'"lora_alpha": 10', b'"lora_alpha": Infinity'), "lora_alpha is inf, not a finite number"),
+    "alpha": (rewrite(CONFIG, b'"lora_alpha": 10', b'"lora_alpha": Infinity'), "lora_alpha is inf"),
     "large alpha": (rewrite(CONFIG, b'"lora_alpha": 10', b'"lora_alpha": 1' + b"0" * 400), "lora_alpha is 10000"),
     "rank pattern": (set_to(CONFIG, rank_pattern={"c_attn": 0}), "rank_pattern is"),
     "no pattern": (set_to(CONFIG, alpha_pattern={"(": 1}), "alpha_pattern is"),
