@@ -15,16 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from rlhf_trl.adapter_shapes import ADAPTER as ADAPTER
 from rlhf_trl.adapter_shapes import check_base, check_tensors
 from rlhf_trl.recipe import Problem, RecipeError, UserError
 from rlhf_trl.texts import visible
 from rlhf_trl.weights import Tensor, hash_file, hash_weights, is_finite, read_header, read_weights
 
-ADAPTER, CONFIG, LINEAGE = "adapter_model.safetensors", "adapter_config.json", "lineage.json"
-TEMPLATE, BASE = "chat_template.jinja", "base"
+# The files of an export.
+CONFIG, LINEAGE, EVIDENCE, PROBE = "adapter_config.json", "lineage.json", "evidence.json", "probe.json"
+CARD, FIGURE, TEMPLATE, BASE = "README.md", "pareto.png", "chat_template.jinja", "base"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "merges.txt", "tokenizer.model", TEMPLATE)  # fmt: skip
-KNOWN = {ADAPTER, CONFIG, LINEAGE, *TOKENIZER, "probe.json", "evidence.json", "README.md", "pareto.png",
+KNOWN = {ADAPTER, CONFIG, LINEAGE, *TOKENIZER, PROBE, EVIDENCE, CARD, FIGURE,
          ".gitattributes"}  # fmt: skip
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BASE_FILES = re.compile(
@@ -38,6 +40,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy",
 CODE = (".py", ".so", ".pyc", ".sh", ".dll", ".ipynb")
 # Settings that make a loader import what they name.
 IMPORTS = ("auto_mapping", "megatron_config", "auto_map")
+# Settings that change the base when an adapter is loaded.
+CHANGES = {"layer_replication": "repeats layers of", "kasa_config": "cuts off small singular values of"}
 MAX_JSON = 20_000_000
 MAX_RANK = 4096
 # What `peft` saves whole for a classifier, under either name.
@@ -174,8 +178,9 @@ def _check_config(config: dict[str, Any]) -> Iterator[Problem]:
     if not keeps_base(config.get("init_lora_weights", True)):
         problem = f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base when it is loaded"
         yield Problem(CONFIG, problem, "ask its author for plain LoRA weights")
-    if config.get("layer_replication"):
-        yield Problem(CONFIG, "layer_replication repeats layers of the base", "ask its author for plain LoRA weights")
+    for key, what in CHANGES.items():
+        if config.get(key) is not None:
+            yield Problem(CONFIG, f"{key} {what} the base", "ask its author for plain LoRA weights")
     whole = config.get("modules_to_save") or []
     heads = HEADS if config.get("task_type") == "SEQ_CLS" else set()
     if not isinstance(whole, list) or any(name not in heads for name in map(str, whole)):
@@ -196,9 +201,9 @@ def _check_types(config: dict[str, Any]) -> Iterator[Problem]:
         wrong.append(("r", f"a whole number from 1 to {MAX_RANK}"))
     if not _is_number(config.get("lora_alpha")):
         wrong.append(("lora_alpha", "a finite number"))
-    if not _is_pattern(config.get("rank_pattern") or {}, _is_rank):
+    if not _is_pattern(config.get("rank_pattern", {}), _is_rank):
         wrong.append(("rank_pattern", f"names with whole numbers from 1 to {MAX_RANK}"))
-    if not _is_pattern(config.get("alpha_pattern") or {}, _is_number):
+    if not _is_pattern(config.get("alpha_pattern", {}), _is_number):
         wrong.append(("alpha_pattern", "names with finite numbers"))
     revision = config.get("revision")
     if revision is not None and not (

@@ -26,6 +26,7 @@ NOT_EXACT = {
     "use_dora": "DoRA scales the columns of the weight that it lies on",
     "lora_bias": "its LoRA layers have biases",
     "layer_replication": "it repeats layers of its base",
+    "kasa_config": "KaSA cuts off small singular values of its base",
     "layers_to_transform": "it leaves layers out by number",
     "exclude_modules": "it leaves modules out by name, which would leave out those of the others",
     "target_parameters": "it adapts parameters, not modules",

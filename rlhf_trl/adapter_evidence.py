@@ -13,7 +13,6 @@ from rlhf_trl.recipe import Recipe
 from rlhf_trl.report_values import pointer
 from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl
 
-EVIDENCE = "evidence.json"
 SAMPLES = 3
 # Parts of a summary that are for figures.
 NOT_CARRIED = ("distributions",)

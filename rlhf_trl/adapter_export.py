@@ -23,11 +23,11 @@ from trl import ModelConfig
 
 from rlhf_trl.adapter_base import Base, find_base, lora_chain, ship
 from rlhf_trl.adapter_card import write_card
-from rlhf_trl.adapter_check import ADAPTER, CONFIG, LINEAGE, require_sound
+from rlhf_trl.adapter_check import ADAPTER, CONFIG, EVIDENCE, FIGURE, LINEAGE, PROBE, require_sound
 from rlhf_trl.adapter_combine import combine
-from rlhf_trl.adapter_evidence import EVIDENCE, gather
+from rlhf_trl.adapter_evidence import gather
 from rlhf_trl.adapter_lineage import describe, hash_files, list_parents
-from rlhf_trl.adapter_verify import PROBE, verify
+from rlhf_trl.adapter_verify import verify
 from rlhf_trl.models import encode, load_classifier, load_weights, recorded_tokenizer, staged
 from rlhf_trl.policies import adapter_config
 from rlhf_trl.recipe import Recipe, UserError
@@ -83,7 +83,7 @@ def export(
         evidence = gather(recipe, run, stage)
         write_json(folder / EVIDENCE, evidence)
         if kind == "policy" and evidence["policy"] and run.figure("pareto").exists():
-            shutil.copyfile(run.figure("pareto"), folder / "pareto.png")
+            shutil.copyfile(run.figure("pareto"), folder / FIGURE)
         write_card(folder, lineage, evidence)
         write_json(folder / LINEAGE, {**lineage, "files": hash_files(folder)})
         require_sound(folder, base.folder)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.adapter_check import BASE, LINEAGE, REPOSITORY, list_files, require_sound
-from rlhf_trl.adapter_evidence import EVIDENCE
+from rlhf_trl.adapter_check import BASE, EVIDENCE, LINEAGE, REPOSITORY, list_files, require_sound
 from rlhf_trl.recipe import UserError
 from rlhf_trl.report_values import format_estimate
 from rlhf_trl.rundir import read_json

@@ -15,9 +15,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf_trl.adapter_check import CONFIG, LINEAGE
+from rlhf_trl.adapter_check import CONFIG, LINEAGE, PROBE
 from rlhf_trl.adapter_export import write_tokenizer
-from rlhf_trl.adapter_verify import PROBE, TOLERANCE
+from rlhf_trl.adapter_verify import TOLERANCE
 from rlhf_trl.loading import load_policy, load_reward_model, locate_base, positions
 from rlhf_trl.models import encode, staged
 from rlhf_trl.recipe import UserError

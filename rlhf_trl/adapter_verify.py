@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rlhf_trl.adapter_check import PROBE
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rundir import read_json
 
-PROBE = "probe.json"
 # Largest difference to the run's outputs, as a share of the largest of them (1 at least): float32 holds 7 digits, and
 # a merged model rounds otherwise than one with its adapter beside it.
 TOLERANCE = 1e-5

@@ -138,7 +138,13 @@ def _apply(model: PreTrainedModel, folder: Path) -> Any:
     """Lay an adapter on its base, on the accelerator if there is one."""
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what `peft` raises at settings it cannot use
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:  # what `peft` raises at settings it cannot use
         problem = f"the adapter cannot be laid on its base: {first_line(error)}"
         raise UserError(str(folder), problem, "ask its author for another one") from error
     return adapted.to(PartialState().device).eval()

@@ -155,6 +155,8 @@ HOSTILE = {
     "PiSSA": (set_to(CONFIG, init_lora_weights="pissa_niter_4"), "changes the base when it is loaded"),
     "number as start": (set_to(CONFIG, init_lora_weights=1), "changes the base when it is loaded"),
     "repeated layers": (set_to(CONFIG, layer_replication=[[0, 2], [1, 2]]), "layer_replication repeats layers"),
+    "cut base": (set_to(CONFIG, kasa_config={}), "kasa_config cuts off small singular values"),
+    "no table": (set_to(CONFIG, rank_pattern=[]), "rank_pattern is []"),
     "empty lineage": (lambda folder: write_json(folder / "lineage.json", {}), "does not say what the base"),
 }  # fmt: skip
 

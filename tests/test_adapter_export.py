@@ -246,7 +246,7 @@ def test_what_is_there_is_not_written_over(gpt2_run, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="there already"):
         export(gpt2_run[2], "dpo", tmp_path, ID)
-    with pytest.raises(UserError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match="is no run: recipe"):
         export(RunDir(tmp_path), "dpo", tmp_path / "out", ID)
 
 
