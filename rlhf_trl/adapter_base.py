@@ -10,12 +10,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_trl.adapter_check import BASE
 from rlhf_trl.models import TINY, base_path
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rundir import RunDir
+from rlhf_trl.texts import first_line
 from rlhf_trl.weights import hash_weights, read_weights
 
-SHIPPED = "base"
 # A base of up to this many bytes is shipped without being asked for.
 SMALL = 200_000_000
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -37,7 +38,7 @@ class Base:
     @property
     def name(self) -> str:
         """What `adapter_config.json` calls it."""
-        return self.id or f"./{SHIPPED}"
+        return self.id or f"./{BASE}"
 
 
 def lora_chain(recipe: Recipe, stage: str) -> list[str]:
@@ -102,15 +103,13 @@ def fetch(name: str, revision: str | None) -> Path:
             snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES, "*.jinja", "token*.json"])
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            name, f"the base cannot be reached: {reason}", "check the name, the network, and access"
-        ) from error
+        problem = f"the base cannot be reached: {first_line(error)}"
+        raise UserError(name, problem, "check the name, the network, and access") from error
 
 
 def ship(base: Base, folder: Path) -> None:
     """Copy what a base needs to be loaded into an export."""
-    target = folder / SHIPPED
+    target = folder / BASE
     target.mkdir()
     for pattern in MODEL_FILES:
         for file in sorted(base.folder.glob(pattern)):

@@ -14,15 +14,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 
-from rlhf_trl.adapter_check import LINEAGE
-from rlhf_trl.adapter_evidence import EVIDENCE
+from rlhf_trl.adapter_check import CARD, EVIDENCE, FIGURE, LINEAGE
 from rlhf_trl.adapter_verify import loading_lines
 from rlhf_trl.report_values import STYLES, pointer
 from rlhf_trl.rundir import write_text
 from rlhf_trl.texts import fence, inline, visible
 
 TEMPLATES = Path(__file__).parent / "templates"
-CARD = "README.md"
 # Characters that mean something in Markdown or HTML.
 ACTIVE = re.compile(r"([\\`*_{}\[\]<>|#~$&])")
 PIPELINES = {"policy": "text-generation", "reward": "text-classification"}
@@ -34,7 +32,7 @@ class Written(str):
 
 def write_card(folder: Path, lineage: Mapping[str, Any], evidence: Mapping[str, Any]) -> None:
     """Write the card of an export."""
-    write_text(folder / CARD, render_card(lineage, evidence, (folder / "pareto.png").exists()))
+    write_text(folder / CARD, render_card(lineage, evidence, (folder / FIGURE).exists()))
 
 
 def render_card(lineage: Mapping[str, Any], evidence: Mapping[str, Any], has_figure: bool) -> str:
@@ -63,6 +61,7 @@ def render_card(lineage: Mapping[str, Any], evidence: Mapping[str, Any], has_fig
         pipeline=PIPELINES[lineage["kind"]],
         dataset=source if not source.startswith(("local:", "builtin:")) else None,
         lines=Written(loading_lines(lineage["kind"], lineage["base"]["shipped"])),
+        unjudged=[place for place, alarm in enumerate(evidence.get("alarms") or ()) if alarm["value"] is None],
         raised=[place for place, alarm in enumerate(evidence.get("alarms") or ()) if alarm["raised"]],
     )
 

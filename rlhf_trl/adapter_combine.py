@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_trl.adapter_check import ADAPTER, HEADS, keeps_base
 from rlhf_trl.recipe import UserError
 
 PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -25,7 +26,9 @@ NOT_EXACT = {
     "use_dora": "DoRA scales the columns of the weight that it lies on",
     "lora_bias": "its LoRA layers have biases",
     "layer_replication": "it repeats layers of its base",
+    "kasa_config": "KaSA cuts off small singular values of its base",
     "layers_to_transform": "it leaves layers out by number",
+    "exclude_modules": "it leaves modules out by name, which would leave out those of the others",
     "target_parameters": "it adapts parameters, not modules",
     "trainable_token_indices": "it trains rows of the embedding",
     "alora_invocation_tokens": "it is switched on by tokens",
@@ -49,7 +52,7 @@ def combine(folders: Sequence[Path]) -> tuple[dict[str, Tensor], LoraConfig]:
         UserError: an adapter cannot be combined exactly.
     """
     configs = [LoraConfig.from_pretrained(str(folder)) for folder in folders]
-    weights = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    weights = [load_file(folder / ADAPTER) for folder in folders]
     for folder, config, tensors in zip(folders, configs, weights, strict=True):
         _require_exact(folder, config, tensors, last=folder == folders[-1])
     last = configs[-1]
@@ -80,6 +83,10 @@ def _require_exact(folder: Path, config: LoraConfig, tensors: dict[str, Tensor],
     reasons = [reason for option, reason in NOT_EXACT.items() if values[option]]
     if config.bias != "none":
         reasons.append("it trains biases of its base")
+    if not keeps_base(config.init_lora_weights):
+        reasons.append(f"its start ({config.init_lora_weights}) changes the weights of its base")
+    if whole := sorted(set(config.modules_to_save or ()) - HEADS):
+        reasons.append(f"it replaces a whole module of its base ({whole[0]})")
     others = [key for key in tensors if not key.endswith((LORA_A, LORA_B))]
     reasons += [f"it adapts an embedding ({key})" for key in others if ".lora_" in key]
     if others and not last:

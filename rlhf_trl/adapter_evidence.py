@@ -13,7 +13,6 @@ from rlhf_trl.recipe import Recipe
 from rlhf_trl.report_values import pointer
 from rlhf_trl.rundir import REFERENCE, RunDir, read_json, read_jsonl
 
-EVIDENCE = "evidence.json"
 SAMPLES = 3
 # Parts of a summary that are for figures.
 NOT_CARRIED = ("distributions",)
@@ -94,7 +93,8 @@ def _add_evaluation(document: _Document, run: RunDir, stage: str) -> None:
     alarms = read_json(run.over_optimisation)["alarms"] if run.over_optimisation.exists() else []
     own = [alarm for alarm in alarms if alarm["policy"] == stage and alarm["step"] is None]
     document.add("alarms", own, run.over_optimisation, "alarms")
-    document.add("alarms_checked", len(own), run.over_optimisation, "alarms")
+    judged = sum(alarm["value"] is not None for alarm in own)
+    document.add("alarms_checked", judged, run.over_optimisation, "alarms")
     front = read_json(run.final_results)["policies"][stage]["on_front"]
     document.add("front", {key: front.get(key, False) for key in ("reward", "gold")}, run.final_results,
                  "policies", stage, "on_front")  # fmt: skip

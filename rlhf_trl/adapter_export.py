@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from itertools import chain as flatten
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from trl import ModelConfig
 
 from rlhf_trl.adapter_base import Base, find_base, lora_chain, ship
 from rlhf_trl.adapter_card import write_card
-from rlhf_trl.adapter_check import ADAPTER, CONFIG, LINEAGE, require_sound
+from rlhf_trl.adapter_check import ADAPTER, CONFIG, EVIDENCE, FIGURE, LINEAGE, PROBE, require_sound
 from rlhf_trl.adapter_combine import combine
-from rlhf_trl.adapter_evidence import EVIDENCE, gather
-from rlhf_trl.adapter_lineage import describe, hash_files
-from rlhf_trl.adapter_verify import PROBE, verify
+from rlhf_trl.adapter_evidence import gather
+from rlhf_trl.adapter_lineage import describe, hash_files, list_parents
+from rlhf_trl.adapter_verify import verify
 from rlhf_trl.models import encode, load_classifier, load_weights, recorded_tokenizer, staged
 from rlhf_trl.policies import adapter_config
 from rlhf_trl.recipe import Recipe, UserError
@@ -56,7 +55,8 @@ def export(
         The lineage, as it stands in `lineage.json`.
 
     Raises:
-        UserError: there is no such stage, or it has no adapter or is not finished; the adapters cannot be combined
+        UserError: there is no such stage, or it has no adapter; it or a stage that it rests on is not finished, or was
+            trained with other settings, or before its own parent; the adapters cannot be combined
             exactly; the base is large and has no public id; the export does not do what the run's adapter does, or it
             names a place on this machine.
     """
@@ -64,7 +64,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "this is there already", "name a folder that does not exist")
     stages = lora_chain(recipe, stage)
-    _require_trained(run, [name for name in (recipe.stages[stages[0]].init, *stages) if name])
+    _require_current(recipe, run, stage)
     base = find_base(recipe, run, stages[0], base_id, revision, with_base)
     kind = "reward" if recipe.stages[stage].trainer == "reward" else "policy"
     tokenizer = recorded_tokenizer(recipe, run, stage)
@@ -72,7 +72,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with staged(out) as folder:
         _write_adapter([run.adapter(name) for name in stages], base, folder)
-        _write_tokenizer(tokenizer, kind, folder)
+        write_tokenizer(tokenizer, kind, folder)
         if base.id is None:
             ship(base, folder)
         probe, rounding = _probe(recipe, run, stages, base, tokenizer)
@@ -83,7 +83,7 @@ def export(
         evidence = gather(recipe, run, stage)
         write_json(folder / EVIDENCE, evidence)
         if kind == "policy" and evidence["policy"] and run.figure("pareto").exists():
-            shutil.copyfile(run.figure("pareto"), folder / "pareto.png")
+            shutil.copyfile(run.figure("pareto"), folder / FIGURE)
         write_card(folder, lineage, evidence)
         write_json(folder / LINEAGE, {**lineage, "files": hash_files(folder)})
         require_sound(folder, base.folder)
@@ -103,15 +103,17 @@ def open_recipe(run: RunDir, stage: str) -> Recipe:
     return recipe
 
 
-def _require_trained(run: RunDir, stages: Sequence[str]) -> None:
-    """Refuse a chain of stages if one is not finished, or was trained again under the one that starts from it."""
-    for name in stages:
-        if not run.done(name).exists():
-            raise UserError(str(run.step(name)), f"the stage {name!r} is not finished", f"train {name!r} first")
-    for parent, name in pairwise(stages):
-        if run.finished(name) < run.finished(parent):
-            problem = f"its parent {parent!r} was trained again afterwards"
-            raise UserError(str(run.step(name)), problem, f"train {name!r} again")
+def _require_current(recipe: Recipe, run: RunDir, stage: str) -> None:
+    """Refuse a stage if it, or one that it rests on, is not finished as the recipe has it, or is older than its own
+    parent."""
+    names = [*(name for name, _ in list_parents(recipe, stage)), stage]
+    for name in names:
+        run.require(recipe, name, f"train RECIPE {name}")
+    for name in names:
+        for parent in (recipe.stages[name].init, recipe.stages[name].reward):
+            if parent is not None and run.finished(name) < run.finished(parent):
+                problem = f"its parent {parent!r} was trained again afterwards"
+                raise UserError(str(run.step(name)), problem, f"train {name!r} again")
 
 
 def _require_no_date(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -154,9 +156,15 @@ def _write_adapter(adapters: Sequence[Path], base: Base, folder: Path) -> None:
     write_json(folder / CONFIG, settings)
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path) -> None:
-    """Save the tokenizer; that of a reward model pads on the right, since models with learned positions, such as
-    GPT-2, take padding on the left for text."""
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path) -> None:
+    """Save a tokenizer without the place that it was read from.
+
+    That of a reward model pads on the right, since models with learned positions, such as GPT-2, take padding on the
+    left for text.
+
+    Args:
+        kind: `policy` or `reward`.
+    """
     tokenizer.padding_side = "right" if kind == "reward" else "left"
     tokenizer.save_pretrained(folder)
     tokenizer.padding_side = "left"

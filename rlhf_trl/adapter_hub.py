@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.adapter_check import BASE, LINEAGE, REPOSITORY, require_sound
+from rlhf_trl.adapter_check import BASE, EVIDENCE, LINEAGE, REPOSITORY, list_files, require_sound
 from rlhf_trl.recipe import UserError
 from rlhf_trl.report_values import format_estimate
 from rlhf_trl.rundir import read_json
+from rlhf_trl.texts import first_line, visible
+
+COLUMNS = ("folder", "run", "stage", "trainer", "base", "gain", "KL", "win rate", "accuracy", "MB")
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,19 @@ def plan(folder: Path, repository: str, public: bool) -> Upload:
         AdapterError: with everything that is wrong with it.
         UserError: it was not exported here, or the repository's name is none.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     if not REPOSITORY.fullmatch(repository):
         raise UserError("REPO", f"{repository!r} is not the name of a repository", "give OWNER/NAME")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError("REPO", f"the Hub takes no such name: {first_line(error)}", "give OWNER/NAME") from error
     require_sound(folder)
     if not (folder / LINEAGE).exists():
         raise UserError(str(folder), "there is no lineage.json: it was not exported", "use `rlhf-trl adapter export`")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in list_files(folder)}
     return Upload(repository, not public, sizes)
 
 
@@ -71,7 +80,7 @@ def push(folder: Path, upload: Upload) -> str:
             commit_message=f"Export of {read_json(folder / LINEAGE)['stage']}",
         )
     except (OSError, TransportError) as error:  # the Hub's own errors, no token, no network
-        problem = f"the upload failed: {str(error).splitlines()[0]}"
+        problem = f"the upload failed: {first_line(error)}"
         raise UserError(upload.repository, problem, "check the network, and log in with `hf auth login`") from error
     return str(commit.commit_url)
 
@@ -81,31 +90,42 @@ def list_exports(folder: Path) -> list[dict[str, str]]:
 
     Returns:
         Rows of `folder`, `run`, `stage`, `trainer`, `base`, `gain`, `KL`, `win rate`, `accuracy` and `MB`; one that
-        was not measured is empty.
+        was not measured is empty. Of an export that is damaged, the `run` is `unreadable`, and the rest is empty.
+
+    Raises:
+        UserError: there is no such folder.
     """
     if not folder.is_dir():
         raise UserError(str(folder), "there is no such folder", "give the folder that holds exports")
-    found = sorted(path.parent for path in folder.rglob(LINEAGE) if (path.parent / "evidence.json").exists())
-    return [_describe(folder, export) for export in found]
+    found = sorted(path.parent for path in folder.rglob(LINEAGE) if (path.parent / EVIDENCE).exists())
+    return [_describe_any(folder, export) for export in found]
 
 
-def _describe(root: Path, folder: Path) -> dict[str, str]:
-    lineage, evidence = read_json(folder / LINEAGE), read_json(folder / "evidence.json")
+def _describe_any(root: Path, folder: Path) -> dict[str, str]:
+    name = visible(folder.relative_to(root).as_posix())
+    try:
+        values = [name, *map(visible, _describe(folder))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged, wherever it is
+        values = [name, "unreadable", *[""] * (len(COLUMNS) - 2)]
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _describe(folder: Path) -> tuple[str, ...]:
+    lineage, evidence = read_json(folder / LINEAGE), read_json(folder / EVIDENCE)
     policy, judge, analysis = evidence.get("policy") or {}, evidence.get("judge"), evidence.get("analysis")
     gain = next((key for key in ("gold_gain", "reward_gain") if key in policy), None)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {
-        "folder": folder.relative_to(root).as_posix(),
-        "run": lineage["run"],
-        "stage": lineage["stage"],
-        "trainer": lineage["trainer"],
-        "base": lineage["base"]["id"] or f"{BASE}/",
-        "gain": f"{_print(policy[gain], '+')} {gain.partition('_')[0]}" if gain else "",
-        "KL": _print(policy.get("kl")),
-        "win rate": _print(judge["rate"]["win_rate"] if judge else None, percent=True),
-        "accuracy": _print(analysis["overall"]["accuracy"] if analysis else None, percent=True),
-        "MB": f"{size / 1e6:.1f}",
-    }
+    size = sum(path.stat().st_size for path in list_files(folder))
+    return (
+        lineage["run"],
+        lineage["stage"],
+        lineage["trainer"],
+        lineage["base"]["id"] or f"{BASE}/",
+        f"{_print(policy[gain], '+')} {gain.partition('_')[0]}" if gain else "",
+        _print(policy.get("kl")),
+        _print(judge["rate"]["win_rate"] if judge else None, percent=True),
+        _print(analysis["overall"]["accuracy"] if analysis else None, percent=True),
+        f"{size / 1e6:.1f}",
+    )
 
 
 def _print(estimate: Mapping[str, Any] | None, sign: str = "", percent: bool = False) -> str:

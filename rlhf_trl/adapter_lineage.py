@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.adapter_base import Base
-from rlhf_trl.adapter_check import ADAPTER, CONFIG, LINEAGE, TEMPLATE
+from rlhf_trl.adapter_check import ADAPTER, CONFIG, LINEAGE, TEMPLATE, list_files
 from rlhf_trl.adapter_evidence import without_paths
 from rlhf_trl.recipe import Recipe
 from rlhf_trl.rundir import RunDir, environment, read_json
@@ -50,7 +50,7 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
         },
         "combined": list(stages),
         "rank": read_json(folder / CONFIG)["r"],
-        "parents": [_parent(recipe, run, name, relation) for name, relation in _parents(recipe, stage)],
+        "parents": [_parent(recipe, run, name, relation) for name, relation in list_parents(recipe, stage)],
         "weights": {name: hash_file(run.adapter(name) / ADAPTER) for name in stages},
         "recipe": without_paths(document),
         "fingerprint": run.fingerprint_of(stage),
@@ -72,17 +72,17 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Hash every file of an export but `lineage.json` itself: path -> SHA-256."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LINEAGE)
+    files = sorted(path for path in list_files(folder) if path.name != LINEAGE)
     return {file.relative_to(folder).as_posix(): hash_file(file) for file in files}
 
 
-def _parents(recipe: Recipe, stage: str) -> list[tuple[str, str]]:
-    """The stages that a stage rests on, each after its own: those it starts from (`init`), and its `reward`."""
+def list_parents(recipe: Recipe, stage: str) -> list[tuple[str, str]]:
+    """List the stages that a stage rests on, each after its own: those it starts from (`init`), and its `reward`."""
     found: dict[str, str] = {}
     links = recipe.stages[stage]
     for relation, name in (("init", links.init), ("reward", links.reward)):
         if name is not None:
-            found |= {parent: word for parent, word in _parents(recipe, name) if parent not in found}
+            found |= {parent: word for parent, word in list_parents(recipe, name) if parent not in found}
             found.setdefault(name, relation)
     return list(found.items())
 

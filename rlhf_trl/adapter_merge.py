@@ -15,9 +15,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf_trl.adapter_check import CONFIG, LINEAGE
-from rlhf_trl.adapter_verify import PROBE, TOLERANCE
-from rlhf_trl.loading import load_policy, load_reward_model, locate_base
+from rlhf_trl.adapter_check import CONFIG, LINEAGE, PROBE
+from rlhf_trl.adapter_export import write_tokenizer
+from rlhf_trl.adapter_verify import TOLERANCE
+from rlhf_trl.loading import load_policy, load_reward_model, locate_base, positions
 from rlhf_trl.models import encode, staged
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rundir import read_json, write_json
@@ -37,25 +38,25 @@ def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
 
     Raises:
         UserError: the adapter or the base is not sound; the base is quantised, so that the merged weights would be
-            rounded to its few values; or the merged model's outputs differ.
+            rounded to its few values; the adapter's probe cannot be used; or the merged model's outputs differ.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "this is there already", "name a folder that does not exist")
     path = locate_base(folder, base)
     task = read_json(folder / CONFIG)["task_type"]
-    if "quantization_config" in read_json(path / "config.json"):
+    if read_json(path / "config.json").get("quantization_config") is not None:
         problem = "the base is quantised: merged weights would be rounded to its few values"
         raise UserError(str(path), problem, "merge into the base in full precision: --base")
     model, tokenizer = _load(folder, path, task)
-    texts = _texts(folder, tokenizer)
+    texts = _texts(folder, model, tokenizer)
     before = _outputs(model.double(), texts)
     lineage = read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else None
     out.parent.mkdir(parents=True, exist_ok=True)
     del model  # one copy in memory at a time
     with staged(out) as target:
-        _save(_load(folder, path, task)[0], tokenizer, target)
+        _save(_load(folder, path, task)[0], tokenizer, task, target)
         auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
-        after = _outputs(auto.from_pretrained(target, dtype="float64"), texts)
+        after = _outputs(auto.from_pretrained(target, dtype="float64", trust_remote_code=False), texts)
         pairs = list(zip(before, after, strict=True))
         difference = max(float((one - other).abs().max()) for one, other in pairs)
         largest = max(float(one.abs().max()) for one in before)
@@ -75,18 +76,32 @@ def _load(folder: Path, base: Path, task: str) -> tuple[PeftModel, PreTrainedTok
     return policy.model, policy.tokenizer
 
 
-def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: str, folder: Path) -> None:
     merged = model.merge_and_unload()
     merged.config.pad_token_id = tokenizer.pad_token_id  # a classifier finds the end of a text by it
     merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(tokenizer, "reward" if task == "SEQ_CLS" else "policy", folder)
 
 
-def _texts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+def _texts(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     if (folder / PROBE).exists():
-        return [torch.tensor(row["input_ids"]) for row in read_json(folder / PROBE)["rows"]]
+        try:
+            rows = [row["input_ids"] for row in read_json(folder / PROBE)["rows"]]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(PROBE, "the probe does not hold rows of token ids", "remove the file") from error
+        size, limit = model.get_input_embeddings().num_embeddings, positions(model)
+        if not rows or not all(_is_text(ids, size, limit) for ids in rows):
+            raise UserError(PROBE, "the probe holds texts that the model cannot read", "remove the file")
+        return [torch.tensor(ids) for ids in rows]
     pairs = [encode(tokenizer, [{"role": "user", "content": text}], answer) for text, answer in TEXTS]
     return [torch.tensor(prompt + answer) for prompt, answer in pairs]
+
+
+def _is_text(ids: Any, size: int, limit: int | None) -> bool:
+    """Tell whether a probe's row is token ids that a model of so many tokens, and positions, can read."""
+    if not isinstance(ids, list) or not ids or (limit is not None and len(ids) > limit):
+        return False
+    return all(type(token) is int and 0 <= token < size for token in ids)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""The proof that an export works elsewhere: the lines of its card, run in a fresh process without this package.
+"""The proof that an export works by itself: the lines of its card, run in a fresh process without this package.
 
-Reads an export and the files of its base; writes nothing that stays. The process sees `torch`, `transformers` and
-`peft` alone, no network, and the base under its public id, in a model cache made for it.
+Reads an export and the files of its base; writes nothing that stays. The process is an isolated one (`python -I`) of
+the same interpreter, with the same packages installed, in which `rlhf_trl` must not be loaded. It has no network, no
+GPU, and the base under its public id, in a model cache made for it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rlhf_trl.adapter_check import PROBE
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rundir import read_json
 
-PROBE = "probe.json"
 # Largest difference to the run's outputs, as a share of the largest of them (1 at least): float32 holds 7 digits, and
 # a merged model rounds otherwise than one with its adapter beside it.
 TOLERANCE = 1e-5
@@ -96,7 +97,8 @@ def loading_lines(kind: str, shipped: bool) -> str:
 
 
 def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: str | None) -> dict[str, Any]:
-    """Load an export in a fresh process, by `peft` and by `transformers` alone, and compare its outputs on the probe.
+    """Load an export in a fresh isolated process of the same interpreter, with `rlhf_trl` not loaded, by `peft` and by
+    `transformers`, and compare its outputs on the probe with those of the run's adapter in float32.
 
     A reward adapter scores each text alone and all in one padded batch.
 

@@ -47,7 +47,7 @@ def export_command(
     from rlhf_trl.rundir import RunDir
 
     found = export(RunDir(run), stage, out, base_id, revision, with_base)["verification"]
-    print(f"{out}: {found['outputs']} outputs of a fresh process equal the run's within {found['difference']:.2g}")
+    print(f"{out}: {found['outputs']} outputs of a fresh process equal the adapter's within {found['difference']:.2g}")
 
 
 @adapter_app.command("merge")

@@ -15,17 +15,18 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf_trl.adapter_base import SHIPPED, fetch
-from rlhf_trl.adapter_check import CONFIG, LINEAGE, require_sound
+from rlhf_trl.adapter_base import fetch
+from rlhf_trl.adapter_check import BASE, CONFIG, LINEAGE, require_sound
 from rlhf_trl.models import Messages, load_causal, load_classifier, set_up_tokenizer
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rewards import RewardModel
 from rlhf_trl.rundir import read_json
 from rlhf_trl.sampling import sample
 from rlhf_trl.sections import Decoding
+from rlhf_trl.texts import first_line
 
 
 @dataclass
@@ -43,11 +44,27 @@ class Policy:
         Args:
             max_new_tokens: the answer is cut there; a prompt that leaves no room for it loses its beginning.
             temperature: 0 takes the most likely token.
+
+        Raises:
+            UserError: the model has not more positions than `max_new_tokens`.
         """
-        room = self.model.config.max_position_embeddings - max_new_tokens
+        room = limit = positions(self.model)
+        if limit is not None:
+            room = limit - max_new_tokens
+            if room < 1:
+                problem = f"{max_new_tokens} tokens leave no room for a prompt: the model has {limit} positions"
+                raise UserError("max_new_tokens", problem, f"give less than {limit}")
         decoding = Decoding(temperature=temperature)
         found = sample(self.model, self.tokenizer, [prompt], max_new_tokens, 1, seed, decoding, max_prompt_tokens=room)
         return found[0].text
+
+
+def positions(model: PreTrainedModel | PeftModel) -> int | None:
+    """Tell how many tokens a model reads at most; None where it sets no limit, as with ALiBi or a state space."""
+    config = model.config.get_text_config()
+    name = "max_position_embeddings"
+    limit: int | None = config.to_dict().get(config.attribute_map.get(name, name))
+    return limit
 
 
 def load_policy(folder: str | Path, base: str | Path | None = None, dtype: str = "auto") -> Policy:
@@ -66,7 +83,7 @@ def load_policy(folder: str | Path, base: str | Path | None = None, dtype: str =
     tokenizer = _tokenizer(folder, path)
     model = load_causal(str(path), ModelConfig(dtype=dtype), tokenizer)
     lineage = read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else None
-    return Policy(PeftModel.from_pretrained(model, folder).to(PartialState().device).eval(), tokenizer, lineage)
+    return Policy(_apply(model, folder), tokenizer, lineage)
 
 
 def load_reward_model(folder: str | Path, base: str | Path | None = None) -> RewardModel:
@@ -82,9 +99,8 @@ def load_reward_model(folder: str | Path, base: str | Path | None = None) -> Rew
     folder = Path(folder)
     path = _sound_base(folder, base, "SEQ_CLS")
     tokenizer = _tokenizer(folder, path)
-    model: Any = load_classifier(str(path), ModelConfig(dtype="float32"), tokenizer)
-    model = PeftModel.from_pretrained(model, folder).requires_grad_(False)
-    return RewardModel(model.to(PartialState().device).eval(), tokenizer)
+    model = load_classifier(str(path), ModelConfig(dtype="float32"), tokenizer)
+    return RewardModel(_apply(model, folder).requires_grad_(False), tokenizer)
 
 
 def locate_base(folder: Path, base: str | Path | None) -> Path:
@@ -92,14 +108,16 @@ def locate_base(folder: Path, base: str | Path | None) -> Path:
 
     Raises:
         AdapterError: something is wrong with the adapter.
-        UserError: the base cannot be reached.
+        UserError: the base cannot be reached, or is no model.
     """
     require_sound(folder)
-    if base is not None:
-        return Path(base)
-    if (folder / SHIPPED).is_dir():
-        return folder / SHIPPED
     config = read_json(folder / CONFIG)
+    if base is not None:
+        if not (Path(base) / "config.json").is_file():
+            raise UserError(str(base), "there is no model here", "give a folder with the base")
+        return Path(base)
+    if config["base_model_name_or_path"] == f"./{BASE}":
+        return folder / BASE
     return fetch(config["base_model_name_or_path"], config.get("revision"))
 
 
@@ -111,8 +129,25 @@ def _sound_base(folder: Path, base: str | Path | None, task: str) -> Path:
         kinds = {"CAUSAL_LM": "a policy", "SEQ_CLS": "a reward model"}
         problem = f"the adapter is of {kinds[found]}, not of {kinds[task]}"
         raise UserError(str(folder), problem, "use the other command, or load function")
-    require_sound(folder, path)
+    if path != folder / BASE:  # which was checked with the adapter
+        require_sound(folder, path)
     return path
+
+
+def _apply(model: PreTrainedModel, folder: Path) -> Any:
+    """Lay an adapter on its base, on the accelerator if there is one."""
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:  # what `peft` raises at settings it cannot use
+        problem = f"the adapter cannot be laid on its base: {first_line(error)}"
+        raise UserError(str(folder), problem, "ask its author for another one") from error
+    return adapted.to(PartialState().device).eval()
 
 
 def _tokenizer(folder: Path, base: Path) -> PreTrainedTokenizerBase:

@@ -69,7 +69,9 @@ def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBas
         UserError: there is no end-of-sequence token, or no token to pad with.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.get("model_revision", "main"))
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=model.get("model_revision", "main"), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise _unreachable(path, error) from error
     if tokenizer.eos_token is None:
@@ -265,6 +267,7 @@ def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = Tru
             revision=config.model_revision,
             dtype=config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
+            trust_remote_code=False,  # without it, a model that brings code has the user asked whether to run it
             **more,
         )
     except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.data.hh import Reason, RowError, normalise
+from rlhf_trl.loading import positions
 from rlhf_trl.models import encode
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rewards import RewardModel
@@ -40,7 +41,7 @@ def score_file(model: RewardModel, path: Path, batch_size: int = 16) -> list[dic
     Raises:
         UserError: the file cannot be read, or a line is not JSON.
     """
-    limit = model.model.config.max_position_embeddings
+    limit = positions(model.model)
     rows = [_fit(row, model, limit) for row in _read(path)]
     texts = [(row.prompt, answer) for row in rows for answer in row.answers]
     prompts, answers = [text[0] for text in texts], [text[1] for text in texts]
@@ -90,10 +91,10 @@ def _read_row(number: int, raw: Any) -> _Row:
     return _Row(number, pair.prompt, [pair.chosen, pair.rejected])
 
 
-def _fit(row: _Row, model: RewardModel, limit: int) -> _Row:
+def _fit(row: _Row, model: RewardModel, limit: int | None) -> _Row:
     """Leave out a row with more tokens than the model has positions for."""
     longest = max((sum(map(len, encode(model.tokenizer, row.prompt, answer))) for answer in row.answers), default=0)
-    if longest <= limit:
+    if limit is None or longest <= limit:
         return row
     return _Row(row.line, [], [], f"too_long: {longest} tokens, and the model reads {limit}")
 

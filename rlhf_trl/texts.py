@@ -39,6 +39,11 @@ def visible(text: str) -> str:
     return "".join(f"⟨U+{ord(char):04X}⟩" if char in hidden else char for char in text)
 
 
+def first_line(error: Exception) -> str:
+    """Say in a line what an error says; an error without words is named by its type."""
+    return visible(str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def fence(text: str) -> str:
     """Write a Markdown code block that no run of backticks in the text ends."""
     marks = _longer_than_any(text, 3)

@@ -19,6 +19,7 @@ from rlhf_trl.data.preprocess import prepare
 from rlhf_trl.models import load_causal, load_classifier, recorded_tokenizer, start_path
 from rlhf_trl.recipe import Recipe
 from rlhf_trl.rundir import RunDir, environment, read_json, write_json
+from rlhf_trl.weights import hash_file
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ID, COMMIT = "owner/base", "0123456789abcdef0123456789abcdef01234567"
@@ -91,20 +92,21 @@ def change_tensors(folder: Path, change: Any) -> None:
     tensors = load_file(folder / ADAPTER)
     change(tensors)
     save_file(tensors, folder / ADAPTER)
-    forget(folder, ADAPTER)
+    relist(folder, ADAPTER)
 
 
 def change_json(folder: Path, name: str, **values: Any) -> None:
     """Rewrite settings of an adapter, as an author would."""
     write_json(folder / name, {**read_json(folder / name), **values})
-    forget(folder, name)
+    relist(folder, name)
 
 
-def forget(folder: Path, name: str) -> None:
-    """Take a file out of the lineage, so that its hash does not give the change away."""
-    lineage = read_json(folder / "lineage.json")
-    lineage["files"].pop(name, None)
-    write_json(folder / "lineage.json", lineage)
+def relist(folder: Path, name: str) -> None:
+    """Write the hash of a file into the lineage, if there is one, so that it does not give the change away."""
+    if (folder / "lineage.json").exists() and name != "lineage.json":
+        lineage = read_json(folder / "lineage.json")
+        lineage["files"][name] = hash_file(folder / name)
+        write_json(folder / "lineage.json", lineage)
 
 
 def write_lie(file: Path) -> None:

@@ -136,9 +136,26 @@ def test_alarms_that_were_raised_are_listed(run):
     recipe, directory = run
     policy = recipe.policies[0]
     over = read_json(directory.over_optimisation)
-    alarm = {"alarm": "length", "policy": policy, "step": None, "raised": True, "says": "answers are 3 times as long"}
+    alarm = {"alarm": "length", "policy": policy, "step": None, "value": 3.0, "raised": True,
+             "says": "answers are 3 times as long"}  # fmt: skip
     write_json(directory.over_optimisation, {**over, "alarms": [alarm]})
     assert "- length<!--" in render(recipe, directory, policy)[0]
+
+
+def test_alarms_that_could_not_be_judged_are_not_counted(run):
+    recipe, directory = run
+    policy = recipe.policies[0]
+    over = read_json(directory.over_optimisation)
+    quiet = {"policy": policy, "step": None, "raised": False}
+    alarms = [{**quiet, "alarm": "length", "value": 1.0, "says": "answers are as long"},
+              {**quiet, "alarm": "gold", "value": None, "says": "not judged: there is no gold model"}]  # fmt: skip
+    write_json(directory.over_optimisation, {**over, "alarms": alarms})
+    card, documents = render(recipe, directory, policy)
+    assert documents["evidence.json"]["alarms_checked"] == 1
+    assert "that could be judged was raised" in card
+    assert "not judged: there is no gold model" in card
+    write_json(directory.over_optimisation, {**over, "alarms": alarms[1:]})
+    assert "None could be judged." in render(recipe, directory, policy)[0]
 
 
 def test_texts_cannot_act_in_the_card(run):

@@ -126,6 +126,9 @@ def test_rank_stabilised_scaling_and_patterns_are_folded_in(gpt2_run, tmp_path):
         ({"bias": "all"}, "biases of its base"),
         ({"lora_bias": True}, "LoRA layers have biases"),
         ({"target_parameters": ["experts"]}, "parameters, not modules"),
+        ({"exclude_modules": ["c_fc"]}, "leaves modules out by name"),
+        ({"init_lora_weights": "pissa"}, "changes the weights of its base"),
+        ({"modules_to_save": ["wte"]}, "replaces a whole module of its base"),
     ],
 )
 def test_what_cannot_be_combined_exactly_is_refused(gpt2_run, tmp_path, values, reason):
@@ -231,8 +234,11 @@ def test_a_parent_that_was_trained_again_is_noticed(gpt2_run, tmp_path):
     write_json(run.done("sft"), {**marker, "finished": "2099-01-01T00:00:00+0000"})
     with pytest.raises(UserError, match="its parent 'sft' was trained again afterwards"):
         export(run, "dpo", tmp_path / "out", ID)
+    write_json(run.done("sft"), {**marker, "fingerprint": "0" * 64})
+    with pytest.raises(UserError, match="the step 'sft' was made with other settings"):
+        export(run, "dpo", tmp_path / "out", ID)
     run.done("sft").unlink()
-    with pytest.raises(UserError, match="the stage 'sft' is not finished"):
+    with pytest.raises(UserError, match="the step 'sft' is not finished"):
         export(run, "dpo", tmp_path / "out", ID)
 
 
@@ -240,7 +246,7 @@ def test_what_is_there_is_not_written_over(gpt2_run, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="there already"):
         export(gpt2_run[2], "dpo", tmp_path, ID)
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is no run: recipe"):
         export(RunDir(tmp_path), "dpo", tmp_path / "out", ID)
 
 
@@ -298,6 +304,14 @@ def test_a_policy_loads_and_answers(shipped):
     assert policy.lineage["stage"] == "grpo"
     with pytest.raises(UserError, match="is of a policy, not of a reward model"):
         rlhf_trl.load_reward_model(shipped / "grpo")
+
+
+def test_a_reward_model_that_was_trained_again_is_noticed(shipped, tmp_path):
+    run = RunDir(shutil.copytree(shipped / "run", tmp_path / "run"))
+    marker = read_json(run.done("rm"))
+    write_json(run.done("rm"), {**marker, "finished": "2099-01-01T00:00:00+0000"})
+    with pytest.raises(UserError, match="its parent 'rm' was trained again afterwards"):
+        export(run, "grpo", tmp_path / "out")
 
 
 # --- acceptance 2: one score, whoever computes it

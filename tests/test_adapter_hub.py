@@ -76,6 +76,8 @@ def test_what_is_not_sound_is_not_pushed(policy_export, tmp_path):
         plan(folder, "me/demo", public=False)
     with pytest.raises(UserError, match="is not the name of a repository"):
         plan(policy_export, "demo", public=False)
+    with pytest.raises(UserError, match="the Hub takes no such name"):
+        plan(policy_export, "me/demo--two", public=False)
     folder = shutil.copytree(policy_export, tmp_path / "other")
     (folder / "lineage.json").unlink()
     with pytest.raises(UserError, match="was not exported"):
@@ -94,5 +96,10 @@ def test_exports_stand_side_by_side(policy_export, reward_export, tmp_path):
     assert (first["gain"], first["KL"]) == ("+0.50 [+0.20, +0.80] reward", "1.23 [1.00, 1.50]")
     assert (second["folder"], second["gain"], second["KL"]) == ("b-rm", "", "")
     assert list_exports(tmp_path / "a" / "dpo" / "..")
+    change_json(tmp_path / "a" / "dpo", "lineage.json", stage="\x1b[31mdpo")
+    assert list_exports(tmp_path)[0]["stage"] == "⟨U+001B⟩[31mdpo"
+    for damage in ("{", "[]", '{"run": 1}'):
+        (tmp_path / "a" / "dpo" / "lineage.json").write_text(damage)
+        assert [row["run"] for row in list_exports(tmp_path)] == ["unreadable", "run"]
     with pytest.raises(UserError, match="no such folder"):
         list_exports(tmp_path / "nowhere")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_trl.adapter_merge import merge
 from rlhf_trl.recipe import UserError
-from rlhf_trl.rundir import read_json
+from rlhf_trl.rundir import read_json, write_json
 
 IDS = torch.tensor([[5, 99, 300, 17, 42, 800, 3]])
 
@@ -45,7 +45,11 @@ def test_a_merged_reward_model_keeps_its_head(gpt2_run, reward_export, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert model.config.pad_token_id == tokenizer.pad_token_id
     rows = read_json(reward_export / "probe.json")["rows"]
-    batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, padding_side="right", return_tensors="pt")
+    assert tokenizer.padding_side == "right"
+    for file in (tmp_path / "merged").glob("*.json*"):
+        assert str(gpt2_run[0].parent) not in file.read_text(), file
+        assert str(reward_export) not in file.read_text(), file
+    batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
     with torch.no_grad():
         scores = model.eval()(**batch).logits[:, 0]
     expected = torch.tensor([row["outputs"][0] for row in rows])
@@ -85,10 +89,26 @@ def test_a_merge_that_changes_the_outputs_is_refused(gpt2_run, policy_export, tm
 
 
 def test_an_adapter_that_others_made_is_merged_too(gpt2_run, policy_export, tmp_path):
+    base = shutil.copytree(gpt2_run[0], tmp_path / "base")
+    write_json(base / "config.json", {**read_json(base / "config.json"), "quantization_config": None})
     folder = shutil.copytree(policy_export, tmp_path / "adapter")
     for name in ("lineage.json", "probe.json", "evidence.json"):
         (folder / name).unlink()
-    assert merge(folder, tmp_path / "merged", gpt2_run[0])["difference"] < 1e-4
+    assert merge(folder, tmp_path / "merged", base)["difference"] < 1e-4
+
+
+@pytest.mark.parametrize("rows", [None, [], [{}], [{"input_ids": []}], [{"input_ids": [1024]}],
+                                  [{"input_ids": [True]}], [{"input_ids": [1] * 129}]])  # fmt: skip
+def test_a_probe_that_cannot_be_used_is_named(gpt2_run, policy_export, tmp_path, rows):
+    folder = shutil.copytree(policy_export, tmp_path / "adapter")
+    change_json(folder, "probe.json", rows=rows)
+    with pytest.raises(UserError, match=r"^probe.json: the probe (does not hold|holds texts)"):
+        merge(folder, tmp_path / "merged", gpt2_run[0])
+
+
+def test_a_base_that_is_no_model_is_named(policy_export, tmp_path):
+    with pytest.raises(UserError, match="there is no model here"):
+        merge(policy_export, tmp_path / "merged", tmp_path / "nowhere")
 
 
 def test_what_is_there_is_not_written_over(gpt2_run, policy_export, tmp_path):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from adapter_fixtures import write_base
 from conftest import ROOT
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import rlhf_trl
 from rlhf_trl.chat import Conversation
+from rlhf_trl.loading import positions
 from rlhf_trl.recipe import UserError
 from rlhf_trl.rundir import read_jsonl, write_jsonl
 from rlhf_trl.score import score_file, summarise
@@ -48,6 +50,15 @@ def test_a_base_that_cannot_be_reached_is_named(policy_export):
         rlhf_trl.load_policy(policy_export)
 
 
+def test_what_peft_refuses_is_named(gpt2_run, policy_export, monkeypatch):
+    def refuse(*_):
+        raise KeyError
+
+    monkeypatch.setattr("rlhf_trl.loading.PeftModel.from_pretrained", refuse)
+    with pytest.raises(UserError, match="the adapter cannot be laid on its base: KeyError"):
+        rlhf_trl.load_policy(policy_export, gpt2_run[0])
+
+
 # --- chat
 # --------------------------------------------------------------------------------------------------------------
 
@@ -81,6 +92,20 @@ def test_what_acts_on_a_terminal_is_spelt_out():
 def test_a_long_conversation_loses_its_beginning(gpt2_run, policy_export):
     policy = rlhf_trl.load_policy(policy_export, gpt2_run[0])
     assert isinstance(policy.answer([{"role": "user", "content": "word " * 400}], max_new_tokens=8), str)
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused(gpt2_run, policy_export):
+    policy = rlhf_trl.load_policy(policy_export, gpt2_run[0])
+    with pytest.raises(UserError, match="128 tokens leave no room for a prompt: the model has 128 positions"):
+        policy.answer(PROMPT, max_new_tokens=128)
+    assert isinstance(policy.answer(PROMPT, max_new_tokens=127), str)
+
+
+def test_the_positions_of_a_model_are_known():
+    bloom = {"vocab_size": 8, "hidden_size": 8, "n_layer": 1, "n_head": 1}
+    assert positions(BloomForCausalLM(BloomConfig(**bloom))) is None  # ALiBi: no limit
+    gpt2 = GPT2Config(vocab_size=8, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    assert positions(GPT2LMHeadModel(gpt2)) == 16
 
 
 def test_chat_answers_what_is_piped_in(gpt2_run, policy_export, tmp_path):
@@ -166,7 +191,7 @@ def test_export_and_list_from_the_command_line(gpt2_run, tmp_path):
     _, _, run = gpt2_run
     done = command("adapter", "export", run.root, "sft", tmp_path / "sft", "--base-id", "owner/base")
     assert done.returncode == 0, done.stderr
-    assert "equal the run's within" in done.stdout
+    assert "equal the adapter's within" in done.stdout
     card = (tmp_path / "sft" / "README.md").read_text()
     assert "it is what the policies of its run start from" in card
     listed = command("adapter", "list", tmp_path)
