@@ -71,6 +71,14 @@ def main() -> None:
         for problem in error.problems:
             print(f"  {problem}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:
+        if not end.code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # All is written. A thread of the process group that outlives the interpreter aborts the process
+            # ("terminate called without an active exception"), and the launcher calls a finished run a failure.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        raise
 
 
 @app.callback(invoke_without_command=True)
