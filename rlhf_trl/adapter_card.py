@@ -16,11 +16,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 
 from rlhf_trl.adapter_check import CARD, EVIDENCE, FIGURE, LINEAGE
 from rlhf_trl.adapter_verify import loading_lines
-from rlhf_trl.report_values import STYLES, pointer
+from rlhf_trl.report_values import STYLES, TEMPLATES, pointer, resolve
 from rlhf_trl.rundir import write_text
 from rlhf_trl.texts import fence, inline, visible
 
-TEMPLATES = Path(__file__).parent / "templates"
 # Characters that mean something in Markdown or HTML.
 ACTIVE = re.compile(r"([\\`*_{}\[\]<>|#~$&])")
 PIPELINES = {"policy": "text-generation", "reward": "text-classification"}
@@ -68,9 +67,7 @@ def render_card(lineage: Mapping[str, Any], evidence: Mapping[str, Any], has_fig
 
 def _show(documents: Mapping[str, Any], file: str, style: str, *keys: str | int) -> Written:
     """Print the value at an address, with that address in a comment; null prints a dash."""
-    value = documents[file]
-    for key in keys:
-        value = value[key]
+    value = resolve(documents, file, keys)
     if value is None or (isinstance(value, dict) and value["mean"] is None):
         return Written(f"–<!-- {pointer(file, keys)} -->")
     text = STYLES[style](value)

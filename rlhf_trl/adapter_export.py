@@ -26,7 +26,7 @@ from rlhf_trl.adapter_card import write_card
 from rlhf_trl.adapter_check import ADAPTER, CONFIG, EVIDENCE, FIGURE, LINEAGE, PROBE, require_sound
 from rlhf_trl.adapter_combine import combine
 from rlhf_trl.adapter_evidence import gather
-from rlhf_trl.adapter_lineage import describe, hash_files, list_parents
+from rlhf_trl.adapter_lineage import describe, hash_files
 from rlhf_trl.adapter_verify import verify
 from rlhf_trl.models import encode, load_classifier, load_weights, recorded_tokenizer, staged
 from rlhf_trl.policies import adapter_config
@@ -106,7 +106,7 @@ def open_recipe(run: RunDir, stage: str) -> Recipe:
 def _require_current(recipe: Recipe, run: RunDir, stage: str) -> None:
     """Refuse a stage if it, or one that it rests on, is not finished as the recipe has it, or is older than its own
     parent."""
-    names = [*(name for name, _ in list_parents(recipe, stage)), stage]
+    names = [*recipe.parents(stage), stage]
     for name in names:
         run.require(recipe, name, f"train RECIPE {name}")
     for name in names:

@@ -50,7 +50,7 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
         },
         "combined": list(stages),
         "rank": read_json(folder / CONFIG)["r"],
-        "parents": [_parent(recipe, run, name, relation) for name, relation in list_parents(recipe, stage)],
+        "parents": [_parent(recipe, run, name, relation) for name, relation in recipe.parents(stage).items()],
         "weights": {name: hash_file(run.adapter(name) / ADAPTER) for name in stages},
         "recipe": without_paths(document),
         "fingerprint": run.fingerprint_of(stage),
@@ -74,17 +74,6 @@ def hash_files(folder: Path) -> dict[str, str]:
     """Hash every file of an export but `lineage.json` itself: path -> SHA-256."""
     files = sorted(path for path in list_files(folder) if path.name != LINEAGE)
     return {file.relative_to(folder).as_posix(): hash_file(file) for file in files}
-
-
-def list_parents(recipe: Recipe, stage: str) -> list[tuple[str, str]]:
-    """List the stages that a stage rests on, each after its own: those it starts from (`init`), and its `reward`."""
-    found: dict[str, str] = {}
-    links = recipe.stages[stage]
-    for relation, name in (("init", links.init), ("reward", links.reward)):
-        if name is not None:
-            found |= {parent: word for parent, word in list_parents(recipe, name) if parent not in found}
-            found.setdefault(name, relation)
-    return list(found.items())
 
 
 def _parent(recipe: Recipe, run: RunDir, name: str, relation: str) -> dict[str, Any]:

@@ -5,11 +5,11 @@ Writes `checkpoint-N/manifest.json`; imports neither torch nor the libraries.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 from rlhf_trl.rundir import read_json, write_json
+from rlhf_trl.weights import hash_file
 
 
 def seal(folder: Path) -> None:
@@ -17,7 +17,7 @@ def seal(folder: Path) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in files:
         sync(file)
-    write_json(folder / "manifest.json", {str(file.relative_to(folder)): _sha256(file) for file in files})
+    write_json(folder / "manifest.json", {str(file.relative_to(folder)): hash_file(file) for file in files})
     sync(folder)
 
 
@@ -27,14 +27,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def last_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -65,7 +57,7 @@ def damage(checkpoint: Path) -> str | None:
         for name, digest in manifest.items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-            if _sha256(checkpoint / name) != digest:
+            if hash_file(checkpoint / name) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, AttributeError):
         return "it has no manifest that can be read"

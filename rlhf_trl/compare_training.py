@@ -170,10 +170,7 @@ def measure_efficiency(recipe: Recipe, stage: str, all_stats: Stats) -> Row:
 
 def needed(recipe: Recipe, stage: str) -> list[str]:
     """The stages that have to be trained to get this one, itself last."""
-    found: list[str] = []
-    for link in (recipe.stages[stage].init, recipe.stages[stage].reward):
-        found += [name for name in (needed(recipe, link) if link else []) if name not in found]
-    return [*found, stage]
+    return [*recipe.parents(stage), stage]
 
 
 def generated_tokens(recipe: Recipe, stage: str, stats: Row) -> Row | None:

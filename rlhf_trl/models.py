@@ -31,6 +31,7 @@ from trl import ModelConfig, get_quantization_config
 
 from rlhf_trl.recipe import Recipe, UserError
 from rlhf_trl.rundir import RunDir
+from rlhf_trl.texts import first_line
 
 Messages = list[dict[str, str]]
 
@@ -275,10 +276,8 @@ def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = Tru
 
 
 def _unreachable(path: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(
-        path, f"the model cannot be loaded: {reason}", "check `model.model_name_or_path`, the network, and access"
-    )
+    problem = f"the model cannot be loaded: {first_line(error)}"
+    return UserError(path, problem, "check `model.model_name_or_path`, the network, and access")
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,16 @@ class Recipe(Strict):
             groups[common if shared else names[0]] = names
         return groups
 
+    def parents(self, stage: str) -> dict[str, str]:
+        """The stages that a stage rests on, each after its own, and how: one it starts from (`init`), or its
+        `reward`."""
+        found: dict[str, str] = {}
+        for relation, name in (("init", self.stages[stage].init), ("reward", self.stages[stage].reward)):
+            if name is not None:
+                for parent, how in {**self.parents(name), name: relation}.items():
+                    found.setdefault(parent, how)
+        return found
+
     def half_of(self, stage: str) -> str | None:
         """The half of the training prompts that a stage learns from; None is all of them.
 

@@ -40,7 +40,7 @@ def environment_of(documents: Mapping[str, Any]) -> Environment:
 def show_value(documents: Mapping[str, Any], style: str, file: str, *keys: str | int) -> Markup:
     """Print the value at an address, marked with that address, a number as a link to its file; null prints a dash, an
     estimate that could not be computed a dash and the reason."""
-    value = _resolve(documents, file, keys)
+    value = resolve(documents, file, keys)
     if isinstance(value, dict) and value["mean"] is None:
         dash = show_value(documents, style, file, *keys, "mean")
         return dash + Markup(' <span class="why">{}</span>').format(
@@ -60,14 +60,15 @@ def show_value(documents: Mapping[str, Any], style: str, file: str, *keys: str |
 
 def show_source(documents: Mapping[str, Any], file: str, *keys: str | int) -> Markup:
     """Print where the numbers of a section come from."""
-    _resolve(documents, file, keys)
+    resolve(documents, file, keys)
     place = Markup(" › <code>{}</code>").format(printable(".".join(str(key) for key in keys))) if keys else ""
     return Markup('<span class="from" data-path="{}"><a href="{}"><code>{}</code></a>{}</span>').format(
         printable(pointer(file, keys)), quote(file), printable(file), place
     )
 
 
-def _resolve(documents: Mapping[str, Any], file: str, keys: Sequence[str | int]) -> Any:
+def resolve(documents: Mapping[str, Any], file: str, keys: Sequence[str | int]) -> Any:
+    """Look a value up by its address: the file, and the keys that lead to it."""
     value = documents[file]
     for key in keys:
         value = value[key]

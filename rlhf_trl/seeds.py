@@ -18,7 +18,7 @@ from rlhf_trl.stats import RESAMPLES, Estimate, resample, resampled_means
 # KLs and gains of a run's K points, its checkpoints and its final model: (K, P) each, K of the run's own.
 Points = tuple[np.ndarray, np.ndarray]
 Run = TypeVar("Run")
-# With fewer seeds than this there is a warning. What 3, 5 and 10 seeds are worth: `compare_as_trained`.
+# With fewer seeds than this the interquartile mean and its interval are left out.
 ENOUGH = 5
 # With fewer seeds than this, the two-level interval may be too narrow; see `compare_as_trained`.
 SURE = 10
