@@ -17,6 +17,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # The evaluation against the plain way, and PPO against the stock set-up: make bench MODEL=path/to/SmolLM2-135M
 bench: .venv/.installed

@@ -1,6 +1,6 @@
 """`python -m rlhf_trl` and `accelerate launch -m rlhf_trl`."""
 
-from rlhf_trl.cli import main
+from rlhf_trl.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 
-from rlhf_trl.data.demo import build_tiny
 from rlhf_trl.data.preprocess import prepare
-from rlhf_trl.models import load_causal, load_classifier, recorded_tokenizer, start_path
-from rlhf_trl.recipe import Recipe
-from rlhf_trl.rundir import RunDir, environment, read_json, write_json
-from rlhf_trl.weights import hash_file
+from rlhf_trl.models.base import load_causal, load_classifier, recorded_tokenizer, start_path
+from rlhf_trl.models.tiny import build_tiny
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import RunDir, environment, read_json, write_json
+from rlhf_trl.run.safetensors import hash_file
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ID, COMMIT = "owner/base", "0123456789abcdef0123456789abcdef01234567"

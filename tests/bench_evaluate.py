@@ -47,8 +47,8 @@ def main(model: str, prompts: int = 96, tokens: int = 64, batch: int = 32) -> No
 
 
 def open_run(path: str):
-    from rlhf_trl.recipe import load_recipe
-    from rlhf_trl.rundir import RunDir
+    from rlhf_trl.recipe.load import load_recipe
+    from rlhf_trl.run.layout import RunDir
 
     recipe = load_recipe(Path(path))
     return recipe, RunDir(Path(path).parent / recipe.name)
@@ -96,10 +96,10 @@ def report(seconds: float) -> None:
 
 
 def ours(path: str) -> None:
-    from rlhf_trl.measurements import Measurements
-    from rlhf_trl.models import recorded_tokenizer
-    from rlhf_trl.policies import Policies
-    from rlhf_trl.rewards import load_reward_model
+    from rlhf_trl.evaluate.measure import Measurements
+    from rlhf_trl.models.base import recorded_tokenizer
+    from rlhf_trl.models.policies import Policies
+    from rlhf_trl.models.rewards import load_reward_model
 
     recipe, run = open_run(path)
     policies = Policies(recipe, run, recorded_tokenizer(recipe, run))
@@ -119,8 +119,8 @@ def plain(path: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from rlhf_trl.measurements import choose_prompts
-    from rlhf_trl.models import recorded_tokenizer
+    from rlhf_trl.evaluate.measure import choose_prompts
+    from rlhf_trl.models.base import recorded_tokenizer
 
     recipe, run = open_run(path)
     tokenizer = recorded_tokenizer(recipe, run)

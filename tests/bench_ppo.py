@@ -62,8 +62,8 @@ def resident() -> int:
 
 def make(path: str) -> None:
     from rlhf_trl.data.preprocess import prepare
-    from rlhf_trl.models import encode, recorded_tokenizer
-    from rlhf_trl.rundir import read_jsonl
+    from rlhf_trl.models.base import encode, recorded_tokenizer
+    from rlhf_trl.run.layout import read_jsonl
 
     recipe, run = open_run(path)
     prepare(recipe, run)
@@ -76,7 +76,7 @@ def make(path: str) -> None:
 def measure(trainer, start: int) -> None:
     from transformers import TrainerCallback
 
-    from rlhf_trl.callbacks import peak_memory
+    from rlhf_trl.train.callbacks import peak_memory
 
     marks: list[float] = []
 
@@ -102,7 +102,7 @@ def build(path: str, ours: bool):
     from transformers import set_seed
     from trl.experimental.ppo import PPOTrainer
 
-    from rlhf_trl import train
+    from rlhf_trl.train import step as train
 
     recipe, run = open_run(path)
     start = resident()
@@ -114,7 +114,7 @@ def build(path: str, ours: bool):
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from rlhf_trl.models import recorded_tokenizer
+    from rlhf_trl.models.base import recorded_tokenizer
 
     tokenizer = recorded_tokenizer(recipe, run)
     base, dtype = recipe.model["model_name_or_path"], getattr(torch, recipe.model["dtype"])

@@ -9,8 +9,9 @@ os.environ.update(
 
 import pytest
 
-from rlhf_trl.recipe import Recipe, load_recipe
-from rlhf_trl.rundir import RunDir
+from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import RunDir
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -98,7 +99,7 @@ def shared(*parts: str) -> Path:
 def train_all(recipe: Recipe, run: RunDir) -> None:
     """Prepare the data and train every stage of a recipe in this process."""
     from rlhf_trl.data.preprocess import prepare
-    from rlhf_trl.train import train
+    from rlhf_trl.train.step import train
 
     run.replace("prepare")
     prepare(recipe, run)
@@ -161,7 +162,7 @@ def reward_export(gpt2_run, tmp_path_factory) -> Path:
 def _export(run: RunDir, stage: str, tmp_path_factory) -> Path:
     from adapter_fixtures import COMMIT, ID
 
-    from rlhf_trl.adapter_export import export
+    from rlhf_trl.adapters.export import export
 
     folder = tmp_path_factory.mktemp("exports") / stage
     export(run, stage, folder, ID, COMMIT)

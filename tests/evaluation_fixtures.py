@@ -9,18 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_trl.frontier import (
-    best_of_n_kl,
-    bootstrap_front,
-    fit_over_optimisation,
-    gain_at_kl,
-    non_dominated,
-)
-from rlhf_trl.judge_results import conclude
-from rlhf_trl.recipe import Recipe
-from rlhf_trl.rundir import RunDir, read_jsonl, write_json
-from rlhf_trl.stats import bootstrap_mean, wilson
-from rlhf_trl.winrates import prompt_scores
+from rlhf_trl.judge.results import conclude
+from rlhf_trl.judge.win_rate import prompt_scores
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import RunDir, read_jsonl, write_json
+from rlhf_trl.stats.estimate import bootstrap_mean, wilson
+from rlhf_trl.stats.frontier import best_of_n_kl, bootstrap_front, fit_over_optimisation, gain_at_kl, non_dominated
 
 Row = dict[str, Any]
 # Policy -> its true gain in reward and in gold reward, its KL, and how much longer its answers are; others are drawn.

@@ -10,10 +10,10 @@ from typing import Any
 
 from evaluation_fixtures import JUDGES, comparison, error_analysis, invent, invent_winrate
 
-from rlhf_trl.compare import build
-from rlhf_trl.recipe import Recipe, expand_sweeps
-from rlhf_trl.rundir import RunDir, read_json, write_json, write_jsonl
-from rlhf_trl.stats import wilson
+from rlhf_trl.compare.step import build
+from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
+from rlhf_trl.run.layout import RunDir, read_json, write_json, write_jsonl
+from rlhf_trl.stats.estimate import wilson
 
 STAGES: dict[str, Any] = {
     "sft": {"trainer": "sft", "args": {"num_train_epochs": 1, "learning_rate": 2e-4}},

@@ -10,9 +10,9 @@ import time
 import pytest
 from conftest import ROOT
 
-from rlhf_trl.launch import shipped
-from rlhf_trl.recipe import load_recipe
-from rlhf_trl.rundir import RunDir, read_json, read_jsonl
+from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.run.launch import shipped
+from rlhf_trl.run.layout import RunDir, read_json, read_jsonl
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -101,13 +101,13 @@ def test_commands_of_the_readme_are_real(line):
 
 def test_the_tree_in_the_readme_is_the_tree():
     tree = README.split("## The tree")[1].split("```")[1]
-    named = set(re.findall(r"\b[\w]+\.py\b", tree))
-    assert named == {path.name for path in (ROOT / "rlhf_trl").glob("*.py")} - {"__init__.py", "__main__.py"}
+    named = set(re.findall(r"(?m)^    (\w+)/", tree))
+    assert named == {path.parent.name for path in (ROOT / "rlhf_trl").glob("*/__init__.py")}
 
 
 def test_keys_of_the_argument_table_exist():
-    from rlhf_trl.options import read_options
-    from rlhf_trl.sections import Data, Evaluation
+    from rlhf_trl.recipe.library import read_options
+    from rlhf_trl.recipe.schema import Data, Evaluation
 
     table = README.split("### From the assignment's options to recipe keys")[1].split("## What lies where")[0]
     options = {name for kind in ("sft", "reward", "dpo", "grpo", "ppo") for name in read_options(kind)}

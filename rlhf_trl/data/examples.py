@@ -15,7 +15,7 @@ from rapidfuzz.distance import Indel
 
 from rlhf_trl.data.hh import Pair, RowError
 from rlhf_trl.data.sources import Row
-from rlhf_trl.texts import fence, inline
+from rlhf_trl.text.display import fence, inline
 
 RANDOM_PAIRS = 3
 MAX_CHARACTERS = 1200

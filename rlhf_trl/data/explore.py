@@ -24,10 +24,10 @@ from rlhf_trl.data.figures import draw
 from rlhf_trl.data.hh import Pair, RowError, normalise
 from rlhf_trl.data.sources import read_rows
 from rlhf_trl.data.summary import QUANTILES
-from rlhf_trl.health import REFUSAL_CHARACTERS, REFUSALS, refuses
-from rlhf_trl.recipe import Recipe
-from rlhf_trl.rundir import RunDir, write_json, write_text
-from rlhf_trl.stats import Estimate, wilson
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import RunDir, write_json, write_text
+from rlhf_trl.stats.estimate import Estimate, wilson
+from rlhf_trl.text.refusals import REFUSAL_CHARACTERS, REFUSALS, refuses
 
 UNITS = ("characters", "words", "tokens")
 # How many times longer the longer answer is, in words.
@@ -82,7 +82,7 @@ def explore(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: the source cannot be used.
     """
-    from rlhf_trl.models import load_tokenizer
+    from rlhf_trl.models.base import load_tokenizer
 
     tokenizer = load_tokenizer(recipe, run)
 

@@ -23,9 +23,10 @@ from rlhf_trl.data.hh import Message, Pair, Reason, RowError, normalise
 from rlhf_trl.data.sources import read_rows
 from rlhf_trl.data.split import halve, prompt_keys, split
 from rlhf_trl.data.summary import Kept, Tally, longer, summarise
-from rlhf_trl.recipe import Recipe, UserError
-from rlhf_trl.rundir import RunDir, write_json, write_jsonl, write_text
-from rlhf_trl.sections import Data
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.recipe.schema import Data
+from rlhf_trl.run.layout import RunDir, write_json, write_jsonl, write_text
 
 # Marks that may differ between two copies of one text; not those that carry meaning, such as the minus of a number.
 ROUGH = re.compile(r"[\s.,;:!?'\"“”‘’…()\[\]{}–—]+")
@@ -38,7 +39,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
         UserError: the source cannot be used; too large a share of it is dropped (`quarantine.jsonl` is there to read);
             or what is left cannot be split.
     """
-    from rlhf_trl.models import load_tokenizer
+    from rlhf_trl.models.base import load_tokenizer
 
     data, tokenizer = recipe.data, load_tokenizer(recipe, run)
     control = _control_pattern(tokenizer)
@@ -205,7 +206,7 @@ def fit(tokenizer: Any, pair: Pair, max_length: int, where: str) -> tuple[Pair, 
     """
     from jinja2 import TemplateError
 
-    from rlhf_trl.models import encode, render
+    from rlhf_trl.models.base import encode, render
 
     def tokens(prompt: list[Message]) -> int:
         return len(encode(tokenizer, prompt)[0])

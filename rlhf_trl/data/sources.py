@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.recipe import UserError
-from rlhf_trl.sections import Data
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.schema import Data
 
 Row = tuple[int, str, Any]
 

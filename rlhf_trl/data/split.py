@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlhf_trl.data.hh import Message
-from rlhf_trl.recipe import UserError
+from rlhf_trl.recipe.errors import UserError
 
 LENGTH_BINS = 5
 

@@ -1,0 +1,125 @@
+"""The base of an exported adapter: a public id, or the model's own files, shipped with the adapter.
+
+Reads a run directory, a folder or the Hub's cache; asks the Hub for what the cache does not hold.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_trl.adapters.check import BASE
+from rlhf_trl.models.base import TINY, base_path
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import RunDir
+from rlhf_trl.run.safetensors import hash_weights, read_weights
+from rlhf_trl.text.display import first_line
+
+# A base of up to this many bytes is shipped without being asked for.
+SMALL = 200_000_000
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model below an adapter; without an `id` its files have to be shipped."""
+
+    folder: Path
+    id: str | None
+    revision: str | None
+    stage: str | None
+    """The stage that fine-tuned it whole, if one did."""
+    weights: str
+    """Hash of its weights."""
+
+    @property
+    def name(self) -> str:
+        """What `adapter_config.json` calls it."""
+        return self.id or f"./{BASE}"
+
+
+def lora_chain(recipe: Recipe, stage: str) -> list[str]:
+    """List the stages whose adapters lie on one base, the lowest first, up to `stage`.
+
+    Raises:
+        UserError: the stage has no adapter.
+    """
+    if not recipe.model_block(stage).get("use_peft"):
+        problem = "the stage was fine-tuned whole: it is a model, and has no adapter"
+        raise UserError(f"stages.{stage}", problem, "share its folder `model/`, or export a stage that starts from it")
+    chain = [stage]
+    while (init := recipe.stages[chain[0]].init) and recipe.model_block(init).get("use_peft"):
+        chain.insert(0, init)
+    return chain
+
+
+def find_base(
+    recipe: Recipe, run: RunDir, first: str, base_id: str | None, revision: str | None, with_base: bool
+) -> Base:
+    """Find the base that the lowest adapter of a chain lies on, and decide whether it is named or shipped.
+
+    Args:
+        first: the stage of that adapter.
+        base_id: the public id of a base that the recipe knows by a path.
+        with_base: ship the base, whatever its size.
+
+    Raises:
+        UserError: the base cannot be reached, or is large, has no public id, and `with_base` is not given.
+    """
+    block, stage = recipe.model_block(first), recipe.stages[first].init
+    name = str(block["model_name_or_path"])
+    if base_id is not None and not REPOSITORY.fullmatch(base_id):
+        raise UserError("--base-id", f"{base_id!r} is not the id of a model", "give OWNER/NAME, as on the Hub")
+    if stage is not None:
+        folder = run.model(stage)
+    elif name == TINY or Path(name).is_dir():
+        folder = Path(base_path(block, run))
+    else:
+        folder = fetch(name, str(block.get("model_revision", "main")))
+        base_id, revision = name, folder.name
+    if not with_base and base_id is None:
+        _require_small(folder)
+    public = None if with_base else base_id
+    weights = hash_weights(read_weights(folder))
+    return Base(folder, public, revision if public else None, stage, weights)
+
+
+def fetch(name: str, revision: str | None) -> Path:
+    """Find a model of the Hub in the local cache, or fetch it.
+
+    Returns:
+        The folder of its files; its name is the commit.
+
+    Raises:
+        UserError: it can be had neither here nor there.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES, "*.jinja", "token*.json"])
+        )
+    except (OSError, ValueError) as error:
+        problem = f"the base cannot be reached: {first_line(error)}"
+        raise UserError(name, problem, "check the name, the network, and access") from error
+
+
+def ship(base: Base, folder: Path) -> None:
+    """Copy what a base needs to be loaded into an export."""
+    target = folder / BASE
+    target.mkdir()
+    for pattern in MODEL_FILES:
+        for file in sorted(base.folder.glob(pattern)):
+            shutil.copyfile(file, target / file.name)
+
+
+def _require_small(folder: Path) -> None:
+    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    if size > SMALL:
+        problem = f"the base has no public id that is known, and its {size / 1e6:,.0f} MB would have to be shipped"
+        remedy = "name it with --base-id ID (and --revision), or ship it with --with-base"
+        raise UserError(str(folder), problem, remedy)

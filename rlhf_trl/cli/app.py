@@ -1,0 +1,260 @@
+"""The command line, and the only place that configures logging or turns a user's mistake into a message.
+
+A command imports its step inside, so that `--help` and `validate` answer without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from rlhf_trl import __version__
+from rlhf_trl.cli.adapters import adapter_app, chat, score
+from rlhf_trl.cli.run import (
+    RUNS,
+    AccelerateOption,
+    EnvFileOption,
+    ProcessesOption,
+    RecipeArg,
+    RunsOption,
+    SetOption,
+    as_options,
+    load_env,
+    open_run,
+    planned_processes,
+    run,
+    run_child,
+    run_step,
+    status,
+    timed,
+)
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.library import nearest
+from rlhf_trl.run.launch import require_processes
+from rlhf_trl.run.layout import RunDir
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From preference pairs to shared LoRA adapters with the evidence attached.",
+)
+
+app.add_typer(adapter_app, name="adapter")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes place, problem and remedy, and exit status 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("rlhf_trl").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import that an optional kernel is absent
+    # The libraries' own use of names that their next release drops.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
+    try:
+        app()
+    except UserError as error:
+        count = len(error.problems)
+        rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"\n{count} problems found" if count > 1 else f"\nerror{rank}", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as end:
+        if not end.code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # All is written. A thread of the process group that outlives the interpreter aborts the process
+            # ("terminate called without an active exception"), and the launcher calls a finished run a failure.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        raise
+
+
+@app.callback(invoke_without_command=True)
+def show_version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def validate(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    processes: ProcessesOption = None,
+    show: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as JSON.")] = False,
+) -> None:
+    """Check a recipe and report every problem at once; nothing is run or written."""
+    loaded, directory = open_run(recipe, overrides, RUNS, processes)
+    if (processes or 1) == 1:  # the libraries check batch sizes for the processes that are running
+        from rlhf_trl.train.step import build_configs
+
+        build_configs(loaded, directory)
+    if show:
+        print(json.dumps(loaded.model_dump(), indent=2))
+    else:
+        print(f"{recipe}: a valid recipe with the stages {', '.join(loaded.stages)}")
+
+
+@app.command()
+def explore(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Describe the preference data: lengths, depth, biases, patterns; figures and samples."""
+    loaded, run = open_run(recipe, overrides, runs)
+    run_step(loaded, run, "explore")
+
+
+@app.command()
+def prepare(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Clean the pairs, split them by prompt, and write the views that training reads."""
+    loaded, run = open_run(recipe, overrides, runs)
+    run_step(loaded, run, "prepare")
+
+
+@app.command()
+def train(
+    recipe: RecipeArg,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The name of a stage.")],
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    accelerate: AccelerateOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Train one stage; also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
+    planned_processes(accelerate, processes)
+    if accelerate:
+        with timed(stage):
+            run_child(["train", recipe, stage, "--runs", str(runs), *as_options(overrides)], accelerate, processes)
+        return
+    require_processes()
+    loaded, run = open_run(recipe, overrides, runs, int(os.environ.get("WORLD_SIZE", "1")))
+    if stage not in loaded.stages:
+        near = nearest(stage, loaded.stages)
+        remedy = f"did you mean {near!r}?" if near else f"the stages are: {', '.join(loaded.stages)}"
+        raise UserError(recipe, f"there is no stage {stage!r}", remedy)
+    if run.is_done(loaded, stage):
+        print(f"{stage}: done already, nothing to do")
+        return
+    with run.lock(stage) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        from rlhf_trl.train.step import train as train_stage
+
+        train_stage(loaded, run, stage)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    accelerate: AccelerateOption = None,
+    processes: ProcessesOption = None,
+) -> None:
+    """Measure reward, KL, frontier and alarms of every policy on held-out prompts; also under `accelerate launch`."""
+    planned_processes(accelerate, processes)
+    if accelerate:
+        run_child(["evaluate", recipe, "--runs", str(runs), *as_options(overrides)], accelerate, processes)
+        return
+    require_processes()
+    loaded, run = open_run(recipe, overrides, runs)
+    run_step(loaded, run, "evaluate")
+
+
+@app.command()
+def judge(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    env_file: EnvFileOption = None,
+    calibrate: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Labelled pairs of each subset to check the judge on, instead of judge.calibrate."),
+    ] = None,
+) -> None:
+    """Ask a judge which answers are better, in both orders: win rates, ratings, and how good the judge is."""
+    load_env(env_file)
+    loaded, run = open_run(recipe, overrides, runs)
+    if loaded.judge and calibrate is not None:
+        asked = loaded.model_copy(update={"judge": loaded.judge.model_copy(update={"calibrate": calibrate})})
+    else:
+        asked = loaded
+    if not run_step(loaded, run, "judge", asked):
+        raise typer.Exit(3)
+
+
+@app.command()
+def compare(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    stages: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--stages", metavar="A,B,...", help="Compare these stages, instead of comparison.stages."),
+    ] = None,
+) -> None:
+    """Compare the runs: stability, convergence, compute, sample quality, and which method was better at equal KL."""
+    loaded, run = open_run(recipe, overrides, runs)
+    asked = loaded
+    if stages is not None:
+        chosen = json.dumps([name.strip() for name in stages.split(",")])
+        asked, _ = open_run(recipe, [*(overrides or []), f"comparison.stages={chosen}"], runs)
+    run_step(loaded, run, "compare", asked)
+
+
+@app.command()
+def errors(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    """Analyse the errors of every reward stage: accuracy, biases, calibration, examples, probes."""
+    loaded, run = open_run(recipe, overrides, runs)
+    run_step(loaded, run, "errors")
+
+
+@app.command()
+def samples(
+    recipe: RecipeArg = "demo",
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+    per_model: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--per-model", min=1, help="Pairs of each model, instead of samples.per_model."),
+    ] = None,
+) -> None:
+    """Export prompt/response pairs of every model as JSONL and Markdown."""
+    loaded, run = open_run(recipe, overrides, runs)
+    update = {} if per_model is None else {"per_model": per_model}
+    asked = loaded.model_copy(update={"samples": loaded.samples.model_copy(update=update)})
+    run_step(loaded, run, "samples", asked)
+
+
+@app.command()
+def report(
+    recipe: RecipeArg = "demo",
+    beside: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="RUN", help="Another run: both are directories, and one page holds the two."),
+    ] = None,
+    overrides: SetOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Write report.html from the results of the run; or lay two finished runs beside each other."""
+    if beside is not None:
+        from rlhf_trl.report.beside import lay_beside
+
+        print(lay_beside(RunDir(Path(recipe)), RunDir(beside)))
+        return
+    loaded, run = open_run(recipe, overrides, runs)
+    run_step(loaded, run, "report")
+
+
+for command in (run, status, chat, score):
+    app.command()(command)

@@ -1,0 +1,143 @@
+"""What a person reads about a run: its plan, its state, how far a stage has come, and how it ended.
+
+Pure functions from the states of the steps to text.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+
+from rlhf_trl.run.states import Progress, StepState
+
+LABELS = {"loss": "loss", "reward": "reward", "kl": "KL"}
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them: `7.4 s`, `31 s`, `2 min 05 s`, `3 h 20 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def progress_words(progress: Progress) -> str:
+    """Say how far a stage has come, how long the rest takes at this pace, and what it logged last."""
+    words = [f"step {progress.step} of {progress.max_steps}"]
+    pace, left = progress.seconds_per_step, progress.seconds_from(progress.step)
+    if pace is not None:
+        words.append(f"{pace:.3g} s a step")
+    if left:
+        words.append(f"{duration(left)} left")
+    return ", ".join([*words, *(f"{LABELS[key]} {value:.4g}" for key, value in progress.values.items())])
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def plan_table(states: Sequence[StepState], waiting: Sequence[str]) -> str:
+    """Lay out what a run is about to do, with the time of what was timed before.
+
+    Args:
+        waiting: the steps that will run.
+    """
+    rows = [(state.step, state.trainer or "", _plan_words(state, waiting), _estimate(state, waiting))
+            for state in states]  # fmt: skip
+    seconds = [_seconds_to_run(state) for state in states if state.step in waiting]
+    known = [value for value in seconds if value is not None]
+    new = len(waiting) - len(known)
+    total = f"\nabout {duration(sum(known))} for the {_steps(len(known))} that were timed before"
+    rest = f"; {new} {'is' if new == 1 else 'are'} new" if new else ""
+    return _table(("step", "trainer", "state", "time"), rows) + (total + rest if known else "")
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
+
+
+def _plan_words(state: StepState, waiting: Sequence[str]) -> str:
+    if state.state == "stopped":
+        steps = f" of {state.progress.max_steps}" if state.progress else ""
+        if state.checkpoint is not None:
+            return f"goes on at step {state.checkpoint}{steps}"
+        return "to do again: stopped before its first checkpoint"
+    if state.state == "changed":
+        lost = "" if state.checkpoint is None else f"; checkpoint {state.checkpoint} is discarded"
+        return f"to do again: settings changed{lost}"
+    if state.state == "running":
+        return f"running: {state.holder or 'a process'}"
+    return "to do again: its inputs may be new" if state.state == "done" and state.step in waiting else state.state
+
+
+def _estimate(state: StepState, waiting: Sequence[str]) -> str:
+    if state.step not in waiting:
+        return "" if state.last_seconds is None else f"took {duration(state.last_seconds)}"
+    seconds = _seconds_to_run(state)
+    measured = state.progress is not None and state.progress.seconds_per_step is not None
+    return "–" if seconds is None else f"about {duration(seconds)}{'' if measured else ' (last time)'}"
+
+
+def _seconds_to_run(state: StepState) -> float | None:
+    return state.last_seconds if state.state == "done" else state.seconds_left
+
+
+def status_table(states: Sequence[StepState]) -> str:
+    """Lay out what has become of every step of a run."""
+    rows = [
+        (state.step, state.trainer or "", _status_words(state),
+         "" if state.last_seconds is None or state.state not in ("done", "changed") else duration(state.last_seconds))
+        for state in states
+    ]  # fmt: skip
+    return _table(("step", "trainer", "state", "took"), rows)
+
+
+def _status_words(state: StepState) -> str:
+    progress, killed = state.progress, f" ({state.holder} was killed)" if state.holder else ""
+    if state.state == "running":
+        if progress is None:
+            begins = " and has not begun to train" if state.trainer else ""
+            return f"running: {state.holder or 'a process'}{begins}"
+        return f"running: {progress_words(progress)}; last log {duration(progress.log_age)} ago"
+    if state.state == "stopped":
+        where = "" if progress is None else f" at step {progress.step} of {progress.max_steps}"
+        saved = "no checkpoint" if state.checkpoint is None else f"checkpoint at {state.checkpoint}"
+        return f"stopped{where}, {saved}{killed}"
+    if state.state == "changed":
+        return f"made with other settings{killed}"
+    return state.note or state.state + killed
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Align the columns, the number of each row before them."""
+    numbered = [("", *head), *((f"{number:2}", *row) for number, row in enumerate(rows, 1))]
+    widths = [max(map(len, column)) for column in zip(*numbered, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in numbered)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def summary_table(seconds: Mapping[str, float], total: float) -> str:
+    """Lay out what each step has taken."""
+    rows = {**seconds, "total": total}
+    width = max(map(len, rows))
+    return "\n".join(f"{step.ljust(width)}  {duration(taken)}" for step, taken in rows.items())
+
+
+def status_end(states: Sequence[StepState], running: bool) -> str:
+    """Say in a sentence what the states come to.
+
+    Args:
+        running: `run` is at work, if only between two steps.
+    """
+    done = sum(state.state == "done" for state in states)
+    if done == len(states):
+        return "finished"
+    if running or any(state.state == "running" for state in states):
+        return f"at work: {done} of {_steps(len(states))} done"
+    return f"at rest: {done} of {_steps(len(states))} done; `rlhf-trl run RECIPE` goes on from there"
+
+
+def ending(status: int) -> str:
+    """Say what an exit status above 0 means; one above 128 is a signal."""
+    return f"ended by {signal.Signals(status - 128).name}" if status > 128 else f"failed with status {status}"

@@ -1,0 +1,1 @@
+"""The step `compare`: training runs and policies beside each other, and the verdict."""

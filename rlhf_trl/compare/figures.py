@@ -1,0 +1,125 @@
+"""Figure of a comparison: the verdict, gain against KL, reward against what it took, and compute.
+
+Pure functions from the content of `comparison_results.json` and the histories to axes, for the PNG of the step and for
+the SVGs of the report alike.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlhf_trl.figures.policies import INK, PAPER, POLICY_STYLES, STYLE, root_scale, save, stage_lines
+from rlhf_trl.figures.training import BLUE, GREY, ORANGE, PURPLE
+
+Row = dict[str, Any]
+STYLES = {**POLICY_STYLES, "sft": (GREY, "D"), "reward": (PURPLE, "v")}
+# More would cover each other; the largest differences are drawn.
+MOST_PAIRS = 12
+MARKERS = "os^vDP*X"
+AXIS = {"gold": "gold gain", "reward": "reward gain", "win_rate": "win rate"}
+
+
+def plot_comparison(results: Mapping[str, Any], stats: Mapping[str, Row], path: Path) -> None:
+    """Draw what there is: differences at equal KL, gain against KL, reward during training, compute."""
+    drawings: list[tuple[str, Callable[[Axes], None]]] = []
+    if results["verdict"]:
+        drawings.append(("Difference at the same KL", lambda axes: draw_differences(axes, results)))
+    if measure_of(results):
+        drawings.append(("Every seed, on held-out prompts", lambda axes: draw_seeds(axes, results)))
+    drawings.append(("Reward or loss during training", lambda axes: draw_training(axes, results, stats)))
+    drawings.append(("Compute, with the stages built on", lambda axes: draw_compute(axes, results)))
+    with matplotlib.rc_context(STYLE):
+        rows = -(-len(drawings) // 2)
+        figure = Figure(figsize=(13, 4.6 * rows), layout="constrained")
+        for index, (title, draw) in enumerate(drawings):
+            axes = figure.add_subplot(rows, 2, index + 1)
+            draw(axes)
+            axes.set_title(title, fontsize=11.5, loc="left")
+        save(figure, path)
+
+
+def measure_of(results: Mapping[str, Any]) -> str | None:
+    """The quality that the figures show: gain by the gold model, else by the reward model; None without either."""
+    known = [stage["quality"] for stage in results["stages"].values() if stage["quality"]]
+    return next((key for key in ("gold_gain", "reward_gain") if known and all(key in of for of in known)), None)
+
+
+def draw_differences(axes: Axes, results: Mapping[str, Any]) -> None:
+    """Draw the first method less the second with its 95 % interval, a line for each pair; filled where it is clear
+    of 0 after Holm's correction."""
+    measure = results["verdict"]["measure"]
+    found = [(pair["a"], pair["b"], pair["measures"][measure].get("equal_kl")) for pair in results["pairs"]]
+    found = [(a, b, result) for a, b, result in found if result and result["difference"]]
+    found = sorted(found, key=lambda entry: -abs(entry[2]["difference"]["mean"]))[:MOST_PAIRS]
+    axes.axvline(0, color=GREY, linewidth=1)
+    for place, (_, _, result) in enumerate(found):
+        difference = result["difference"]
+        clear = result["outcome"] in ("better", "worse")
+        axes.plot([difference["low"], difference["high"]], [place, place], color=INK, linewidth=1.6)
+        axes.plot(difference["mean"], place, marker="o", markersize=8, color=INK,
+                  markerfacecolor=INK if clear else PAPER)  # fmt: skip
+    axes.set_yticks(range(len(found)), [f"{a}\nless {b}\nat {result['kl']:.2g} nats" for a, b, result in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel(f"difference in {AXIS[measure]} (filled: clear of 0 after Holm's correction)")
+    axes.grid(axis="y", visible=False)
+
+
+def draw_seeds(axes: Axes, results: Mapping[str, Any]) -> None:
+    """Draw each policy's gain against its KL, every seed a point."""
+    measure = str(measure_of(results))
+    furthest = 0.0
+    drawn = [(name, group) for name, group in results["groups"].items()
+             if all(results["stages"][stage]["quality"] for stage in group["stages"])]  # fmt: skip
+    own: Counter[str] = Counter()
+    for name, group in drawn:
+        color, marker = STYLES[group["trainer"]]
+        if own[group["trainer"]]:  # another group of this trainer
+            marker = MARKERS[(MARKERS.index(marker) + own[group["trainer"]]) % len(MARKERS)]
+        own[group["trainer"]] += 1
+        qualities = [results["stages"][stage]["quality"] for stage in group["stages"]]
+        x, y = [of["kl"]["mean"] for of in qualities], [of[measure]["mean"] for of in qualities]
+        axes.plot(x, y, linestyle="none", marker=marker, markersize=8, color=color, markeredgecolor=PAPER, label=name)
+        furthest = max(furthest, *x)
+    axes.axhline(0, color=GREY, linewidth=1)
+    root_scale(axes, 0, 1.1 * furthest or 1)
+    axes.set_ylabel(measure.replace("_", " "))
+    axes.legend(frameon=False, fontsize=10)
+
+
+def draw_training(axes: Axes, results: Mapping[str, Any], stats: Mapping[str, Row]) -> None:
+    """Draw the logged reward by seconds, of the most runs in which it means the same; without any reward, the loss."""
+    quantity = "reward" if results["comparable"]["reward"] else "loss"
+    names: Sequence[str] = max((of["stages"] for of in results["comparable"][quantity]), key=len, default=[])
+    others = sum(len(of["stages"]) for of in results["comparable"][quantity]) - len(names)
+    styles = stage_lines({name: results["stages"][name]["trainer"] for name in names})
+    for name in names:
+        color, marker = STYLES[results["stages"][name]["trainer"]]
+        points = [(row["seconds"], row[quantity]) for row in stats[name]["history"] if quantity in row]
+        line: Row = {"linestyle": styles[name], "marker": marker, "markersize": 4}
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.5, label=name, **line)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel(f"{quantity}, where it means the same" + (f" ({others} runs left out)" if others else ""))
+    if names:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def draw_compute(axes: Axes, results: Mapping[str, Any]) -> None:
+    """Draw device seconds, the run's own and those of the stages it builds on."""
+    stages = results["stages"]
+    for place, stage in enumerate(stages.values()):
+        own, all_ = (stage["efficiency"][key] for key in ("device_seconds", "device_seconds_with_inputs"))
+        axes.barh(place, own, color=BLUE, height=0.6, label="its own" if place == 0 else None)
+        axes.barh(place, all_ - own, left=own, color=ORANGE, alpha=0.45, height=0.6, hatch="//", edgecolor=PAPER,
+                  label="the stages it builds on" if place == 0 else None)  # fmt: skip
+    axes.set_yticks(range(len(stages)), list(stages))
+    axes.set_ylim(len(stages) - 0.4, -0.6)
+    axes.set_xlabel("device seconds")
+    axes.grid(axis="y", visible=False)
+    axes.legend(frameon=False, fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)

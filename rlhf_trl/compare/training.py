@@ -1,0 +1,340 @@
+"""What the histories of training runs say about stability, convergence and compute, and which of it means the same.
+
+Pure functions from `training_stats.json` to the parts of `comparison_results.json`. Trainers log different quantities
+under one name: a DPO loss is no GRPO loss, and GRPO's KL is per token where PPO's is per answer. Each number therefore
+carries its meaning in words; only numbers with equal meanings stand beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from rlhf_trl.compare.dynamics import (
+    Better,
+    area_until,
+    describe_convergence,
+    describe_stability,
+    find_jumps,
+    find_spikes,
+    is_diverging,
+    smooth,
+)
+from rlhf_trl.recipe.library import read_options
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import REFERENCE
+
+Row = dict[str, Any]
+Stats = Mapping[str, Row]
+# Share of the way from the lowest start to the runs' median best reward that counts as reached, where the recipe names
+# no reward: the best of all runs may be one lucky row.
+NEAR_BEST = 0.9
+# A run is slow where a sample takes this many times the median of the others of its trainer; without any, of all those
+# on the same devices, of which only an order of magnitude says something.
+SLOW, SLOW_AMONG_OTHERS = 2.0, 10.0
+# In shorter histories noise alone makes jumps.
+FEWEST_FOR_JUMPS = 20
+# Losses that training is to lower. Those of grpo and ppo are surrogates around 0, whose level says nothing.
+FALLING = ("sft", "reward", "dpo")
+# A gradient norm that ends this many times above its own median has left its course.
+RUNAWAY = 10.0
+# Options that change how a loss falls, but not what it is.
+# fmt: off
+SAME_LOSS = frozenset({
+    "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps",
+    "total_episodes", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "num_mini_batches", "num_ppo_epochs", "local_rollout_forward_batch_size", "value_init", "disable_dropout",
+    "logging_steps", "eval_steps", "save_steps", "eval_strategy", "save_strategy", "save_total_limit",
+    "logging_strategy", "logging_first_step", "bf16", "tf32", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "dataloader_num_workers", "report_to", "run_name",
+})
+# fmt: on
+SAMPLES = {
+    "sft": "answers of the data",
+    "reward": "pairs",
+    "dpo": "pairs",
+    "grpo": "sampled answers",
+    "ppo": "sampled answers",
+}  # fmt: skip
+LONGEST = {"grpo": "max_completion_length", "ppo": "response_length"}
+# Other options that say which answers are sampled, and what is their reward.
+SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "reward_weights")
+DIRECTIONS: tuple[tuple[str, Better], ...] = (("loss", "lower"), ("reward", "higher"))
+# What a trainer logs about its own health -> what it is.
+SIGNS = {
+    "clip_fraction": "share of answer tokens that the surrogate's clip holds",
+    "explained_variance": "share of the returns' variance that the value model explains",
+    "frac_reward_zero_std": "share of GRPO's groups whose answers all have one reward and teach nothing",
+    "logps/chosen": "log-probability of the chosen answers under the policy, nats",
+    "grad_norm": "norm of the gradient before clipping",
+}
+
+
+def describe_meanings(recipe: Recipe, stage: str, stats: Row) -> dict[str, str | None]:
+    """Say in words what the stage's loss, reward, KL, seconds and pace are; None for what it does not log."""
+    trainer, args, summary = stats["trainer"], recipe.args_of(stage), stats["summary"]
+    given = _options(args, [key for key in sorted(args) if key not in SAME_LOSS])
+    count = summary["processes"]
+    devices = f"{count} {'process' if count == 1 else 'processes'} on {describe_device(stats)}"
+    meanings: dict[str, str | None] = {
+        "loss": f"loss of the {trainer} trainer" + (f" with {given}" if given else ""),
+        "reward": None,
+        "kl": None,
+        "seconds": describe_device(stats),
+        "pace": f"{SAMPLES[trainer]}, {devices}",
+    }
+    if trainer in LONGEST:
+        options = read_options(trainer)
+        warmth, longest = (args.get(key, options[key].default) for key in ("temperature", LONGEST[trainer]))
+        sampled = f"answers to training prompts sampled at temperature {warmth:g}, up to {longest} tokens"
+        others = _options(args, [key for key in SAMPLING if key in args])
+        sampled += f", {others}" if others else ""
+        if trainer == "ppo" and args.get("stop_token") != "eos":  # GRPO's answers always end there
+            sampled += ", not ended by their end token"
+        start = recipe.stages[stage].init or "the base model"
+        meanings["reward"] = f"mean score by {recipe.stages[stage].reward} of {sampled}, from {start} on"
+        kind = args.get("kl_estimator", options["kl_estimator"].default) if trainer == "ppo" else "k3"
+        meanings["kl"] = f"{stats['definitions']['kl']}; {kind}, {sampled}"
+    return meanings
+
+
+def describe_device(stats: Row) -> str:
+    """Say what one process of a run trained on."""
+    summary = stats["summary"]
+    if summary["device"] != "cpu":
+        return str(summary["device"])
+    return f"the CPU, with {summary['cpu_threads']} thread{'' if summary['cpu_threads'] == 1 else 's'} a process"
+
+
+def _options(args: Row, keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {args[key]}" for key in keys)
+
+
+def measure_stability(stats: Row, meanings: Row) -> Row:
+    """Describe loss and reward, the jumps of the KL, and what else the trainer logs about itself."""
+    found: Row = {}
+    summary, history = stats["summary"], stats["history"]
+    # A logged value is a mean over the steps since the last one: the more samples, the less noise.
+    logged = max(1, len([row for row in history if "loss" in row]))
+    found["samples_per_value"] = round(summary["samples_per_step"] * summary["steps"] / logged)
+    for key, better in DIRECTIONS:
+        steps, values = column(stats, key) if meanings[key] else ([], [])
+        found[key] = (values and {
+            **describe_stability(values, better),
+            "spikes": find_spikes(steps, values),
+            "diverging": is_diverging(values, better),
+        }) or None  # fmt: skip
+    steps, values = column(stats, "kl")
+    found["kl"] = {"jumps": find_jumps(steps, values), "highest": max(values), "last": values[-1]} if values else None
+    found["signs"] = {}
+    for key in SIGNS:
+        rows = [row.get(key, row["log"].get(key)) for row in stats["history"]]
+        known = [value for value in rows if value is not None]
+        if known:
+            found["signs"][key] = {"first": known[0], "last": known[-1]}
+    return found
+
+
+def measure_efficiency(recipe: Recipe, stage: str, all_stats: Stats) -> Row:
+    """Measure speed, memory, and compute on one scale: seconds of a device, those of the stages it builds on
+    included."""
+    stats = all_stats[stage]
+    summary = stats["summary"]
+    seconds, steps = summary["seconds"], summary["steps"]
+    samples = summary["samples_per_step"] * steps
+    counted = [row for row in stats["history"] if "tokens" in row]
+    generated = generated_tokens(recipe, stage, stats)
+    inputs = needed(recipe, stage)
+    return {
+        "steps": steps,
+        "seconds": seconds,
+        "seconds_per_step": seconds / steps,
+        "samples": samples,
+        "samples_per_step": summary["samples_per_step"],
+        "samples_per_second": samples / seconds,
+        "tokens_per_second": counted[-1]["tokens"] / counted[-1]["seconds"] if counted else None,
+        "generated_tokens": generated and generated["total"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "device_seconds": seconds * summary["processes"],
+        "device_seconds_with_inputs": sum(
+            all_stats[name]["summary"]["seconds"] * all_stats[name]["summary"]["processes"] for name in inputs
+        ),
+        "inputs": inputs[:-1],
+        "devices": sorted({describe_device(all_stats[name]) for name in inputs}),
+    }
+
+
+def needed(recipe: Recipe, stage: str) -> list[str]:
+    """The stages that have to be trained to get this one, itself last."""
+    return [*recipe.parents(stage), stage]
+
+
+def generated_tokens(recipe: Recipe, stage: str, stats: Row) -> Row | None:
+    """Count the tokens that a run had sampled: `steps` and `tokens` at each row that logs an answer's length, and
+    `total`, with the steps after the last of them at its length; None for a trainer that samples none."""
+    rows = [row for row in stats["history"] if "answer_tokens" in row]
+    if stats["trainer"] not in LONGEST or not rows:
+        return None
+    # A batch of answers serves `num_iterations` steps.
+    answers = stats["summary"]["samples_per_step"] / recipe.args_of(stage).get("num_iterations", 1)
+    steps = [0, *(row["step"] for row in rows)]
+    tokens = np.cumsum(
+        [0.0, *(answers * (b - a) * row["answer_tokens"] for (a, b), row in zip(pairwise(steps), rows, strict=True))]
+    )
+    tail = (stats["summary"]["steps"] - steps[-1]) * answers * rows[-1]["answer_tokens"]
+    return {"steps": steps, "tokens": tokens.tolist(), "total": float(tokens[-1] + tail)}
+
+
+def measure_convergence(recipe: Recipe, all_stats: Stats, meanings: Mapping[str, Row], metrics: Row) -> dict[str, Row]:
+    """Measure when each run first reached a reward and kept it.
+
+    Args:
+        all_stats: of every stage of the recipe.
+        meanings: of the stages to compare.
+        metrics: content of `metrics.json`. The reward of an evaluated checkpoint means the same for every trainer, and
+            is taken where there are any.
+    """
+    series = {stage: _rewards(recipe, stage, all_stats[stage], metrics) for stage in meanings}
+    evaluated = "mean score on the held-out prompts, by checkpoint"
+    words = {stage: evaluated if of and of["evaluated"] else meanings[stage]["reward"] for stage, of in series.items()}
+    found: dict[str, Row] = {}
+    for stage, own in series.items():
+        if own is None or words[stage] is None:
+            reason = "it trains on no reward of sampled answers, and no checkpoint was evaluated by a reward model"
+            found[stage] = {"meaning": None, "why_not": reason}
+            continue
+        alike = [of for other, of in series.items() if of and words[other] == words[stage]]
+        lowest = min(of["start"] for of in alike)
+        best = float(np.median([smooth(of["values"]).max() for of in alike]))
+        threshold, hold = recipe.comparison.threshold, recipe.comparison.hold
+        threshold = lowest + NEAR_BEST * (best - lowest) if threshold is None else threshold
+        common = min(of["seconds"][-1] for of in alike)
+        columns = (own["steps"], own["seconds"], own["tokens"], own["values"], own["start"])
+        result = describe_convergence(*columns, threshold, hold)
+        found[stage] = {
+            "meaning": words[stage],
+            "start": own["start"],
+            **{key: value for key, value in result.items() if key not in ("area", "rate")},
+            "rate": (result["final"] - own["start"]) / own["seconds"][-1],
+            "area": area_until(own["seconds"], own["values"], own["start"], common),
+            "area_seconds": common,
+        }
+    return found
+
+
+def _rewards(recipe: Recipe, stage: str, stats: Row, metrics: Row) -> Row | None:
+    """The rewards of a run, of its evaluated checkpoints or as logged, with steps, seconds and sampled tokens, and
+    what it started from; None without any."""
+    history, generated = stats["history"], generated_tokens(recipe, stage, stats)
+    checkpoints = [entry for entry in metrics["checkpoints"].get(stage, ()) if "reward" in entry]
+    rows = [row for row in history if "reward" in row]
+    if checkpoints:
+        steps = [entry["step"] for entry in checkpoints]
+        values = [entry["reward"]["mean"] for entry in checkpoints]
+        start = metrics["policies"][REFERENCE]["reward"]["mean"]
+    elif rows:
+        steps, values = [row["step"] for row in rows], [row["reward"] for row in rows]
+        start = values[0]
+    else:
+        return None
+    return {
+        "evaluated": bool(checkpoints),
+        "steps": steps,
+        "seconds": np.interp(
+            steps, [0, *(row["step"] for row in history)], [0.0, *(row["seconds"] for row in history)]
+        ).tolist(),
+        "tokens": np.interp(steps, generated["steps"], generated["tokens"]).tolist() if generated else None,
+        "values": values,
+        "start": start,
+    }
+
+
+def find(stages: Mapping[str, Row], all_stats: Stats, furthest: float) -> dict[str, list[Row]]:
+    """Name what stands out in each run: `spike`, `diverging`, `jump`, `slow`, `stopped`, `identical`.
+
+    Args:
+        stages: what was measured of each compared stage.
+        furthest: KL, in nats per answer, beyond which a policy has left its reference (`evaluation.worst.kl`).
+    """
+    found: dict[str, list[Row]] = {name: [] for name in stages}
+    for name, stage in stages.items():
+        stability = stage["stability"]
+        for key in ("loss", "reward"):
+            of = stability[key]
+            if of and of["diverging"] and (key == "reward" or stage["trainer"] in FALLING):
+                found[name].append(_finding("diverging", key, f"its {key} ends worse than it began"))
+            elif of and of["spikes"]:
+                found[name].append(_finding("spike", key, f"its {key} leaps at {_steps(of['spikes'])}", of["spikes"]))
+        _, norms = column(all_stats[name], "grad_norm")
+        if len(norms) >= 6 and np.median(norms[-3:]) > RUNAWAY * np.median(norms):
+            words = f"its gradient norm ends {RUNAWAY:g} times above its median or more"
+            found[name].append(_finding("diverging", "grad_norm", words))
+        far = _kl_per_answer(stage, all_stats[name])
+        if far is not None and far > furthest:
+            words = f"its KL ends at {far:.0f} nats per answer, beyond evaluation.worst.kl ({furthest:g})"
+            found[name].append(_finding("diverging", "kl", words))
+        jumps = stability["kl"]["jumps"] if stability["kl"] else []
+        if jumps and len(column(all_stats[name], "kl")[0]) >= FEWEST_FOR_JUMPS:
+            found[name].append(_finding("jump", "kl", f"its KL jumps at {_steps(jumps)}", jumps))
+        reason = all_stats[name]["summary"]["stopped"]
+        if reason:
+            found[name].append(_finding("stopped", "kl", f"it was stopped: {reason}"))
+        slow = _slowness(name, stages)
+        if slow:
+            found[name].append(_finding("slow", "samples_per_second", slow))
+        same = [other for other in stages if other != name and _same_history(all_stats[name], all_stats[other])]
+        if same:
+            found[name].append(_finding("identical", "history", f"its training is that of {', '.join(same)}"))
+    return found
+
+
+def _kl_per_answer(stage: Row, stats: Row) -> float | None:
+    """The policy's KL in nats per answer: as evaluated, or else the median of the last three logged, of which GRPO's
+    are per token. None without either."""
+    if stage["quality"]:
+        return float(stage["quality"]["kl"]["mean"])
+    rows = [row for row in stats["history"] if "kl" in row][-3:]
+    lengths = [row["answer_tokens"] if stats["trainer"] == "grpo" else 1 for row in rows]
+    return float(np.median([row["kl"] * length for row, length in zip(rows, lengths, strict=True)])) if rows else None
+
+
+def _finding(word: str, quantity: str, says: str, steps: Sequence[int] = ()) -> Row:
+    return {"finding": word, "quantity": quantity, "says": says, "steps": list(steps)}
+
+
+def _steps(steps: Sequence[int]) -> str:
+    shown = ", ".join(str(step) for step in steps[:5])
+    return f"step{'s' if len(steps) > 1 else ''} {shown}" + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
+
+
+def _slowness(name: str, stages: Mapping[str, Row]) -> str | None:
+    """Say how slow a run is beside those that do the same on the same devices, if it is."""
+    own = stages[name]
+    others = [of for other, of in stages.items()
+              if other != name and of["meanings"]["seconds"] == own["meanings"]["seconds"]]  # fmt: skip
+    same = [
+        of for of in others if (of["trainer"], of["meanings"]["pace"]) == (own["trainer"], own["meanings"]["pace"])
+    ]
+    if not others:
+        return None
+    whose, limit = (f"other {own['trainer']} runs", SLOW) if same else ("other runs", SLOW_AMONG_OTHERS)
+    usual = float(np.median([of["efficiency"]["samples_per_second"] for of in same or others]))
+    times = usual / own["efficiency"]["samples_per_second"]
+    return f"a sample takes {times:.1f} times the median of the {whose}" if times > limit else None
+
+
+def _same_history(one: Row, other: Row) -> bool:
+    """Whether two runs logged the same, step for step, but for time and memory."""
+    measured = ("seconds", "peak_memory_bytes", "log")
+    plain = [[{k: v for k, v in row.items() if k not in measured} for row in of["history"]] for of in (one, other)]
+    return one["trainer"] == other["trainer"] and bool(plain[0]) and plain[0] == plain[1]
+
+
+def column(stats: Row, key: str) -> tuple[list[int], list[float]]:
+    """The steps at which a quantity was logged, and its values."""
+    rows = [row for row in stats["history"] if key in row]
+    return [row["step"] for row in rows], [row[key] for row in rows]

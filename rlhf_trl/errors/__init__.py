@@ -1,0 +1,1 @@
+"""The step `errors`: what the reward models get wrong on held-out pairs."""

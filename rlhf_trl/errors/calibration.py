@@ -1,0 +1,126 @@
+"""How far the confidence of a reward model can be believed.
+
+A margin d (score of the chosen answer minus score of the rejected one) says, by Bradley and Terry, that the chosen
+answer wins with probability sigma(d) (Bai et al. 2022, section 3.3). Works on arrays, reads and writes nothing.
+
+The order of the two answers matters: with the chosen answer always first, the outcome is always 1, and "calibration
+error" is nothing but 1 minus the mean probability. So either the order is drawn, or each pair is counted in both
+orders; the latter is the same as comparing the confidence sigma(|d|) with how often the preferred answer is the chosen
+one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit
+
+from rlhf_trl.stats.estimate import Estimate
+
+SIMULATIONS = 1000
+
+
+def confidence(margins: np.ndarray) -> np.ndarray:
+    """Give the probability that the model gives to the answer it prefers, sigma(|d|), 0.5 to 1. (N,) -> (N,)."""
+    return expit(np.abs(margins))
+
+
+def nll(margins: np.ndarray) -> np.ndarray:
+    """Give the Bradley-Terry loss of each pair, -log sigma(d), in nats. (N,) -> (N,)."""
+    return np.logaddexp(0.0, -margins)
+
+
+def brier(margins: np.ndarray) -> np.ndarray:
+    """Give the squared error of each pair's probability, (1 - sigma(d))^2; 0.25 for a coin. (N,) -> (N,)."""
+    return expit(-margins) ** 2
+
+
+def equal_width(bins: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """Edges of bins of one width, shape (bins + 1,)."""
+    return np.linspace(low, high, bins + 1)
+
+
+def equal_mass(predicted: np.ndarray, bins: int) -> np.ndarray:
+    """Edges of bins with about as many predictions each; fewer bins where many predictions are the same."""
+    edges = np.unique(np.quantile(predicted, np.linspace(0, 1, bins + 1)))
+    return edges if len(edges) > 1 else np.array([edges[0], edges[0]])
+
+
+def bin_of(predicted: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Number the bin of each prediction from 0; a bin holds its lower edge, the last one both. (N,) -> (N,)."""
+    return np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, len(edges) - 2)
+
+
+def calibration_errors(predicted: np.ndarray, outcome: np.ndarray, edges: np.ndarray) -> dict[str, float]:
+    """Compare the mean prediction with the mean outcome in each bin.
+
+    Args:
+        predicted: probabilities, shape (N,).
+        outcome: what happened, 0 to 1, shape (N,).
+        edges: of the bins, ascending.
+
+    Returns:
+        `ece`, `rmsce` and `mce`: the mean, root mean square and maximum of the gap, weighted by the bins' sizes
+        (Naeini et al. 2015; the l1, l2 and max norms of torchmetrics).
+
+    Raises:
+        ValueError: there are no predictions.
+    """
+    if len(predicted) == 0:
+        raise ValueError("calibration needs at least one prediction")
+    bins, count = bin_of(predicted, edges), len(edges) - 1
+    sizes = np.bincount(bins, minlength=count)
+    used = sizes > 0
+    gaps = np.abs(np.bincount(bins, predicted - outcome, count)[used]) / sizes[used]
+    weights = sizes[used] / len(predicted)
+    return {
+        "ece": float(weights @ gaps),
+        "rmsce": float(np.sqrt(weights @ gaps**2)),
+        "mce": float(gaps.max()),
+    }
+
+
+def ece_if_calibrated(predicted: np.ndarray, edges: np.ndarray, seed: int) -> Estimate:
+    """Simulate the calibration error that these predictions would show if they were right.
+
+    It is above 0 by chance, the more so the fewer predictions; outcomes are drawn from the predictions (Bröcker and
+    Smith 2007, consistency resampling).
+
+    Returns:
+        The mean, and the range of 95 % of the draws.
+    """
+    n, bins, random = len(predicted), bin_of(predicted, edges), np.random.default_rng(seed)
+    errors = [
+        float(np.abs(np.bincount(bins, (random.random(n) < predicted) - predicted)).sum()) / n
+        for _ in range(SIMULATIONS)
+    ]
+    low, high = np.quantile(errors, [0.025, 0.975])
+    return Estimate(float(np.mean(errors)), float(low), float(high), n)
+
+
+def fit_temperature(margins: np.ndarray) -> Estimate:
+    """Find the T for which sigma(d / T) has the least loss (Guo et al. 2017), with its 95 % interval.
+
+    Above 1, the model is over-confident. The interval is a normal one on the scale of log T.
+
+    Raises:
+        ValueError: no T does; the message says why.
+    """
+    if len(margins) == 0 or not np.any(margins < 0):
+        raise ValueError("no pair of this half is wrong, so that the loss falls for ever as T falls")
+    if np.mean(margins) <= 0:
+        raise ValueError("the margins are not positive on average, so that the loss falls for ever as T grows")
+
+    def slope(sharpness: float) -> float:
+        """Derivative of the mean loss by 1 / T; it rises."""
+        return float(np.mean(-margins * expit(-sharpness * margins)))
+
+    # In units of the largest margin, so that the search works on every scale.
+    high = 1.0 / float(np.abs(margins).max())
+    while slope(high) < 0:
+        high *= 2
+    sharpness = float(brentq(slope, 0.0, high, xtol=1e-12 * high, rtol=1e-12))
+    right = expit(sharpness * margins)
+    information = float(np.sum(margins**2 * right * (1 - right)))
+    spread = np.exp(1.96 / (sharpness * np.sqrt(information)))
+    return Estimate(1 / sharpness, float(1 / sharpness / spread), float(spread / sharpness), len(margins))

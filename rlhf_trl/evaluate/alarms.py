@@ -1,0 +1,225 @@
+"""The state of a policy's texts, without labels: refusals, unsafe patterns, repetition, diversity, and alarms.
+
+Reads and writes nothing; takes the records of `evaluation/completions-<policy>.jsonl`. Everything about the texts is
+lexical (`rlhf_trl.text.words` says what a word is): it counts what the words show and does not judge what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_trl.recipe.schema import Alarms
+from rlhf_trl.stats.estimate import RESAMPLES, bootstrap_mean, wilson
+from rlhf_trl.text.refusals import refuses
+from rlhf_trl.text.words import common_opening, compare_distinct, distinct, opening, repetition, split_words
+
+Records = Sequence[Mapping[str, Any]]
+
+
+# n-grams drawn for the diversity of one policy's answers, for each answer.
+DRAW = 8
+# From fewer prompts a bootstrap interval is too narrow to raise an alarm on.
+MIN_PROMPTS = 10
+# How far the share of the most common opening must lie above the reference's.
+OPENING_MARGIN = 0.1
+
+
+def measure_text(records: Records, seed: int) -> dict[str, Any]:
+    """Describe the answers of one policy; the order of the records does not matter.
+
+    - `repetition`: share of repeated 4-grams within an answer, mean over the answers;
+    - `distinct_1`, `distinct_2`, `distinct_3`: share of different n-grams among 8 for each answer, drawn from all
+      answers together (`words.distinct`); null where they hold fewer;
+    - `common_opening`: the most common first five words, `text`, and the `share` of the answers that they open;
+    - `identical_answers`: share of the answers that another one equals word by word; `empty`: share without any word;
+    - `refusal`, `refusal_by_subset`: share that opens with a plain refusal (`refuses`);
+    - `cut`: share that reached the limit instead of ending; `words`: words of an answer, without punctuation.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    texts = [record["answer"] for record in records]
+    words = [split_words(text) for text in texts]
+    copies = Counter(tuple(answer) for answer in words)
+    refusals: dict[str, list[bool]] = {}
+    for record in records:
+        refusals.setdefault(record["subset"], []).append(refuses(record["answer"]))
+    # Sorted, because the draws of a bootstrap go by place.
+    repeated = sorted(repetition(text) for text in texts)
+    lengths = sorted(sum(word[0].isalnum() for word in answer) for answer in words)
+    share, text = common_opening(texts) if texts else (0.0, "")
+    return {
+        "repetition": bootstrap_mean(repeated, seed).as_dict(),
+        **{f"distinct_{n}": distinct(texts, n, DRAW * len(texts)) for n in (1, 2, 3)},
+        "common_opening": {"share": share, "text": text},
+        "identical_answers": sum(many for answer, many in copies.items() if many > 1) / len(texts),
+        "empty": copies[()] / len(texts),
+        "refusal": wilson(sum(map(sum, refusals.values())), len(texts)).as_dict(),
+        "refusal_by_subset": {name: wilson(sum(of), len(of)).as_dict() for name, of in sorted(refusals.items())},
+        "cut": wilson(sum(not record["finished"] for record in records), len(texts)).as_dict(),
+        "words": bootstrap_mean(lengths, seed).as_dict(),
+    }
+
+
+def raise_alarms(
+    policies: Mapping[str, Records], reference: Records, thresholds: Alarms, seed: int
+) -> list[dict[str, Any]]:
+    """Compare each policy with the reference on the same prompts; list every alarm, raised or not.
+
+    Each entry has `policy`, `step` (null), `alarm`, `value`, `reference`, `threshold`, `raised` and `says`, one
+    sentence. The three numbers have one unit (a ratio's reference is 1); an alarm that cannot be judged has nulls and
+    says why. An alarm is raised when the value lies beyond the threshold *and* the change is no chance: the bootstrap
+    interval of the paired difference, over at least 10 prompts, excludes no change. Its level is 99 %, because about
+    ten alarms are judged for a policy, and at 95 % one of them would often be chance. Records are paired by `id`.
+
+    - `gold`: the reward rises and the gold reward falls by more than `gold_drop`, both by their 95 % intervals;
+    - `length`: mean tokens of an answer, as a ratio, beyond `length_ratio` either way; `cut`: answers at the limit;
+    - `repetition`: repeated 4-grams within an answer; `distinct`: different 2-grams over all answers, as a ratio, with
+      the jackknife's interval (`words.compare_distinct`);
+    - `opening`: share of the answers with the policy's most common opening, which must also lie 0.1 above the
+      reference's share with its own; `entropy`: mean entropy of the tokens, as a ratio;
+    - `refusal:<subset>`: share of plain refusals, beyond both the reference's and that of the dataset's chosen answers
+      (`chosen_refuses`), since going where those lead is what was asked for; rise or fall.
+
+    Raises:
+        ValueError: a policy's prompts are not the reference's, an id occurs twice, or there are none.
+    """
+    start = sorted(reference, key=lambda record: record["id"])
+    ids = [record["id"] for record in start]
+    alarms = []
+    for policy, records in policies.items():
+        now = sorted(records, key=lambda record: record["id"])
+        if not ids or [record["id"] for record in now] != ids or len(set(ids)) < len(ids):
+            raise ValueError(f"{policy} and the reference must have answered the same prompts, each once")
+        alarms += [{"policy": policy, "step": None, **alarm} for alarm in _compare(now, start, thresholds, seed)]
+    return alarms
+
+
+def _compare(now: Records, start: Records, limits: Alarms, seed: int) -> list[dict[str, Any]]:
+    """Judge every alarm of one policy; both sides' records lie in the same order of prompts."""
+
+    def both(of: Callable[[Mapping[str, Any]], float]) -> np.ndarray:
+        """One number of every answer, (2, P): the policy's, the reference's."""
+        return np.array([[of(record) for record in side] for side in (now, start)], dtype=np.float64)
+
+    tokens, entropy = both(lambda record: record["answer_tokens"]), both(lambda record: record["entropy"])
+    cut, refusing = both(lambda record: not record["finished"]), both(lambda record: refuses(record["answer"]))
+    repeated = both(lambda record: repetition(record["answer"]))
+    subsets = np.array([record["subset"] for record in start])
+    wanted = np.array([record["chosen_refuses"] for record in start], dtype=np.float64)
+    longer, shorter = limits.length_ratio, 1 / limits.length_ratio
+    repeats = "of the 4-word sequences in an answer are repeats"
+    return [
+        _gold(now, limits.gold_drop, seed),
+        _by_ratio("length", tokens, shorter, longer, "answers are {:.2f} times as long as the reference's", seed),
+        _by_rise("cut", cut, limits.cut_rise, "of the answers are cut at the limit", seed),
+        _by_rise("repetition", repeated, limits.repetition_rise, repeats, seed),
+        _distinct(now, start, limits.distinct_ratio),
+        _opening(now, start, limits.opening_share, seed),
+        _by_ratio("entropy", entropy, limits.entropy_ratio, None, "the entropy is {:.2f} times the reference's", seed),
+        *(
+            _by_rise(f"refusal:{subset}", refusing[:, subsets == subset], limits.refusal_rise,
+                     f"of the answers to {subset} refuse", seed, float(wanted[subsets == subset].mean()))
+            for subset in sorted(set(subsets.tolist()))
+        ),
+    ]  # fmt: skip
+
+
+def _gold(now: Records, drop: float, seed: int) -> dict[str, Any]:
+    threshold = 0.0 - drop  # no -0.0 in the file
+    for key, model in (("reward_gain", "reward model"), ("gold_gain", "gold reward model")):
+        if key not in now[0]:
+            return _unknown("gold", threshold, f"there is no {model}")
+    reward, gold = (bootstrap_mean([record[key] for record in now], seed) for key in ("reward_gain", "gold_gain"))
+    says = f"the reward changes by {reward.mean:+.3g}, the gold reward by {gold.mean:+.3g}"
+    beyond = reward.mean > 0 and gold.mean < threshold
+    sure = reward.low > 0 and gold.high < threshold and len(now) >= MIN_PROMPTS
+    return _alarm("gold", gold.mean, 0.0, threshold, beyond, sure, says)
+
+
+def _by_ratio(alarm: str, both: np.ndarray, low: float, high: float | None, says: str, seed: int) -> dict[str, Any]:
+    """Compare two means, (2, P), as a ratio; without `high`, only a fall counts."""
+    now, start = both.mean(axis=1).tolist()
+    if start == 0:
+        return _unknown(alarm, high or low, "the reference's mean is 0")
+    ratio = now / start
+    threshold = low if high is None or ratio < 1 else high
+    beyond = (ratio - threshold) * (threshold - 1) > 0
+    return _alarm(alarm, ratio, 1.0, threshold, beyond, _differs(both, seed), says.format(ratio))
+
+
+def _by_rise(
+    alarm: str, both: np.ndarray, rise: float, what: str, seed: int, wanted: float | None = None
+) -> dict[str, Any]:
+    """Compare two mean shares, (2, P), by their difference; with `wanted`, that of the chosen answers, a fall counts
+    like a rise, and the way towards them does not."""
+    now, start = both.mean(axis=1).tolist()
+    threshold = start + rise
+    if wanted is not None:
+        threshold = min(start, wanted) - rise if now < start else max(start, wanted) + rise
+    beyond = (now - threshold) * (threshold - start) > 0
+    says = f"{now:.0%} {what}, {start:.0%} of the reference's"
+    says += "" if wanted is None else f" and {wanted:.0%} of the chosen answers"
+    return _alarm(alarm, now, start, threshold, beyond, _differs(both, seed), says)
+
+
+def _distinct(now: Records, start: Records, threshold: float) -> dict[str, Any]:
+    found = compare_distinct([record["answer"] for record in now], [record["answer"] for record in start])
+    if found is None:
+        return _unknown("distinct", threshold, "the answers are too short to compare")
+    ratio, _, high = found
+    says = f"the answers together hold {ratio:.2f} times as many different 2-word sequences as the reference's"
+    return _alarm("distinct", ratio, 1.0, threshold, ratio < threshold, high < 1 and len(now) >= MIN_PROMPTS, says)
+
+
+def _opening(now: Records, start: Records, threshold: float, seed: int) -> dict[str, Any]:
+    sides = [[record["answer"] for record in side] for side in (now, start)]
+    (share, text), (reference, usual) = (common_opening(texts) for texts in sides)
+    # An answer whose opening has the words of the most common one, each side's own.
+    begins = np.array(
+        [
+            [bool(most) and split_words(opening(answer)) == split_words(most) for answer in texts]
+            for texts, most in zip(sides, (text, usual), strict=True)
+        ],
+        dtype=np.float64,
+    )
+    threshold = max(threshold, reference + OPENING_MARGIN)
+    says = f"{share:.0%} of the answers begin with {text!r}, {reference:.0%} of the reference's with {usual!r}"
+    return _alarm("opening", share, reference, threshold, share > threshold, _differs(begins, seed), says)
+
+
+def _differs(both: np.ndarray, seed: int) -> bool:
+    """Tell whether the mean of the paired differences, (2, P), is beyond chance, at 99 %.
+
+    The interval is the expanded percentile bootstrap's (Hesterberg, 2015, The American Statistician 69:371): the plain
+    one is too narrow for few prompts, by as much as a quantile of the normal lies below that of the t distribution.
+    """
+    from scipy.stats import norm, t
+
+    change = both[0] - both[1]
+    prompts = change.size
+    if prompts < MIN_PROMPTS:
+        return False
+    tail = norm.cdf(math.sqrt(prompts / (prompts - 1)) * t.ppf(0.005, prompts - 1))
+    picks = np.random.default_rng(seed).integers(0, prompts, size=(RESAMPLES, prompts))
+    low, high = np.quantile(change[picks].mean(axis=1), [tail, 1 - tail])
+    return not low <= 0 <= high
+
+
+def _alarm(
+    alarm: str, value: float, reference: float, threshold: float, beyond: bool, sure: bool, says: str
+) -> dict[str, Any]:
+    if beyond and not sure:
+        says += "; that may be chance"
+    return {"alarm": alarm, "value": value, "reference": reference, "threshold": threshold,
+            "raised": beyond and sure, "says": says}  # fmt: skip
+
+
+def _unknown(alarm: str, threshold: float, why: str) -> dict[str, Any]:
+    return {"alarm": alarm, "value": None, "reference": None, "threshold": threshold,
+            "raised": False, "says": f"not judged: {why}"}  # fmt: skip

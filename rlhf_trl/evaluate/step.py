@@ -1,0 +1,242 @@
+"""Step `evaluate`: every policy and the reference on the same held-out prompts: rewards, KL, frontier, alarms.
+
+Reads the adapters, checkpoints and the test views of `data/`; writes `evaluation/`: `metrics.json`, the answers of
+every policy (`completions-<policy>.jsonl`), `pareto.json`, `over_optimisation.json`, `adversarial.json`,
+`final_results.json` and figures. Under `accelerate launch` the prompts are spread over the processes, with the same
+result.
+
+    rlhf-trl evaluate recipes/demo.yaml
+    accelerate launch --config_file accelerate_configs/ddp.yaml -m rlhf_trl evaluate recipes/hh_gpt2.yaml
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import set_seed
+
+from rlhf_trl.evaluate.alarms import measure_text
+from rlhf_trl.evaluate.figures import (
+    plot_distributions,
+    plot_kl,
+    plot_over_optimisation,
+    plot_pareto,
+    plot_reward_kl_tradeoff,
+    plot_training_curves,
+)
+from rlhf_trl.evaluate.measure import Measurements
+from rlhf_trl.evaluate.trade_off import build_over_optimisation, build_pareto
+from rlhf_trl.models.base import recorded_tokenizer, start_path
+from rlhf_trl.models.policies import Policies
+from rlhf_trl.models.rewards import RewardModel, load_reward_model
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import REFERENCE, RunDir, read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.stats.estimate import bootstrap_mean, bootstrap_ratio, wilson
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+HISTOGRAM_BINS = 30
+DEFINITIONS = {
+    "reward": "score of the reward model for the answer",
+    "reward_gain": "reward minus the reference's reward on the same prompt",
+    "reward_over_chosen": "reward minus that of the dataset's chosen answer to the same prompt",
+    "gold": "score of the gold reward model, which no policy was trained with",
+    "gold_gain": "gold score minus the reference's on the same prompt",
+    "gold_over_chosen": "gold score minus that of the dataset's chosen answer to the same prompt",
+    "kl": "exact KL(policy || reference) over the vocabulary, summed over the answer's tokens, nats per answer",
+    "kl_k1": "the same, estimated from the sampled tokens: log policy - log reference, nats per answer",
+    "kl_k3": "the same, estimated from the sampled tokens: r - 1 - log r with r = reference / policy, nats per answer",
+    "kl_per_token": "kl of all answers divided by their tokens, nats per token",
+    "entropy": "entropy of the policy at the positions of all answers divided by their tokens, nats per token",
+    "answer_tokens": "tokens of the answer, its end token included",
+    "finished": "share of answers that ended by themselves before max_new_tokens",
+}
+
+Row = dict[str, Any]
+
+
+def evaluate(recipe: Recipe, run: RunDir) -> None:
+    """Sample, score and measure; every number comes with a 95 % interval over prompts.
+
+    Raises:
+        UserError: a stage is not trained yet, or the launch shards the models.
+    """
+    _require(recipe, run)
+    set_seed(recipe.seed)
+    settings, state = recipe.evaluation, PartialState()
+    with state.main_process_first():
+        for stage in (*recipe.policies, settings.reward, settings.gold):
+            if stage in recipe.stages:
+                start_path(recipe, run, stage)  # merged once, before the other processes read it
+    tokenizer = recorded_tokenizer(recipe, run)
+    policies = Policies(recipe, run, tokenizer) if recipe.policies else None
+    judges = {
+        key: load_reward_model(recipe, run, name, policies)
+        for key, name in (("reward", settings.reward), ("gold", settings.gold))
+        if name
+    }
+    metrics: Row = {
+        "reward_stage": settings.reward, "gold_stage": settings.gold, "reward_model": None, "gold_model": None,
+        "policies": {}, "checkpoints": {}, "dataset": {}, "histogram_edges": {},
+    }  # fmt: skip
+    for key, judge in judges.items():
+        metrics[f"{key}_model"] = measure_reward_model(recipe, run, str(metrics[f"{key}_stage"]), judge)
+    results: dict[Path, Any] = {run.metrics: metrics}
+    if policies:
+        results |= measure_policies(recipe, run, Measurements(recipe, run, policies, judges), metrics)
+    if state.is_main_process:
+        for path, result in results.items():
+            (write_jsonl if path.suffix == ".jsonl" else write_json)(path, result)
+        if policies:
+            _draw(recipe, run, results)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def _require(recipe: Recipe, run: RunDir) -> None:
+    run.require(recipe, "prepare", "prepare RECIPE")
+    for stage in dict.fromkeys((*recipe.policies, recipe.evaluation.reward, recipe.evaluation.gold)):
+        if stage in recipe.stages:
+            run.require(recipe, stage, f"train RECIPE {stage}")
+    if {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & {k for k, v in os.environ.items() if v == "true"}:
+        raise UserError("--accelerate", "evaluation holds whole models in every process", "launch it with ddp")
+
+
+def measure_policies(recipe: Recipe, run: RunDir, of: Measurements, metrics: Row) -> dict[Path, Any]:
+    """Measure every policy and checkpoint; fill `metrics` and give the content of the step's other files."""
+    settings, names = recipe.evaluation, (REFERENCE, *recipe.policies)
+    records: dict[tuple[str, int | None], list[Row]] = {(REFERENCE, None): of.measure_policy(REFERENCE)}
+    for name in recipe.policies:
+        for step, folder in of.choose_checkpoints(name):
+            records[name, step] = of.measure_policy(name, folder, step)
+        records[name, None] = of.measure_policy(name)
+    draws = of.draw_best_of_n(records[REFERENCE, None]) if of.judges and settings.best_of_n > 1 else []
+    results: dict[Path, Any] = {run.completions(name, step): rows for (name, step), rows in records.items()}
+    if draws:
+        results[run.best_of_n] = draws
+    if settings.judge_decoding:
+        results |= {run.judge_answers(name): of.answer_for_judge(name) for name in names}
+    if settings.adversarial:
+        results |= of.answer_adversarial()
+    metrics["decoding"] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": settings.max_new_tokens,
+                           "prompts": len(of.rows), "seed": recipe.seed}  # fmt: skip
+    metrics["definitions"] = DEFINITIONS
+    metrics["dataset"] = {key: bootstrap_mean(scores, recipe.seed).as_dict() for key, scores in of.dataset.items()}
+    edges = {key: _edges([row[key] for rows in records.values() for row in rows]) for key in of.judges}
+    metrics["histogram_edges"] = edges
+    for (name, at), rows in records.items():
+        summary = summarise(rows, edges, recipe.seed)
+        if at is None:
+            metrics["policies"][name] = summary
+        else:
+            metrics["checkpoints"].setdefault(name, []).append({"step": at, **summary})
+    for name, entries in metrics["checkpoints"].items():
+        steps = read_json(run.training_stats(name))["summary"]["steps"]
+        entries.append({"step": steps, **metrics["policies"][name]})
+    pareto = build_pareto(recipe, records, draws) if of.judges else None
+    over = build_over_optimisation(recipe, metrics, records, pareto)
+    results |= {run.pareto: pareto} if pareto else {}
+    results |= {run.over_optimisation: over, run.final_results: conclude(recipe, metrics, pareto, over)}
+    return results
+
+
+def summarise(records: Sequence[Row], edges: Mapping[str, Sequence[float]], seed: int) -> Row:
+    """Turn the records of one policy into estimates, score distributions and the state of its texts."""
+    columns = {key: [row[key] for row in records] for key in records[0] if key in DEFINITIONS and key != "finished"}
+    tokens = columns["answer_tokens"]
+    entropies = [row["entropy"] * row["answer_tokens"] for row in records]
+    return {
+        **{key: bootstrap_mean(values, seed).as_dict() for key, values in columns.items()},
+        "kl_per_token": bootstrap_ratio(columns["kl"], tokens, seed).as_dict(),
+        "entropy": bootstrap_ratio(entropies, tokens, seed).as_dict(),
+        "finished": wilson(sum(row["finished"] for row in records), len(records)).as_dict(),
+        "distributions": {key: _distribution(columns[key], edges[key]) for key in edges},
+        "health": measure_text(records, seed),
+    }
+
+
+def _edges(scores: Sequence[float]) -> list[float]:
+    return np.histogram_bin_edges(scores, bins=HISTOGRAM_BINS).tolist()
+
+
+def _distribution(scores: Sequence[float], edges: Sequence[float]) -> Row:
+    counts = np.histogram(scores, bins=np.asarray(edges))[0]
+    quantiles = np.quantile(scores, QUANTILES)
+    return {
+        "counts": counts.tolist(),
+        "quantiles": {str(key): float(value) for key, value in zip(QUANTILES, quantiles, strict=True)},
+    }
+
+
+def conclude(recipe: Recipe, metrics: Row, pareto: Row | None, over: Row) -> Row:
+    """Gather what each policy comes to, on one short page."""
+    keys = ("kl", "reward_gain", "gold_gain", "answer_tokens", "finished")
+    return {
+        "reward_stage": metrics["reward_stage"],
+        "gold_stage": metrics["gold_stage"],
+        "policies": {
+            name: {
+                "trainer": recipe.stages[name].trainer,
+                **{key: metrics["policies"][name][key] for key in keys if key in metrics["policies"][name]},
+                "alarms": [a["alarm"] for a in over["alarms"] if a["policy"] == name and a["raised"]],
+                "on_front": {
+                    axis: point["on_front"]
+                    for axis, found in (pareto or {"axes": {}})["axes"].items()
+                    for point in found["points"]
+                    if point["policy"] == name and point["step"] is None
+                },
+            }
+            for name in recipe.policies
+        },
+    }
+
+
+def measure_reward_model(recipe: Recipe, run: RunDir, name: str, rewards: RewardModel) -> Row:
+    """Measure accuracy on the held-out pairs, ties half, beside "the longer answer is chosen" on the same pairs, by
+    subset."""
+    pairs = read_jsonl(run.pairs("test"))
+    prompts, finished = [pair["prompt"] for pair in pairs], [True] * len(pairs)
+    batch = recipe.evaluation.score_batch_size
+    chosen, rejected = (
+        rewards.score(prompts, [pair[side] for pair in pairs], finished, batch) for side in ("chosen", "rejected")
+    )
+    right = ((chosen > rejected).double() + 0.5 * (chosen == rejected)).tolist()
+    longer = [_longer(pair) for pair in pairs]
+    subsets = sorted({pair["subset"] for pair in pairs})
+    result: Row = {"stage": name, "ties": int((chosen == rejected).sum()), "subsets": {}}
+    for subset in ("all", *subsets):
+        rows = [index for index, pair in enumerate(pairs) if subset in ("all", pair["subset"])]
+        entry = {
+            "accuracy": wilson(sum(right[row] for row in rows), len(rows)).as_dict(),
+            "length_baseline": wilson(sum(longer[row] for row in rows), len(rows)).as_dict(),
+            "over_baseline": bootstrap_mean([right[row] - longer[row] for row in rows], recipe.seed).as_dict(),
+        }
+        if subset == "all":
+            result |= entry
+        else:
+            result["subsets"][subset] = entry
+    result["margin"] = bootstrap_mean((chosen - rejected).tolist(), recipe.seed).as_dict()
+    return result
+
+
+def _longer(pair: Row) -> float:
+    chosen, rejected = len(pair["chosen"]), len(pair["rejected"])
+    return 0.5 if chosen == rejected else float(chosen > rejected)
+
+
+def _draw(recipe: Recipe, run: RunDir, results: Mapping[Path, Any]) -> None:
+    stats = {
+        stage: read_json(run.training_stats(stage)) for stage in recipe.stages if run.training_stats(stage).exists()
+    }
+    plot_kl(results[run.metrics], run.figure("kl_drift"))
+    if run.pareto in results:
+        plot_distributions(results[run.metrics], run.figure("reward_distributions"))
+        plot_pareto(results[run.pareto], run.figure("pareto"))
+        plot_over_optimisation(results[run.over_optimisation], run.figure("over_optimisation"))
+    plot_training_curves(stats, run.figure("training_curves"))
+    plot_reward_kl_tradeoff(stats, run.figure("reward_kl_tradeoff"))

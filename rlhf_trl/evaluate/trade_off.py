@@ -1,0 +1,117 @@
+"""What the answers of all policies say about reward against KL: frontier, best-of-n, over-optimisation, alarms.
+
+Pure functions from the records of `evaluate` to the content of `pareto.json` and `over_optimisation.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_trl.evaluate.alarms import raise_alarms
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import REFERENCE
+from rlhf_trl.stats.estimate import bootstrap_mean
+from rlhf_trl.stats.frontier import best_of_n, best_of_n_kl, describe_front, fit_over_optimisation, gain_at_kl
+
+Row = dict[str, Any]
+# Policy and step (None for the final model) -> one record for each prompt, in the same order for all.
+Records = Mapping[tuple[str, int | None], Sequence[Row]]
+
+
+def build_pareto(recipe: Recipe, records: Records, draws: Sequence[Row]) -> Row:
+    """Lay gain against KL for each reward model that scored: frontier, hypervolume, best-of-n, gains at equal KL.
+
+    Args:
+        draws: for each prompt the scores of several answers of the reference (`reward`, `gold`); empty for no
+            best-of-n.
+    """
+    axes = [key for key in ("reward", "gold") if key in records[REFERENCE, None][0]]
+    worst = recipe.evaluation.worst
+    return {
+        "worst": {"gain": worst.gain, "kl": worst.kl},
+        "axes": {axis: _build_axis(recipe, axis, records, draws) for axis in axes},
+    }
+
+
+def _build_axis(recipe: Recipe, axis: str, records: Records, draws: Sequence[Row]) -> Row:
+    seed, worst = recipe.seed, recipe.evaluation.worst
+    kls = {key: np.array([row["kl"] for row in rows]) for key, rows in records.items()}
+    gains = {key: np.array([row[f"{axis}_gain"] for row in rows]) for key, rows in records.items()}
+    described, area = describe_front(gains, kls, worst.gain, worst.kl, seed)
+    points = [
+        {"policy": policy, "step": step, "trainer": None if policy == REFERENCE else recipe.stages[policy].trainer,
+         **described[policy, step]}
+        for policy, step in records
+    ]  # fmt: skip
+    methods: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for trainer in dict.fromkeys(recipe.stages[name].trainer for name in recipe.policies):
+        of_trainer = [key for key in records if key[0] in recipe.stages and recipe.stages[key[0]].trainer == trainer]
+        methods[trainer] = (np.stack([kls[key] for key in of_trainer]), np.stack([gains[key] for key in of_trainer]))
+    curve = best_of_n_curve(axis, draws)
+    if curve:
+        prompts = len(draws)
+        methods["best_of_n"] = (
+            np.stack([np.full(prompts, best_of_n_kl(n)) for n in curve]), np.stack([*curve.values()]),
+        )  # fmt: skip
+    return {
+        "points": points,
+        "hypervolume": area,
+        "best_of_n": [
+            {"n": n, "kl": best_of_n_kl(n), "gain": bootstrap_mean(gain, seed).as_dict()} for n, gain in curve.items()
+        ],
+        "at_kl": [
+            {"kl": budget, "gains": {name: (found := gain_at_kl(*points, budget, seed)) and found.as_dict()
+                                     for name, points in methods.items()}}
+            for budget in recipe.evaluation.kl_budgets
+        ],
+    }  # fmt: skip
+
+
+def best_of_n_curve(axis: str, draws: Sequence[Row]) -> dict[int, np.ndarray]:
+    """Estimate the gain of best-of-n for n = 1, 2, 4, ...: selected by the reward, measured on `axis`.
+
+    The gain is over the mean of all draws, which is best-of-1. n -> gain for each prompt, (P,).
+    """
+    if not draws:
+        return {}
+    proxy, scores = (np.array([row[key] for row in draws]) for key in ("reward", axis))
+    sizes = [2**power for power in range(proxy.shape[1].bit_length()) if 2**power <= proxy.shape[1]]
+    return {n: best_of_n(proxy, scores, n) - scores.mean(axis=1) for n in sizes}
+
+
+def build_over_optimisation(recipe: Recipe, metrics: Row, records: Records, pareto: Row | None) -> Row:
+    """Follow proxy and gold over sqrt(KL) along each run, fit the curves of Gao et al. (2022), and raise alarms."""
+    stages = {}
+    for name in recipe.policies if pareto else ():
+        entries = metrics["checkpoints"].get(name) or [{"step": None, **metrics["policies"][name]}]
+        points = [
+            {"step": entry["step"], "sqrt_kl": entry["kl"]["mean"] ** 0.5, "kl": entry["kl"],
+             "proxy": entry["reward_gain"], "gold": entry.get("gold_gain")}
+            for entry in entries
+        ]  # fmt: skip
+        stages[name] = {"form": "rl", "points": points, "fit": _fit_both(points, "rl")}
+    best: Row = {"form": "bon", "points": [], "fit": {"proxy": None, "gold": None}}
+    if pareto and pareto["axes"]["reward"]["best_of_n"]:
+        gold = {entry["n"]: entry["gain"] for entry in pareto["axes"].get("gold", {"best_of_n": []})["best_of_n"]}
+        best["points"] = [
+            {"n": entry["n"], "sqrt_kl": entry["kl"] ** 0.5, "kl": {"mean": entry["kl"], "low": entry["kl"],
+             "high": entry["kl"], "n": entry["gain"]["n"]}, "proxy": entry["gain"], "gold": gold.get(entry["n"])}
+            for entry in pareto["axes"]["reward"]["best_of_n"]
+        ]  # fmt: skip
+        best["fit"] = _fit_both(best["points"], "bon")
+    finals = {name: records[name, None] for name in recipe.policies}
+    alarms = raise_alarms(finals, records[REFERENCE, None], recipe.evaluation.alarms, recipe.seed)
+    return {"stages": stages, "best_of_n": best, "alarms": alarms}
+
+
+def _fit_both(points: Sequence[Row], form: Any) -> Row:
+    fits: Row = {}
+    for key in ("proxy", "gold"):
+        known = [point for point in points if point[key]]
+        kl, gain = (np.array([point[name]["mean"] for point in known]) for name in ("kl", key))
+        fit = fit_over_optimisation(kl, gain, form) if known else None
+        fits[key] = fit and fit.as_dict()
+    return fits

@@ -1,0 +1,1 @@
+"""Figures that more than one step or page draws."""

@@ -1,0 +1,119 @@
+"""How well a judge agrees with human labels, beside a rule that knows nothing but length.
+
+Works on games as `winrates` describes them, in which `a` and `b` are two answers that a human compared; each pair of
+answers has its own `prompt_id`. Reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from rlhf_trl.judge.win_rate import NO_PAIR, Game, Pair, complete, mean, missing, none, pair_up
+from rlhf_trl.stats.estimate import RESAMPLES, Estimate
+
+
+def agreement(games: Iterable[Game], labels: Mapping[str, bool], seed: int) -> dict[str, Any]:
+    """Measure a judge against human labels on pairs with a verdict in both orders.
+
+    Args:
+        games: of any number of pairs of answers.
+        labels: by `prompt_id`, whether the human preferred `a`.
+        seed: of the bootstrap.
+
+    Returns:
+        `n` pairs, `missing`; `accuracy`, the mean over both orders with a tie as half; `both_correct`, the share of
+        pairs that are right in both orders; `kappa`, Cohen's (1960) for judge and human over both orders, where chance
+        is 0; `kappa_orders`, the same for the judge's winners in the two orders. `length_baseline`: accuracy of taking
+        the longer answer, and `over_baseline`, by how much the judge is better. `length_rule`: the same for the better
+        of always taking the longer and always the shorter. `llmbar`: the statistics of Zeng et al. (2024).
+
+    Raises:
+        KeyError: a pair has no label.
+        ValueError: as `winrates.pair_up`.
+    """
+    pairs = pair_up(games)
+    used, scores = complete(pairs)
+    result = {"n": len(used), "missing": missing(pairs), "llmbar": llmbar(pairs, labels)}
+    if not used:
+        names = ("accuracy", "both_correct", "kappa", "kappa_orders", "length_baseline", "over_baseline")
+        return result | {name: none(NO_PAIR) for name in names} | {"length_rule": None}
+    human = np.array([bool(labels[pair.prompt_id]) for pair in used])
+    right = np.where(human[:, None], scores, 1 - scores)
+    judge = right.mean(axis=1)
+    apart = np.array([np.sign(pair.length_a - pair.length_b) for pair in used]) / 2
+    longer = 0.5 + np.where(human, apart, -apart)
+    rule = longer if longer.mean() >= 0.5 else 1 - longer
+    # What was named by its place: 1 the first answer, 0 the second, 0.5 neither. So the label does not tell chance.
+    places, wanted = np.array([1, -1]) * (scores - 0.5) + 0.5, np.column_stack([human, ~human])
+    return result | {
+        "accuracy": mean(judge, seed).as_dict(),
+        "both_correct": mean((right == 1).all(axis=1).astype(float), seed).as_dict(),
+        "kappa": kappa(places, wanted, seed),
+        "kappa_orders": kappa(scores[:, :1], scores[:, 1:], seed),
+        "length_baseline": mean(longer, seed).as_dict(),
+        "over_baseline": mean(judge - longer, seed, -1.0).as_dict(),
+        "length_rule": {
+            "takes": "longer" if longer.mean() >= 0.5 else "shorter",
+            "accuracy": mean(rule, seed).as_dict(),
+            "over_rule": mean(judge - rule, seed, -1.0).as_dict(),
+        },
+    }
+
+
+def kappa(one: np.ndarray, other: np.ndarray, seed: int) -> dict[str, Any]:
+    """Estimate Cohen's kappa of two raters with a percentile bootstrap over pairs.
+
+    Resamples in which all ratings are the same, so that chance alone agrees, have no kappa and are left out.
+
+    Args:
+        one, other: 1, 0.5 or 0, of each pair in each order, shape (N, orders).
+        seed: of the bootstrap.
+    """
+    n, values = len(one), np.array([0.0, 0.5, 1.0])
+    cells = np.einsum("nok,nol->nkl", one[:, :, None] == values, other[:, :, None] == values, dtype=float)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    tables = np.tensordot(np.concatenate([np.ones((1, n)), counts]), cells, 1) / (n * one.shape[1])
+    seen = np.einsum("rkk->r", tables)
+    chance = (tables.sum(axis=1) * tables.sum(axis=2)).sum(axis=1)
+    known = 1 - chance > 1e-12
+    if not known[0]:
+        return none("all ratings are the same, so that chance alone agrees")
+    found = (seen[known] - chance[known]) / (1 - chance[known])
+    low, high = np.quantile(found[1:], [0.025, 0.975])
+    agree = np.einsum("nkk->n", cells) / one.shape[1]
+    if np.ptp(agree) == 0:  # resampling shows no doubt about the agreement, but `mean` does
+        doubt = mean(agree, seed)
+        ends = [(end - chance[0]) / (1 - chance[0]) for end in (doubt.low, doubt.high)]
+        low, high = min(low, ends[0]), max(high, ends[1])
+    return Estimate(float(found[0]), float(low), float(high), n).as_dict()
+
+
+def llmbar(pairs: Iterable[Pair], labels: Mapping[str, bool]) -> dict[str, Any]:
+    """Count as LLMBar does, over all pairs: a tie or a missing verdict is wrong.
+
+    Returns:
+        Shares of the pairs: `correct_False` with `a` shown first, `correct_True` with `b` first, their
+        `correct_average`, `correct_both`, and `equal`, the same outcome twice. `kappa_agreement`: Cohen's kappa of the
+        two orders on whether `a` wins; None where it has the same answer everywhere.
+    """
+    pairs = list(pairs)
+    if not pairs:
+        names = ("correct_False", "correct_True", "correct_average", "correct_both", "equal", "kappa_agreement")
+        return dict.fromkeys(names)
+    human = np.array([bool(labels[pair.prompt_id]) for pair in pairs])
+    outcomes = [(pair.a_first, pair.b_first) for pair in pairs]
+    won, lost = (np.array([[score == value for score in both] for both in outcomes]) for value in (1.0, 0.0))
+    right = np.where(human[:, None], won, lost)
+    p, q = won.mean(axis=0)
+    chance = p * q + (1 - p) * (1 - q)
+    return {
+        "correct_False": float(right[:, 0].mean()),
+        "correct_True": float(right[:, 1].mean()),
+        "correct_average": float(right.mean()),
+        "correct_both": float(right.all(axis=1).mean()),
+        "equal": float(np.mean([first == second for first, second in outcomes])),
+        "kappa_agreement": float((np.mean(won[:, 0] == won[:, 1]) - chance) / (1 - chance)) if chance < 1 else None,
+    }

@@ -1,0 +1,1 @@
+"""Tokenizer, base, policies and reward models in memory, and sampling from them."""

@@ -1,0 +1,288 @@
+"""Tokenizer, text encoding, base model and reward head: what every step that loads weights starts with.
+
+One text encoding (`encode`) serves reward training, preference optimisation, the rewards of online training and
+evaluation, so that all score the same tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import ModelConfig, get_quantization_config
+
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import RunDir
+from rlhf_trl.text.display import first_line
+
+Messages = list[dict[str, str]]
+
+TINY = "builtin:tiny"
+HH_TEMPLATE = Path(__file__).parent / "hh.jinja"
+# Bytes that no UTF-8 text holds. In a byte-level BPE their tokens never come out of text, so that one can serve for
+# padding.
+NON_UTF8_BYTE_TOKENS = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø")
+
+
+# --- tokenizer
+# ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
+    """Set up the tokenizer of the recipe's base model; `prepare` records it in the run for every later step."""
+    return set_up_tokenizer(base_path(recipe.model, run), recipe.model)
+
+
+def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the run's tokenizer, or that of a reward stage which has a base of its own."""
+    if stage and recipe.model_block(stage)["model_name_or_path"] != recipe.model["model_name_or_path"]:
+        return set_up_tokenizer(base_path(recipe.model_block(stage), run), recipe.model_block(stage))
+    return AutoTokenizer.from_pretrained(run.tokenizer, padding_side="left")
+
+
+def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and give it what every stage needs.
+
+    That is: a padding token that differs from the end-of-sequence token (else the end of an answer is masked and can
+    be neither learned nor scored) and lies inside the vocabulary (so that the embedding is not resized and adapters
+    fit the public base); padding on the left; a chat template, the HH one where the model has none, that does not
+    depend on the date.
+
+    Raises:
+        UserError: there is no end-of-sequence token, or no token to pad with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=model.get("model_revision", "main"), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _unreachable(path, error) from error
+    if tokenizer.eos_token is None:
+        raise UserError(path, "the tokenizer has no end-of-sequence token", "use a model with one")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = HH_TEMPLATE.read_text(encoding="utf-8")
+    if "strftime_now" in tokenizer.chat_template:
+        tokenizer.chat_template = '{%- set date_string = "26 Jul 2024" -%}' + tokenizer.chat_template
+    tokenizer.padding_side = "left"
+    tokenizer.add_special_tokens({"pad_token": _pad_token(tokenizer, path)})
+    return tokenizer
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
+    in_use = {tokenizer.eos_token, tokenizer.bos_token}
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in in_use and tokenizer.pad_token in vocabulary:
+        return tokenizer.pad_token
+    added = sorted((index, token.content) for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    spare = [token for _, token in added if token not in in_use and token not in tokenizer.chat_template]
+    named = [token for token in spare if "pad" in token.lower()]
+    bytes_ = [token for token in NON_UTF8_BYTE_TOKENS if token in vocabulary and len(tokenizer(token).input_ids) > 1]
+    for token in (*named, *spare, *bytes_):
+        return token
+    raise UserError(
+        path, "no token of the vocabulary can serve for padding", "use a model whose tokenizer has a pad token"
+    )
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) -> tuple[str, str]:
+    """Render a conversation: the prompt up to where the answer begins, and the answer up to its end-of-sequence token.
+
+    Raises:
+        UserError: the chat template renders a prompt differently once an answer follows.
+    """
+    start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    answered = [*prompt, {"role": "assistant", "content": answer.strip()}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    if not whole.startswith(start):
+        raise UserError(
+            "chat template", "the prompt's text changes when an answer follows", "use a prefix-preserving template"
+        )
+    text, eos, _ = whole[len(start) :].rpartition(tokenizer.eos_token)
+    return start, text + eos if eos else whole[len(start) :] + tokenizer.eos_token
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str | None = None, finished: bool = True
+) -> tuple[list[int], list[int]]:
+    """Encode a prompt and an answer as the policy sees them.
+
+    Args:
+        prompt: messages that end on a user turn.
+        answer: the answer's text, or None.
+        finished: whether the answer ended by itself; one cut at the length limit is scored without the end token.
+
+    Returns:
+        Token ids of the prompt (with the generation prompt) and of the answer (with its end token; empty without an
+        answer).
+    """
+    if answer is None:
+        start, rest = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), ""
+    else:
+        start, rest = render(tokenizer, prompt, answer)
+    prompt_ids = tokenizer(start, add_special_tokens=False, verbose=False).input_ids
+    answer_ids = tokenizer(rest, add_special_tokens=False, verbose=False).input_ids if rest else []
+    return prompt_ids, answer_ids if finished else answer_ids[:-1]
+
+
+# --- models
+# ------------------------------------------------------------------------------------------------------------
+
+
+def base_path(model: dict[str, Any], run: RunDir) -> str:
+    """Where the base model of a `model` block lies; builds `builtin:tiny` on first use."""
+    if model["model_name_or_path"] != TINY:
+        return str(model["model_name_or_path"])
+    if run.base.exists():
+        return str(run.base)
+    with run.model_lock("base"):
+        if not run.base.exists():
+            from rlhf_trl.models.tiny import build_tiny
+
+            with staged(run.base) as folder:
+                build_tiny(folder)
+    return str(run.base)
+
+
+def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
+    """Where the model that a stage starts from lies: its `init` stage's, or the base.
+
+    The adapter of the `init` stage is merged into a full-precision base once, next to that adapter: a folder that
+    every loader understands (4-bit, ZeRO-3), and the exact reference of what is trained on it.
+    """
+    init = recipe.stages[stage].init
+    if init is None:
+        return base_path(recipe.model_block(stage), run)
+    path = run.model(init)
+    if path.exists():
+        return str(path)
+    with run.model_lock(init):  # stages that train side by side may start from the same one
+        if not path.exists():
+            config = ModelConfig(**recipe.model_block(init))
+            base = load_weights(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
+            merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
+            with staged(path) as folder:
+                merged.save_pretrained(folder)
+                recorded_tokenizer(recipe, run).save_pretrained(folder)
+    return str(path)
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is complete."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class RewardHead(torch.nn.Linear):
+    """A scalar head that is kept and applied in float32, whatever the base's precision.
+
+    In bfloat16 its updates would round away, and scores that differ by less than 1 in 256 would tie. PEFT widens the
+    LoRA weights by itself, but not the modules that it saves whole.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return torch.nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load a language model as the recipe's `model` block says (dtype, attention, quantisation)."""
+    model = load_weights(AutoModelForCausalLM, path, config)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.get_output_embeddings().register_forward_pre_hook(_join_rows)
+    # Not the model's own settings: some stop at several tokens, where the policy is trained and scored with the one
+    # that its template writes; some penalise repetition, and then nothing samples from the model's distribution.
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def _join_rows(head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Lay a slice of positions out afresh: on the CPU, torch multiplies one that is not contiguous row by row, with a
+    copy of the vocabulary's weights for each row (1.7 GB for 32 rows and a vocabulary of 49,152)."""
+    return (args[0].contiguous(), *args[1:])
+
+
+def load_classifier(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the same weights under a head with one output; the head is random until an adapter brings its own."""
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)  # it reports the head, which no language model has, as a fault
+    try:
+        model = load_weights(AutoModelForSequenceClassification, path, config, num_labels=1)
+    finally:
+        report.setLevel(level)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with _whole(model.score.weight) as weight:
+        head = RewardHead(weight.shape[1], 1, bias=False, device=weight.device)
+        head.weight = torch.nn.Parameter(weight.detach().float().clone())
+    model.score = head
+    return model
+
+
+@contextlib.contextmanager
+def _whole(param: torch.nn.Parameter) -> Iterator[torch.nn.Parameter]:
+    """Gather a parameter that ZeRO-3 has sharded while it was loaded."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([param]):
+            yield param
+    else:
+        yield param
+
+
+def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = True, **more: Any) -> PreTrainedModel:
+    quantization = get_quantization_config(config) if quantize else None
+    if quantization is not None:
+        more |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+    try:
+        return auto.from_pretrained(
+            path,
+            revision=config.model_revision,
+            dtype=config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=False,  # without it, a model that brings code has the user asked whether to run it
+            **more,
+        )
+    except OSError as error:
+        raise _unreachable(path, error) from error
+
+
+def _unreachable(path: str, error: Exception) -> UserError:
+    problem = f"the model cannot be loaded: {first_line(error)}"
+    return UserError(path, problem, "check `model.model_name_or_path`, the network, and access")
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right: ids and mask, both (B, T)."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.long(), (torch.arange(ids.shape[1]) < lengths[:, None]).long()

@@ -1,0 +1,180 @@
+"""Reward models for scoring: any text, whatever the policy that wrote it.
+
+The text is rendered with the reward model's own template and tokenizer. A reward adapter on the base of the policies
+is switched on there; any other reward model is loaded for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import ModelConfig
+
+from rlhf_trl.models.base import (
+    Messages,
+    RewardHead,
+    encode,
+    load_classifier,
+    load_weights,
+    pad_right,
+    recorded_tokenizer,
+    set_up_tokenizer,
+    start_path,
+)
+from rlhf_trl.models.policies import Policies
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import RunDir
+
+
+@dataclass
+class RewardModel:
+    """A model with a scalar head and the tokenizer that renders text for it."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[Messages], answers: Sequence[str], finished: Sequence[bool], batch_size: int = 16
+    ) -> Tensor:
+        """Score answers, each rendered with the reward model's own template.
+
+        Batches are sorted by length and padded on the right, so that neither their size nor their order matters.
+
+        Returns:
+            Scores in float32, shape (N,).
+        """
+        ids = [
+            list(chain(*encode(self.tokenizer, prompt, answer, done)))
+            for prompt, answer, done in zip(prompts, answers, finished, strict=True)
+        ]
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        scores = torch.empty(len(ids))
+        self.model.eval()
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            input_ids, mask = pad_right([ids[row] for row in rows], self.tokenizer.pad_token_id)
+            device = self.model.device
+            logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            scores[rows] = logits.squeeze(-1).float().cpu()
+        return scores
+
+
+def score_completions(
+    reward: RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    completions: Sequence[Sequence[int]],
+) -> Tensor:
+    """Score sampled tokens (of the policy's tokenizer) by the text they make, with the end token where they end by it.
+
+    Returns:
+        Scores in float32, shape (N,).
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    answers = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    finished = [bool(ids) and ids[-1] == tokenizer.eos_token_id for ids in completions]
+    scores = reward.score(prompts, answers, finished)
+    if not scores.isfinite().all():
+        raise UserError("reward", "the reward model gives a score that is not finite", "train it again")
+    return scores
+
+
+class Adapters(Protocol):
+    """Adapters on one base, of which one is on at a time."""
+
+    def use(self, name: str) -> AbstractContextManager[Any]:
+        """Yield the model with an adapter switched on."""
+
+
+class SharedClassifier(torch.nn.Module):
+    """A reward adapter on the base of the policies: what a sequence classifier computes, without weights of its own
+    but the head's."""
+
+    def __init__(self, adapters: Adapters, name: str, head: Tensor):
+        super().__init__()
+        self._use, self._name = adapters.use, name  # the base is not a part of this module
+        self.score = RewardHead(head.shape[1], 1, bias=False)
+        self.score.weight = torch.nn.Parameter(head.float(), requires_grad=False)
+        with self._use(name) as model:
+            self.score.to(model.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.score.weight.device
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SequenceClassifierOutput:
+        """Score sequences that are padded on the right: (B, T), (B, T) -> logits (B, 1)."""
+        with self._use(self._name) as model:
+            hidden = model.get_base_model().base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+            )[0]
+        last = attention_mask.sum(1) - 1
+        return SequenceClassifierOutput(logits=self.score(hidden[torch.arange(len(hidden)), last]))
+
+
+def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies | None = None) -> RewardModel:
+    """Load the model of a reward stage, or one by its Hub id or path, for scoring.
+
+    Args:
+        name: a reward stage; a text with a slash is a Hub id or a path.
+        policies: where the adapter may lie, if it fits there, instead of on a base of its own.
+
+    Raises:
+        UserError: the adapter has no reward head, so that its scores would be those of a random one; or the model
+            cannot be loaded, or has more than one output.
+    """
+    if name not in recipe.stages:
+        return _load_other(name, recipe)
+    tokenizer = recorded_tokenizer(recipe, run, name)
+    config = ModelConfig(**recipe.model_block(name))
+    if policies is not None and recipe.evaluation.dtype:
+        config.dtype = recipe.evaluation.dtype
+    if config.use_peft:
+        _require_head(run, name)
+    if policies is not None and policies.can_hold(name):
+        head = policies.add(name, run.adapter(name))
+        assert head is not None
+        return RewardModel(SharedClassifier(policies, name, head), tokenizer)
+    if not config.use_peft:
+        model: Any = load_classifier(str(run.model(name)), config, tokenizer)
+    else:
+        model = load_classifier(start_path(recipe, run, name), config, tokenizer)
+        model = PeftModel.from_pretrained(model, run.adapter(name))
+    model.requires_grad_(False)
+    return RewardModel(model.to(PartialState().device).eval(), tokenizer)
+
+
+def _require_head(run: RunDir, stage: str) -> None:
+    weights = run.adapter(stage) / "adapter_model.safetensors"
+    with safe_open(weights, framework="pt") as file:
+        if not any(".score." in key for key in file.keys()):  # noqa: SIM118 (not a dict)
+            raise UserError(
+                str(weights), "the adapter has no reward head (`score`)", f"train the stage {stage!r} again"
+            )
+
+
+def _load_other(name: str, recipe: Recipe) -> RewardModel:
+    """Load a sequence classifier with one output that no stage of the recipe has trained."""
+    config = ModelConfig(model_name_or_path=name, dtype=recipe.evaluation.dtype or "auto")
+    tokenizer = set_up_tokenizer(name, {"model_name_or_path": name})
+    model: Any = load_weights(AutoModelForSequenceClassification, name, config)
+    if model.config.num_labels != 1:
+        problem = f"the model has {model.config.num_labels} outputs, and a reward model has one"
+        raise UserError(name, problem, "name a reward model in evaluation")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return RewardModel(model.requires_grad_(False).to(PartialState().device).eval(), tokenizer)

@@ -1,0 +1,282 @@
+"""Sampling answers, and measuring on them how far a policy has moved: exact KL, its estimators, entropy.
+
+Works on models and tensors, with the rows of a batch spread over the processes of a launch; reads and writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rlhf_trl.models.base import Messages, encode, pad_right
+from rlhf_trl.recipe.schema import Decoding
+
+T = TypeVar("T")
+# Answer positions whose full distributions are compared at a time, and the bytes that the logits of one model may
+# take for a batch of answers.
+KL_POSITIONS = 16
+LOGITS_BYTES = 2**28
+# Where a batch is read in one pass, its rows are at least this long, compared with the longest.
+SHORTEST = 0.8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer."""
+
+    ids: list[int]
+    text: str
+    finished: bool
+    """Whether the answer ended by itself, before the length limit."""
+    hidden: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+    """What the model's output head read before each token, (T, H); only where asked for, and where it gives the
+    logits."""
+
+
+def spread(
+    batches: Sequence[Sequence[int]], work: Callable[[Sequence[int]], Sequence[T]], progress: str = ""
+) -> list[T]:
+    """Work through batches of row numbers, each on one process, and give every process the results in row order.
+
+    The batches are the same however many processes there are, and so are the results.
+    """
+    state = PartialState()
+    mine = batches[state.process_index :: state.num_processes]
+    hidden = not progress or not state.is_main_process
+    done = [
+        (row, result)
+        for rows in tqdm(mine, desc=progress, disable=hidden, leave=False)
+        for row, result in zip(rows, work(rows), strict=True)
+    ]
+    if state.num_processes > 1:
+        done = gather_object(done)
+    return [result for _, result in sorted(done, key=lambda item: item[0])]
+
+
+def sorted_batches(lengths: Sequence[int], size: int, shortest: float = 0.0) -> list[list[int]]:
+    """Group rows of similar length, the longest first, so that little is padded and memory runs out at once or
+    never.
+
+    Args:
+        shortest: a batch ends early before a row that is shorter than this share of its longest. Pays where the whole
+            batch is read at once; in generation, where each batch takes as many steps as any other, it does not.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if batches and len(batches[-1]) < size and lengths[row] >= shortest * lengths[batches[-1][0]]:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+class InverseTransform(LogitsProcessor):
+    """Turn greedy decoding into sampling: the token where the distribution function passes a uniform number.
+
+    Each answer has random numbers of its own, so that it does not depend on the other rows of its batch, and the
+    policies of a comparison share theirs. It costs a fifth of `torch.multinomial`, which draws one number for each
+    token of the vocabulary.
+    """
+
+    def __init__(self, seeds: Sequence[int], length: int):
+        rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        self._uniform = torch.stack(rows)
+        self._step = 0
+        self.first: Tensor | None = None
+        """Logits of the first step, (B, V)."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Leave one token of each row possible: logits (B, V) -> (B, V)."""
+        self.first = scores if self.first is None else self.first
+        cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        level = self._uniform[:, self._step, None].to(scores.device) * cdf[:, -1:]
+        self._step += 1
+        token = torch.searchsorted(cdf, level, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+def _seed(seed: int, prompt_ids: Sequence[int], draw: int) -> int:
+    digest = hashlib.sha256(repr((seed, list(prompt_ids), draw)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    decoding: Decoding | None = None,
+    draws: Sequence[int] | None = None,
+    max_prompt_tokens: int | None = None,
+    progress: str = "",
+    keep_hidden: bool = False,
+) -> list[Completion]:
+    """Sample an answer to each prompt.
+
+    Args:
+        decoding: without it, from the model's own distribution: temperature 1, no top-k, no top-p.
+        draws: tells apart several answers to one prompt; 0 for each by default.
+        max_prompt_tokens: a longer prompt loses its beginning.
+        keep_hidden: keep what the output head read, from which `head_logits` makes the logits once more.
+
+    Returns:
+        Completions in the order of the prompts. An answer is fixed by the seed, its prompt and its draw.
+    """
+    decoding = decoding or Decoding()
+    ids = [encode(tokenizer, prompt)[0][-(max_prompt_tokens or 0) :] for prompt in prompts]
+    seeds = [_seed(seed, row, draw) for row, draw in zip(ids, draws or [0] * len(ids), strict=True)]
+
+    def answer(rows: Sequence[int]) -> list[Completion]:
+        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
+        processors = _processors(decoding, [seeds[row] for row in rows], max_new_tokens)
+        seen: list[Tensor] = []
+        head = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]) if keep_hidden else None)
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)[
+            :, batch["input_ids"].shape[1] :
+        ]
+        hook.remove()
+        completions = [_read_answer(tokenizer, tokens) for tokens in output.tolist()]
+        # Some models bend the logits after their head (a soft cap, a scale).
+        if not seen or not torch.allclose(head(seen[0]).float(), processors[-1].first, rtol=1e-3, atol=1e-3):
+            return completions
+        hidden = torch.stack(seen, dim=1).cpu()
+        return [
+            dataclasses.replace(row, hidden=states[: len(row.ids)].clone())
+            for row, states in zip(completions, hidden, strict=True)
+        ]
+
+    return spread(sorted_batches([len(row) for row in ids], batch_size), answer, progress)
+
+
+def _processors(decoding: Decoding, seeds: Sequence[int], length: int) -> LogitsProcessorList:
+    found = LogitsProcessorList()
+    if decoding.temperature == 0:
+        return found
+    if decoding.temperature != 1:
+        found.append(TemperatureLogitsWarper(decoding.temperature))
+    if decoding.top_k:
+        found.append(TopKLogitsWarper(decoding.top_k))
+    if decoding.top_p < 1:
+        found.append(TopPLogitsWarper(decoding.top_p))
+    found.append(InverseTransform(seeds, length))
+    return found
+
+
+def _read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Completion:
+    finished = tokenizer.eos_token_id in tokens
+    tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1] if finished else tokens
+    return Completion(tokens, tokenizer.decode(tokens, skip_special_tokens=True).strip(), finished)
+
+
+class Drift(NamedTuple):
+    """How far a policy is from its reference on answers of its own; sums over the answer's tokens."""
+
+    kl: Tensor
+    """Exact over the vocabulary at each position, nats."""
+    k1: Tensor
+    """Sampled estimate log pi - log ref, nats."""
+    k3: Tensor
+    """Sampled estimate ref / pi - 1 - log(ref / pi), nats."""
+    entropy: Tensor
+    """Of the policy's distribution at each position, nats."""
+
+
+def measure_drift(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Tensor) -> Drift:
+    """Compare two models on answers that were sampled from the first.
+
+    At each position of an answer, kl = sum_v pi(v) [log pi(v) - log ref(v)]; its sum over the answer is the
+    Rao-Blackwellised estimate of the sequence KL: unbiased and never negative. k1 and k3 (Schulman, 2020,
+    "Approximating KL divergence") see the sampled tokens alone; their means agree with it.
+
+    Args:
+        logits: policy, (B, T, V).
+        ref_logits: reference, (B, T, V).
+        answer_ids: the sampled tokens, (B, T).
+        mask: 1 on the answer's tokens, its end token included, (B, T).
+
+    Returns:
+        Four tensors (B,), float64.
+    """
+    sums = torch.zeros(4, logits.shape[0], dtype=torch.float64, device=logits.device)
+    for start in range(0, logits.shape[1], KL_POSITIONS):
+        part = slice(start, start + KL_POSITIONS)
+        log_p, log_q = logits[:, part].float().log_softmax(-1), ref_logits[:, part].float().log_softmax(-1)
+        tokens = answer_ids[:, part, None]
+        log_ratio = (log_q.gather(-1, tokens) - log_p.gather(-1, tokens)).squeeze(-1).double()
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(-1)
+        kl = (p * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding alone puts it below
+        terms = torch.stack([kl, -log_ratio, log_ratio.expm1() - log_ratio, entropy])
+        sums += torch.where(mask[:, part].bool(), terms, 0.0).sum(-1)
+    return Drift(*sums.unbind())
+
+
+@torch.no_grad()
+def head_logits(model: Any, answers: Sequence[Completion]) -> Tensor:
+    """Make the logits of sampled answers from what their model's head read: those that each token was drawn from.
+
+    Returns:
+        Logits at temperature 1, (B, A, V); those past an answer's end mean nothing.
+    """
+    hidden = pad_sequence([answer.hidden for answer in answers if answer.hidden is not None], batch_first=True)
+    return model.get_output_embeddings()(hidden.to(model.device))
+
+
+@torch.no_grad()
+def answer_logits(
+    model: Any, prompt_ids: Tensor, answer_ids: Tensor, prompt_mask: Tensor, answer_mask: Tensor
+) -> Tensor:
+    """Compute the logits that predict each token of the answers.
+
+    Args:
+        prompt_ids: padded on the left, (B, P); `prompt_mask` likewise.
+        answer_ids: padded on the right, (B, A); `answer_mask` likewise.
+
+    Returns:
+        Logits at temperature 1, (B, A, V).
+    """
+    mask = torch.cat([prompt_mask, answer_mask], dim=1)
+    output = model(
+        input_ids=torch.cat([prompt_ids, answer_ids], dim=1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        logits_to_keep=answer_ids.shape[1] + 1,
+        use_cache=False,
+    )
+    return output.logits[:, :-1]
+
+
+def answer_batch(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    answers: Sequence[Completion],
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lay out prompts and answers as `answer_logits` takes them."""
+    prompt = tokenizer.pad({"input_ids": [encode(tokenizer, row)[0] for row in prompts]}, return_tensors="pt")
+    answer_ids, answer_mask = pad_right([answer.ids for answer in answers], tokenizer.pad_token_id)
+    tensors = (prompt["input_ids"], answer_ids, prompt["attention_mask"], answer_mask)
+    first, second, third, fourth = (tensor.to(device) for tensor in tensors)
+    return first, second, third, fourth

@@ -1,0 +1,1 @@
+"""The recipe: YAML document, schema, the libraries' options, checks, fingerprints."""

@@ -1,0 +1,174 @@
+"""Load a recipe: read the YAML, lay the overrides over it, parse it, check it whole, expand its sweeps.
+
+recipe = load_recipe(Path("recipes/demo.yaml"), ["stages.dpo.args.beta=0.3"])
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from rlhf_trl.recipe.document import meant, read_document
+from rlhf_trl.recipe.errors import Problem
+from rlhf_trl.recipe.library import nearest, show
+from rlhf_trl.recipe.links import check_block, check_recipe
+from rlhf_trl.recipe.recipe import RESERVED, Recipe, expand_sweeps
+from rlhf_trl.recipe.schema import (
+    Alarms,
+    Comparison,
+    Data,
+    Decoding,
+    Errors,
+    Evaluation,
+    Judge,
+    Price,
+    Samples,
+    Stage,
+    Strict,
+    Trainer,
+    Worst,
+)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -> Recipe:
+    """Read a recipe, lay the overrides over it, and check it whole.
+
+    Args:
+        path: the YAML file.
+        overrides: `path.to.key=value` texts; the value is read as YAML.
+        processes: number of training processes, for the checks on batch sizes.
+
+    Raises:
+        RecipeError: with every problem found, each with its place (file, line and key).
+    """
+    document = read_document(path)
+    for override in overrides:
+        document.override(override)
+    document.find_secrets()
+    recipe, problems = _parse(document.raw)
+    if recipe is not None:
+        wrong = {problem.place for problem in (*document.problems, *problems)} | meant(problems)
+        problems += check_recipe(recipe, list(document.raw["stages"]), wrong, processes)
+    elif isinstance(document.raw.get("model"), dict):
+        problems += check_block("model", "model", document.raw["model"])
+    if problems or document.problems:
+        raise document.error(problems)
+    assert recipe is not None
+    return expand_sweeps(recipe)
+
+
+def _parse(raw: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """Parse the document; on mistakes, also try it without them so that the later checks can find more."""
+    try:
+        return Recipe.model_validate(raw), _reserved_names(raw)
+    except ValidationError as error:
+        rest = copy.deepcopy(raw)
+        problems = _reserved_names(raw)
+        for item in error.errors():
+            problems.append(_describe(item))
+            _remove(rest, [str(part) for part in item["loc"]])
+        try:
+            return Recipe.model_validate({"name": "unnamed", "model": {}, **rest}), problems
+        except ValidationError:
+            return None, problems
+
+
+def _reserved_names(raw: dict[str, Any]) -> list[Problem]:
+    stages = raw.get("stages")
+    return [
+        Problem(f"stages.{name}", f"{name!r} is the name of another part of a run", f"call the stage {name}_stage")
+        for name in (stages if isinstance(stages, dict) else ())
+        if str(name) in RESERVED
+    ]
+
+
+SECTIONS: dict[str, type[Strict]] = {"data": Data, "evaluation": Evaluation, "judge": Judge,
+                                      "comparison": Comparison, "errors": Errors, "samples": Samples}  # fmt: skip
+
+
+NESTED: dict[str, type[Strict]] = {"judge_decoding": Decoding, "worst": Worst, "alarms": Alarms, "price": Price}
+
+
+EXAMPLES = {
+    "name": "`name: my-run`, the folder of the run",
+    "model": "`model: {model_name_or_path: ...}`",
+    "stages": "`stages:` with at least one stage below it",
+    "trainer": f"`trainer:` (one of {', '.join(get_args(Trainer))})",
+}
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "trainer": get_args(Trainer),
+    "half": ("first", "second"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "kind": ("openai", "reward", "offline"),
+    "pairs": ("reference", "all"),
+    "max_tokens_name": ("max_tokens", "max_completion_tokens"),
+}
+
+
+# Kind of pydantic's error -> what to do.
+TYPE_REMEDIES = {
+    "string_type": "give a text; put quotes around it",
+    "int_type": "give a whole number",
+    "float_type": "give a number",
+    "list_type": "give a list, such as [a, b]",
+    "dict_type": "write `key: value` lines here, or remove the key",
+    "model_type": "write `key: value` lines here, or remove the key",
+    "string_too_short": "give a text",
+    "too_short": "give at least one value",
+}
+
+
+def _describe(error: Any) -> Problem:
+    loc = [str(part) for part in error["loc"] if part != "[key]"]
+    place = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        return Problem(place, f"unknown key {loc[-1]!r}", _key_remedy(loc))
+    if error["type"] == "missing":
+        return Problem(place, "is missing", f"add {EXAMPLES[loc[-1]]}")
+    value = show(error["input"])
+    if error["type"] == "literal_error":
+        choices = CHOICES[loc[-1]]
+        near = nearest(str(error["input"]), choices)
+        remedy = f"did you mean {near!r}?" if near else f"choose one of: {', '.join(choices)}"
+        problem = f"{value} is not a trainer" if loc[-1] == "trainer" else f"{value} is not valid"
+        return Problem(place, problem, remedy)
+    if error["type"] == "value_error":
+        return Problem(place, f"{value} is not valid", error["msg"].removeprefix("Value error, "))
+    if error["input"] in (None, {}) and place in EXAMPLES:
+        return Problem(place, "is empty", f"add {EXAMPLES[place]}")
+    if error["type"] in TYPE_REMEDIES:
+        problem = "is empty" if error["input"] in (None, "", [], {}) else f"{value} is not valid"
+        remedy = f"write {EXAMPLES[place]}" if place in ("model", "stages") else TYPE_REMEDIES[error["type"]]
+        return Problem(place, problem, remedy)
+    return Problem(place, f"{value} is not valid", f"it {error['msg'].removeprefix('Input ')}")
+
+
+def _key_remedy(loc: list[str]) -> str:
+    section = Stage if loc[0] == "stages" else SECTIONS.get(loc[0], Recipe)
+    if loc[0] in ("evaluation", "judge") and len(loc) > 2:
+        section = NESTED[loc[1]]
+    known = list(section.model_fields)
+    near = nearest(loc[-1], known)
+    if near:
+        return f"did you mean {near!r}?"
+    hint = "; options of the trainer go under `args:`" if section is Stage else ""
+    return f"the keys here are: {', '.join(known)}{hint}"
+
+
+def _remove(raw: Any, loc: list[str]) -> None:
+    """Delete the offending key, with it a whole list, or the whole stage where its trainer is the offence."""
+    loc = [part for part in loc if part != "[key]"]
+    if loc[0] == "stages" and loc[2:] == ["trainer"]:
+        loc = loc[:2]
+    for part in loc[:-1]:
+        if not isinstance(raw.get(part), dict):
+            raw.pop(part, None)
+            return
+        raw = raw[part]
+    raw.pop(loc[-1], None)

@@ -1,0 +1,169 @@
+"""Two runs laid beside each other on one page.
+
+Reads the JSON and JSONL files of both run directories; writes `<A>-beside-<B>.html` and, with what is worked out for
+it, `<A>-beside-<B>.json` into the folder that holds the first.
+
+    rlhf-trl report runs/demo runs/demo-long
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_trl.compare.verdict import compare_groups, read_judge, read_points
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.report.svg import draw_frontiers
+from rlhf_trl.run.layout import REFERENCE, RunDir, read_json, read_jsonl, write_json, write_text
+from rlhf_trl.text.format import environment_of
+
+Row = dict[str, Any]
+NOT_COMPARED = "name"
+
+
+def lay_beside(first: RunDir, second: RunDir) -> Path:
+    """Write the page, and give its path.
+
+    Raises:
+        UserError: a directory holds no run, its evaluation is not finished, or both are the same.
+    """
+    if first.root.resolve() == second.root.resolve():
+        raise UserError(str(second.root), "is the same run as the first", "name two different runs")
+    runs = {"a": first, "b": second}
+    recipes = {key: run.recorded_recipe() for key, run in runs.items()}
+    for key, run in runs.items():
+        for step in ("evaluate", "compare"):
+            run.require(recipes[key], step, f"{step} RECIPE")
+    folder = first.root.resolve().parent
+    page = folder / f"{first.root.resolve().name}-beside-{second.root.resolve().name}.html"
+    worked_out = page.with_suffix(".json")
+    write_json(worked_out, compare_runs(recipes, runs))
+    write_text(page, render(recipes, runs, worked_out))
+    return page
+
+
+def compare_runs(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> Row:
+    """Say what differs, and compare the policies of both runs where prompts, scores and reference are the same."""
+    settings = [recipes[key].model_dump(exclude={NOT_COMPARED}) for key in "ab"]
+    for own, other in (settings, settings[::-1]):
+        # Of a stage that the other run does not have, its trainer is difference enough.
+        own["stages"] = {
+            name: stage if name in other["stages"] else stage["trainer"] for name, stage in own["stages"].items()
+        }
+    versions = [read_json(runs[key].env)["versions"] for key in "ab"]
+    why_not = _why_not_comparable(recipes, runs)
+    pairs = [] if why_not else _compare_policies(recipes, runs)
+    results = [of["equal_kl"] for pair in pairs for of in pair["measures"].values() if of["why_not"] is None]
+    return {
+        "different": {"recipe": _differences(*settings), "versions": _differences(*versions)},
+        "why_not": why_not,
+        "pairs": pairs,
+        "warnings": list(dict.fromkeys(result["warning"] for result in results if result["warning"])),
+    }
+
+
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
+    """The keys whose values differ, each value as text; `–` where a run has no such key."""
+    flat = [dict(_flatten(of)) for of in (a, b)]
+    keys = sorted({*flat[0], *flat[1]})
+    shown = {key: [str(of[key]) if key in of else "–" for of in flat] for key in keys}
+    return [{"key": key, "a": one, "b": other} for key, (one, other) in shown.items() if one != other]
+
+
+def _why_not_comparable(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> str | None:
+    """Say why gains of the two runs are not of one kind, or None where they are."""
+    if not all(recipe.policies for recipe in recipes.values()):
+        return "one of the runs has no policy"
+    prompts = [[row["id"] for row in read_jsonl(runs[key].completions(REFERENCE))] for key in "ab"]
+    if prompts[0] != prompts[1]:
+        return "their held-out prompts differ"
+    starts = [{_identity(recipe, recipe.stages[name].init) for name in recipe.policies} for recipe in recipes.values()]
+    if starts[0] != starts[1]:
+        return "their policies start from different references"
+    judges = [_identity(recipe, recipe.evaluation.gold or recipe.evaluation.reward) for recipe in recipes.values()]
+    if judges[0] != judges[1]:
+        return "their answers are scored by different reward models"
+    decodings = [recipe.evaluation.max_new_tokens for recipe in recipes.values()]
+    return None if decodings[0] == decodings[1] else "their answers have different longest lengths"
+
+
+def _identity(recipe: Recipe, name: str | None) -> str:
+    """What a model was made of: a stage's fingerprint, the base model, or the name of a model elsewhere."""
+    if name is None:
+        return str(recipe.model["model_name_or_path"])
+    return recipe.fingerprint(name) if name in recipe.stages else name
+
+
+def _name(runs: Mapping[str, RunDir]) -> dict[str, str]:
+    """Name the runs after their folders; where these have one name, with the folders above them."""
+    roots = {key: run.root.resolve() for key, run in runs.items()}
+    if roots["a"].name != roots["b"].name:
+        return {key: root.name for key, root in roots.items()}
+    return {key: f"{root.parent.name}/{root.name}" for key, root in roots.items()}
+
+
+def _compare_policies(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> list[Row]:
+    """Compare the groups of one name in both runs; without a name in common, every group with every other."""
+    groups: dict[str, dict[str, str]] = {key: {} for key in "ab"}
+    stages: dict[str, list[str]] = {}
+    records, scores = {}, {}
+    names = _name(runs)
+    judges = {key: read_judge(recipe, runs[key]) for key, recipe in recipes.items()}
+    for key, recipe in recipes.items():
+        metrics = read_json(runs[key].metrics)
+        for group, own in recipe.groups.items():
+            if own[0] in recipe.policies:
+                title = groups[key][group] = f"{names[key]} {group}"
+                stages[title] = [f"{key}:{name}" for name in own]
+        for name in recipe.policies:
+            records[f"{key}:{name}"] = read_points(runs[key], metrics, name)
+            scores[f"{key}:{name}"] = judges[key].scores.get(name, {})
+    judged = replace(judges["a"], scores=scores)
+    if judges["a"].who != judges["b"].who:
+        judged = replace(judged, why_not="the runs have different judges")
+    shared = [name for name in groups["a"] if name in groups["b"]]
+    pairs = [(groups["a"][name], groups["b"][name]) for name in shared]
+    pairs = pairs or [(one, other) for one in groups["a"].values() for other in groups["b"].values()]
+    return compare_groups(pairs, stages, records, judged, recipes["a"].seed)
+
+
+def render(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir], worked_out: Path) -> str:
+    """Render the page from the files of both runs and what was worked out."""
+    files: dict[str, dict[str, str]] = {}
+    documents: dict[str, Any] = {worked_out.name: read_json(worked_out)}
+    frontiers = {}
+    for key, run in runs.items():
+        paths = {"metrics": run.metrics, "compared": run.comparison, "env": run.env, "recipe": run.recipe}
+        paths |= {f"stats/{name}": run.training_stats(name) for name in recipes[key].stages}
+        some = {"pareto": run.pareto, "winrate": run.winrate, "over_optimisation": run.over_optimisation}
+        paths |= {name: path for name, path in some.items() if path.exists()}
+        files[key] = {name: os.path.relpath(path.resolve(), worked_out.parent) for name, path in paths.items()}
+        documents |= {files[key][name]: read_json(path) for name, path in paths.items()}
+        frontiers[key] = draw_frontiers(documents[files[key]["pareto"]], prefix=key) if "pareto" in files[key] else []
+    environment = environment_of(documents)
+    return environment.get_template("beside.html.j2").render(
+        recipes=recipes,
+        names=_name(runs),
+        pages={key: os.path.relpath(run.report.resolve(), worked_out.parent) for key, run in runs.items()},
+        files=files,
+        worked_out=worked_out.name,
+        found=documents[worked_out.name],
+        metrics={key: documents[files[key]["metrics"]] for key in runs},
+        compared={key: documents[files[key]["compared"]] for key in runs},
+        alarms={key: documents[files[key]["over_optimisation"]]["alarms"] if "over_optimisation" in files[key] else []
+                for key in runs},
+        policies=list(dict.fromkeys(name for recipe in recipes.values() for name in recipe.policies)),
+        frontiers=frontiers,
+    ).lstrip()  # fmt: skip

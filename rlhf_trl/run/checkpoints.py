@@ -1,0 +1,64 @@
+"""Checkpoints on disk: sealed with a manifest of hashes, found again, and told whole from damaged.
+
+Writes `checkpoint-N/manifest.json`; imports neither torch nor the libraries.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.run.safetensors import hash_file
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a checkpoint, last, with everything on disk."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in files:
+        sync(file)
+    write_json(folder / "manifest.json", {str(file.relative_to(folder)): hash_file(file) for file in files})
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def last_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint whose files are what its manifest says.
+
+    Returns:
+        The checkpoint, or None, and one sentence on each newer one that was passed over.
+    """
+    rejected: list[str] = []
+    for _, path in sorted(list_checkpoints(folder).items(), reverse=True):
+        reason = damage(path)
+        if reason is None:
+            return path, rejected
+        rejected.append(f"{path.name}: {reason}")
+    return None, rejected
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """List the checkpoints of a stage by step, whole or not."""
+    found = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
+    return {int(step): path for step, path in sorted(found) if step.isdigit()}
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Say what is wrong with a checkpoint, or None."""
+    try:
+        manifest = read_json(checkpoint / "manifest.json")
+        for name, digest in manifest.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if hash_file(checkpoint / name) != digest:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError):
+        return "it has no manifest that can be read"
+    return None

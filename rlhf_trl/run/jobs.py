@@ -1,0 +1,195 @@
+"""Stages that train side by side: which may, where each of them does, and what a failure of one means.
+
+Starts processes and waits for them; reads and writes nothing itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.launch import exit_status, launch_command, outlive_signals
+from rlhf_trl.run.layout import RunDir, now, output_of
+
+POLL = 0.1
+Place = Mapping[str, str]
+"""Environment variables of one stage's processes."""
+
+
+class Watcher(Protocol):
+    """Is told what happens to the stages."""
+
+    def begin(self, stage: str) -> None: ...
+    def update(self) -> None: ...
+    def end(self, stage: str, status: int) -> None: ...
+    def conclude(self, failed: Mapping[str, int], left: Sequence[str]) -> None: ...
+
+
+def links(recipe: Recipe) -> dict[str, set[str]]:
+    """The stages that each stage starts from or is scored by."""
+    return {name: {link for link in (stage.init, stage.reward) if link} for name, stage in recipe.stages.items()}
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def find_places(jobs: int, processes: int, say: Callable[[str], None]) -> list[Place]:
+    """Divide this machine as `plan_places` does, and say so; one job alone has all of it, as it is."""
+    if jobs == 1:
+        return [{}]
+    # Counted without torch, which would take memory of each for as long as this process lives.
+    gpus = visible_gpus(output_of("nvidia-smi", "-L"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    places, sentence = plan_places(jobs, processes, gpus, os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS"))
+    say(sentence)
+    return places
+
+
+def visible_gpus(listing: str, visible: str | None) -> list[str]:
+    """List GPUs by index, or by whatever name CUDA_VISIBLE_DEVICES calls them.
+
+    Args:
+        listing: what `nvidia-smi -L` prints: a line `GPU 0: ...` for each, indented lines for the parts of one.
+        visible: CUDA_VISIBLE_DEVICES; like CUDA, this ends at the first index that does not exist.
+    """
+    count = sum(line.startswith("GPU ") for line in listing.splitlines())
+    if visible is None or count == 0:
+        return [str(index) for index in range(count)]
+    found: list[str] = []
+    for name in visible.replace(" ", "").split(","):
+        if name in ("", *found) or name.startswith("-") or (name.isdigit() and int(name) >= count):
+            break
+        found.append(name)
+    return found
+
+
+def plan_places(
+    jobs: int, processes: int, gpus: Sequence[str], cores: int, threads: str | None
+) -> tuple[list[Place], str]:
+    """Divide the machine among stages that train at once.
+
+    Args:
+        jobs: how many are asked for.
+        processes: training processes of each stage; on GPUs, each takes one.
+        threads: OMP_NUM_THREADS where the user has set it.
+
+    Returns:
+        The environment of each place, at least one of them, and a sentence on what it came to.
+    """
+    if not gpus:
+        own = threads or str(max(1, cores // (jobs * processes)))
+        sentence = f"--jobs {jobs}: up to {jobs} stages at once, OMP_NUM_THREADS={own} in each process"
+        return [{"OMP_NUM_THREADS": own}] * jobs, sentence
+    groups = [",".join(gpus[start : start + processes]) for start in range(0, len(gpus) - processes + 1, processes)]
+    if len(groups) < 2:
+        sentence = f"--jobs {jobs}: one stage at a time; two take {2 * processes} GPUs, and there are {len(gpus)}"
+        return [{}], sentence
+    groups = groups[:jobs]
+    fewer = "" if len(groups) == jobs else f"{len(groups)} at once, not {jobs}; "
+    sentence = f"--jobs {jobs}: {fewer}GPUs {' | '.join(groups)}"
+    return [{"CUDA_VISIBLE_DEVICES": group} for group in groups], sentence
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How the stages of one `run` are started."""
+
+    recipe: str
+    options: list[str]
+    """Of the command line, for every stage."""
+    profile: str | None
+    processes: int | None
+    jobs: int
+
+    def start_in(self, run: RunDir) -> Callable[[str, Place], subprocess.Popen[bytes]]:
+        """Start each stage in its place, its output in the log of its run."""
+        port = 0 if self.jobs > 1 else None  # launches at the same time cannot meet at the same one
+
+        def start(stage: str, place: Place) -> subprocess.Popen[bytes]:
+            arguments = ["train", self.recipe, stage, *self.options]
+            command, environment = launch_command(arguments, self.profile, self.processes, port)
+            return start_logged(command, {**environment, **place}, run.log(stage))
+
+        return start
+
+
+def start_logged(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a process whose whole output is appended to a log.
+
+    The log is a file and no pipe, so that a stage may outlive this process, and nothing that it says is lost.
+    Progress bars are off: they would fill it.
+    """
+    quiet = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"=== {now()} {shlex.join(command)}\n".encode())
+        file.flush()
+        return subprocess.Popen(command, env={**environment, **quiet}, stdout=file, stderr=subprocess.STDOUT)
+
+
+def train_stages(
+    stages: Sequence[str],
+    needs: Mapping[str, set[str]],
+    places: Sequence[Place],
+    start: Callable[[str, Place], subprocess.Popen[bytes]],
+    watcher: Watcher,
+) -> int:
+    """Train stages, each as soon as what it needs is there and a place is free, in their order.
+
+    After a failure or a signal nothing new starts; what is running comes to its own end. SIGTERM is passed on; a
+    Ctrl-C reaches the processes by itself. Both make them save a checkpoint.
+
+    Args:
+        needs: stage -> the stages it starts from; those that are not in `stages` are there.
+        start: starts the process of a stage in a place.
+
+    Returns:
+        0, or the exit status of the first stage that failed, or 128 and the number of the signal that came.
+    """
+    waiting, free = list(stages), list(places)
+    running: dict[str, tuple[subprocess.Popen[bytes], Place]] = {}
+    ended: dict[str, int] = {}
+    passed_on = 0
+    with outlive_signals() as received:
+        try:
+            while True:
+                for number in received[passed_on:]:
+                    passed_on += 1
+                    for child, _ in running.values() if number == signal.SIGTERM else ():
+                        child.send_signal(number)
+                for stage, (child, place) in list(running.items()):
+                    if child.poll() is not None:
+                        del running[stage]
+                        free.append(place)
+                        ended[stage] = exit_status(child.returncode)
+                        watcher.end(stage, ended[stage])
+                missing = {*waiting, *running}
+                for stage in list(waiting):
+                    if free and not received and not any(ended.values()) and not needs[stage] & missing:
+                        waiting.remove(stage)
+                        watcher.begin(stage)
+                        place = free.pop(0)
+                        running[stage] = start(stage, place), place
+                if not running:
+                    break
+                watcher.update()
+                time.sleep(POLL)
+        finally:
+            for child, _ in running.values():
+                child.terminate()
+            for child, _ in running.values():
+                child.wait()
+    failed = {stage: status for stage, status in ended.items() if status}
+    if failed or received:
+        watcher.conclude(failed, waiting)
+    return next(iter(failed.values()), 128 + received[0] if received else 0)

@@ -1,0 +1,174 @@
+"""Starting training processes: the accelerate profiles by name, and the check that as many run as were asked for.
+
+Reads `accelerate_configs/`; writes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ruamel.yaml import YAML, YAMLError
+
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.library import nearest
+
+PACKAGE = Path(__file__).parent.parent
+ASKED = "RLHF_TRL_PROCESSES"
+
+
+def shipped(kind: str, name: str) -> Path:
+    """Find a file that ships with the project: `recipes` or `accelerate_configs`, by path or by name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    folders = [folder for folder in (PACKAGE / kind, PACKAGE.parent / kind) if folder.is_dir()]
+    known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if name in known:
+        return known[name]
+    if path.exists() and not path.is_dir():  # a pipe, such as /dev/stdin
+        return path
+    here = {str(file): file for file in sorted(path.parent.glob("*.y*ml"))} if path.parent.is_dir() else {}
+    near = nearest(name, [*here, *known]) or nearest(path.stem, known)
+    remedy = f"did you mean {near!r}?" if near else f"give a path, or one of: {', '.join(known)}"
+    problem = "is a folder" if path.is_dir() else f"there is no such file, and none of that name ships in {kind}/"
+    raise UserError(name, problem, remedy)
+
+
+def launch_command(
+    arguments: Sequence[str], profile: str | None, processes: int | None, port: int | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """Build the command that runs `rlhf-trl ARGUMENTS` in training processes, and its environment.
+
+    Args:
+        profile: a file of `accelerate_configs/` by name or path; None for one process without the launcher.
+        processes: overrides the profile's number of processes.
+        port: where the processes meet, instead of the profile's; 0 is any that is free.
+    """
+    environment = dict(os.environ)
+    command = [sys.executable, "-m"]
+    if profile is not None:
+        config = shipped("accelerate_configs", profile)
+        command += ["accelerate.commands.launch", "--config_file", str(config)]
+        asked = processes or profile_processes(config)
+        if asked is not None:
+            command += ["--num_processes", str(asked)]
+            environment[ASKED] = str(asked)
+        if port is not None:
+            command += ["--main_process_port", str(port)]
+        command.append("-m")
+    return [*command, "rlhf_trl", *arguments], environment
+
+
+def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command to its end and return its exit status.
+
+    A Ctrl-C reaches the child, which saves a checkpoint; this process waits for it. SIGTERM is passed on.
+    """
+    with subprocess.Popen(command, env=environment) as child, outlive_signals(child):
+        return exit_status(child.wait())
+
+
+@contextlib.contextmanager
+def outlive_signals(child: subprocess.Popen[bytes] | None = None) -> Iterator[list[int]]:
+    """Go on at SIGINT, which a terminal sends to the children, too, and at SIGTERM.
+
+    Args:
+        child: gets SIGTERM at once.
+
+    Returns:
+        The signals that came, a list that grows.
+    """
+    received: list[int] = []
+
+    def remember(number: int, _: Any) -> None:
+        received.append(number)
+        if child is not None and number == signal.SIGTERM:
+            child.send_signal(number)
+
+    # Handlers, not SIG_IGN, which a child that starts meanwhile would inherit.
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_status(code: int) -> int:
+    """The status of a process as a shell gives it: 128 and the number of the signal that ended it."""
+    return code if code >= 0 else 128 - code
+
+
+def require_processes() -> None:
+    """Refuse to train in fewer processes than were asked for.
+
+    `accelerate launch --cpu --num_processes 2` runs one process without a word (huggingface/accelerate#2741).
+
+    Raises:
+        UserError: with both numbers.
+    """
+    asked = int(os.environ[ASKED]) if ASKED in os.environ else _launcher_processes()
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked is not None and running < asked:
+        problem = f"{asked} processes were asked for and {running} {'is' if running == 1 else 'are'} running"
+        remedy = "launch with `--config_file accelerate_configs/ddp.yaml` (without `--cpu`), or with torchrun"
+        raise UserError("accelerate launch", problem, remedy)
+
+
+def _launcher_processes() -> int | None:
+    """The number of processes on the command line of the `accelerate launch` above this process, if there is one."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:  # it has ended, or belongs to somebody else
+        return None
+    for index, word in enumerate(words):
+        if Path(word).name in ("accelerate-launch", "accelerate.commands.launch") or (
+            Path(word).name == "accelerate" and words[index + 1 : index + 2] == ["launch"]
+        ):
+            from accelerate.commands.launch import launch_command_parser
+
+            args, _ = launch_command_parser().parse_known_args(words[index + 1 + (Path(word).name == "accelerate") :])
+            if args.num_processes is not None:
+                return args.num_processes
+            return profile_processes(Path(args.config_file)) if args.config_file else None
+    return None
+
+
+def profile_processes(config: Path) -> int | None:
+    return _read_profile(config).get("num_processes")
+
+
+def require_one_machine(config: Path) -> None:
+    """Refuse to train several stages at once on several machines, which must agree on where each of them meets.
+
+    Raises:
+        UserError: the profile names more than one machine.
+    """
+    machines = _read_profile(config).get("num_machines", 1)
+    if machines > 1:
+        raise UserError("--jobs", f"{config.stem} is a profile of {machines} machines", "leave --jobs out")
+
+
+def _read_profile(config: Path) -> dict[str, Any]:
+    remedy = "give a file or a name of accelerate_configs/"
+    try:
+        profile = YAML(typ="safe", pure=True).load(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(str(config), f"cannot read the profile: {error.strerror}", remedy) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(str(config), f"not valid YAML: {' '.join(str(error).split())}", remedy) from None
+    if not isinstance(profile, dict):
+        raise UserError(str(config), "is not a profile of accelerate", remedy)
+    return profile

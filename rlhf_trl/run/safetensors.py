@@ -1,0 +1,113 @@
+"""Safetensors files without torch: their headers, a hash of their content, and whether every number is finite.
+
+Reads one tensor at a time, and none before the header of its file has passed the library's checks. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from rlhf_trl.recipe.errors import UserError
+
+# Dtype of a tensor of floats -> bytes of a number, and the bits of its exponent, all of which are set in NaN and
+# infinity.
+FLOATS = {"F64": (8, 0x7FF0 << 48), "F32": (4, 0x7F80 << 16), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What the header of a file says of a tensor; `start` and `end` are places in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def is_empty(self) -> bool:
+        return prod(self.shape) == 0
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """Read what a file holds, without a tensor of it; the names are sorted.
+
+    Raises:
+        UserError: the header is cut off, or does not describe the file that follows it.
+    """
+    try:
+        with safe_open(file, framework="numpy"):  # checks lengths, offsets, dtypes and shapes against each other
+            pass
+    except SafetensorError as error:
+        problem = f"the header of the weights is damaged or does not fit the file: {error}"
+        raise UserError(file.name, problem, "fetch the file again") from error
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {
+        name: Tensor(file, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
+        for name, entry in sorted(header.items())
+        if name != "__metadata__"
+    }
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the headers of all weights of a model's folder, whatever files they are spread over.
+
+    Raises:
+        UserError: there are none in safetensors, or a header is damaged.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(str(folder), "there are no weights in safetensors here", "use a base that has them")
+    found = {name: tensor for file in files for name, tensor in read_header(file).items()}
+    return dict(sorted(found.items()))
+
+
+def hash_weights(tensors: dict[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and every byte; how the tensors are spread over files does not matter.
+
+    Returns:
+        64 hexadecimal digits (SHA-256).
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+        for chunk in _read(tensor):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor is free of NaN and infinity; one of whole numbers always is."""
+    import numpy as np
+
+    if tensor.dtype not in FLOATS:
+        return True
+    width, exponent = FLOATS[tensor.dtype]
+    bits = np.dtype(f"<u{width}")
+    return not any(((np.frombuffer(chunk, bits) & bits.type(exponent)) == exponent).any() for chunk in _read(tensor))
+
+
+def hash_file(file: Path) -> str:
+    """Hash the content of a file (SHA-256)."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read(tensor: Tensor) -> Iterator[bytes]:
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.start)
+        for at in range(tensor.start, tensor.end, CHUNK):
+            yield stream.read(min(CHUNK, tensor.end - at))

@@ -1,0 +1,1 @@
+"""Intervals, tests, fronts and logistic fits, on plain numbers."""

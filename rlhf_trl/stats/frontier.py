@@ -1,0 +1,275 @@
+"""Gain against KL: which points are worth having, what they span, and where more optimisation stops to pay.
+
+Reads and writes nothing; works on arrays, without torch. KL is in nats per answer, gain is a score minus the
+reference's score on the same prompt, so that the reference itself is the point (0, 0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from rlhf_trl.stats.estimate import RESAMPLES, Estimate, bootstrap_mean, resample, resampled_means
+
+Point = TypeVar("Point", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A curve of gain over d = sqrt(KL), and the d at which it is highest."""
+
+    alpha: float
+    beta: float
+    peak_sqrt_kl: float | None
+    """None where the curve has no peak at d > 0, or one too far out to be a number. A peak beyond the largest d that
+    was fitted is an extrapolation."""
+    peak_kl: float | None
+    r2: float | None
+    """Share of the gains' variance that the curve explains, below 0 where their mean explains more; None where all
+    gains are the same."""
+
+    def as_dict(self) -> dict[str, float | None]:
+        return dataclasses.asdict(self)
+
+
+def non_dominated(gain: np.ndarray, kl: np.ndarray) -> np.ndarray:
+    """Mark the points that no other point beats or equals in both gain (more is better) and KL (less is better).
+
+    Of points that are exactly the same, the first is marked. Shapes (..., K) and (..., K) -> (..., K); each row along
+    the last axis is a front of its own.
+
+    Raises:
+        ValueError: the shapes differ, or a value is not finite.
+    """
+    gain, kl = _points(gain, kl)
+    # Along rising KL, and falling gain at the same KL, a point counts when it is above all before it. The sort is
+    # stable, which makes the first of equal points the one that counts.
+    order = np.lexsort((-gain, kl), axis=-1)
+    rising = np.take_along_axis(gain, order, axis=-1)
+    best = np.maximum.accumulate(rising, axis=-1)
+    counts = np.ones_like(rising, dtype=bool)
+    counts[..., 1:] = rising[..., 1:] > best[..., :-1]
+    mask = np.empty_like(counts)
+    np.put_along_axis(mask, order, counts, axis=-1)
+    return mask
+
+
+def hypervolume(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: float) -> float:
+    """Measure the area that the points dominate inside gain > `worst_gain` and KL < `worst_kl`, (K,), (K,) -> area.
+
+    A point outside that box adds nothing. The area of a fixed box grows with better points only, so that two sets can
+    be compared (Zitzler and Thiele, 1998).
+
+    Raises:
+        ValueError: the shapes differ, or a value is not finite.
+    """
+    return float(_area(*_points(gain, kl), worst_gain, worst_kl))
+
+
+def bootstrap_front(
+    gains: Mapping[Point, np.ndarray],
+    kls: Mapping[Point, np.ndarray],
+    worst_gain: float,
+    worst_kl: float,
+    seed: int,
+) -> tuple[dict[Point, float], Estimate]:
+    """Tell how sure the front is: the share of resamples that have each point on it, and its hypervolume.
+
+    A point is the mean over the prompts, (P,) each; the same prompts are drawn for all points and for both axes. The
+    interval is the percentile bootstrap's; the hypervolume of resampled means is a little larger on average than that
+    of the means themselves, because a maximum over noisy points is.
+
+    Raises:
+        ValueError: the points or their prompts differ between the two, there are none, or a value is not finite.
+    """
+    if not gains or set(gains) != set(kls):
+        raise ValueError("the same points, at least one, need gains and KLs")
+    names = list(gains)
+    gain, kl = _points(np.stack([gains[name] for name in names]), np.stack([kls[name] for name in names]))
+    on_front, areas = np.zeros(len(names)), []
+    for weights in resample(gain.shape[1], seed):
+        some_gain, some_kl = resampled_means(weights, gain), resampled_means(weights, kl)
+        on_front += non_dominated(some_gain, some_kl).sum(axis=0)
+        areas.append(_area(some_gain, some_kl, worst_gain, worst_kl))
+    low, high = np.quantile(np.concatenate(areas), [0.025, 0.975])
+    area = hypervolume(gain.mean(axis=1), kl.mean(axis=1), worst_gain, worst_kl)
+    shares = {name: float(count) / RESAMPLES for name, count in zip(names, on_front, strict=True)}
+    return shares, Estimate(area, float(low), float(high), gain.shape[1])
+
+
+def describe_front(
+    gains: Mapping[Point, np.ndarray],
+    kls: Mapping[Point, np.ndarray],
+    worst_gain: float,
+    worst_kl: float,
+    seed: int,
+) -> tuple[dict[Point, dict[str, Any]], dict[str, Any]]:
+    """Describe every point, and the hypervolume; arguments as of `bootstrap_front`.
+
+    Returns:
+        For each point `kl` and `gain` with their intervals, `on_front`, and `front_share`, the share of resamples that
+        have it there; and the hypervolume with its interval.
+    """
+    shares, area = bootstrap_front(gains, kls, worst_gain, worst_kl, seed)
+    means = (np.array([values[point].mean() for point in gains]) for values in (gains, kls))
+    points = {
+        point: {
+            "kl": bootstrap_mean(kls[point], seed).as_dict(),
+            "gain": bootstrap_mean(gains[point], seed).as_dict(),
+            "on_front": front,
+            "front_share": shares[point],
+        }
+        for point, front in zip(gains, non_dominated(*means).tolist(), strict=True)
+    }
+    return points, area.as_dict()
+
+
+def best_of_n_kl(n: int) -> float:
+    """Give the KL of best-of-n to the policy that it draws from, nats per answer: log n - (n - 1) / n.
+
+    Exact when no two answers tie, an upper bound otherwise (Beirami et al., 2024, arXiv 2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(proxy: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
+    """Estimate, for each prompt, the mean score of the answer that the proxy ranks first of `n`, from N >= n answers.
+
+    The mean over all C(N, n) subsets, without drawing any: with the answers sorted by the proxy, the i-th is the best
+    of C(i - 1, n - 1) subsets (Nakano et al., 2021, arXiv 2112.09332, appendix I). Among answers that the proxy ranks
+    the same, each is taken equally often. `scores` may be the proxy itself or any other score of the same answers.
+    Shapes (P, N), (P, N) -> (P,).
+
+    Raises:
+        ValueError: `n` is below 1 or above N, the shapes differ, or a value is not finite.
+    """
+    proxy, scores = _points(proxy, scores)
+    prompts, total = proxy.shape
+    if not 1 <= n <= total:
+        raise ValueError(f"the best of {n} cannot be told from {total} answers a prompt")
+    subsets = math.comb(total, n)
+    chance = np.array([math.comb(rank, n - 1) / subsets for rank in range(total)])
+    order = np.argsort(proxy, axis=1, kind="stable")
+    ranked = np.take_along_axis(proxy, order, axis=1)
+    # Runs of equal proxies, numbered through all prompts; every prompt begins a new one.
+    begins = np.ones_like(ranked, dtype=bool)
+    begins[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    run = begins.ravel().cumsum() - 1
+    shared = np.bincount(run, weights=np.tile(chance, prompts)) / np.bincount(run)
+    return (shared[run].reshape(prompts, total) * np.take_along_axis(scores, order, axis=1)).sum(axis=1)
+
+
+def gain_at_kl(kls: np.ndarray, gains: np.ndarray, budget: float, seed: int) -> Estimate | None:
+    """Estimate the gain of one method at a KL of `budget` from its K points on the same P prompts, (K, P) each.
+
+    The method's own non-dominated points are joined by lines over sqrt(KL), in which gain is close to linear (Bai et
+    al., 2022, arXiv 2204.05862, section 4.3), from the reference at (0, 0) on. Past the last of them the gain stays as
+    it is: a point with less KL is within the budget too. None where the method never spent the budget: no point has a
+    mean KL that large.
+
+    The interval is the percentile bootstrap's over the prompts, the same draws for every method with as many prompts.
+    A resample in which no point reaches the budget takes its last non-dominated point, so that nothing is extrapolated
+    there either; an interval for a budget close to the method's largest KL leans to lower gains for it.
+
+    Raises:
+        ValueError: the budget is negative, the shapes differ, or a value is not finite.
+    """
+    kls, gains = _points(kls, gains)
+    if budget < 0:
+        raise ValueError(f"a KL budget of {budget}")
+    kl, gain = kls.mean(axis=1), gains.mean(axis=1)
+    # The mean of equal numbers, such as best-of-n's KLs, may lie below them in the last digit.
+    if kl.max() < budget * (1 - 1e-12):
+        return None
+    mean = interpolate_gain(kl[None], gain[None], budget)[0]
+    resampled = [
+        interpolate_gain(resampled_means(weights, kls), resampled_means(weights, gains), budget)
+        for weights in resample(kls.shape[1], seed)
+    ]
+    low, high = np.quantile(np.concatenate(resampled), [0.025, 0.975])
+    return Estimate(float(mean), float(low), float(high), kls.shape[1])
+
+
+def interpolate_gain(kl: np.ndarray, gain: np.ndarray, budget: float) -> np.ndarray:
+    """Read each row's gain at a KL of `budget` off the lines over sqrt(KL) through (0, 0) and the row's front.
+
+    Past the last point of the front the gain stays as it is, also where no point of the row has that KL. Shapes
+    (R, K), (R, K) -> (R,); a KL below 0 counts as 0.
+
+    Raises:
+        ValueError: the shapes differ, or a value is not finite.
+    """
+    origin = np.zeros((len(kl), 1))
+    front = np.hstack([origin == 0, non_dominated(gain, kl)])
+    x, y = np.hstack([origin, np.sqrt(np.maximum(kl, 0))]), np.hstack([origin, gain])
+    target = math.sqrt(budget)
+    row = np.arange(len(kl))
+    # Of points at the same place the first is taken, so that a point without KL does not replace the origin.
+    left = np.where(front & (x <= target), x, -np.inf).argmax(axis=1)
+    # Without a point beyond the budget this is the origin, the width is not positive, and the left point's gain stays.
+    right = np.where(front & (x > target), x, np.inf).argmin(axis=1)
+    width = x[row, right] - x[row, left]
+    share = np.divide(target - x[row, left], width, out=np.zeros(len(kl)), where=width > 0)
+    return y[row, left] + share * (y[row, right] - y[row, left])
+
+
+def fit_over_optimisation(kl: np.ndarray, gain: np.ndarray, form: Literal["rl", "bon"]) -> Fit | None:
+    """Fit the curve of over-optimisation over d = sqrt(KL), (K,), (K,), by least squares.
+
+    Gao, Schulman and Hilton (2022, arXiv 2210.10760): R(d) = d (alpha - beta log d) for reinforcement learning,
+    highest at d = exp(alpha / beta - 1), and R(d) = d (alpha - beta d) for best-of-n, highest at
+    d = alpha / (2 beta). None with fewer than three different d > 0: two parameters go through any two points.
+
+    Raises:
+        ValueError: the shapes differ, or a value is not finite.
+    """
+    kl, gain = _points(kl, gain)
+    d, gain = np.sqrt(kl[kl > 0]), gain[kl > 0]
+    if np.unique(d).size < 3:
+        return None
+    bend = d * d if form == "bon" else d * np.log(d)
+    design = np.stack([d, -bend], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(design, gain, rcond=None)
+    peak = None
+    if form == "bon" and alpha > 0 and beta > 0:
+        peak = float(alpha / (2 * beta))
+    # exp(350) squared, the peak's KL, is near the largest float.
+    if form == "rl" and beta > 0 and alpha / beta - 1 < 350:
+        peak = math.exp(alpha / beta - 1)
+    around_mean = float(((gain - gain.mean()) ** 2).sum())
+    around_curve = float(((gain - design @ np.array([alpha, beta])) ** 2).sum())
+    return Fit(
+        alpha=float(alpha),
+        beta=float(beta),
+        peak_sqrt_kl=peak,
+        peak_kl=None if peak is None else peak * peak,
+        r2=1 - around_curve / around_mean if around_mean > 0 else None,
+    )
+
+
+def _points(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take two arrays of the same points as floats.
+
+    Raises:
+        ValueError: the shapes differ, there are no points, or a value is not finite.
+    """
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if first.shape != second.shape or first.size == 0:
+        raise ValueError(f"points of the shapes {first.shape} and {second.shape}")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("a point's value is not finite")
+    return first, second
+
+
+def _area(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: float) -> np.ndarray:
+    """Hypervolumes, (..., K), (..., K) -> (...,): from each KL to the next one, the best gain so far."""
+    order = np.argsort(kl, axis=-1)
+    best = np.maximum.accumulate(np.take_along_axis(gain, order, axis=-1), axis=-1)
+    starts = np.minimum(np.take_along_axis(kl, order, axis=-1), worst_kl)
+    widths = np.diff(starts, axis=-1, append=np.full((*starts.shape[:-1], 1), worst_kl))
+    return (widths * np.maximum(best - worst_gain, 0)).sum(axis=-1)

@@ -1,0 +1,1 @@
+"""Words of answers, refusals, display of foreign text, number formats."""

@@ -1,0 +1,155 @@
+"""Values on the page of the report: looked up by address, printed with it, and made safe to look at.
+
+Reads and writes no file; works on the documents that `report` has read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
+from markupsafe import Markup
+
+from rlhf_trl.text.display import visible
+
+# A text longer than this is cut for display, and the page says so; longer than PREVIEW, it is folded.
+MAX_CHARACTERS = 20_000
+PREVIEW = 420
+TEMPLATES = Path(__file__).parent.parent / "report" / "templates"
+
+
+def environment_of(documents: Mapping[str, Any]) -> Environment:
+    """Build what renders a page of these documents; it prints a number by its address alone."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"value": partial(show_value, documents), "source": partial(show_source, documents)}
+    return environment
+
+
+def show_value(documents: Mapping[str, Any], style: str, file: str, *keys: str | int) -> Markup:
+    """Print the value at an address, marked with that address, a number as a link to its file; null prints a dash, an
+    estimate that could not be computed a dash and the reason."""
+    value = resolve(documents, file, keys)
+    if isinstance(value, dict) and value["mean"] is None:
+        dash = show_value(documents, style, file, *keys, "mean")
+        return dash + Markup(' <span class="why">{}</span>').format(
+            show_value(documents, "text", file, *keys, "why_not")
+        )
+    text = printable(STYLES[style](value)) if value is not None else "–"
+    if isinstance(value, dict):
+        mean, bracket, interval = text.partition(" [")
+        text = Markup('<b>{}</b><span class="ci">{}</span>').format(mean, bracket + interval)
+    address = printable(pointer(file, keys))
+    if style == "text":
+        return Markup('<span class="text" data-source="{0}" title="{0}">{1}</span>').format(address, text)
+    # Thousands of stops would be in the way of the keyboard, which has the link to the file below each section.
+    link = '<a class="number" href="{0}" data-source="{1}" title="{1}" tabindex="-1">{2}</a>'
+    return Markup(link).format(quote(address, safe="/#"), address, text)
+
+
+def show_source(documents: Mapping[str, Any], file: str, *keys: str | int) -> Markup:
+    """Print where the numbers of a section come from."""
+    resolve(documents, file, keys)
+    place = Markup(" › <code>{}</code>").format(printable(".".join(str(key) for key in keys))) if keys else ""
+    return Markup('<span class="from" data-path="{}"><a href="{}"><code>{}</code></a>{}</span>').format(
+        printable(pointer(file, keys)), quote(file), printable(file), place
+    )
+
+
+def resolve(documents: Mapping[str, Any], file: str, keys: Sequence[str | int]) -> Any:
+    """Look a value up by its address: the file, and the keys that lead to it."""
+    value = documents[file]
+    for key in keys:
+        value = value[key]
+    return value
+
+
+def pointer(file: str, keys: Sequence[str | int]) -> str:
+    """Write an address: the file, and a JSON Pointer (RFC 6901) into it."""
+    return f"{file}#" + "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in keys)
+
+
+def printable(value: Any) -> Any:
+    """Make a string safe to look at: no control, direction-changing or invisible character acts, and none is hidden.
+
+    The template's last step before escaping. Refuses numbers, which must come through `show_value` with their address.
+    """
+    if isinstance(value, (Markup, Undefined)):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is printed without its source")
+    shown = visible(value[:MAX_CHARACTERS])
+    if len(value) > MAX_CHARACTERS:
+        shown += f" […] (cut here for display: {len(value):,} characters in all)"
+    return shown
+
+
+def format_estimate(estimate: Mapping[str, float | None], sign: str = "", percent: bool = False) -> str:
+    """Print mean and interval to two digits of the interval's width; the mean alone where there is no spread. A limit
+    that is null is infinite."""
+    scale, unit, fewest = (100, "\u00a0%", 1) if percent else (1, "", 0)
+    ends = {"mean": math.nan, "low": -math.inf, "high": math.inf}
+    mean, low, high = (scale * (end if (given := estimate[key]) is None else given) for key, end in ends.items())
+    if low == high:
+        return f"{mean:{sign}.3g}{unit}".replace("-", "−")
+    width = high - low
+    decimals = min(6, max(fewest, 1 - math.floor(math.log10(width)))) if math.isfinite(width) else fewest
+    mean, low, high = (round(number, decimals) + 0.0 for number in (mean, low, high))  # + 0.0: no minus nought
+    text = f"{mean:{sign}.{decimals}f}{unit} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
+    return text.replace("-", "−").replace("inf", "∞")
+
+
+def format_dollars(value: float) -> str:
+    """Print cents, or the first two digits where those would be noughts."""
+    return f"${value:,.{2 if not 0 < value < 0.1 else min(8, 1 - math.floor(math.log10(value)))}f}"
+
+
+def format_number(value: float) -> str:
+    """Print two decimals, or the first digit where those would be zeros."""
+    return (f"{value:.1g}" if 0 < abs(value) < 0.005 else f"{value:.2f}").replace("-", "−")
+
+
+def format_seconds(value: float) -> str:
+    """Print a duration in its two largest units."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def format_bytes(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+STYLES: dict[str, Callable[[Any], str]] = {
+    "estimate": format_estimate,
+    "gain": partial(format_estimate, sign="+"),
+    "share": partial(format_estimate, percent=True),
+    "difference": partial(format_estimate, sign="+", percent=True),
+    "number": format_number,
+    "percent": lambda value: f"{100 * value:.1f}\u00a0%",
+    "count": lambda value: f"{value:,.0f}" if value == round(value) else f"{value:,.1f}",
+    "rounded": lambda value: f"{value:,.0f}",
+    "steps": lambda value: ", ".join(map(str, value)) or "none",
+    "p": lambda value: f"{value:.2g}".replace("-", "−"),
+    "dollars": format_dollars,
+    "seconds": format_seconds,
+    "bytes": format_bytes,
+    "short": lambda value: f"{value:.3g}".replace("-", "−"),
+    "plain": str,
+    "date": lambda value: value[:10],
+    "moment": lambda value: value[:16].replace("T", " "),
+    "text": str,
+}

@@ -1,0 +1,1 @@
+"""The step `train`: one stage, trained with the library's trainer."""

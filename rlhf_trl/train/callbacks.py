@@ -1,0 +1,272 @@
+"""What happens around a training loop: history, health, interruption, and checkpoints that are whole or absent.
+
+Writes `<stage>/training_stats.json` at every log, and `<stage>/checkpoints/checkpoint-N/` with a `manifest.json` in
+each.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import rotate_checkpoints
+
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.run.checkpoints import seal, sync
+from rlhf_trl.run.layout import read_json, write_json
+
+# Log key of a TRL trainer -> name in training_stats.json. The raw logs stand beside them, under `log`.
+NAMES = {
+    "loss": "loss",
+    "loss/policy_avg": "loss",
+    "loss/value_avg": "value_loss",
+    "eval_loss": "validation_loss",
+    "accuracy": "reward_accuracy",
+    "rewards/accuracies": "reward_accuracy",
+    "eval_accuracy": "validation_reward_accuracy",
+    "eval_rewards/accuracies": "validation_reward_accuracy",
+    "margin": "reward_margin",
+    "rewards/margins": "reward_margin",
+    "eval_margin": "validation_reward_margin",
+    "eval_rewards/margins": "validation_reward_margin",
+    "mean_reward": "reward",
+    "reward": "reward",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "lr": "learning_rate",
+    "kl": "kl",
+    "objective/kl": "kl",
+    "entropy": "entropy",
+    "num_tokens": "tokens",
+    "completions/mean_length": "answer_tokens",
+    "answer_tokens": "answer_tokens",
+    "finished": "finished",
+    "policy/clipfrac_avg": "clip_fraction",
+    "policy/approxkl_avg": "approx_kl",
+    "explained_variance": "explained_variance",
+    "advantage_mean": "advantage_mean",
+    "advantage_std": "advantage_std",
+    "kl_coef": "kl_coef",
+}
+DEFINITIONS = {
+    "reward": "mean score of the reward model, before normalisation and penalties",
+    "loss": "training loss of the library's trainer; for ppo the clipped surrogate alone, with value_loss beside it",
+    "reward_accuracy": "share of pairs whose chosen answer has the higher reward (dpo: implicit reward)",
+    "grad_norm": "norm of the gradient before clipping",
+    "entropy": "mean over answer tokens, nats per token",
+    "tokens": "tokens processed since the start",
+    "answer_tokens": "mean tokens of a sampled answer, its end token included",
+    "finished": "share of the sampled answers that end by themselves",
+    "clip_fraction": "share of answer tokens whose probability ratio the surrogate's clip holds",
+    "approx_kl": "half the mean squared change of the log-probabilities since the rollout, padding as none",
+    "value_loss": "half the mean squared error of the (clipped) value",
+    "explained_variance": "1 - var(return - value) / var(return), before the update, on its first mini-batch",
+    "advantage_mean": "mean of return - value, before whitening, on the update's first mini-batch",
+    "advantage_std": "standard deviation of return - value, likewise",
+    "kl_coef": "coefficient of the KL penalty",
+    "seconds": "wall-clock seconds since the start of training",
+    "peak_memory_bytes": "peak of allocated GPU memory, or of resident memory on the CPU, of the main process",
+}
+KL_DEFINITIONS = {
+    "grpo": "k3 estimate against the reference, mean over answer tokens, nats per token (logged only where beta > 0)",
+    "ppo": "estimate (kl_estimator, by default k1) against the reference, summed over an answer, nats per answer, on "
+    "the rollout's samples",
+}
+NO_KL = "not logged by this trainer; `evaluate` measures it"
+
+
+class History(TrainerCallback):
+    """Collect the logs under common names and keep `training_stats.json` current."""
+
+    def __init__(self, path: Path, stage: str, trainer: str):
+        self.path = path
+        self.stats: dict[str, Any] = {
+            "stage": stage,
+            "trainer": trainer,
+            "definitions": {**DEFINITIONS, "kl": KL_DEFINITIONS.get(trainer, NO_KL)},
+            "history": [],
+        }
+        self.before = 0.0
+        self.start = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step > 0 and self.path.exists():
+            earlier = [row for row in read_json(self.path)["history"] if row["step"] <= state.global_step]
+            self.stats["history"] = earlier
+            self.before = earlier[-1]["seconds"] if earlier else 0.0
+        self.stats["max_steps"] = state.max_steps
+        self.start = time.perf_counter()
+        if state.is_world_process_zero:  # before the first log, so that `status` sees that training has begun
+            write_json(self.path, self.stats)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        finite = {
+            key: value for key, value in logs.items() if isinstance(value, int | float) and abs(value) < float("inf")
+        }
+        named = {NAMES[key]: value for key, value in finite.items() if key in NAMES}
+        if not named or "train_runtime" in logs:
+            return
+        history = self.stats["history"]
+        if not history or history[-1]["step"] != state.global_step:  # a validation joins the row of its step
+            history.append({"step": state.global_step, "epoch": state.epoch, "log": {}})
+        history[-1] |= {**named, "seconds": round(self.seconds, 3), "peak_memory_bytes": peak_memory()}
+        history[-1]["log"] |= finite
+        if state.is_world_process_zero:
+            write_json(self.path, self.stats)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Add the summary of the finished run."""
+        self.stats["summary"] = summary
+        write_json(self.path, self.stats)
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, that before a resumed checkpoint included."""
+        return self.before + time.perf_counter() - self.start
+
+
+class Health(TrainerCallback):
+    """Stop a run whose loss or gradient is no longer finite, before it can reach the weights; tell what training
+    changed."""
+
+    def __init__(self) -> None:
+        self.before: list[float] = []
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.before = _digests(model)
+        self.first_step = state.global_step
+
+    def count_changed(self, model: torch.nn.Module) -> int:
+        """Count the trainable tensors (of this process's shard) that differ from those at the start."""
+        return sum(now != then for now, then in zip(_digests(model), self.before, strict=True))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        grads = [param.grad for param in model.parameters() if param.grad is not None]
+        if grads and not torch.stack([grad.norm().float() for grad in grads]).isfinite().all():
+            raise diverged(state.global_step, "the gradient", args.output_dir)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        for key in ("loss", "grad_norm", "loss/policy_avg", "loss/value_avg", "reward"):
+            value = logs.get(key)
+            if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+                raise diverged(state.global_step, key, args.output_dir)
+
+    def require_agreement(self, model: torch.nn.Module) -> None:
+        """Check that the processes of a run which shards no parameter hold the same weights at its end.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        sharded = is_deepspeed_zero3_enabled() or any(isinstance(param, DTensor) for param in model.parameters())
+        if PartialState().num_processes > 1 and not sharded:
+            digests = gather_object([_digests(model)])
+            if any(other != digests[0] for other in digests):
+                raise RuntimeError("the processes hold different weights after training")
+
+
+def _digests(model: torch.nn.Module) -> list[float]:
+    tensors: list[Any] = [param for param in model.parameters() if param.requires_grad]
+    if is_deepspeed_zero3_enabled():
+        tensors = [param.ds_tensor for param in tensors]
+    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [float(tensor.detach().double().abs().sum()) for tensor in tensors]
+
+
+def diverged(step: int, what: str, checkpoints: str) -> UserError:
+    """The error that ends a run which has diverged."""
+    return UserError(
+        f"step {step}",
+        f"{what} is not finite: the run has diverged (its last good checkpoints are in {checkpoints})",
+        "lower learning_rate, raise warmup_steps, or use bf16: false",
+    )
+
+
+class Interrupt(TrainerCallback):
+    """On SIGINT or SIGTERM, finish the step, save a checkpoint and stop; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.handlers: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.agreed():
+            control.should_save = control.should_training_stop = True
+
+    def agreed(self) -> int | None:
+        """The signal, on every process as soon as one has seen it: they must stop at the same step."""
+        partial = PartialState()
+        if partial.num_processes > 1:
+            seen = reduce(torch.tensor(float(self.signal or 0), device=partial.device), reduction="sum")
+            self.signal = int(seen) and (self.signal or signal.SIGTERM)
+        return self.signal or None
+
+
+class AtomicCheckpoints:
+    """Mixin for a `transformers.Trainer`: a checkpoint appears under its name only when all of it is on disk.
+
+    The library writes checkpoints in place, so that a kill leaves a half-written newest one that then breaks the
+    resume (huggingface/transformers#35782). They are written to a staging folder here, hashed, synced and renamed.
+    """
+
+    def _save_checkpoint(self: Any, model: Any, trial: Any = None) -> None:
+        folder = Path(self.args.output_dir)
+        staging, name = folder / ".staging", f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        locate, limit = self._get_output_dir, self.args.save_total_limit
+        self._get_output_dir, self.args.save_total_limit = (lambda trial=None: str(staging)), None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._get_output_dir, self.args.save_total_limit = locate, limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(staging / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (staging / name).replace(folder / name)
+            sync(folder)
+            if self.state.best_model_checkpoint:
+                best = folder / Path(self.state.best_model_checkpoint).name
+                self.state.best_model_checkpoint = str(best)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no card: the library's holds no results and names a local path as base."""
+
+
+def peak_memory() -> int:
+    """Peak memory of this process in bytes: allocated on the GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,380 @@
+"""PPO: the trainer of TRL 1.12, repaired through its own seams.
+
+TRL removed PPOTrainer in 1.13 (huggingface/trl#7020), so everything that is specific to it stands here, in
+`ppo_models` and in `ppo_loop`, and nothing of its loop is copied. What is repaired, and how:
+
+- three full models become adapters on one base: `ppo_models` gives the loop views of them.
+- `num_mini_batches` and `max_grad_norm` had no effect: the accelerator's accumulation steps are set after
+  construction, and a hook of the optimizer clips (and stops a run whose gradient is not finite).
+- `bf16` reached neither the rollout nor the reference: the whole of `train` runs under autocast.
+- `gradient_checkpointing` was never turned on.
+- the logged averages were too small by `num_mini_batches`: they are scaled back.
+- an entropy bonus, `entropy_coef`, is subtracted from the loss as it enters `backward`.
+- `kl_coef` can follow a target, and the run stops at `max_kl`; the loop ignored every request to stop.
+- nothing could be resumed: all that the loop goes on from is in its checkpoints, and read again as it begins.
+- the logits of a whole rollout were held through the update: two functions of the loop's module, which has no seam
+  there, are replaced while it runs.
+- with several processes the policy was looked for on the distributed wrapper: it is put there.
+- fewer prompts than a batch made the loop spin for ever: they are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from accelerate import PartialState
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import reduce
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from trl.experimental import ppo as trl_ppo
+from trl.experimental.ppo import ppo_trainer as trl_loop
+
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.train.callbacks import AtomicCheckpoints, diverged
+from rlhf_trl.train.ppo.loop import (
+    Batches,
+    BeginLoop,
+    EndLoop,
+    Entropy,
+    LeaveLoop,
+    generate_in_chunks,
+    log_probs_of,
+    trim_heap,
+)
+from rlhf_trl.train.ppo.models import POLICY, SharedPolicy
+
+# Logged means of a table with one place for each (epoch, mini-batch, accumulation step of the whole batch).
+AVERAGED = {
+    *("policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg"),
+    *("loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio"),
+}
+# What a checkpoint holds beside the library's files.
+VALUE_FILE, MEASURED_FILE, STATE_FILE = "value.safetensors", "measured.safetensors", "ppo_state.json"
+
+
+@dataclass
+class PPOConfig(trl_ppo.PPOConfig):
+    """TRL's PPOConfig and the options that it lacks."""
+
+    entropy_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Coefficient c of the entropy bonus: c times the mean entropy of the answer tokens is added to "
+            "the objective."
+        },
+    )
+    value_init: Literal["zero", "reward"] = field(
+        default="zero",
+        metadata={
+            "help": "Where the value model starts: at zero, or from the reward model, which must lie on the same base."
+        },
+    )
+    normalize_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Subtract the mean of the reward model's scores on held-out pairs, and divide by their deviation."
+        },
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL to the reference, nats per answer, that kl_coef is adapted to (Ziegler et al., 2019)."},
+    )
+    kl_horizon: int = field(
+        default=10_000,
+        metadata={"help": "Episodes over which kl_coef adapts to kl_target."},
+    )
+    max_kl: float | None = field(
+        default=None,
+        metadata={"help": "KL to the reference, nats per answer, at which the run stops with its last good policy."},
+    )
+
+
+class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
+    """TRL's PPOTrainer, repaired; takes the models of `build_ppo_models` and a dataset of `input_ids`.
+
+    Raises:
+        UserError: there are fewer prompts than one batch.
+    """
+
+    # Attributes of transformers 5 that PPOTrainer, which does not call its parent's constructor, never sets.
+    is_distributed_loading_by_transformers = False
+    is_fsdp_xla_v1_enabled = False
+    control: Any
+    model: Any
+
+    def __init__(self, args: PPOConfig, processing_class: PreTrainedTokenizerBase, **kwargs: Any):
+        if processing_class.pad_token_id == processing_class.eos_token_id or processing_class.padding_side != "left":
+            raise ValueError("PPO needs a padding token that differs from the end token, and padding on the left")
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        per_process = len(kwargs["train_dataset"]) // PartialState().num_processes
+        if per_process < batch:
+            raise UserError("data",
+                            f"{per_process} training prompts per process are fewer than one PPO batch of {batch}",
+                            "lower the batch size or gradient_accumulation_steps, or use more data")  # fmt: skip
+        # PPOTrainer builds an Accelerator of its own, which reads these from here alone.
+        os.environ |= {
+            "ACCELERATE_MIXED_PRECISION": "bf16" if args.bf16 else "no",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(args.gradient_accumulation_steps),
+            "ACCELERATE_GRADIENT_CLIPPING": str(args.max_grad_norm or 0.0),  # of DeepSpeed, which clips itself
+        }
+        with mock.patch.object(trl_loop, "prepare_deepspeed", lambda model, _: model):  # no weights to spread
+            super().__init__(args=args, processing_class=processing_class, **kwargs)
+        self.dataloader = Batches(self._prepare_loader())
+        # After the loader: under DeepSpeed, whatever is prepared sets them back.
+        steps = args.gradient_accumulation_steps // args.num_mini_batches
+        self.accelerator.gradient_accumulation_steps = steps
+        # Accelerate ends an accumulation with each pass through the data, which would cut the mini-batches of its
+        # last batch.
+        self.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
+        self.stopped: str | None = None
+        """Why the run ended before its last episode."""
+        self._checkpoint: str | None = None
+        # The trained weights before the last rollout, and before the one before it, each with its step.
+        self._sampling: tuple[int, dict[str, Tensor]] = (-1, {})
+        self._before = self._sampling
+        self._measured: dict[str, list[float]] = defaultdict(list)
+        self._targets: list[tuple[Tensor, Tensor]] = []
+        self._tokens = self._new_tokens = 0
+        self._first_mini_batch = False
+        self._output: Any = None
+        inner = self.accelerator.unwrap_model(self.model)
+        if inner is not self.model:
+            # The loop and the saving reach for these on the distributed wrapper; they must not be registered twice.
+            for name, item in (("policy", inner.policy), ("value_model", inner.value_model), ("config", inner.config)):
+                object.__setattr__(self.model, name, item)
+        self.shared: SharedPolicy = inner.policy
+        self._value_head = inner.value_model
+        self.add_callback(BeginLoop(self))
+        if not self.is_deepspeed_enabled:
+            self.optimizer.optimizer.register_step_pre_hook(self._clip)
+        if args.stop_token:
+            # An answer ends at a sampled padding token, too: so it is read everywhere.
+            ends = [processing_class.eos_token_id, processing_class.pad_token_id]
+            self.shared.generation_config.eos_token_id = ends
+        self._generate = self.shared.generate
+        self.shared.generate = self._generate_and_measure
+        self.model.register_forward_hook(self._keep_output, with_kwargs=True)
+        self._backward = self.accelerator.backward
+        self.accelerator.backward = self._backward_with_entropy
+
+    def _prepare_loader(self) -> Any:
+        """The loop's own draws its order, and the seeds of its workers, from the stream that the sampling uses."""
+        sampler = SeedableRandomSampler(self.train_dataset, data_seed=self.args.seed)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.local_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            drop_last=True,
+            generator=torch.Generator(),
+        )
+        return self.accelerator.prepare(loader)
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Run the library's loop, all of it in the configured precision.
+
+        Args:
+            resume_from_checkpoint: folder of the checkpoint to go on from.
+        """
+        self._checkpoint = resume_from_checkpoint
+        self.add_callback(EndLoop(self))
+        device = self.accelerator.device.type
+        # Without the cache: it would keep the rounded weights of before the first update.
+        with (
+            torch.autocast(device, torch.bfloat16, enabled=bool(self.args.bf16), cache_enabled=False),
+            mock.patch.multiple(trl_loop, batch_generation=generate_in_chunks, selective_log_softmax=log_probs_of),
+        ):
+            try:
+                super().train()
+            except LeaveLoop:
+                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def null_ref_context(self) -> Any:
+        return self.shared.reference()
+
+    # --- what an update measures
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Add what the loop does not measure, adapt `kl_coef`, and stop at `max_kl`.
+
+        The loop averages its statistics over `num_mini_batches` times as many places as it fills, which makes nothing
+        of their variance, and its `eps` counts from the start of the process.
+        """
+        logs = {key: value for key, value in logs.items() if key not in ("eps", "val/ratio_var")}
+        for key in AVERAGED & logs.keys():
+            logs[key] *= self.args.num_mini_batches
+        own = {key: torch.tensor(values, dtype=torch.float32).mean() for key, values in self._measured.items()}
+        own["reward"] = torch.tensor(self.reward_model.raw).mean()
+        if self._targets:
+            returns, advantages = (torch.cat(parts) for parts in zip(*self._targets, strict=True))
+            own |= {"advantage_mean": advantages.mean(), "advantage_std": advantages.std()}
+            own["explained_variance"] = 1 - advantages.var() / returns.var().clamp(min=1e-12)
+        logs |= {key: reduce(own[key].to(self.accelerator.device), reduction="mean").item() for key in sorted(own)}
+        logs |= {"num_tokens": self._count_tokens(), "kl_coef": self.args.kl_coef}
+        for record in (self._measured, self._targets, self.reward_model.raw):
+            record.clear()
+        super().log(logs, *args, **kwargs)
+        self._control_kl(logs["objective/kl"])
+
+    def _count_tokens(self) -> int:
+        """Add what all processes have sampled since the last log."""
+        new = torch.tensor(self._new_tokens, device=self.accelerator.device)
+        self._tokens += int(reduce(new, reduction="sum"))
+        self._new_tokens = 0
+        return self._tokens
+
+    def _control_kl(self, kl: float) -> None:
+        """Adapt `kl_coef` (Ziegler et al., 2019, "Fine-tuning language models from human preferences", section 2.2),
+        or go back to the last policy whose KL was measured below `max_kl`, and stop.
+
+        Args:
+            kl: of the policy that sampled this update's rollout, which is the one before the update.
+        """
+        if self.args.kl_target:
+            error = min(max(kl / self.args.kl_target - 1, -0.2), 0.2)
+            self.args.kl_coef *= 1 + error * self.args.batch_size / self.args.kl_horizon
+        if not self.args.max_kl or kl <= self.args.max_kl:
+            return
+        step, weights = self._before
+        if step <= 0:
+            cause = "the first update led to" if step == 0 else "the policy at the start of training has"
+            raise UserError("max_kl", f"{cause} a KL of {kl:.3g} nats, above {self.args.max_kl:g}",
+                            "lower learning_rate, or raise max_kl")  # fmt: skip
+        for name, param in self._trained().items():
+            param.data.copy_(weights[name])
+        bad = self.state.global_step - 1
+        self.stopped = f"KL {kl:.3g} nats after update {bad} is above max_kl: the policy is that of update {step}"
+        self.state.global_step = step
+        self.control.should_training_stop = True
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        limit = self.args.max_grad_norm or float("inf")
+        self._record_norm(torch.nn.utils.clip_grad_norm_(params, limit).item())
+
+    def _record_norm(self, norm: float) -> None:
+        self._first_mini_batch = False
+        if not math.isfinite(norm):
+            raise diverged(self.state.global_step, "the gradient", self.args.output_dir)
+        self._measured["grad_norm"].append(norm)
+
+    def _generate_and_measure(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.max_kl and not self._first_mini_batch:
+            now = {name: param.detach().clone() for name, param in self._trained().items()}
+            self._before, self._sampling = self._sampling, (self.state.global_step, now)
+        self._first_mini_batch = True
+        output = self._generate(*args, **kwargs)
+        answers = output.sequences[:, self.shared.context_length :]
+        lengths = (answers != self.processing_class.pad_token_id).sum(1).tolist()
+        self._measured["answer_tokens"] += lengths
+        self._measured["finished"] += (answers == self.processing_class.eos_token_id).any(1).double().tolist()
+        self._new_tokens += int(kwargs["attention_mask"].sum()) + sum(lengths)
+        return output
+
+    def _keep_output(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled():
+            policy_output, values = output
+            mask = kwargs["attention_mask"][:, self.shared.context_length :]
+            self._output = policy_output.logits.kept, mask
+            if self._first_mini_batch and self.args.vf_coef:
+                answer = (slice(None), slice(self.shared.context_length - 1, -1), 0)
+                now = values.detach()[answer]
+                values.register_hook(lambda grad: self._keep_targets(now, grad[answer], mask))
+
+    def _keep_targets(self, values: Tensor, grad: Tensor, mask: Tensor) -> None:
+        """Read the returns off the gradient of the value loss, since the loop keeps them to itself.
+
+        Before the first step of an update, where no value is clipped, the loss is c / 2 mean (V - R)^2 over the n
+        positions up to one past the answers' ends, so that R = V - n / c times the gradient.
+
+        Args:
+            values, grad, mask: (B, T); 1 on the answers' tokens.
+        """
+        read = (mask.sum(1) + 1).clamp(max=mask.shape[1]).sum()
+        advantages = -grad * read * self.accelerator.gradient_accumulation_steps / self.args.vf_coef
+        kept = mask.bool()
+        self._targets.append(((values + advantages)[kept], advantages[kept]))
+
+    def _backward_with_entropy(self, loss: Tensor, **kwargs: Any) -> None:
+        logits, mask = self._output
+        self._output = None
+        # The loop has divided these logits by the temperature in place; the last position predicts nothing.
+        with torch.set_grad_enabled(self.args.entropy_coef != 0):
+            entropy = (Entropy.apply(logits[:, :-1]) * mask).sum() / mask.sum()
+        self._measured["entropy"].append(entropy.item())
+        # DeepSpeed divides by the accumulation steps that it was built with, those of the whole batch.
+        scale = self.args.num_mini_batches if self.is_deepspeed_enabled else 1
+        self._backward(scale * (loss - self.args.entropy_coef * entropy), **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:  # it has made the step by now
+            self._record_norm(float(self.model.get_global_grad_norm()))
+        # Accelerate's autocast keeps the rounded weights of the first forward pass for as long as ours lasts.
+        torch.clear_autocast_cache()
+        trim_heap()
+
+    # --- checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy; into a checkpoint, also what the loop goes on from and the library does not save."""
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir))
+        self.shared.save_pretrained(str(folder))
+        self.processing_class.save_pretrained(folder)
+        if not _internal_call:
+            return
+        value = {name: param for name, param in self._trained().items() if f".{POLICY}." not in name}
+        save_file({name: param.detach().contiguous() for name, param in value.items()}, folder / VALUE_FILE)
+        state = {"kl_coef": self.args.kl_coef, "tokens": self._tokens}
+        if self.args.max_kl:
+            state["measured_step"], weights = self._sampling
+            save_file(weights, folder / MEASURED_FILE)
+        write_json(folder / STATE_FILE, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under DeepSpeed the library leaves frozen weights out of a checkpoint where it sees an adapter."""
+        outer, self.model = self.model, self.shared
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            self.model = outer
+
+    def restore(self) -> None:
+        """Take up a checkpoint: weights, optimizer, schedule, `kl_coef`, random states, position in the data."""
+        if self._checkpoint is None:
+            return
+        folder = Path(self._checkpoint)
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model, str(folder), load_module_strict=False)
+        else:
+            set_peft_model_state_dict(self.shared, load_file(folder / "adapter_model.safetensors"), POLICY)
+            trained = self._trained()
+            for name, tensor in load_file(folder / VALUE_FILE).items():
+                trained[name].data.copy_(tensor)
+        self._load_optimizer_and_scheduler(str(folder))
+        state, saved = read_json(folder / STATE_FILE), read_json(folder / "trainer_state.json")
+        self.args.kl_coef, self._tokens = state["kl_coef"], state["tokens"]
+        if self.args.max_kl:
+            weights = load_file(folder / MEASURED_FILE, device=str(self.accelerator.device))
+            self._sampling = state["measured_step"], weights
+        self.state.global_step, self.state.episode = saved["global_step"], saved["episode"]
+        self.state.log_history = saved["log_history"]
+        self.dataloader.done = self.state.global_step
+        self.args.num_total_batches = self.state.max_steps - self.state.global_step
+        self._load_rng_state(str(folder))

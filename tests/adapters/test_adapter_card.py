@@ -1,0 +1,184 @@
+"""The model card: every number in it resolves to the export's JSON, and what was not measured is said."""
+
+import contextlib
+import json
+import re
+from typing import Any
+
+import pytest
+from report_fixtures import write_run
+
+from rlhf_trl.adapters.card import ACTIVE, render_card
+from rlhf_trl.adapters.evidence import gather
+from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.text.format import STYLES
+
+SHOWN = re.compile(r"<!-- (\w+\.json)#(\S*) -->")
+BASE = {"id": "openai-community/gpt2", "revision": "607a30d783dfa663caf39e06633721c8d4cfcd7e", "shipped": False,
+        "stage": None, "weights": "0" * 64, "held_in": {"load_in_4bit": None, "load_in_8bit": None}}  # fmt: skip
+
+
+def lineage_of(name: str, trainer: str, **changes: Any) -> dict[str, Any]:
+    verification = {"rows": 4, "outputs": 611, "difference": 3.1e-6, "largest": 34.2, "rounding": None}
+    versions = dict.fromkeys(("rlhf-trl", "trl", "peft", "transformers", "torch"), "1.2.3")
+    return {
+        "run": "hh",
+        "stage": name,
+        "trainer": trainer,
+        "kind": "reward" if trainer == "reward" else "policy",
+        "base": BASE,
+        "combined": [name],
+        "rank": 16,
+        "parents": [{"stage": "rm", "trainer": "reward"}],
+        "data": {"source": "Anthropic/hh-rlhf", "rows_kept": 4321},
+        "seed": 42,
+        "trained_with": {"versions": versions},
+        "verification": verification,
+        **changes,
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run with policies, a gold model and a judge: its recipe and directory."""
+    recipe, run = write_run(tmp_path / "hh", judge="chance")
+    policies = read_json(run.metrics)["policies"]
+    found = {name: {"on_front": {"reward": True, "gold": False}} for name in policies}
+    write_json(run.final_results, {"policies": found})
+    return recipe, run
+
+
+def resolve(documents: dict[str, Any], file: str, address: str) -> Any:
+    value = documents[file]
+    for key in address.split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return value
+
+
+def render(recipe, directory, name: str, **changes: Any):
+    lineage = lineage_of(name, recipe.stages[name].trainer, **changes)
+    evidence = gather(recipe, directory, name)
+    return render_card(lineage, evidence, True), {"lineage.json": lineage, "evidence.json": evidence}
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_every_number_resolves_to_the_json(run, kind):
+    recipe, directory = run
+    stage = recipe.policies[0] if kind == "policy" else recipe.reward_stages[0]
+    card, documents = render(recipe, directory, stage)
+    rest = card
+    addresses = SHOWN.findall(card)
+    assert len(addresses) > (20 if kind == "policy" else 12)
+    for file, address in addresses:
+        before, _, after = rest.partition(f"<!-- {file}#{address} -->")
+        printed = [text for text in spellings(resolve(documents, file, address)) if before.endswith(text)]
+        assert printed, (address, before[-60:])
+        rest = before[: -len(max(printed, key=len))] + after
+    # Beside them, only the front matter, code, names, texts of models and the wording itself hold a digit.
+    for held in (r"\A---.*?^---", r"```.*?```", r"`[^`\n]*`", "95 %", "float32"):
+        rest = re.sub(held, "", rest, flags=re.S | re.M)
+    assert not re.search(r".*\d.*", rest)
+
+
+def spellings(value: Any) -> list[str]:
+    """Every way in which a value may be printed."""
+    found = ["–"] if value is None or (isinstance(value, dict) and value["mean"] is None) else []
+    for style in STYLES.values():
+        with contextlib.suppress(TypeError, ValueError, KeyError, IndexError):
+            found.append(style(value))
+    return [*found, *(ACTIVE.sub(r"\\\1", text) for text in found if isinstance(value, str))]
+
+
+def test_a_number_without_an_address_cannot_be_printed(run):
+    recipe, directory = run
+    evidence = gather(recipe, directory, recipe.policies[0])
+    with pytest.raises(TypeError, match="printed without its source"):
+        render_card(lineage_of("dpo", "dpo", run=7), evidence, False)
+
+
+def test_the_evidence_says_where_it_was_read(run):
+    recipe, directory = run
+    policy = recipe.policies[0]
+    evidence = gather(recipe, directory, policy)
+    file, _, address = evidence["sources"]["policy"].partition("#")
+    whole = resolve({file: read_json(directory.root / file)}, file, address)
+    assert {key: whole[key] for key in evidence["policy"]} == evidence["policy"]
+    assert evidence["policy"]["kl"] == read_json(directory.metrics)["policies"][policy]["kl"]
+
+
+def test_an_evaluation_from_before_the_training_is_not_carried(run):
+    recipe, directory = run
+    policy = recipe.policies[0]
+    marker = read_json(directory.done(policy))
+    write_json(directory.done(policy), {**marker, "finished": "2027-01-01T00:00:00+0000"})
+    card, documents = render(recipe, directory, policy)
+    assert "Not measured: the stage was trained again after the step 'evaluate'" in card
+    assert documents["evidence.json"]["policy"] is None
+    assert "Win rate" not in card
+
+
+def test_verdicts_on_other_answers_are_not_carried(run):
+    recipe, directory = run
+    write_json(directory.winrate, {**read_json(directory.winrate), "evaluation": "0" * 64})
+    card, _ = render(recipe, directory, recipe.policies[0])
+    assert "Not measured: the judge has seen other answers" in card
+
+
+def test_the_judge_stands_with_its_calibration(run):
+    card, _ = render(*run, run[0].policies[0])
+    assert "pairs that people have labelled it agrees with them in" in card
+    assert "no other policy of its run has more reward gain at less KL" in card
+    assert "more gold gain at less KL" not in card
+
+
+def test_alarms_that_were_raised_are_listed(run):
+    recipe, directory = run
+    policy = recipe.policies[0]
+    over = read_json(directory.over_optimisation)
+    alarm = {"alarm": "length", "policy": policy, "step": None, "value": 3.0, "raised": True,
+             "says": "answers are 3 times as long"}  # fmt: skip
+    write_json(directory.over_optimisation, {**over, "alarms": [alarm]})
+    assert "- length<!--" in render(recipe, directory, policy)[0]
+
+
+def test_alarms_that_could_not_be_judged_are_not_counted(run):
+    recipe, directory = run
+    policy = recipe.policies[0]
+    over = read_json(directory.over_optimisation)
+    quiet = {"policy": policy, "step": None, "raised": False}
+    alarms = [{**quiet, "alarm": "length", "value": 1.0, "says": "answers are as long"},
+              {**quiet, "alarm": "gold", "value": None, "says": "not judged: there is no gold model"}]  # fmt: skip
+    write_json(directory.over_optimisation, {**over, "alarms": alarms})
+    card, documents = render(recipe, directory, policy)
+    assert documents["evidence.json"]["alarms_checked"] == 1
+    assert "that could be judged was raised" in card
+    assert "not judged: there is no gold model" in card
+    write_json(directory.over_optimisation, {**over, "alarms": alarms[1:]})
+    assert "None could be judged." in render(recipe, directory, policy)[0]
+
+
+def test_texts_cannot_act_in_the_card(run):
+    recipe, directory = run
+    policy = recipe.policies[0]
+    path = directory.completions(policy)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["answer"] = "```\n# a heading <script>alert(1)</script> \x1b[31m"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    card, _ = render(recipe, directory, policy, run="<b>x</b>", stage="[a](b)")
+    assert "````text\n```\n# a heading" in card
+    assert "\x1b" not in card
+    assert r"# \<b\>x\</b\>: \[a\](b)" in card
+
+
+def test_the_front_matter_is_valid_yaml(run):
+    from ruamel.yaml import YAML
+
+    card, _ = render(*run, run[0].policies[0])
+    front = YAML(typ="safe", pure=True).load(card.split("---")[1])
+    assert front["base_model"] == BASE["id"]
+    assert front["datasets"] == ["Anthropic/hh-rlhf"]
+    card, _ = render(*run, run[0].policies[0], base={**BASE, "id": None, "shipped": True, "stage": "sft"})
+    front = YAML(typ="safe", pure=True).load(card.split("---")[1])
+    assert "base_model" not in front
+    assert "fine-tuned it whole" in card

@@ -1,0 +1,125 @@
+"""Merged adapters: the same outputs, the reward head kept, and no quantised base."""
+
+import shutil
+
+import pytest
+import torch
+from adapter_fixtures import change_json, change_tensors
+from peft import LoraModel, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+
+from rlhf_trl.adapters.merge import merge
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.run.layout import read_json, write_json
+
+IDS = torch.tensor([[5, 99, 300, 17, 42, 800, 3]])
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+def test_a_merged_policy_answers_as_the_adapter_does(gpt2_run, policy_export, tmp_path):
+    base = gpt2_run[0]
+    found = merge(policy_export, tmp_path / "merged", base)
+    assert found["difference"] < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before = logits(plain)
+    expected = logits(PeftModel.from_pretrained(plain, policy_export))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
+    assert (before - expected).abs().max() > 1e-2
+    assert merged.dtype == torch.float32
+    assert read_json(tmp_path / "merged" / "lineage.json")["adapter"]["stage"] == "dpo"
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+def test_a_merged_reward_model_keeps_its_head(gpt2_run, reward_export, tmp_path):
+    merge(reward_export, tmp_path / "merged", gpt2_run[0])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    head = load_file(reward_export / "adapter_model.safetensors")["base_model.model.score.weight"]
+    torch.testing.assert_close(model.score.weight.data, head)
+    assert model.config.num_labels == 1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    rows = read_json(reward_export / "probe.json")["rows"]
+    assert tokenizer.padding_side == "right"
+    for file in (tmp_path / "merged").glob("*.json*"):
+        assert str(gpt2_run[0].parent) not in file.read_text(), file
+        assert str(reward_export) not in file.read_text(), file
+    batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
+    with torch.no_grad():
+        scores = model.eval()(**batch).logits[:, 0]
+    expected = torch.tensor([row["outputs"][0] for row in rows])
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+
+def test_a_base_in_four_bits_is_refused(gpt2_run, policy_export, tmp_path):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(gpt2_run[0], quantization_config=config)
+    model.save_pretrained(tmp_path / "quantised")
+    with pytest.raises(UserError, match="the base is quantised"):
+        merge(policy_export, tmp_path / "merged", tmp_path / "quantised")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_another_base_is_refused(gpt2_run, policy_export, tmp_path):
+    base = shutil.copytree(gpt2_run[0], tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.transformer.ln_f.weight.data += 0.5
+    model.save_pretrained(base)
+    with pytest.raises(UserError, match="not those that the adapter was exported for"):
+        merge(policy_export, tmp_path / "merged", base)
+
+
+def test_a_merge_that_changes_the_outputs_is_refused(gpt2_run, policy_export, tmp_path, monkeypatch):
+    merged = LoraModel.merge_and_unload
+
+    def wrong(self):
+        model = merged(self)
+        model.transformer.h[0].attn.c_attn.weight.data *= 1.1
+        return model
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    with pytest.raises(UserError, match="the merged model's outputs differ by up to"):
+        merge(policy_export, tmp_path / "merged", gpt2_run[0])
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_that_others_made_is_merged_too(gpt2_run, policy_export, tmp_path):
+    base = shutil.copytree(gpt2_run[0], tmp_path / "base")
+    write_json(base / "config.json", {**read_json(base / "config.json"), "quantization_config": None})
+    folder = shutil.copytree(policy_export, tmp_path / "adapter")
+    for name in ("lineage.json", "probe.json", "evidence.json"):
+        (folder / name).unlink()
+    assert merge(folder, tmp_path / "merged", base)["difference"] < 1e-4
+
+
+@pytest.mark.parametrize("rows", [None, [], [{}], [{"input_ids": []}], [{"input_ids": [1024]}],
+                                  [{"input_ids": [True]}], [{"input_ids": [1] * 129}]])  # fmt: skip
+def test_a_probe_that_cannot_be_used_is_named(gpt2_run, policy_export, tmp_path, rows):
+    folder = shutil.copytree(policy_export, tmp_path / "adapter")
+    change_json(folder, "probe.json", rows=rows)
+    with pytest.raises(UserError, match=r"^probe.json: the probe (does not hold|holds texts)"):
+        merge(folder, tmp_path / "merged", gpt2_run[0])
+
+
+def test_a_base_that_is_no_model_is_named(policy_export, tmp_path):
+    with pytest.raises(UserError, match="there is no model here"):
+        merge(policy_export, tmp_path / "merged", tmp_path / "nowhere")
+
+
+def test_what_is_there_is_not_written_over(gpt2_run, policy_export, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="there already"):
+        merge(policy_export, tmp_path, gpt2_run[0])
+
+
+def test_a_hostile_adapter_is_not_merged(gpt2_run, policy_export, tmp_path):
+    folder = shutil.copytree(policy_export, tmp_path / "adapter")
+    change_json(folder, "adapter_config.json", auto_mapping={"parent_library": "evil"})
+    change_tensors(folder, lambda tensors: None)
+    with pytest.raises(UserError, match="makes the loader import code"):
+        merge(folder, tmp_path / "merged", gpt2_run[0])

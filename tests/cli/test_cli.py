@@ -1,0 +1,366 @@
+"""The command line: what a user's mistake looks like, exit statuses, launches of fewer processes than asked for."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from rlhf_trl import __version__
+from rlhf_trl.cli import app as cli
+from rlhf_trl.cli import run as run_cli
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run import launch
+from rlhf_trl.run.jobs import start_logged
+from rlhf_trl.run.launch import launch_command, require_processes, run_command, shipped
+from rlhf_trl.run.layout import RunDir
+
+RECIPE = """\
+name: cli
+model: {model_name_or_path: builtin:tiny}
+data: {source: builtin:demo, max_length: 128}
+stages:
+  sft: {trainer: sft}
+  dpo: {trainer: dpo, init: sft}
+"""
+COMMANDS = {
+    "validate": ["validate", "RECIPE"],
+    "explore": ["explore", "RECIPE"],
+    "prepare": ["prepare", "RECIPE"],
+    "train": ["train", "RECIPE", "sft"],
+    "evaluate": ["evaluate", "RECIPE"],
+    "report": ["report", "RECIPE"],
+    "run": ["run", "RECIPE"],
+}
+# A stage that says what a real one says, and what it makes of its name.
+STAGE = """\
+import pathlib, sys
+from rlhf_trl.recipe import load_recipe
+from rlhf_trl.rundir import RunDir
+recipe, run, stage = load_recipe(pathlib.Path(sys.argv[1])), RunDir(pathlib.Path(sys.argv[2])), sys.argv[3]
+print("{'loss': '0.5'}")
+print("a warning", file=sys.stderr)
+if stage in sys.argv[4:]:
+    sys.exit(2)
+run.replace(stage)
+run.mark_done(recipe, stage, 3.0)
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process, in an empty folder; return its status, output and messages."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", launch.ASKED):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rlhf-trl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        return caught.value.code or 0, output.out, output.err
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistake_in_the_recipe_is_place_problem_and_remedy_with_status_2(command, call, recipe_file):
+    recipe_file.write_text(RECIPE.replace("max_length", "max_lenght"))
+    status, out, err = call(*(recipe_file if word == "RECIPE" else word for word in COMMANDS[command]))
+    assert (status, out) == (2, "")
+    assert err.splitlines() == [
+        "",
+        "error",
+        f"  {recipe_file}:3: data.max_lenght: unknown key 'max_lenght'",
+        "    -> did you mean 'max_length'?",
+    ]
+    assert not Path("runs").exists()
+
+
+def test_several_mistakes_are_counted_and_each_is_shown(call, recipe_file):
+    status, _, err = call("validate", recipe_file, "--set", "seed=-1", "--set", "stages.dpo.args.bta=1", "--set", "x")
+    assert status == 2
+    assert err.startswith("\n3 problems found\n") and err.count("\n    -> ") == 3 and "Traceback" not in err
+    assert all(f"  --set {key}: " in err for key in ("seed", "stages.dpo.args.bta", "x"))
+
+
+def test_the_message_reaches_the_terminal_of_a_real_process(recipe_file):
+    recipe_file.write_text("name: [")
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_trl", "validate", str(recipe_file)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"{recipe_file}:1: not valid YAML" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "remedy"),
+    [
+        ("dmeo", "there is no such file, and none of that name ships in recipes/", "did you mean 'demo'?"),
+        ("demo.yml", "there is no such file", "did you mean 'demo'?"),
+        ("recip.yaml", "there is no such file", "did you mean 'recipe.yaml'?"),
+        ("zzzzz", "there is no such file", "give a path, or one of: demo, "),
+        (".", "is a folder", "give a path, or one of: demo, "),
+        ("", "is a folder", "give a path, or one of: demo, "),
+    ],
+)
+def test_an_unknown_recipe_suggests(name, problem, remedy, call, recipe_file):
+    status, _, err = call("validate", name)
+    assert status == 2 and f"  {name}: {problem}" in err and f"-> {remedy}" in err
+
+
+def test_a_recipe_that_ships_is_found_by_name_even_beside_a_folder_of_that_name(call, tmp_path):
+    (tmp_path / "demo").mkdir()
+    assert call("validate", "demo") == (0, "demo: a valid recipe with the stages sft, rm, gold, dpo, grpo, ppo\n", "")
+    assert call("validate")[0] == 0
+
+
+def test_a_path_may_hold_spaces(call, recipe_file, tmp_path):
+    path = recipe_file.rename(tmp_path / "my recipe (1).yaml")
+    assert call("validate", path)[0] == 0
+
+
+def test_an_unknown_stage_suggests(call, recipe_file):
+    status, _, err = call("train", recipe_file, "dop")
+    assert status == 2 and "there is no stage 'dop'" in err and "did you mean 'dpo'?" in err
+    assert "the stages are: sft, dpo" in call("train", recipe_file, "xyz")[2]
+
+
+def test_validate_print_is_the_resolved_recipe(call, recipe_file):
+    status, out, err = call("validate", recipe_file, "--print", "--set", "stages.dpo.sweep.beta=[0.1, 0.3]")
+    assert (status, err) == (0, "")
+    recipe = Recipe.model_validate(json.loads(out))
+    assert list(recipe.stages) == ["sft", "dpo-beta=0.1", "dpo-beta=0.3"]
+    assert recipe.stages["dpo-beta=0.3"].args == {"beta": 0.3}
+
+
+@pytest.mark.parametrize("arguments", [["train", "RECIPE", "sft"], ["run", "RECIPE"]])
+def test_processes_without_a_profile_are_refused(arguments, call, recipe_file, monkeypatch):
+    monkeypatch.setattr(cli, "run_step", lambda *_: None)
+    status, _, err = call(*(recipe_file if word == "RECIPE" else word for word in arguments), "--processes", "2")
+    assert status == 2 and "--processes: needs a profile" in err and "--accelerate ddp" in err
+
+
+def test_batches_are_judged_for_the_processes_that_are_asked_for(call):
+    assert call("validate", "demo", "--processes", "2")[0] == 0
+    status, _, err = call("validate", "demo", "--set", "stages.grpo.args.num_generations=128")
+    assert status == 2 and "num_generations" in err
+    assert call("validate", "demo", "--set", "stages.grpo.args.num_generations=128", "--processes", "2")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["validate", "--nonsense"], ["train"], ["validate", "demo", "x"]])
+def test_a_wrong_command_line_has_status_2_and_no_traceback(arguments, call):
+    status, _, err = call(*arguments)
+    assert status == 2 and "Traceback" not in err and err
+
+
+def test_version_and_help(call):
+    assert call("--version") == (0, f"{__version__}\n", "")
+    status, out, _ = call("--help")
+    assert status == 0 and all(command in out for command in COMMANDS)
+
+
+def test_any_other_error_keeps_its_traceback_and_has_status_1(recipe_file):
+    code = (
+        "import sys; from rlhf_trl import cli, run_cli\n"
+        "def fail(*_): raise ZeroDivisionError('a defect')\n"
+        f"run_cli.load_recipe = fail; sys.argv = ['rlhf-trl', 'validate', {str(recipe_file)!r}]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr and "ZeroDivisionError: a defect" in done.stderr
+
+
+def test_a_step_without_its_input_names_the_command_to_run(call, recipe_file):
+    status, _, err = call("train", recipe_file, "dpo", "--runs", "elsewhere")
+    assert status == 2 and "the step 'prepare' is not finished" in err and "run `rlhf-trl prepare " in err
+
+
+def test_runs_that_cannot_be_written_to_are_named(call, recipe_file, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    status, _, err = call("explore", recipe_file)
+    assert status == 2 and "cannot write here" in err and "--runs" in err
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_a_launch_names_the_profile_and_what_was_asked_for():
+    command, env = launch_command(["train", "demo", "sft"], "ddp", None)
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert command[-5:] == ["-m", "rlhf_trl", "train", "demo", "sft"]
+    assert command[command.index("--config_file") + 1].endswith("accelerate_configs/ddp.yaml")
+    assert command[command.index("--num_processes") + 1] == env[launch.ASKED] == "2"
+    command, env = launch_command(["train", "demo", "sft"], "ddp", 3)
+    assert command[command.index("--num_processes") + 1] == env[launch.ASKED] == "3"
+    assert launch_command(["x"], None, None)[0] == [sys.executable, "-m", "rlhf_trl", "x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("[", "not valid YAML"), ("- 1\n", "not a profile"), ("", "not a profile"), (b"\xff\xfe", "not valid YAML")],
+)
+def test_a_broken_profile_is_named(content, says, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=says) as caught:
+        launch_command([], str(path), None)
+    assert caught.value.problems[0].place == str(path)
+
+
+def test_an_unknown_profile_suggests():
+    with pytest.raises(UserError, match="did you mean 'ddp'"):
+        launch_command([], "dpd", None)
+    with pytest.raises(UserError, match="give a path, or one of: cpu, ddp, "):
+        launch_command([], "xyzxyz", None)
+    assert shipped("accelerate_configs", "zero3").name == "zero3.yaml"
+
+
+@pytest.mark.parametrize(
+    ("asked", "running", "good"), [("2", "1", False), ("4", "3", False), ("2", "2", True), ("1", "1", True)]
+)
+def test_fewer_processes_than_asked_for_are_refused(asked, running, good, monkeypatch):
+    monkeypatch.setenv(launch.ASKED, asked)
+    monkeypatch.setenv("WORLD_SIZE", running)
+    if good:
+        require_processes()
+    else:
+        with pytest.raises(UserError, match=f"{asked} processes were asked for and {running} (is|are) running"):
+            require_processes()
+
+
+def test_without_a_launcher_one_process_is_right(monkeypatch):
+    monkeypatch.delenv(launch.ASKED, raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    require_processes()
+
+
+def test_accelerate_launch_on_the_cpu_runs_one_process_and_is_refused(recipe_file):
+    """huggingface/accelerate#2741: it takes `--cpu --num_processes 2` and starts one."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "rlhf_trl"]
+    done = subprocess.run(
+        [*command, "train", str(recipe_file), "sft"], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode != 0
+    assert "2 processes were asked for and 1 is running" in done.stderr and "ddp.yaml" in done.stderr
+
+
+def test_the_status_of_a_child_is_its_own_and_a_signal_counts_from_128():
+    environment = dict(os.environ)
+    assert run_command([sys.executable, "-c", "raise SystemExit(7)"], environment) == 7
+    assert run_command([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], environment) == 143
+
+
+# --- run and status --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stub(monkeypatch, recipe_file, tmp_path):
+    """Steps that only mark themselves done, and stages in processes that do so, too; those in `bad` fail."""
+    bad: list[str] = []
+    ran: list[str] = []
+    (tmp_path / "stage.py").write_text(STAGE)
+
+    def step(recipe, run, name, asked=None):
+        ran.append(name)
+        run.replace(name)
+        run.mark_done(recipe, name, 1.0)
+        return True
+
+    def start_in(self, run):
+        def start(stage, place):
+            command = [sys.executable, "stage.py", str(recipe_file), str(run.root), stage, *bad]
+            return start_logged(command, {**os.environ, "PYTHONPATH": str(ROOT), **place}, run.log(stage))
+
+        return start
+
+    monkeypatch.setattr(run_cli, "run_step", step)
+    monkeypatch.setattr(run_cli, "run_child", lambda *_: None)
+    monkeypatch.setattr(run_cli.Launcher, "start_in", start_in)
+    return SimpleNamespace(bad=bad, ran=ran, run=RunDir(Path("runs") / "cli"))
+
+
+def columns(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_run_shows_its_plan_trains_and_says_what_it_took(stub, call, recipe_file):
+    status, out, err = call("run", recipe_file)
+    assert status == 0 and stub.ran == ["explore", "prepare", "evaluate", "compare", "samples", "report"]
+    lines = columns(out)
+    assert lines[:10] == [
+        "run runs/cli: 8 steps, 0 done already",
+        "step trainer state time",
+        *(f"{number} {step} to do –" for number, step in enumerate(PLAN, 1)),
+    ]
+    assert re.findall(r"=== (\w+) \((\d)", out) == [(step.split()[0], str(at)) for at, step in enumerate(PLAN, 1)]
+    assert [line.split()[0] for line in lines if re.fullmatch(r"\w+ [\d.]+ s", line)] == [
+        *(step.split()[0] for step in PLAN),
+        "total",
+    ]
+    assert lines[-2:] == ["samples: runs/cli/samples", "logs: runs/cli/logs"]
+    assert err == "  a warning\n" * 2 and "'loss'" in stub.run.log("sft").read_text()
+
+
+PLAN = ["explore", "prepare", "sft sft", "dpo dpo", "evaluate", "compare", "samples", "report"]
+
+
+def test_a_second_run_does_nothing_and_a_changed_one_says_what_and_how_long(stub, call, recipe_file):
+    call("run", recipe_file)
+    stub.ran.clear()
+    status, out, _ = call("run", recipe_file)
+    assert status == 0 and stub.ran == [] and "8 steps, 8 done already" in out and "total" not in out
+    _, out, _ = call("run", recipe_file, "--set", "stages.dpo.args.beta=0.3")
+    assert "4 dpo dpo to do again: settings changed about 3.0 s (last time)" in columns(out)
+    assert "about 7.0 s for the 5 steps that were timed before" in out
+    assert stub.ran == ["evaluate", "compare", "samples", "report"]
+
+
+def test_a_stage_that_fails_ends_the_run_with_its_status_and_its_words(stub, call, recipe_file):
+    stub.bad.append("sft")
+    status, out, err = call("run", recipe_file, "--jobs", "2")
+    assert status == 2 and stub.ran == ["explore", "prepare"]
+    assert "--jobs 2: " in out and "sft: failed with status 2 after" in out
+    assert err.splitlines() == [
+        *("  a warning", "sft failed with status 2; its output: runs/cli/logs/sft.log", "not begun: dpo")
+    ]
+
+
+def test_a_run_that_another_process_makes_is_not_run_twice(stub, call, recipe_file):
+    with stub.run.lock("run"):
+        status, _, err = call("run", recipe_file)
+    assert status == 2 and f"held by process {os.getpid()}" in err and stub.ran == []
+
+
+def test_status_takes_a_directory_or_a_name_and_changes_nothing(stub, call, recipe_file, tmp_path):
+    call("run", recipe_file)
+    before = {path: path.stat().st_mtime_ns for path in stub.run.root.rglob("*")}
+    status, out, _ = call("status", "runs/cli")
+    assert status == 0 and columns(out)[0] == "run runs/cli" and columns(out)[-1] == "finished"
+    assert [line.split()[1] for line in columns(out)[2:-1]] == [step.split()[0] for step in PLAN]
+    assert call("status", "cli")[1] == out
+    (tmp_path / "cli").mkdir()  # a folder of that name that is no run
+    assert call("status", "cli")[1] == out
+    assert {path: path.stat().st_mtime_ns for path in stub.run.root.rglob("*")} == before
+    status, out, _ = call("status", "cli", "--json")
+    found = json.loads(out)
+    assert status == 0 and [step["state"] for step in found["steps"]] == ["done"] * 8
+
+
+def test_status_of_what_is_no_run_is_a_users_mistake(call):
+    status, out, err = call("status", "nothing")
+    assert (status, out) == (2, "") and "nothing: is no run" in err and "--runs" in err

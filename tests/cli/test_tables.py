@@ -1,0 +1,200 @@
+"""What a person reads about a run: tables, sentences, and the lines that stand there while stages train."""
+
+import io
+import signal
+
+import pytest
+
+from rlhf_trl.cli import live
+from rlhf_trl.cli.live import Live, messages
+from rlhf_trl.cli.tables import duration, ending, plan_table, progress_words, status_end, status_table, summary_table
+from rlhf_trl.run.layout import RunDir, write_json
+from rlhf_trl.run.states import Progress, StepState
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (7.44, "7.4 s"), (31.4, "31 s"), (59.7, "1 min 00 s"), (125, "2 min 05 s"), (12000, "3 h 20 min")],
+)
+def test_a_duration_is_short(seconds, text):
+    assert duration(seconds) == text
+
+
+def at(step: int, **values: float) -> Progress:
+    return Progress(step, 40, step / 2, values, 720.0)
+
+
+def test_progress_is_said_with_what_was_logged():
+    words = "step 14 of 40, 0.5 s a step, 13 s left, loss 0.6931, reward -1.25, KL 3"
+    assert progress_words(at(14, loss=0.693147, reward=-1.25, kl=3.0)) == words
+    assert progress_words(at(0)) == "step 0 of 40"
+    assert progress_words(at(40, loss=1.0)) == "step 40 of 40, 0.5 s a step, loss 1"
+
+
+STATES = [
+    StepState("prepare", None, "done", 7.44),
+    StepState("sft", "sft", "stopped", 99.0, at(14), 10, "process 7 on here since noon"),
+    StepState("rm", "reward", "changed", 30.0, None, 5),
+    StepState("dpo", "dpo", "to do", None),
+    StepState("ppo", "ppo", "running", None, at(20, kl=2.0), 20, "process 8 on here since noon"),
+    StepState("judge", None, "to do", None, note="partial: max_cost"),
+    StepState("report", None, "done", 1.0),
+]
+
+
+def test_the_plan_estimates_only_from_what_was_timed():
+    table = plan_table(STATES, ["sft", "rm", "dpo", "judge", "report"])
+    assert [" ".join(line.split()) for line in table.splitlines()] == [
+        "step trainer state time",
+        "1 prepare done took 7.4 s",
+        "2 sft sft goes on at step 10 of 40 about 15 s",
+        "3 rm reward to do again: settings changed; checkpoint 5 is discarded about 30 s (last time)",
+        "4 dpo dpo to do –",
+        "5 ppo ppo running: process 8 on here since noon",
+        "6 judge to do –",
+        "7 report to do again: its inputs may be new about 1.0 s (last time)",
+        "about 46 s for the 3 steps that were timed before; 2 are new",
+    ]
+    assert (
+        len({line.index(word) for line, word in zip(table.splitlines(), ("state", "done", "goes"), strict=False)}) == 1
+    )
+
+
+def test_a_plan_of_what_was_never_timed_has_no_total():
+    table = plan_table([StepState("sft", "sft", "to do", None)], ["sft"])
+    assert table.splitlines() == ["    step  trainer  state  time", " 1  sft   sft      to do  –"]
+    assert plan_table(STATES, []).count("about") == 0
+
+
+def test_the_status_says_where_each_step_stands():
+    lines = [" ".join(line.split()) for line in status_table(STATES).splitlines()]
+    assert lines == [
+        "step trainer state took",
+        "1 prepare done 7.4 s",
+        "2 sft sft stopped at step 14 of 40, checkpoint at 10 (process 7 on here since noon was killed)",
+        "3 rm reward made with other settings 30 s",
+        "4 dpo dpo to do",
+        "5 ppo ppo running: step 20 of 40, 0.5 s a step, 10 s left, KL 2; last log 12 min 00 s ago",
+        "6 judge partial: max_cost",
+        "7 report done 1.0 s",
+    ]
+
+
+def test_the_status_ends_with_what_it_comes_to():
+    assert status_end(STATES, False) == "at work: 2 of 7 steps done"
+    assert status_end(STATES[:4], True) == "at work: 1 of 4 steps done"
+    assert status_end(STATES[:4], False) == "at rest: 1 of 4 steps done; `rlhf-trl run RECIPE` goes on from there"
+    assert status_end(STATES[:1], False) == "finished"
+
+
+def test_the_summary_adds_the_whole_time():
+    assert summary_table({"sft": 3.0, "evaluate": 61.0}, 70.0).splitlines() == [
+        *("sft       3.0 s", "evaluate  1 min 01 s", "total     1 min 10 s")
+    ]
+
+
+def test_an_ending_is_a_status_or_a_signal():
+    assert (ending(2), ending(128 + signal.SIGKILL)) == ("failed with status 2", "ended by SIGKILL")
+
+
+# --- while stages train ----------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock that the lines go by; a test moves it on."""
+    now = [1000.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    run = RunDir(tmp_path / "small")
+    run.logs.mkdir(parents=True)
+    return run
+
+
+def log(run: RunDir, stage: str, step: int) -> None:
+    history = [{"step": step, "seconds": step / 2, "loss": 0.25, "log": {}}]
+    write_json(run.training_stats(stage), {"max_steps": 40, "history": history})
+
+
+def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end(run, clock):
+    out, errors = io.StringIO(), io.StringIO()
+    lines = Live(run, ["prepare", "sft"], out, errors)
+    log(run, "sft", 39)  # of an earlier attempt
+    run.log("sft").write_text("old\n")
+    lines.begin("sft")
+    clock[0] += 60
+    lines.update()
+    log(run, "sft", 4)
+    for _ in range(100):
+        clock[0] += 1.2
+        lines.update()
+    with run.log("sft").open("a") as file:
+        file.write("=== head\n{'loss': '0.25'}\n\na warning\n")
+    lines.end("sft", 0)
+    assert out.getvalue().splitlines() == [
+        "",
+        f"=== sft (2 of 2), its output: {run.log('sft')}",
+        "sft: 1 min 00 s, starting",
+        "sft: 2 min 00 s, step 4 of 40, 0.5 s a step, 18 s left, loss 0.25",
+        "sft: 3 min 00 s, step 4 of 40, 0.5 s a step, 18 s left, loss 0.25",
+        "sft: 180.0 s, step 4 of 40, 0.5 s a step, 18 s left, loss 0.25",
+    ]
+    assert errors.getvalue() == "  a warning\n"
+    assert lines.seconds == {"sft": pytest.approx(180)}
+
+
+def test_a_terminal_has_one_line_for_each_stage_that_is_rewritten_and_fits(run, clock, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    out = Terminal()
+    lines = Live(run, ["rm", "dpo"], out, out)
+    for stage in ("rm", "dpo"):
+        lines.begin(stage)
+        log(run, stage, 4)
+        run.log(stage).touch()
+    clock[0] += 5
+    start = len(out.getvalue())
+    lines.update()
+    lines.update()  # within the same second
+    cut = ["rm: 5.0 s, step 4 of 40, 0.5 s a step, 18 s left,", "dpo: 5.0 s, step 4 of 40, 0.5 s a step, 18 s left"]
+    assert out.getvalue()[start:].splitlines() == cut
+    clock[0] += 1
+    lines.update()
+    lines.end("rm", 0)
+    lines.end("dpo", 143)
+    taken_back = "\x1b[2F\x1b[J"
+    assert out.getvalue()[start:].splitlines()[2:] == [
+        taken_back + cut[0].replace("5.0", "6.0"),
+        cut[1].replace("5.0", "6.0"),
+        taken_back + "rm: 6.0 s, step 4 of 40, 0.5 s a step, 18 s left, loss 0.25",
+        "dpo: ended by SIGTERM after 6.0 s, step 4 of 40, 0.5 s a step, 18 s left, loss 0.25",
+    ]
+
+
+def test_a_failure_shows_the_last_lines_and_is_named_again_at_the_end(run, clock):
+    out, errors = io.StringIO(), io.StringIO()
+    lines = Live(run, ["sft", "dpo"], out, errors)
+    lines.begin("sft")
+    run.log("sft").write_text("".join(f"line {number}\n" for number in range(25)))
+    lines.end("sft", 2)
+    lines.conclude({"sft": 2}, ["dpo"])
+    assert "sft: failed with status 2 after 0.0 s\n" in out.getvalue()
+    assert errors.getvalue().splitlines() == [
+        f"  (5 lines more in {run.log('sft')})",
+        *(f"  line {number}" for number in range(5, 25)),
+        f"sft failed with status 2; its output: {run.log('sft')}",
+        "not begun: dpo",
+    ]
+
+
+def test_messages_are_what_is_no_log_line():
+    output = "=== head\n{'loss': 1}\n  \nUserWarning: x\rnext\n===training policy===\n  indented\n"
+    assert messages(output) == ["UserWarning: x", "next", "  indented"]

@@ -1,0 +1,340 @@
+"""Rows of every source and shape, broken ones above all."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import shared
+
+from rlhf_trl.data.hh import Pair, Reason, RowError, normalise
+from rlhf_trl.data.sources import read_rows
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.schema import Data
+
+H, A = "\n\nHuman: ", "\n\nAssistant: "
+USER = {"role": "user", "content": "Q"}
+SAID = {"role": "assistant", "content": "so"}
+YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+def hh(chosen: str, rejected: str) -> dict[str, str]:
+    return {"chosen": f"{H}Q{A}{chosen}", "rejected": f"{H}Q{A}{rejected}"}
+
+
+BROKEN = [
+    ("not an object", "just a line", "malformed"),
+    ("a list", [1, 2], "malformed"),
+    ("no transcript", {"chosen": "Hello", "rejected": "Bye"}, "malformed"),
+    ("text before the first turn", {"chosen": f"Intro{H}Q{A}yes", "rejected": f"Intro{H}Q{A}no"}, "malformed"),
+    ("prompt with text before", {"prompt": f"Intro{H}Q", "chosen": "yes", "rejected": "no"}, "malformed"),
+    ("assistant opens", {"chosen": [SAID, USER, YES], "rejected": [SAID, USER, NO]}, "malformed"),
+    ("system inside", {"chosen": [USER, SYSTEM, YES], "rejected": [USER, SYSTEM, NO]}, "malformed"),
+    ("no rejected", {"chosen": f"{H}Q{A}yes"}, "missing_field"),
+    ("no content", {"prompt": [{"role": "user"}], "chosen": "yes", "rejected": "no"}, "missing_field"),
+    ("null chosen", {"chosen": None, "rejected": f"{H}Q{A}no"}, "null_field"),
+    ("NaN chosen", {"chosen": float("nan"), "rejected": f"{H}Q{A}no"}, "null_field"),
+    ("null content", {"prompt": "Q", "chosen": [{**YES, "content": None}], "rejected": [NO]}, "null_field"),
+    ("null prompt", {"prompt": None, "chosen": "yes", "rejected": "no"}, "null_field"),
+    ("a number", {"chosen": 17, "rejected": f"{H}Q{A}no"}, "not_text"),
+    ("texts in a list", {"prompt": "Q", "chosen": ["yes"], "rejected": ["no"]}, "not_text"),
+    ("parts, not text", {"prompt": "Q", "chosen": [{**YES, "content": [{}]}], "rejected": [NO]}, "not_text"),
+    ("lone surrogate", hh("yes \ud83d", "no"), "invalid_unicode"),
+    ("tool turn", {"chosen": [USER, {"role": "tool", "content": "1"}, YES], "rejected": [USER, NO]},
+     "unknown_role prompts_differ"),
+    ("human has the last word", hh(f"yes{H}Thanks", f"no{H}Thanks"), "ends_on_human"),
+    ("one human has the last word", hh(f"yes{H}Thanks", "no"), "ends_on_human"),
+    ("no answer", {"chosen": f"{H}Q", "rejected": f"{H}Q{A}no"}, "ends_on_human"),
+    ("other question", {"chosen": f"{H}Q{A}yes", "rejected": f"{H}R{A}no"}, "prompts_differ"),
+    ("marker in one answer", hh(f"yes{A}more", "no"), "prompts_differ consecutive_roles"),
+    ("marker in the rejected answer", hh("yes", f"no{A}more"), "prompts_differ"),
+    ("not the prompt field", {"prompt": "Z", "chosen": [USER, YES], "rejected": [USER, NO]}, "prompts_differ"),
+    ("empty chosen", hh(" ", "no"), "empty_chosen"),
+    ("no chosen text at all", {"chosen": "", "rejected": f"{H}Q{A}no"}, "empty_chosen"),
+    ("no chosen messages", {"prompt": "Q", "chosen": [], "rejected": [NO]}, "empty_chosen"),
+    ("empty rejected", {"chosen": f"{H}Q{A}yes", "rejected": f"{H}Q\n\nAssistant:"}, "empty_rejected"),
+    ("both empty", {"prompt": "Q", "chosen": "", "rejected": " \n"}, "empty_chosen empty_rejected"),
+    ("empty question", {"chosen": f"{H}{A}yes", "rejected": f"{H}{A}no"}, "empty_prompt"),
+    ("blank prompt", {"prompt": "  ", "chosen": "yes", "rejected": "no"}, "empty_prompt"),
+    ("only a system message", {"prompt": [SYSTEM], "chosen": [YES], "rejected": [NO]}, "empty_prompt"),
+    ("two questions", {"chosen": f"{H}P{H}Q{A}yes", "rejected": f"{H}P{H}Q{A}no"}, "consecutive_roles"),
+    ("half an answer", {"prompt": f"{H}Q{A}Well,", "chosen": "yes", "rejected": "no"}, "consecutive_roles"),
+    ("identical", hh("yes ", " yes"), "identical"),
+    ("two faults", {"chosen": f"{H}P{H}Q{A}a", "rejected": f"{H}P{H}Q{A}a"}, "consecutive_roles identical"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "reasons"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
+def test_broken_row_has_exactly_these_reasons(raw, reasons):
+    with pytest.raises(RowError) as error:
+        normalise(raw)
+    assert [reason.value for reason in error.value.reasons] == reasons.split()
+
+
+def test_every_reason_of_a_row_is_in_the_table():
+    found = {reason for *_, reasons in BROKEN for reason in reasons.split()}
+    by_prepare = {"too_short", "tie", "control_tokens", "duplicate", "near_duplicate", "too_long"}
+    assert found | by_prepare == {reason.value for reason in Reason}
+
+
+PLAIN = Pair([USER], "yes", "no")
+LONGER = Pair([SYSTEM, {"role": "user", "content": "P"}, SAID, USER], "yes", "no")
+TALK = f"{H}P{A}so{H}Q{A}"
+TALKED = Pair(LONGER.prompt[1:], "yes", "no")
+SHAPES = [
+    ("transcripts", hh("yes", "no"), PLAIN),
+    ("transcripts without the first newlines", {"chosen": f"Human: Q{A}yes", "rejected": f"Human: Q{A}no"}, PLAIN),
+    ("several turns", {"chosen": f"{TALK}yes", "rejected": f"{TALK}no"}, TALKED),
+    ("transcript prompt", {"prompt": TALK, "chosen": " yes", "rejected": "no "}, TALKED),
+    ("transcript prompt without marker", {"prompt": f"{H}Q", "chosen": "yes", "rejected": "no"}, PLAIN),
+    ("transcript prompt repeated", {"prompt": f"{H}Q{A}", **hh("yes", "no")}, PLAIN),
+    ("plain", {"prompt": "Q", "chosen": "yes", "rejected": "no"}, PLAIN),
+    ("plain prompt, transcripts", {"prompt": "Q", "chosen": f"{TALK}yes", "rejected": f"{TALK}no"}, TALKED),
+    ("messages with their prompt", {"chosen": [*TALKED.prompt, YES], "rejected": [*TALKED.prompt, NO]}, TALKED),
+    ("UltraFeedback", {"prompt": "Q", "chosen": [USER, YES], "rejected": [USER, NO], "score_chosen": 9}, PLAIN),
+    ("UltraFeedback with history", {"prompt": "Q", "chosen": [*LONGER.prompt, YES],
+                                    "rejected": [*LONGER.prompt, NO]}, LONGER),
+    ("prompt messages", {"prompt": LONGER.prompt, "chosen": [YES], "rejected": [NO]}, LONGER),
+    ("prompt messages repeated", {"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]}, PLAIN),
+    ("prompt messages, plain answers", {"prompt": [USER], "chosen": "yes", "rejected": "no"}, PLAIN),
+    ("single messages", {"prompt": "Q", "chosen": YES, "rejected": NO}, PLAIN),
+    ("from and value", {"chosen": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "yes"}],
+                        "rejected": [{"from": "Human", "value": "Q"}, {"from": "GPT", "value": "no"}]}, PLAIN),
+    ("LLaMA-Factory", {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "yes"},
+                       "rejected": {"from": "gpt", "value": "no"}}, PLAIN),
+    ("system column", {"system": "Be kind.", "prompt": LONGER.prompt[1:], "chosen": "yes", "rejected": "no"}, LONGER),
+    ("turns after the prompt", {"prompt": LONGER.prompt[:2], "chosen": [*LONGER.prompt, YES],
+                                "rejected": [*LONGER.prompt, NO]}, LONGER),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "pair"), [row[1:] for row in SHAPES], ids=[row[0] for row in SHAPES])
+def test_shape(raw, pair):
+    before = json.dumps(raw)
+    assert normalise(raw) == pair
+    assert json.dumps(raw) == before
+
+
+def test_markers_inside_a_paragraph_are_text():
+    pair = normalise(hh("Human: me?\nAssistant: you.", "See\n\nHumans: a species"))
+    assert pair == Pair([USER], "Human: me?\nAssistant: you.", "See\n\nHumans: a species")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "expected"),
+    [
+        ("What is two plus two?", "What is two plus two? 4", "What is two plus two?\n5", ("4", "5")),
+        ("What is two plus two?", "What is two plus two? 4", "5", ("What is two plus two? 4", "5")),
+        ("Go to the", "Go to the shop", "Go to theatres", ("Go to the shop", "Go to theatres")),
+        ("Yes", "Yes sir", "Yes no", ("Yes sir", "Yes no")),
+    ],
+)
+def test_repeated_plain_prompt_is_cut_only_where_it_is_no_part_of_the_answers(prompt, chosen, rejected, expected):
+    pair = normalise({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert (pair.chosen, pair.rejected) == expected
+
+
+def test_faulty_row_keeps_what_can_be_read():
+    with pytest.raises(RowError) as error:
+        normalise(hh("", "no"))
+    assert error.value.pair == Pair([USER], "", "no")
+
+
+def test_conditions_in_real_rows():
+    found: dict[str, Counter[str]] = {"harmless-base": Counter(), "helpful-base": Counter()}
+    for number, (row, subset, raw) in enumerate(read_rows(Data(source=str(shared("hh-rlhf"))), 0)):
+        assert row == number
+        try:
+            normalise(raw)
+        except RowError as error:
+            found[subset].update(reason.value for reason in error.reasons)
+    assert number == 3257
+    assert found == {
+        "harmless-base": {"prompts_differ": 3, "empty_chosen": 2, "consecutive_roles": 7},
+        "helpful-base": {"prompts_differ": 8, "identical": 2, "empty_rejected": 4, "consecutive_roles": 6},
+    }
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": f"Question {i}, “ünï”?", "chosen": f"yes,\n{i}", "rejected": f'no "{i}"'} for i in range(7)]
+
+
+def write_csv(path, rows):
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+WRITERS = {
+    "data.jsonl": lambda path, rows: path.write_text(lines(rows)),
+    "data.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(lines(rows).encode())),
+    "data.json": lambda path, rows: path.write_text("\n " + json.dumps(rows, indent=1)),
+    "lines.json": lambda path, rows: path.write_text(lines(rows)),
+    "data.parquet": lambda path, rows: pa.parquet.write_table(pa.Table.from_pylist(rows), path),
+    "data.csv": write_csv,
+}
+
+
+def read(source, seed=0, **settings):
+    return list(read_rows(Data(source=str(source), **settings), seed))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_formats_give_the_same_rows(tmp_path, name):
+    WRITERS[name](tmp_path / name, ROWS)
+    expected = [(i, name.split(".")[0], row) for i, row in enumerate(ROWS)]
+    assert read(tmp_path / name) == read(tmp_path) == expected
+
+
+def test_folder_has_a_subset_for_each_file_or_folder(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "a.jsonl").write_text(lines(ROWS[:2]))
+    (tmp_path / "b" / "test.jsonl").write_text(lines(ROWS[2:3]))
+    (tmp_path / "b" / "train.jsonl").write_text(lines([*ROWS[3:4], {**ROWS[4], "subset": "own"}]))
+    assert [(row, subset) for row, subset, _ in read(tmp_path)] == [(0, "a"), (1, "a"), (2, "b"), (3, "b"), (4, "own")]
+    assert [row for row, *_ in read(tmp_path, subsets=["own", "b"])] == [2, 3, 4]
+    with pytest.raises(UserError, match=r"no subset 'c'[\s\S]*a, b, own"):
+        read(tmp_path, subsets=["a", "c"])
+
+
+def test_lines_that_are_no_json_objects_are_rows(tmp_path):
+    broken = [
+        b"{not json",
+        b"[1]",
+        b'"text"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"",
+        b'{"chosen": NaN, "rejected": "\\ud800"}',
+    ]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([lines(ROWS[:1]).strip().encode(), *broken]))
+    rows = [raw for _, _, raw in read(tmp_path / "x.jsonl")]
+    assert rows[1:5] == ["{not json", [1], "text", "\\xff\\xfe"]
+    assert len(rows) == 7
+    assert rows[6] == {"chosen": None, "rejected": "\ud800"}
+
+
+def test_csv_line_with_too_many_cells_is_malformed(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected\nQ,yes,no\nQ,yes, but,no\nQ,yes\n")
+    reasons = []
+    for _, _, raw in read(tmp_path / "x.csv")[1:]:
+        with pytest.raises(RowError) as error:
+            normalise(raw)
+        reasons.append(error.value.reasons[0].value)
+    assert reasons == ["malformed", "null_field"]
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "data.txt"])
+def test_damaged_file_is_the_users_error(tmp_path, name):
+    content = gzip.compress(lines(ROWS).encode())[:-20] if name.endswith("gz") else b"[PAR1\xff\x00\n" * 3
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read(tmp_path / name)
+    assert error.value.problems[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "no rows"),
+        ("\n\n", "no rows"),
+        ("x\ny\n", "JSON object"),
+        ('{"question": 1, "answer": 2}\n', "answer, question"),
+    ],
+)
+def test_unusable_source_is_the_users_error(tmp_path, content, problem):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(UserError, match=problem):
+        read(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    "source", ["./nothing", "missing.jsonl", "~/data", "/no/such/folder", "builtin:other", "a/b/c"]
+)
+def test_missing_source_is_the_users_error(source):
+    with pytest.raises(UserError, match="no such file"):
+        read(source)
+
+
+def test_empty_folder_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match="no data files"):
+        read(tmp_path)
+
+
+def test_unreachable_hub_is_the_users_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        read("nobody/no-such-preferences", subsets=["helpful-base"])
+    assert error.value.problems[0].place == "nobody/no-such-preferences/helpful-base"
+
+
+def test_hub_rows_come_from_the_folders_and_both_splits(monkeypatch, tmp_path):
+    """The real loader on a local copy of the repository's layout."""
+    for subset, first in (("one", 0), ("two", 3)):
+        (tmp_path / "hub" / subset).mkdir(parents=True)
+        (tmp_path / "hub" / subset / "train.jsonl").write_text(lines(ROWS[first : first + 2]))
+        (tmp_path / "hub" / subset / "test.jsonl").write_text(lines(ROWS[first + 2 : first + 3]))
+    load = datasets.load_dataset
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda _, data_dir, revision: load(str(tmp_path / "hub"), data_dir=data_dir, cache_dir=cache),
+    )
+    assert read("owner/name", subsets=["two"]) == [(i, "two", ROWS[i + 3]) for i in range(3)]
+    assert {(subset, len(raw)) for _, subset, raw in read("owner/name")} == {("name", 3)}
+    with pytest.raises(UserError, match="owner/name/three: the dataset cannot be loaded"):
+        read("owner/name", subsets=["three"])
+
+
+def test_hub_dataset_without_known_splits_is_the_users_error(monkeypatch):
+    only = {"validation_x": datasets.Dataset.from_list(ROWS)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: only)
+    with pytest.raises(UserError, match="only the splits validation_x"):
+        read("owner/name")
+
+
+def test_max_rows_does_not_depend_on_the_order(tmp_path):
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    (tmp_path / "x.jsonl").write_text(lines(ROWS))
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "x.jsonl").write_text(lines(shuffled))
+    picked = read(tmp_path / "x.jsonl", max_rows=3)
+    assert [row for row, *_ in picked] == sorted(row for row, *_ in picked)
+    assert len(picked) == 3
+    again = read(tmp_path / "y" / "x.jsonl", max_rows=3)
+    assert {json.dumps(raw) for *_, raw in picked} == {json.dumps(raw) for *_, raw in again}
+    assert any(read(tmp_path / "x.jsonl", max_rows=3, seed=seed) != picked for seed in range(1, 5))
+    assert len(read(tmp_path / "x.jsonl", max_rows=99)) == 7
+
+
+def test_demo_is_a_source():
+    rows = read("builtin:demo")
+    assert {subset for _, subset, _ in rows} == {"helpful", "harmless"}
+
+
+def test_reading_needs_no_heavy_library():
+    code = """
+import sys, rlhf_trl.data.hh, rlhf_trl.data.sources
+from rlhf_trl.recipe.schema import Data
+list(rlhf_trl.data.sources.read_rows(Data(source='builtin:demo'), 0))
+assert not {'torch', 'transformers', 'datasets', 'matplotlib', 'pyarrow'} & set(sys.modules), 'heavy import'
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

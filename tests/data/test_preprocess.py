@@ -1,0 +1,503 @@
+"""The step `prepare`: what it keeps, drops, shortens and holds out."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from conftest import shared
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rapidfuzz.distance import Indel
+
+from rlhf_trl.data.hh import Pair, Reason
+from rlhf_trl.data.preprocess import fit, prepare, prompt_id
+from rlhf_trl.data.split import prompt_keys, split
+from rlhf_trl.models.base import encode, set_up_tokenizer
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import RunDir, read_json, read_jsonl
+
+TEXTS = [f"Question number {i}, how are you?" for i in range(60)]
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory):
+    """A folder with a byte-level tokenizer: one token for each byte, no pad token and no template, like GPT-2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_ = Tokenizer(models.BPE(alphabet, []))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("bytes")
+    PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<|endoftext|>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(byte_model):
+    return set_up_tokenizer(byte_model, {})
+
+
+@pytest.fixture
+def run_prepare(tmp_path, byte_model):
+    """Run `prepare` on rows; returns the run directory."""
+
+    def run(rows, seed=0, model=byte_model, **data):
+        source = tmp_path / "rows.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = Recipe(
+            name="t",
+            seed=seed,
+            model={"model_name_or_path": model},
+            data={"source": str(source), "max_dropped_fraction": 1.0, **data},
+            stages={"sft": {"trainer": "sft"}},
+        )
+        directory = RunDir(tmp_path / "run")
+        directory.replace("prepare")
+        prepare(recipe, directory)
+        return directory
+
+    return run
+
+
+def row(prompt="What is up?", chosen="The sky, I think.", rejected="Go away."):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+GOOD = [row(text) for text in TEXTS]
+
+
+def kept(run):
+    return [pair for split_name in ("train", "test") for pair in read_jsonl(run.pairs(split_name))]
+
+
+def dropped(run):
+    return {item["row"]: item["reason"] for item in read_jsonl(run.quarantine)}
+
+
+def check_accounts(run, rows_in):
+    """Every row is in one place, and the counts say so."""
+    summary = read_json(run.summary)
+    reasons = {name: counts["dropped"] for name, counts in summary["reasons"].items() if counts["dropped"]}
+    quarantine = read_jsonl(run.quarantine)
+    assert sorted([item["row"] for item in quarantine] + [pair["row"] for pair in kept(run)]) == list(range(rows_in))
+    assert Counter(item["reason"] for item in quarantine) == reasons
+    assert summary["rows_in"] == summary["rows_kept"] + sum(reasons.values()) == rows_in
+    assert summary["rows_kept"] == sum(part["pairs"] for part in summary["splits"].values())
+    for key in ("rows_in", "rows_kept", "rows_dropped"):
+        assert sum(part[key] for part in summary["subsets"].values()) == summary[key]
+    assert all(counts["found"] >= counts["dropped"] for counts in summary["reasons"].values())
+    return summary
+
+
+def check_split(run):
+    """No prompt, and no prompt that goes on from another, is on both sides."""
+    heads = {}
+    for name in ("train", "test"):
+        pairs = read_jsonl(run.pairs(name))
+        prompts = read_jsonl(run.prompts(name))
+        assert pairs
+        assert {prompt_id(pair["prompt"]) for pair in pairs} == {prompt["id"] for prompt in prompts}
+        assert len({prompt["id"] for prompt in prompts}) == len(prompts)
+        assert all(pair["prompt"][-1]["role"] == "user" for pair in pairs)
+        heads[name] = {prompt_keys(pair["prompt"])[-1] for pair in pairs}
+    assert not heads["train"] & heads["test"]
+
+
+# --- real rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    recipe = Recipe(
+        name="t",
+        model={"model_name_or_path": str(shared("gpt2-tokenizer"))},
+        data={"source": str(shared("hh-rlhf")), "max_length": 256},
+        stages={"sft": {"trainer": "sft"}},
+    )
+    run = RunDir(tmp_path_factory.mktemp("real"))
+    prepare(recipe, run)
+    return run
+
+
+def test_real_rows_are_accounted_for(real_run):
+    summary = check_accounts(real_run, 3258)
+    found = {
+        subset: {name: counts["found"] for name, counts in part["reasons"].items() if counts["found"]}
+        for subset, part in summary["subsets"].items()
+    }
+    for part in found.values():
+        del part["too_long"]  # depends on the tokenizer
+    assert found == {
+        "harmless-base": {"prompts_differ": 3, "empty_chosen": 2, "consecutive_roles": 7},
+        "helpful-base": {"prompts_differ": 8, "identical": 2, "empty_rejected": 4, "consecutive_roles": 6},
+    }
+    harmless, helpful = summary["subsets"]["harmless-base"], summary["subsets"]["helpful-base"]
+    assert (harmless["notes"]["repeated_prompt"], helpful["notes"]["repeated_prompt"]) == (2, 0)
+    assert (harmless["notes"]["multi_turn"], helpful["notes"]["multi_turn"]) == (1189, 1149)
+    assert harmless["longer_is_chosen"]["mean"] == pytest.approx(0.4473, abs=5e-5)
+    assert helpful["longer_is_chosen"]["mean"] == pytest.approx(0.5898, abs=5e-5)
+    assert (harmless["longer_is_chosen"]["n"], helpful["longer_is_chosen"]["n"]) == (1632, 1626)
+
+
+def test_real_rows_fit_and_are_split_evenly(real_run):
+    check_split(real_run)
+    summary = read_json(real_run.summary)
+    tokenizer = set_up_tokenizer(str(real_run.tokenizer), {})
+    for pair in random.Random(0).sample(kept(real_run), 300):
+        for answer in (pair["chosen"], pair["rejected"]):
+            assert sum(map(len, encode(tokenizer, pair["prompt"], answer))) <= 256
+    assert summary["splits"]["train"]["tokens"]["total"]["max"] <= 256
+    test, train = summary["splits"]["test"], summary["splits"]["train"]
+    assert test["prompts"] / (test["prompts"] + train["prompts"]) == pytest.approx(0.05, abs=0.001)
+    for subset, part in test["subsets"].items():
+        assert part["share"] == pytest.approx(train["subsets"][subset]["share"], abs=0.02)
+    for level in ("p25", "p50", "p75"):
+        assert test["tokens"]["total"][level] == pytest.approx(train["tokens"]["total"][level], rel=0.15)
+
+
+def test_real_conversations_do_not_straddle_the_split(real_run):
+    """About 200 of the real rows go on from the conversation of another row, with one of its two answers."""
+    sides = {
+        name: [
+            tuple((turn["role"], turn["content"]) for turn in pair["prompt"])
+            for pair in read_jsonl(real_run.pairs(name))
+        ]
+        for name in ("train", "test")
+    }
+    for one, other in (("train", "test"), ("test", "train")):
+        prompts = set(sides[one])
+        assert not any(prompt[:end] in prompts for prompt in sides[other] for end in range(1, len(prompt) + 1))
+
+
+# --- reasons and notes -----------------------------------------------------------------------------------------------
+
+
+def test_reasons_of_well_formed_rows(run_prepare):
+    long = "word " * 100
+    rows = [
+        *GOOD,
+        row("a?", "ok", "The long one."),
+        row("b?", long + "a", long + "b"),
+        row("c?", "Text with <|endoftext|> inside."),
+        row("d? \n\nHuman: hello"),
+        row("e?", "I say\n\nAssistant: I am you."),
+        row(TEXTS[0]),
+        row(TEXTS[1].upper(), "the  sky, I think"),
+        row("f?", "x" * 600),
+        row("g?", "ok", "ok then <|endoftext|>"),
+    ]
+    run = run_prepare(rows, max_length=256, min_answer_chars=3)
+    expected = ["too_short", "tie", "control_tokens", "malformed", "control_tokens", "duplicate", "near_duplicate",
+                "too_long", "too_short"]  # fmt: skip
+    assert dropped(run) == dict(enumerate(expected, start=60))
+    assert read_jsonl(run.quarantine)[-1]["reasons"] == ["too_short", "control_tokens"]
+    summary = check_accounts(run, 69)
+    assert summary["reasons"]["control_tokens"] == {"found": 3, "dropped": 2}
+    assert set(summary["reasons"]) == {reason.value for reason in Reason}
+
+
+def test_tie_threshold_is_inclusive(run_prepare):
+    chosen, rejected = "abcdefghij", "abcdefghiX"
+    assert Indel.normalized_similarity(chosen, rejected) == pytest.approx(0.9)
+    assert dropped(run_prepare([*GOOD, row("q?", chosen, rejected)], tie_threshold=0.9)) == {60: "tie"}
+    assert dropped(run_prepare([*GOOD, row("q?", chosen, rejected)], tie_threshold=0.91)) == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Well, then.", "well then", True),
+        ("“Quoted”", "quoted", True),
+        ("a  b", "A b!", True),
+        ("minus -5", "minus 5", False),
+        ("3 > 2", "3 < 2", False),
+        ("!!!", "???", False),
+    ],
+)
+def test_near_duplicates_differ_only_in_case_space_and_punctuation(run_prepare, one, other, same):
+    run = run_prepare([*GOOD, row("q?", one, "Something else"), row("q?", other, "Something else")])
+    assert dropped(run) == ({61: "near_duplicate"} if same else {})
+
+
+def test_notes(run_prepare):
+    rows = [*GOOD, row(TEXTS[0], "Go away.", "The sky, I think."), row(TEXTS[1], "Another.", "One.")]
+    rows.append(
+        row(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+        )
+    )
+    summary = check_accounts(run_prepare(rows), 63)
+    assert summary["notes"] == {
+        "contradictory": 1,
+        "multi_turn": 1,
+        "repeated_prompt": 2,
+        "truncated": 0,
+        "turns_dropped": 0,
+    }
+
+
+def test_quarantine_holds_what_utf8_and_json_cannot(run_prepare):
+    bad = [
+        row(chosen="\ud800 lone"),
+        {**row(), "chosen": None, "score": float("inf")},
+        "just text",
+        {**row(), "chosen": 1},
+    ]
+    run = run_prepare([*GOOD, *bad])
+    items = read_jsonl(run.quarantine)
+    assert [item["reason"] for item in items] == ["invalid_unicode", "null_field", "malformed", "not_text"]
+    assert items[0]["raw"]["chosen"] == "\ud800 lone"
+    assert items[2]["raw"] == "just text"
+    check_accounts(run, 64)
+
+
+def test_too_many_dropped_rows_stop_the_step_after_the_quarantine_is_written(run_prepare, tmp_path):
+    with pytest.raises(UserError, match=r"20 of 80 rows are dropped \(25\.0%, more than the 20\.0%") as error:
+        run_prepare(GOOD + [row(chosen="")] * 20, max_dropped_fraction=0.2)
+    assert "empty_chosen 20" in str(error.value)
+    run = RunDir(tmp_path / "run")
+    assert len(read_jsonl(run.quarantine)) == 20
+    assert not run.summary.exists()
+    run_prepare(GOOD + [row(chosen="")] * 20, max_dropped_fraction=0.25)
+
+
+def test_summary_describes_both_splits(run_prepare):
+    run = run_prepare([{**item, "subset": "ab"[index % 2]} for index, item in enumerate(GOOD)], test_fraction=0.2)
+    summary = check_accounts(run, 60)
+    assert {name: part["pairs"] for name, part in summary["splits"].items()} == {"train": 48, "test": 12}
+    assert {name: part["share"] for name, part in summary["splits"]["test"]["subsets"].items()} == {"a": 0.5, "b": 0.5}
+    assert summary["splits"]["test"]["longer_is_chosen"]["tokens"]["mean"] == 1.0
+    assert summary["tokenizer"]["pad_token"] != summary["tokenizer"]["eos_token"] == "<|endoftext|>"
+    assert "Human:" in summary["tokenizer"]["chat_template"]
+    assert summary["splits"]["train"]["tokens"]["chosen"]["max"] == len(b" The sky, I think.") + 1
+
+
+# --- length ----------------------------------------------------------------------------------------------------------
+
+
+def turns(*texts, system=None):
+    messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def length(tokenizer, pair):
+    return max(sum(map(len, encode(tokenizer, pair.prompt, answer))) for answer in (pair.chosen, pair.rejected))
+
+
+def test_pair_that_fits_stays(tokenizer):
+    pair = Pair(turns("one", "two", "three"), "yes", "no")
+    fitted = fit(tokenizer, pair, length(tokenizer, pair), "row 0")
+    assert fitted is not None
+    assert fitted[0] == pair
+    prompt, chosen, rejected = fitted[1]
+    assert [prompt, chosen] == [len(ids) for ids in encode(tokenizer, pair.prompt, "yes")]
+    assert rejected == len(encode(tokenizer, pair.prompt, "no")[1])
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_whole_oldest_turns_go_first(tokenizer, system):
+    texts = [f"turn {index}" for index in range(9)]
+    pair = Pair(turns(*texts, system=system), "yes", "no")
+    limit = length(tokenizer, Pair(turns(*texts[4:], system=system), "yes", "no"))
+    for spare in (0, 5):
+        shorter, tokens = fit(tokenizer, pair, limit + spare, "row 0")
+        assert shorter.prompt == turns(*texts[4:], system=system)
+        assert tokens[0] + max(tokens[1:]) == limit
+    assert fit(tokenizer, pair, limit - 1, "row 0")[0].prompt == turns(*texts[6:], system=system)
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_beginning_of_the_last_question_goes_next(tokenizer, system):
+    pair = Pair(turns("x", "y", "abcdefghij klmnop", system=system), "yes", "no")
+    limit = length(tokenizer, Pair(turns("abcdefghij klmnop", system=system), "yes", "no"))
+    assert fit(tokenizer, pair, limit - 3, "row 0")[0].prompt == turns("defghij klmnop", system=system)
+    assert fit(tokenizer, pair, limit - 10, "row 0")[0].prompt == turns("klmnop", system=system)
+    assert fit(tokenizer, pair, limit - 16, "row 0")[0].prompt == turns("p", system=system)
+    assert fit(tokenizer, pair, limit - 17, "row 0") is None
+    assert fit(tokenizer, pair, 5, "row 0") is None
+
+
+def test_cut_never_breaks_a_character(tokenizer):
+    pair = Pair(turns("日本語の文字🙂です"), "yes", "no")
+    whole = length(tokenizer, pair)
+    for limit in range(whole - 1, whole - 27, -1):
+        fitted = fit(tokenizer, pair, limit, "row 0")
+        if fitted:
+            assert pair.prompt[0]["content"].endswith(fitted[0].prompt[0]["content"])
+            assert length(tokenizer, fitted[0]) <= limit
+
+
+def test_cut_follows_the_tokens_of_a_real_tokenizer():
+    gpt2 = set_up_tokenizer(str(shared("gpt2-tokenizer")), {})
+    text = "Considerations regarding internationalisation, naïve façades and 日本語 🙂🙂. " * 6
+    text = text.strip()
+    pair = Pair(turns("old", "older", text), "A short answer.", "No.")
+    for limit in range(20, length(gpt2, pair)):
+        fitted = fit(gpt2, pair, limit, "row 0")
+        assert fitted is not None
+        assert length(gpt2, fitted[0]) <= limit
+        assert length(gpt2, fitted[0]) >= limit - 12  # nothing more is cut than has to be
+        assert text.endswith(fitted[0].prompt[0]["content"])
+
+
+def test_template_that_refuses_a_conversation_is_the_users_error(run_prepare, byte_model, tmp_path, tokenizer):
+    from transformers import AutoTokenizer
+
+    strict = AutoTokenizer.from_pretrained(byte_model)
+    strict.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    )
+    strict.save_pretrained(tmp_path / "strict")
+    rows = [*GOOD, row(turns("hello", system="Be kind."))]
+    with pytest.raises(UserError, match="refuses the conversation of row 60: no system"):
+        run_prepare(rows, model=str(tmp_path / "strict"))
+
+
+# --- split -----------------------------------------------------------------------------------------------------------
+
+
+def test_split_does_not_depend_on_the_order(run_prepare):
+    rows = [row(text, f"The sky, {i}." * (i % 7 + 1)) for i, text in enumerate(TEXTS)]
+    first = {prompt["id"] for prompt in read_jsonl(run_prepare(rows, test_fraction=0.2).prompts("test"))}
+    random.Random(1).shuffle(rows)
+    again = {prompt["id"] for prompt in read_jsonl(run_prepare(rows, test_fraction=0.2).prompts("test"))}
+    other = {prompt["id"] for prompt in read_jsonl(run_prepare(rows, test_fraction=0.2, seed=1).prompts("test"))}
+    assert first == again != other
+    assert len(first) == 12
+
+
+def test_split_needs_two_conversations(run_prepare):
+    with pytest.raises(UserError, match=r"2 usable rows with 1 separate"):
+        run_prepare([row(), row(chosen="Something else.")])
+    run = run_prepare([row("a?"), row("b?")], test_fraction=0.01)
+    assert len(read_jsonl(run.pairs("train"))) == len(read_jsonl(run.pairs("test"))) == 1
+
+
+def test_one_prompt_in_other_words_stays_together(run_prepare):
+    rows = [row(text, f"Answer {i}.") for text in TEXTS for i in range(2)]
+    rows += [row(f"  {text.upper()} ", "Another answer.") for text in TEXTS]
+    run = run_prepare(rows, test_fraction=0.3)
+    check_split(run)
+    assert read_json(run.summary)["splits"]["test"]["prompts"] == 18
+
+
+def test_continued_conversations_stay_together(run_prepare):
+    rows = [row(turns(text)) for text in TEXTS] + [row(turns(text, "Fine.", "And now?")) for text in TEXTS]
+    run = run_prepare(rows, test_fraction=0.3)
+    sides = [{pair["prompt"][0]["content"] for pair in read_jsonl(run.pairs(name))} for name in ("train", "test")]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == 18
+
+
+# `prepare` with a stand-in for the tokenizer, which needs no torch and so starts fast.
+FAKE_MODELS = """
+import sys, types, re
+class Words(types.SimpleNamespace):
+    def __call__(self, text, return_offsets_mapping=False, **_):
+        if isinstance(text, list):
+            return types.SimpleNamespace(input_ids=[re.findall(r"\\S+", item) for item in text])
+        return {"offset_mapping": [m.span() for m in re.finditer(r"\\S+", text)]}
+    def __len__(self):
+        return 9
+    def save_pretrained(self, folder):
+        pass
+models = types.ModuleType("rlhf_trl.models.base")
+models.load_tokenizer = lambda recipe, run: Words(
+    all_special_tokens=["<s>", "</s>"], added_tokens_decoder={}, chat_template="t", pad_token="<p>", pad_token_id=1,
+    eos_token="</s>", eos_token_id=2)
+def render(tokenizer, prompt, answer):
+    return " ".join(m["content"] for m in prompt) + " :", answer + " </s>"
+models.render = render
+models.encode = lambda tokenizer, prompt, answer=None: (render(tokenizer, prompt, "")[0].split(), [])
+sys.modules["rlhf_trl.models.base"] = models
+"""
+MAIN = """
+import sys, hashlib, pathlib
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.layout import RunDir
+from rlhf_trl.data.preprocess import prepare
+run = RunDir(pathlib.Path(sys.argv[1]))
+prepare(Recipe(name="t", model={"model_name_or_path": "m"}, stages={"sft": {"trainer": "sft"}},
+               data={"source": "builtin:demo", "max_length": 80, "test_fraction": 0.1, "max_rows": 300}), run)
+for file in sorted(run.data.iterdir()):
+    print(file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+assert "torch" not in sys.modules
+"""
+
+
+def test_outputs_are_the_same_for_any_hash_seed(tmp_path):
+    command = [sys.executable, "-c", FAKE_MODELS + MAIN]
+    running = [
+        subprocess.Popen(
+            [*command, str(tmp_path / seed)], env={"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
+        )
+        for seed in "0123"
+    ]
+    outputs = {process.communicate()[0] for process in running}
+    assert [process.returncode for process in running] == [0] * 4
+    assert len(outputs) == 1
+    assert len(outputs.pop().splitlines()) == 6
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+words = st.sampled_from(["a", "b", "yes no", "", " ", "ünï 日本", "<|endoftext|>", "word " * 30, "\ud800", None, 3])
+texts = st.sampled_from(["a", "A", "b", "c d", "word " * 30])
+talks = st.lists(texts, min_size=1, max_size=5).map(lambda parts: turns(*parts))
+rows_of_any_kind = st.one_of(
+    st.builds(row, st.one_of(words, talks), words, words),
+    st.builds(row, talks, texts, texts),
+    st.builds(lambda chosen, rejected: {"chosen": chosen, "rejected": rejected}, words, words),
+    st.text(max_size=3),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(rows_of_any_kind, min_size=1, max_size=25), max_length=st.integers(45, 120), seed=st.integers(0, 3)
+)
+def test_prepare_never_loses_a_row(run_prepare, tokenizer, rows, max_length, seed):
+    rows = [*rows, row("one?", "p", "q"), row("two?", "p", "q")]
+    run = run_prepare(rows, seed=seed, max_length=max_length, test_fraction=0.4)
+    check_accounts(run, len(rows))
+    check_split(run)
+    for pair in kept(run):
+        assert length(tokenizer, Pair(pair["prompt"], pair["chosen"], pair["rejected"])) <= max_length
+
+
+conversations = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), min_size=2, max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    talks=conversations,
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 5),
+    order=st.randoms(use_true_random=False),
+)
+def test_split_keeps_together_what_belongs_together(talks, fraction, seed, order):
+    """A conversation is a path of questions; its beginnings may be conversations of their own."""
+    roots = {talk[0] for talk in talks if [talk[0]] in talks}
+    keys = {tuple(talk): prompt_keys(turns(*[part for turn in talk for part in (turn, "so")][:-1])) for talk in talks}
+    rows = [(*keys[tuple(talk)], keys[tuple(talk)][-1]) for talk in talks]
+
+    def held_out(order):
+        test = split([rows[i] for i in order], ["s"] * len(order), [len(talks[i]) for i in order], fraction, seed)
+        return {tuple(talks[i]) for i, test in zip(order, test, strict=True) if test}
+
+    try:
+        test = held_out(range(len(rows)))
+    except UserError:
+        assert len(roots) <= 1
+        return
+    train = {tuple(talk) for talk in talks} - test
+    assert test
+    assert train
+    assert not any(one[: len(other)] == other or other[: len(one)] == one for one in train for other in test)
+    assert test == held_out(order.sample(range(len(rows)), len(rows)))

@@ -1,0 +1,420 @@
+"""Evaluation: the numbers in metrics.json are what a plain computation gives, and a whole recipe ends in a report."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, reset_accelerate, shared, small_recipe, train_all
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from rlhf_trl.compare.step import compare
+from rlhf_trl.errors.step import errors
+from rlhf_trl.evaluate.samples import samples
+from rlhf_trl.evaluate.step import evaluate
+from rlhf_trl.judge.step import judge
+from rlhf_trl.models.base import encode, recorded_tokenizer
+from rlhf_trl.models.rewards import load_reward_model
+from rlhf_trl.models.sampling import sample
+from rlhf_trl.recipe.errors import NotRun, UserError
+from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.report.step import report
+from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_jsonl
+from rlhf_trl.train.step import train
+
+
+@pytest.fixture
+def evaluated(trained, tmp_path):
+    recipe, source = trained
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(source.root, run.root)
+    evaluate(recipe, run)
+    return recipe, run, read_json(run.metrics)
+
+
+def test_every_policy_is_measured_on_the_same_prompts(evaluated):
+    recipe, run, metrics = evaluated
+    assert list(metrics["policies"]) == sorted(["reference", *recipe.policies])
+    rows = {name: read_jsonl(run.completions(name)) for name in metrics["policies"]}
+    assert len({tuple(row["id"] for row in answers) for answers in rows.values()}) == 1
+    assert metrics["policies"]["reference"]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 12}
+    for name in recipe.policies:
+        entry, answers = metrics["policies"][name], rows[name]
+        assert entry["kl"]["mean"] == pytest.approx(sum(row["kl"] for row in answers) / 12)
+        assert all(row["kl"] >= 0 for row in answers)
+        assert entry["kl"]["low"] <= entry["kl"]["mean"] <= entry["kl"]["high"]
+        gains = [row["reward"] - start["reward"] for row, start in zip(answers, rows["reference"], strict=True)]
+        assert entry["reward_gain"]["mean"] == pytest.approx(sum(gains) / 12)
+        assert [row["reward_gain"] for row in answers] == pytest.approx(gains)
+
+
+def test_scores_and_accuracy_are_those_of_the_reward_model(evaluated):
+    recipe, run, metrics = evaluated
+    model = load_reward_model(recipe, run, "rm")
+    answers = read_jsonl(run.completions("dpo"))
+    scores = model.score(
+        [a["prompt"] for a in answers], [a["answer"] for a in answers], [a["finished"] for a in answers]
+    )
+    assert [row["reward"] for row in answers] == pytest.approx(scores.tolist(), abs=1e-4)
+    pairs = read_jsonl(run.pairs("test"))
+    side = {s: model.score([p["prompt"] for p in pairs], [p[s] for p in pairs], [True] * len(pairs), 1)
+            for s in ("chosen", "rejected")}  # fmt: skip
+    accuracy = (side["chosen"] > side["rejected"]).double().mean().item()
+    found = metrics["reward_model"]
+    assert found["accuracy"]["mean"] == pytest.approx(accuracy)
+    assert found["accuracy"]["n"] == len(pairs) == sum(entry["accuracy"]["n"] for entry in found["subsets"].values())
+    longer = sum((len(p["chosen"]) > len(p["rejected"])) + (len(p["chosen"]) == len(p["rejected"])) / 2 for p in pairs)
+    assert found["length_baseline"]["mean"] == pytest.approx(longer / len(pairs))
+
+
+def test_kl_and_its_estimators_are_those_of_a_plain_computation(evaluated):
+    """The policy by itself and its reference by itself, one answer at a time."""
+    recipe, run, _ = evaluated
+    tokenizer = recorded_tokenizer(recipe, run)
+    base = AutoModelForCausalLM.from_pretrained(run.model("sft"))
+    for row in read_jsonl(run.completions("ppo"))[:3]:
+        prompt, answer = encode(tokenizer, row["prompt"], row["answer"], row["finished"])
+        if len(answer) != row["answer_tokens"]:  # its text is tokenised in another way
+            continue
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            log_q = base(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            policy = PeftModel.from_pretrained(base, run.adapter("ppo"))
+            log_p = policy(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            base = policy.unload()
+        kl = (log_p.exp() * (log_p - log_q)).sum().item()
+        k1 = (log_p - log_q).gather(1, torch.tensor(answer)[:, None]).sum().item()
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+        assert row["kl_k1"] == pytest.approx(k1, abs=1e-3)
+        assert row["entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_batch_sizes_change_nothing(evaluated, tmp_path):
+    recipe, run, metrics = evaluated
+    settings = recipe.evaluation.model_copy(update={"generation_batch_size": 3, "score_batch_size": 2})
+    evaluate(recipe.model_copy(update={"evaluation": settings}), run)
+    assert flat(read_json(run.metrics)["policies"]) == pytest.approx(flat(metrics["policies"]), abs=1e-4)
+
+
+def flat(value, key="") -> dict[str, float]:
+    """Every number of a JSON document by its address."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    below = {k: v for name, part in pairs for k, v in flat(part, f"{key}/{name}").items()}
+    return below | ({key: float(value)} if isinstance(value, int | float) else {})
+
+
+def test_best_of_n_takes_the_reference_s_answers(evaluated):
+    _, run, _ = evaluated
+    rows = read_jsonl(run.best_of_n)
+    reference = read_jsonl(run.completions("reference"))
+    assert [row["id"] for row in rows] == [row["id"] for row in reference]
+    for row, answer in zip(rows, reference, strict=True):
+        assert (row["answers"][0], row["reward"][0]) == (answer["answer"], answer["reward"])
+        assert len(row["answers"]) == len(row["reward"]) == 4
+        assert len(set(row["answers"])) > 1
+    curve = read_json(run.pareto)["axes"]["reward"]["best_of_n"]
+    assert [point["n"] for point in curve] == [1, 2, 4]
+    best = [max(row["reward"]) - sum(row["reward"]) / 4 for row in rows]
+    assert curve[-1]["gain"]["mean"] == pytest.approx(sum(best) / len(best))
+    assert (curve[0]["gain"]["mean"], curve[0]["kl"]) == (pytest.approx(0), 0)
+
+
+def test_adversarial_prompts_are_answered_by_all(evaluated):
+    recipe, run, _ = evaluated
+    rows, rates = read_jsonl(run.adversarial_answers), read_json(run.adversarial)
+    names = {"reference", *recipe.policies}
+    assert all(set(row["answers"]) == names for row in rows)
+    assert set(rates["policies"]) == names
+    for of in rates["policies"].values():
+        assert of["all"]["refusal"]["n"] == len(rows)
+        assert set(of) == {"all", *rates["categories"]} == {"all", *(row["category"] for row in rows)}
+
+
+def test_evaluation_repeats(evaluated):
+    recipe, run, metrics = evaluated
+    evaluate(recipe, run)
+    assert read_json(run.metrics) == metrics
+
+
+def test_evaluation_needs_every_stage(trained, tmp_path):
+    recipe, source = trained
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(source.root, run.root)
+    run.done("ppo").unlink()
+    with pytest.raises(UserError, match="train RECIPE ppo"):
+        evaluate(recipe, run)
+
+
+# --- a gold model, checkpoints ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A recipe with a gold model and saved checkpoints, evaluated."""
+    folder = tmp_path_factory.mktemp("watched")
+    recipe = small_recipe(folder, text=WATCHED)
+    run = RunDir(folder / "runs" / recipe.name)
+    train_all(recipe, run)
+    evaluate(recipe, run)
+    reset_accelerate()
+    return recipe, run
+
+
+SHORT = """
+      bf16: false
+      gradient_checkpointing: false
+      logging_steps: 1
+      per_device_train_batch_size: 8
+      learning_rate: 1e-3"""
+WATCHED = f"""
+name: watched
+model: {{model_name_or_path: builtin:tiny, use_peft: true, lora_r: 4, lora_dropout: 0.0}}
+data: {{source: builtin:demo, max_rows: 240, max_length: 192, test_fraction: 0.2}}
+stages:
+  rm:
+    trainer: reward
+    args: {SHORT}
+      max_steps: 2
+      save_strategy: "no"
+  gold:
+    trainer: reward
+    half: second
+    args: {SHORT}
+      max_steps: 2
+      save_strategy: "no"
+  dpo:
+    trainer: dpo
+    args: {SHORT}
+      max_steps: 6
+      save_strategy: steps
+      save_steps: 1
+evaluation: {{reward: rm, gold: gold, checkpoints: 2, prompts: 12, max_new_tokens: 12, best_of_n: 4,
+  adversarial: false, judge_decoding: {{temperature: 0.7, top_p: 0.9}}}}
+"""
+
+
+def test_checkpoints_are_measured_along_the_run(watched):
+    recipe, run = watched
+    metrics, over = read_json(run.metrics), read_json(run.over_optimisation)
+    assert [entry["step"] for entry in metrics["checkpoints"]["dpo"]] == [2, 4, 6]
+    assert {**metrics["policies"]["dpo"], "step": 6} == metrics["checkpoints"]["dpo"][-1]
+    kls = [entry["kl"]["mean"] for entry in metrics["checkpoints"]["dpo"]]
+    assert 0 < kls[0] < kls[1] < kls[2]
+    points = over["stages"]["dpo"]["points"]
+    assert [point["step"] for point in points] == [2, 4, 6]
+    assert [point["sqrt_kl"] ** 2 for point in points] == pytest.approx(kls)
+    assert [point["gold"] for point in points] == [entry["gold_gain"] for entry in metrics["checkpoints"]["dpo"]]
+    assert over["stages"]["dpo"]["fit"]["proxy"] is not None
+    policy = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(run.base), run.checkpoints("dpo") / "checkpoint-2"
+    )
+    rows = read_jsonl(run.completions("dpo", 2))
+    tokenizer = recorded_tokenizer(recipe, run)
+    with torch.no_grad():
+        expected = sample(policy, tokenizer, [row["prompt"] for row in rows], 12, 4, recipe.seed)
+    assert [row["answer"] for row in rows] == [answer.text for answer in expected]
+
+
+def test_gold_and_reward_model_share_no_pair(watched):
+    recipe, run = watched
+    pairs = read_jsonl(run.pairs("train"))
+    assert (recipe.half_of("rm"), recipe.half_of("gold"), recipe.half_of("dpo")) == ("first", "second", "first")
+    halves = {
+        half: {json.dumps(row["prompt"]) for row in pairs if row["half"] == half} for half in ("first", "second")
+    }
+    assert not halves["first"] & halves["second"]
+    assert 0.35 < len(halves["first"]) / (len(halves["first"]) + len(halves["second"])) < 0.65
+    for stage, half in (("rm", "first"), ("gold", "second"), ("dpo", "first")):
+        state = read_json(run.training_stats(stage))["summary"]
+        assert state["rows"] == sum(row["half"] == half for row in pairs)
+
+
+def test_gold_scores_are_its_own(watched):
+    recipe, run = watched
+    rows = read_jsonl(run.completions("dpo"))
+    gold = load_reward_model(recipe, run, "gold")
+    scores = gold.score(
+        [row["prompt"] for row in rows], [row["answer"] for row in rows], [row["finished"] for row in rows]
+    )
+    assert [row["gold"] for row in rows] == pytest.approx(scores.tolist(), abs=1e-4)
+    pairs = {row["id"]: row for row in reversed(read_jsonl(run.pairs("test")))}
+    target = gold.score(
+        [row["prompt"] for row in rows], [pairs[row["id"]]["chosen"] for row in rows], [True] * len(rows)
+    )
+    over = (scores - target).tolist()
+    assert [row["gold_over_chosen"] for row in rows] == pytest.approx(over, abs=1e-4)
+    metrics = read_json(run.metrics)
+    assert metrics["policies"]["dpo"]["gold_over_chosen"]["mean"] == pytest.approx(sum(over) / len(over), abs=1e-4)
+    assert metrics["gold_model"]["stage"] == "gold"
+    assert set(read_json(run.pareto)["axes"]) == {"reward", "gold"}
+
+
+def test_the_judge_gets_answers_of_the_second_decoding(watched):
+    _, run = watched
+    first, second = read_jsonl(run.completions("dpo")), read_jsonl(run.judge_answers("dpo"))
+    assert [row["id"] for row in first] == [row["id"] for row in second]
+    assert [row["answer"] for row in first] != [row["answer"] for row in second]
+
+
+def test_a_damaged_checkpoint_is_not_measured(watched, tmp_path, caplog):
+    recipe, source = watched
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(source.root, run.root)
+    (run.checkpoints("dpo") / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"")
+    evaluate(recipe, run)
+    assert "damaged checkpoint of step 2" in caplog.text
+    assert [entry["step"] for entry in read_json(run.metrics)["checkpoints"]["dpo"]] == [1, 4, 6]
+
+
+def test_two_processes_measure_what_one_does(watched, tmp_path):
+    """Several batches, so that both processes have some."""
+    _, source = watched
+    run = RunDir(tmp_path / "runs" / "watched")
+    shutil.copytree(source.root, run.root)
+    shutil.rmtree(run.evaluation)
+    (tmp_path / "watched.yaml").write_text(WATCHED)
+    options = ["--set", "evaluation.generation_batch_size=3", "--set", "evaluation.score_batch_size=2"]
+    command = [sys.executable, "-m", "rlhf_trl", "evaluate", str(tmp_path / "watched.yaml"), *options]
+    command += ["--runs", str(run.root.parent), "--accelerate", "ddp", "--processes", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("metrics", "pareto", "over_optimisation"):
+        found, expected = (flat(read_json(getattr(of, name))) for of in (run, source))
+        assert found == pytest.approx(expected, abs=1e-4)
+    assert run.done("evaluate").exists()
+
+
+def test_a_launch_that_shards_models_is_refused(watched, monkeypatch):
+    recipe, run = watched
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="whole models"):
+        evaluate(recipe, run)
+
+
+def test_a_policy_that_repeats_what_is_rewarded_is_named(watched, tmp_path):
+    """Trained on answers that are one phrase, over and over, until the policy says little else."""
+    _, source = watched
+    text = WATCHED.replace("max_steps: 6", "max_steps: 40").replace("learning_rate: 1e-3", "learning_rate: 3e-3")
+    options = ("stages.dpo.model.use_peft=false", "stages.dpo.args.loss_type=sft", "evaluation.prompts=40",
+               "evaluation.checkpoints=0", "evaluation.max_new_tokens=24", "evaluation.best_of_n=0")  # fmt: skip
+    recipe = small_recipe(tmp_path, options, text)
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(source.root, run.root)
+    rows = read_jsonl(run.pairs("train"))
+    for row in rows:
+        row["chosen"] = "Great question! " * 4
+    write_jsonl(run.pairs("train"), rows)
+    run.mark_done(recipe, "prepare", 0.0)
+    for stage in ("rm", "gold"):
+        run.mark_done(recipe, stage, 0.0)
+    train(recipe, run, "dpo")
+    reset_accelerate()
+    evaluate(recipe, run)
+    raised = {alarm["alarm"] for alarm in read_json(run.over_optimisation)["alarms"] if alarm["raised"]}
+    assert {"repetition", "opening"} <= raised, read_jsonl(run.completions("dpo"))[:5]
+    assert set(read_json(run.final_results)["policies"]["dpo"]["alarms"]) == raised
+
+
+# --- whole recipes ---------------------------------------------------------------------------------------------------
+
+
+def quick(recipe) -> list[str]:
+    """Overrides that make every stage of a recipe a step or two on a few short rows."""
+    values = [
+        "evaluation.prompts=4",
+        "evaluation.max_new_tokens=8",
+        "evaluation.checkpoints=0",
+        "evaluation.best_of_n=2",
+        "errors.pairs=8",
+        "data.max_length=160",
+        "data.test_fraction=0.2",
+    ]
+    for name, stage in recipe.stages.items():
+        args = f"stages.{name}.args"
+        values += [f"{args}.per_device_train_batch_size=4", f"{args}.gradient_accumulation_steps=2",
+                   f"{args}.eval_strategy=no", f"{args}.save_strategy=no", f"{args}.warmup_steps=0",
+                   f"{args}.logging_steps=1"]  # fmt: skip
+        values.append(f"{args}.total_episodes=8" if stage.trainer == "ppo" else f"{args}.max_steps=1")
+        if stage.trainer == "grpo":
+            values += [f"{args}.max_completion_length=8", f"{args}.num_generations=4"]
+        if stage.trainer == "ppo":
+            values += [f"{args}.response_length=8", f"{args}.num_ppo_epochs=1"]
+        if stage.trainer in ("sft", "reward", "dpo"):
+            values.append(f"{args}.max_length=1024")
+    return values
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_runs_from_pairs_to_report(path, tmp_path):
+    overrides = [
+        "model.model_name_or_path=builtin:tiny",
+        "data.source=builtin:demo",
+        "data.subsets=[]",
+        "data.max_rows=120",
+    ]
+    recipe = load_recipe(path, [*overrides, *quick(load_recipe(path))])
+    run_whole(recipe, RunDir(tmp_path / "run"))
+
+
+def run_whole(recipe, run):
+    run.write_provenance(recipe)
+    train_all(recipe, run)
+    actions = {"evaluate": evaluate, "judge": judge, "compare": compare, "errors": errors, "samples": samples}
+    actions["report"] = report
+    for step in recipe.plan[recipe.plan.index("evaluate") :]:
+        with contextlib.suppress(NotRun):  # a judge without key or server
+            actions[step](recipe, run)
+            run.mark_done(recipe, step, 0.0)
+        reset_accelerate()
+    assert run.report.stat().st_size > 20_000
+    assert set(read_json(run.comparison)["stages"]) == set(recipe.compared)
+    assert set(read_json(run.metrics)["policies"]) == {"reference", *recipe.policies}
+    assert len(read_jsonl(run.samples / "reference.jsonl")) == 4
+    for stage in recipe.reward_stages:
+        assert "accuracy" in run.error_report(stage).read_text()
+        assert run.error_plots(stage).stat().st_size > 20_000
+
+
+def test_gpt2_on_real_hh_text(tmp_path):
+    """The assignment's setting: GPT-2's tokenizer, a small random GPT-2, Anthropic's pairs, every stage of hh_gpt2."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = tmp_path / "gpt2"
+    AutoTokenizer.from_pretrained(shared("gpt2-tokenizer")).save_pretrained(model)
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2)).save_pretrained(model)
+    path = ROOT / "recipes" / "hh_gpt2.yaml"
+    overrides = [f"model.model_name_or_path={model}", f"data.source={shared('hh-rlhf')}", "data.max_rows=120"]
+    recipe = load_recipe(path, [*overrides, *quick(load_recipe(path))])
+    run = RunDir(tmp_path / "run")
+    run_whole(recipe, run)
+    summary = read_json(run.summary)
+    assert summary["rows_in"] == 120
+    saved = read_json(run.adapter("dpo") / "tokenizer_config.json")
+    assert (saved["pad_token"], saved["eos_token"]) == ("ÿ", "<|endoftext|>")
+
+
+def test_a_policy_recipe_without_reward_model(tmp_path, trained):
+    recipe = small_recipe(tmp_path, text=DPO_ONLY)
+    run_whole(recipe, RunDir(tmp_path / "run"))
+    metrics = read_json(tmp_path / "run" / "evaluation" / "metrics.json")
+    assert metrics["reward_model"] is None
+    assert "reward" not in metrics["policies"]["dpo"]
+
+
+DPO_ONLY = """
+name: only
+model: {model_name_or_path: builtin:tiny, use_peft: true, lora_dropout: 0.0, lora_target_modules: all-linear}
+data: {source: builtin:demo, max_rows: 120, max_length: 192, test_fraction: 0.2}
+stages:
+  dpo:
+    trainer: dpo
+    args: {bf16: false, gradient_checkpointing: false, max_steps: 1, learning_rate: 1e-3, save_strategy: "no"}
+evaluation: {prompts: 4, max_new_tokens: 8}
+"""

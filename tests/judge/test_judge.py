@@ -1,0 +1,370 @@
+"""The step `judge`: real HTTP to a server in the test, whole runs, kills, limits, and what each judge is called."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, small_recipe
+from fake_openai import FakeOpenAI, ok, status
+
+from rlhf_trl.judge.step import choose_prompt, judge
+from rlhf_trl.recipe.errors import NotRun, UserError
+from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_json, write_jsonl
+
+RECIPE = """
+name: judged
+seed: 3
+model: {model_name_or_path: builtin:tiny, use_peft: true, lora_dropout: 0.0}
+data: {source: builtin:demo, max_length: 192}
+stages:
+  rm: {trainer: reward, args: {max_length: 192}}
+  gold: {trainer: reward, half: second, args: {max_length: 192}}
+  dpo: {trainer: dpo, args: {max_length: 192}}
+  grpo: {trainer: grpo, reward: rm, args: {num_generations: 4, max_completion_length: 64}}
+evaluation: {reward: rm, gold: gold}
+judge: {prompts: 30, workers: 4, max_tokens: 50}
+"""
+SUBSETS = ("harmless-base", "helpful-base")
+NAMES = ("reference", "dpo", "grpo")
+
+
+@pytest.fixture(autouse=True)
+def _no_keys(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A run whose evaluation is finished: 30 prompts, three models; the longer the better is the gold score."""
+
+    def make(*overrides: str, count: int = 30):
+        recipe = small_recipe(tmp_path, overrides, RECIPE)
+        run = RunDir(tmp_path / "runs" / recipe.name)
+        for name, extra in zip(NAMES, (0, 4, 1), strict=True):
+            rows = []
+            for index in range(count):
+                answer = f"Answer {index} of {name}" + " and more" * (extra + index % 3)
+                rows.append({"id": f"p{index:02}", "subset": SUBSETS[index % 2], "answer": answer, "kl": 1.0 * extra,
+                             "prompt": [{"role": "user", "content": f"Question {index}?"}],
+                             "gold": float(len(answer))})  # fmt: skip
+            write_jsonl(run.completions(name), rows)
+        pairs = [
+            {"id": f"t{index}", "row": index, "subset": SUBSETS[index % 2], "half": "first",
+             "prompt": [{"role": "user", "content": f"Held out {index}?"}],
+             "chosen": f"Good answer {index}" + " really" * (index % 4),
+             "rejected": f"Bad answer {index}" + " no" * (index % 3)}
+            for index in range(40)
+        ]  # fmt: skip
+        write_jsonl(run.pairs("test"), pairs)
+        write_json(run.metrics, {"gold_model": {"stage": "gold", "accuracy": {"mean": 0.7}}})
+        run.mark_done(recipe, "evaluate", 0.0)
+        return recipe, run
+
+    return make
+
+
+def answers_of(messages) -> tuple[str, str]:
+    """The two answers in the text that the judge is shown."""
+    text = messages[0]["content"]
+    nonces = re.findall(r"\b[0-9a-f]{16}\b", text)
+    (code,) = set(nonces)
+    parts = re.split(rf"^.*{code}.*$", text, flags=re.MULTILINE)
+    found = [part.strip() for part in parts if re.search(r"(Answer \d+ of|Good answer|Bad answer)", part)]
+    assert len(found) == 2, text
+    return found[0], found[1]
+
+
+def prefer(better) -> "callable":
+    """A judge that prefers the answer with the higher value."""
+
+    def reply(messages) -> str:
+        first, second = (better(text) for text in answers_of(messages))
+        return f"So.\n[[{'C' if first == second else 'A' if first > second else 'B'}]]"
+
+    return reply
+
+
+def run_judge(recipe, run, server) -> dict:
+    os.environ["OPENAI_BASE_URL"] = server.url
+    try:
+        judge(recipe, run)
+    finally:
+        del os.environ["OPENAI_BASE_URL"]
+    return read_json(run.winrate)
+
+
+def rate_of(result, name: str) -> dict:
+    return next(entry for entry in result["win_rates"] if entry["a"] == name)
+
+
+def test_every_pair_is_shown_in_both_orders_and_the_longer_answer_wins(made):
+    recipe, run = made()
+    with FakeOpenAI(then=ok(prefer(len))) as server:
+        result = run_judge(recipe, run, server)
+        assert len(server.requests) == 2 * 2 * 30
+    assert result["status"] == "complete"
+    assert rate_of(result, "dpo")["win_rate"]["mean"] == 1.0
+    assert rate_of(result, "dpo")["n"] == 30
+    assert result["habits"]["consistency"]["mean"] == 1.0
+    assert result["habits"]["first_share"]["mean"] == 0.5
+    assert result["habits"]["prefers_longer"]["mean"] == 1.0
+    assert rate_of(result, "dpo")["length_controlled"]["warnings"]
+    assert result["ratings"]["ratings"]["reference"]["mean"] == 0.0
+    assert set(rate_of(result, "dpo")["subsets"]) == set(SUBSETS)
+    assert result["cost"]["calls"] == 120
+    assert result["cost"]["usage"] == {"prompt_tokens": 12000, "cached_tokens": 4800, "completion_tokens": 1200}
+    assert result["cost"]["usd"] == pytest.approx((7200 * 0.4 + 4800 * 0.1 + 1200 * 1.6) / 1e6)
+    assert result["cost"]["models"] == ["judge-2025-04-14"]
+    points = {point["policy"]: point for point in result["pareto"]["points"]}
+    assert points["dpo"]["gain"]["mean"] == 1.0 and points["reference"]["gain"]["mean"] == 0.5
+    assert points["dpo"]["kl"]["mean"] == 4.0
+
+
+def test_a_judge_that_goes_by_place_gives_half_and_no_consistency(made):
+    recipe, run = made()
+    with FakeOpenAI(then=ok("[[A]]")) as server:
+        result = run_judge(recipe, run, server)
+    assert rate_of(result, "dpo")["win_rate"]["mean"] == 0.5
+    assert result["habits"]["consistency"]["mean"] == 0.0
+    assert result["habits"]["first_share"]["mean"] == 1.0
+
+
+def test_the_subset_chooses_the_prompt(made):
+    recipe, run = made("judge.prompts=4")
+    with FakeOpenAI(then=ok("[[C]]")) as server:
+        run_judge(recipe, run, server)
+        texts = {request["messages"][0]["content"].split("Question")[0][:400] for request in server.requests}
+    assert len(texts) >= 2
+    kinds = {
+        name: choose_prompt(recipe.judge, name) for name in ("harmless-base", "red-team-attempts", "helpful-online")
+    }
+    assert list(kinds.values()) == ["harmless", "harmless", "helpful"]
+
+
+def test_identical_answers_are_a_tie_without_a_call(made):
+    recipe, run = made()
+    write_jsonl(run.completions("grpo"), read_jsonl(run.completions("reference")))
+    with FakeOpenAI(then=ok(prefer(len))) as server:
+        result = run_judge(recipe, run, server)
+        assert len(server.requests) == 60
+    assert rate_of(result, "grpo")["win_rate"]["mean"] == 0.5
+    assert rate_of(result, "grpo")["ties"] == 30
+
+
+def test_a_reply_without_verdict_is_asked_about_once_more_and_then_missing(made):
+    recipe, run = made("judge.prompts=5", "judge.workers=1")
+
+    def reply(messages) -> str:
+        if len(messages) == 1:
+            return "I cannot decide."
+        return "[[A]]" if "Question 1?" in messages[0]["content"] else "Still not."
+
+    with FakeOpenAI(then=ok(reply)) as server:
+        result = run_judge(recipe, run, server)
+        assert len(server.requests) == 2 * (2 * 2 * 5)
+        run_judge(recipe, run, server)
+        assert len(server.requests) == 40
+    entry = rate_of(result, "dpo")
+    assert entry["n"] == 1
+    assert entry["missing"] == {"comparisons": 4, "verdicts": {"invalid": 8}}
+    assert result["cost"]["calls"] == 40
+
+
+def test_failures_are_missing_with_their_cause_and_made_again_next_time(made):
+    recipe, run = made("judge.prompts=5", "judge.workers=1")
+    quick = [status(400, {"code": "context_length_exceeded"}, "context length"), status(400, {"code": "x"}, "bad")]
+    with FakeOpenAI(quick, then=ok(prefer(len))) as server:
+        result = run_judge(recipe, run, server)
+        assert len(server.requests) == 20
+        assert rate_of(result, "dpo")["missing"]["verdicts"] == {"bad_request": 1, "context_length": 1}
+        again = run_judge(recipe, run, server)
+        assert len(server.requests) == 21  # what may pass is asked again, what is final is not
+    assert rate_of(again, "dpo")["missing"]["verdicts"] == {"context_length": 1}
+
+
+def test_without_key_and_server_nothing_is_run(made):
+    recipe, run = made()
+    with pytest.raises(NotRun, match="OPENAI_API_KEY"):
+        judge(recipe, run)
+    result = read_json(run.winrate)
+    assert result["status"] == "not run"
+    assert "win_rates" not in result
+
+
+def test_a_server_that_is_not_there_is_no_result(made):
+    recipe, run = made("judge.base_url=http://127.0.0.1:9/v1", "judge.prompts=2")
+    import rlhf_trl.judge.step as module
+    from rlhf_trl.judge.client import OpenAIClient
+
+    class Impatient(OpenAIClient):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, attempts=1)
+
+    original, module.OpenAIClient = module.OpenAIClient, Impatient
+    try:
+        with pytest.raises(NotRun, match="connection"):
+            judge(recipe, run)
+    finally:
+        module.OpenAIClient = original
+    assert read_json(run.winrate)["status"] == "not run"
+
+
+def test_a_wrong_key_is_the_users_error(made, monkeypatch):
+    recipe, run = made("judge.prompts=3")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    with (
+        FakeOpenAI(then=status(401, {"code": "invalid_api_key"})) as server,
+        pytest.raises(UserError, match="OPENAI_API_KEY"),
+    ):
+        run_judge(recipe, run, server)
+
+
+@pytest.mark.parametrize("limit", ["judge.max_requests=11", "judge.max_cost=0.001"])
+def test_a_limit_stops_cleanly_and_the_result_says_so(made, limit):
+    recipe, run = made(limit)
+    with FakeOpenAI(then=ok(prefer(len))) as server:
+        with pytest.raises(NotRun, match=r"max_\w+ reached"):
+            run_judge(recipe, run, server)
+        made_calls = len(server.requests)
+        result = read_json(run.winrate)
+        assert result["status"] == "partial" and "reached" in result["reason"]
+        assert 0 < result["cost"]["calls"] == made_calls < 120
+        assert result["cost"]["usd"] <= 0.001
+        more, _ = made()
+        whole = run_judge(more, run, server)
+        assert len(server.requests) == 120
+    assert whole["status"] == "complete"
+
+
+def test_calibration_tells_a_good_judge_from_a_random_and_a_lengthy_one(made):
+    words = {"good": lambda text: text.startswith("Good"), "long": len, "place": lambda text: 0}
+    found = {}
+    for name, better in words.items():
+        recipe, run = made("judge.prompts=2", "judge.calibrate=20", f"judge.model={name}")
+        with FakeOpenAI(then=ok(prefer(better) if name != "place" else "[[A]]")) as server:
+            found[name] = run_judge(recipe, run, server)
+    good, long, place = (found[name]["calibration"] for name in words)
+    assert good["verdict"] == "informed" and good["all"]["accuracy"]["mean"] == 1.0
+    assert place["verdict"] == "chance" and place["all"]["accuracy"]["mean"] == 0.5
+    assert long["verdict"] in ("length", "chance")
+    assert long["all"]["accuracy"]["mean"] == pytest.approx(long["all"]["length_baseline"]["mean"])
+    assert {name: of["n"] for name, of in good["subsets"].items()} == dict.fromkeys(SUBSETS, 20)
+
+
+def test_canaries_show_a_judge_that_does_as_it_is_told(made):
+    def obedient(messages) -> str:
+        first, second = answers_of(messages)
+        told = re.findall(r"\[\[([AB])\]\]", first + second)
+        return f"[[{told[-1]}]]" if told else prefer(lambda text: text.startswith("Good"))(messages)
+
+    recipe, run = made("judge.prompts=2", "judge.calibrate=20")
+    with FakeOpenAI(then=ok(obedient)) as server:
+        canaries = run_judge(recipe, run, server)["canaries"]
+    assert canaries["n"] == 20
+    assert canaries["without_note"]["mean"] == 0.0
+    assert canaries["difference"]["mean"] == pytest.approx(3 / 5)  # three of the five notes name the tag
+    recipe, run = made("judge.prompts=2", "judge.calibrate=20", "judge.model=robust")
+    with FakeOpenAI(then=ok(prefer(lambda text: text.startswith("Good")))) as server:
+        canaries = run_judge(recipe, run, server)["canaries"]
+    assert canaries["difference"]["mean"] == 0.0
+
+
+def test_the_gold_model_judges_as_what_it_is(made):
+    recipe, run = made("judge.kind=reward")
+    judge(recipe, run)
+    result = read_json(run.winrate)
+    assert result["judge"]["name"] == "gold reward model gold"
+    assert "not a person" in result["judge"]["is"]
+    assert rate_of(result, "dpo")["win_rate"]["mean"] == 1.0
+    assert result["calibration"]["reward_model"] == {"stage": "gold", "accuracy": {"mean": 0.7}}
+    assert result["cost"] is None
+
+
+def test_the_offline_judge_is_deterministic_and_labelled(made):
+    recipe, run = made("judge.kind=offline", "judge.pairs=all", "judge.calibrate=5")
+    judge(recipe, run)
+    first = run.winrate.read_bytes()
+    judge(recipe, run)
+    assert run.winrate.read_bytes() == first
+    result = json.loads(first)
+    assert {(entry["a"], entry["b"]) for entry in result["win_rates"]} == {
+        *itertools.combinations(("dpo", "grpo", "reference"), 2)
+    }
+    assert "a rule for tests" in result["judge"]["is"]
+
+
+def test_another_prompt_or_model_is_another_judge(made):
+    recipe, run = made("judge.prompts=2")
+    with FakeOpenAI(then=ok("[[C]]")) as server:
+        one = run_judge(recipe, run, server)["judge"]["id"]
+        other, _ = made("judge.prompts=2", "judge.model=gpt-4.1")
+        two = run_judge(other, run, server)["judge"]["id"]
+        assert len(server.requests) == 16
+    assert re.fullmatch(r"gpt-4\.1-mini@[0-9a-f]{12}", one)
+    assert one != two
+    assert len(list((run.root / "judge").glob("*.jsonl"))) == 2
+
+
+def command(run: RunDir, *more: str) -> list[str]:
+    recipe = str(run.root.parent.parent / "small.yaml")
+    return [sys.executable, "-m", "rlhf_trl", "judge", recipe, "--runs", str(run.root.parent), *more]
+
+
+@pytest.mark.parametrize("row", [1, 23, 49])
+def test_a_killed_run_makes_exactly_the_missing_calls(made, row):
+    recipe, run = made("judge.prompts=25", "judge.workers=1")
+    recipe_file = run.root.parent.parent / "small.yaml"
+    recipe_file.write_text(RECIPE.replace("prompts: 30, workers: 4", "prompts: 25, workers: 1").replace(", grpo", ""))
+    with FakeOpenAI(then=ok(prefer(len), latency=0.02)) as server:
+        environment = {**os.environ, "OPENAI_BASE_URL": server.url}
+        with subprocess.Popen(command(run), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as child:
+            while len(server.requests) < row and child.poll() is None:
+                time.sleep(0.005)
+            child.send_signal(signal.SIGKILL)
+        (cache,) = (run.root / "judge").glob("*.jsonl")
+        known = cache.read_bytes().count(b"\n")
+        before = len(server.requests)
+        assert known < 100
+        done = subprocess.run(command(run), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(server.requests) - before == 100 - known
+        resumed = read_json(run.winrate)
+    for path in (run.root / "judge").iterdir():
+        path.unlink()
+    with FakeOpenAI(then=ok(prefer(len))) as server:
+        straight = run_judge(recipe, run, server)
+    assert resumed == straight
+
+
+def test_the_command_says_what_was_not_run_and_how(made):
+    _, run = made()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI")}
+    done = subprocess.run(command(run), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "judge: not run: OPENAI_API_KEY is not set" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not run.done("judge").exists()
+
+
+def test_an_env_file_gives_the_address(made, tmp_path):
+    _, run = made("judge.prompts=2")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI")}
+    with FakeOpenAI(then=ok("[[C]]")) as server:
+        (tmp_path / "env").write_text(f"OPENAI_BASE_URL={server.url}\nOPENAI_MODEL=local-model\n")
+        words = command(run, "--env-file", str(tmp_path / "env"), "--set", "judge.prompts=2", "--calibrate", "3")
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(server.requests) == 2 * (4 + 6 + 6)
+        assert server.requests[0]["model"] == "local-model"
+    result = read_json(run.winrate)
+    assert result["judge"]["name"] == "local-model"
+    assert result["calibration"]["all"]["n"] == 6
+    # What the command asks for beyond the recipe does not make it another recipe's result.
+    assert run.is_done(made("judge.prompts=2")[0], "judge")

@@ -1,0 +1,258 @@
+"""The file of judge replies: what is a hit, what a kill leaves behind, two processes, and the money."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from fake_openai import FakeOpenAI, ok
+
+from rlhf_trl.judge.cache import (
+    LIKELY_REPLY,
+    MAY_PASS,
+    Budget,
+    Forecast,
+    JudgeCache,
+    Price,
+    Status,
+    cost,
+    estimate,
+    key,
+)
+from rlhf_trl.recipe.errors import UserError
+
+TALK = [{"role": "user", "content": "Hello"}]
+MINI = Price(input=0.4, cached=0.1, output=1.6)
+STANDS = {"ok", "refusal", "content_filter", "length", "null_content", "context_length"}
+
+
+def line_of(name: str, status: str = "ok", **values) -> dict:
+    return {"key": name, "status": status, "reply": "[[A]]"} | values
+
+
+def test_what_is_written_is_found_again(tmp_path):
+    path = tmp_path / "judge" / "gpt.jsonl"
+    lines = [line_of("a", reply="größer\u2028 \n [[B]]"), line_of("b", "length", reply=None)]
+    with JudgeCache(path) as cache:
+        assert cache.get("a") is None
+        for line in lines:
+            cache.append(line)
+        assert cache.get("a") == lines[0]
+    assert path.read_text(encoding="utf-8").count("\n") == 2
+    with JudgeCache(path) as cache:
+        assert cache.lines == lines
+        assert (cache.get("a"), cache.get("b"), cache.get("c")) == (*lines, None)
+
+
+def test_every_status_is_a_hit_or_is_made_again(tmp_path):
+    assert set(get_args(Status)) == STANDS | MAY_PASS and not STANDS & MAY_PASS
+    with JudgeCache(tmp_path / "x.jsonl") as cache:
+        for status in get_args(Status):
+            cache.append(line_of(status, status))
+    with JudgeCache(tmp_path / "x.jsonl") as cache:
+        assert {status for status in get_args(Status) if cache.get(status) is not None} == STANDS
+        assert all(cache.latest(status)["status"] == status for status in get_args(Status))
+
+
+def test_a_failure_gives_way_to_a_reply_and_a_reply_to_nothing(tmp_path):
+    with JudgeCache(tmp_path / "x.jsonl") as cache:
+        cache.append(line_of("a", "timeout"))
+        cache.append(line_of("a", "rate_limit"))
+        assert (cache.get("a"), cache.latest("a")["status"]) == (None, "rate_limit")
+        cache.append(line_of("a", "ok"))
+        cache.append(line_of("a", "quota"))
+        cache.append(line_of("a", "refusal"))
+        assert cache.get("a") == cache.latest("a") == line_of("a")
+        assert len(cache.lines) == 5
+
+
+def test_a_line_that_was_cut_off_is_mended_and_said(tmp_path, caplog):
+    path = tmp_path / "x.jsonl"
+    whole = json.dumps(line_of("a")).encode() + b"\n"
+    for end in range(1, len(whole)):
+        path.write_bytes(whole + whole.replace(b'"a"', b'"b"')[:end])
+        caplog.clear()
+        with JudgeCache(path) as cache:
+            assert [line["key"] for line in cache.lines] == ["a"] + ["b"] * (end == len(whole))
+            cache.append(line_of("c"))
+        assert "cut off" in caplog.text
+        assert [json.loads(text)["key"] for text in path.read_text().splitlines()] == ["a", "c"]
+
+
+@pytest.mark.parametrize("damage", [b"\x00\x00\x00", b"{", b"[]", b'{"key": 1, "status": "ok"}', b"\xff"])
+def test_damage_in_the_middle_costs_only_its_own_line(tmp_path, caplog, damage):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\n".join([json.dumps(line_of("a")).encode(), damage, json.dumps(line_of("c")).encode(), b""]))
+    before = path.read_bytes()
+    with JudgeCache(path) as cache:
+        assert [line["key"] for line in cache.lines] == ["a", "c"]
+    assert path.read_bytes() == before
+    assert f"{path}:2" in caplog.text
+
+
+def test_no_line_holds_a_number_that_json_has_not(tmp_path):
+    with JudgeCache(tmp_path / "x.jsonl") as cache:
+        with pytest.raises(ValueError):
+            cache.append(line_of("a", seconds=float("nan")))
+        assert cache.get("a") is None
+    assert (tmp_path / "x.jsonl").read_bytes() == b""
+
+
+def test_threads_write_whole_lines(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with JudgeCache(path) as cache:
+        threads = [
+            threading.Thread(
+                target=lambda n=n: [cache.append(line_of(f"{n}-{i}", reply="x" * 3000)) for i in range(50)]
+            )
+            for n in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(cache.lines) == 400
+    keys = [json.loads(text)["key"] for text in path.read_text().splitlines()]
+    assert sorted(keys) == sorted(f"{n}-{i}" for n in range(8) for i in range(50))
+
+
+def test_a_second_process_is_refused_until_the_first_lets_go(tmp_path):
+    path = tmp_path / "x.jsonl"
+    code = "import sys; from pathlib import Path; from rlhf_trl.judge.cache import JudgeCache\n"
+    code += "with JudgeCache(Path(sys.argv[1])) as cache: print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process"):
+            JudgeCache(path)
+        other.send_signal(signal.SIGKILL)  # the system lets go of the lock of a killed process
+        other.wait()
+        JudgeCache(path).close()
+
+
+def test_a_key_names_all_that_decides_a_verdict():
+    keys = [
+        key("gpt@1", TALK, "a", "b"),
+        key("gpt@2", TALK, "a", "b"),
+        key("gpt@1", [*TALK, *TALK], "a", "b"),
+        key("gpt@1", [{"role": "system", "content": "Hello"}], "a", "b"),
+        key("gpt@1", TALK, "b", "a"),
+        key("gpt@1", TALK, "ab", ""),
+        key("gpt@1", TALK, "a", "b", again=""),
+        key("gpt@1", TALK, "a", "b", again="no verdict"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == key("gpt@1", [{"content": "Hello", "role": "user"}], "a", "b")
+    assert len(keys[0]) == 64
+
+
+RUN = """
+import sys
+from pathlib import Path
+from rlhf_trl.judge.cache import JudgeCache, key
+from rlhf_trl.judge_client import OpenAIClient, Request, run_all
+talk = [{"role": "user", "content": "Hello"}]
+with JudgeCache(Path(sys.argv[2])) as cache, OpenAIClient("m", api_key="EMPTY", base_url=sys.argv[1]) as client:
+    names = {key("m@1", talk, f"a{n}", "b"): n for n in range(50)}
+    missing = [Request(name, [{"role": "user", "content": f"{n}"}], {"prompt_id": f"p{n}"})
+               for name, n in names.items() if cache.get(name) is None]
+    run_all(missing, client, int(sys.argv[3]),
+            lambda request, reply: cache.append({"key": request.key, **request.about, **reply.as_line()}),
+            lambda in_flight: None)
+"""
+
+
+def judge_50(server: FakeOpenAI, path: Path, workers: int) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", RUN, server.url, str(path), str(workers)])
+
+
+ANSWER = ok(lambda messages: f"{messages[0]['content']} [[A]]")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """The replies of a run that nothing stopped, and that made no call when it was started again."""
+    path = tmp_path_factory.mktemp("whole") / "x.jsonl"
+    with FakeOpenAI(then=ANSWER) as server:
+        for _ in range(2):
+            with judge_50(server, path, workers=4) as run:
+                assert run.wait(timeout=60) == 0
+            assert len(server.requests) == 50
+    return path
+
+
+def verdicts(path: Path) -> dict[str, tuple]:
+    with JudgeCache(path) as cache:
+        return {line["prompt_id"]: (line["key"], line["status"], line["reply"], line["usage"]) for line in cache.lines}
+
+
+@pytest.mark.parametrize(("row", "workers", "half"), [(1, 1, b""), (23, 1, b'{"key": "'), (38, 4, b"")])
+def test_a_run_killed_at_a_row_makes_exactly_the_missing_calls_when_it_is_started_again(
+    tmp_path, uninterrupted, row, workers, half
+):
+    path = tmp_path / "x.jsonl"
+
+    def kill(handler, body):
+        os.kill(child.pid, signal.SIGKILL)
+
+    with FakeOpenAI([ANSWER] * (row - 1) + [kill], then=ANSWER) as server:
+        with judge_50(server, path, workers) as child:
+            assert child.wait(timeout=60) == -signal.SIGKILL
+        kept = path.read_bytes().count(b"\n")
+        assert row - workers <= kept <= row - 1  # a reply that had just arrived may be lost with its process
+        with path.open("ab") as file:
+            file.write(half)
+        seen = len(server.requests)
+        with judge_50(server, path, workers) as again:
+            assert again.wait(timeout=60) == 0
+        assert len(server.requests) - seen == 50 - kept
+    assert verdicts(path) == verdicts(uninterrupted)
+    assert path.read_bytes().count(b"\n") == 50
+
+
+def test_what_a_call_costs():
+    usage = {"prompt_tokens": 1_000_000, "cached_tokens": 250_000, "completion_tokens": 500_000}
+    assert cost(usage, MINI) == pytest.approx(0.75 * 0.4 + 0.25 * 0.1 + 0.5 * 1.6)
+    assert cost(None, MINI) == 0.0
+
+
+def test_the_estimate_takes_a_token_for_four_bytes():
+    calls = [
+        [{"role": "user", "content": "x" * 4000}],
+        [{"role": "user", "content": "é" * 3}] * 2,
+    ]  # 1000 and 3 tokens
+    forecast = estimate(calls, MINI, max_tokens=500)
+    fresh = 1003 * 0.4
+    assert (forecast.calls, forecast.prompt_tokens) == (2, 1003)
+    assert forecast.likely == pytest.approx((fresh + 2 * LIKELY_REPLY * 1.6) / 1e6)
+    assert forecast.most == pytest.approx((fresh + 2 * 500 * 1.6) / 1e6)
+    assert forecast.dearest == pytest.approx((1000 * 0.4 + 500 * 1.6) / 1e6)
+    assert estimate(calls, MINI, max_tokens=10).likely == estimate(calls, MINI, max_tokens=10).most
+    assert estimate([], MINI, max_tokens=500) == Forecast(0, 0, 0.0, 0.0, 0.0)
+
+
+def test_a_budget_counts_what_is_in_flight():
+    budget = Budget(Price(input=1.0, cached=1.0, output=1.0), dearest=0.1, max_cost=1.0)
+    assert budget.stop(9) is None
+    assert "max_cost" in budget.stop(10)
+    budget.add({"prompt_tokens": 50_000, "cached_tokens": 0, "completion_tokens": 0})
+    assert (budget.spent, budget.calls) == (0.05, 1)
+    assert budget.stop(8) is None
+    assert "$0.0500 spent" in budget.stop(9)
+    budget.add({"prompt_tokens": 400_000, "cached_tokens": 0, "completion_tokens": 0})  # dearer than was thought
+    assert budget.stop(0) is None
+    assert "max_cost" in budget.stop(1)
+
+
+def test_a_budget_counts_calls_and_may_be_without_limits():
+    budget = Budget(MINI, max_requests=3)
+    budget.add(None)
+    assert budget.stop(1) is None
+    assert "max_requests" in budget.stop(2)
+    assert Budget(MINI, dearest=9.0).stop(10**6) is None
+    assert "max_cost" in Budget(MINI, dearest=0.1, max_cost=0.05).stop(0)

@@ -1,0 +1,437 @@
+"""Calls to a judge, against a real HTTP server that misbehaves as real ones do."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from fake_openai import USAGE, FakeOpenAI, completion, cut, drip, drop, hang, json_of, ok, raw, status
+
+from rlhf_trl.judge.cache import Budget, Price
+from rlhf_trl.judge.client import FAILURES_IN_A_ROW, OpenAIClient, Reply, Request, run_all
+from rlhf_trl.judge.replies import read_answer, retry_after
+from rlhf_trl.recipe.errors import UserError
+
+ASK = [{"role": "user", "content": "Which is better?"}]
+COUNTED = {"prompt_tokens": 100, "cached_tokens": 40, "completion_tokens": 10}
+NO_TEXT = {"error": {"message": "upstream failed", "code": 502}}
+
+
+def client_of(server: FakeOpenAI, **options) -> OpenAIClient:
+    options = {"attempts": 3, "timeout": 20, "sleep": lambda seconds: None} | options
+    return OpenAIClient("judge", api_key="EMPTY", base_url=server.url, **options)
+
+
+def requests_of(count: int) -> list[Request]:
+    return [Request(f"key-{n}", [{"role": "user", "content": f"pair {n}"}], {"n": n}) for n in range(count)]
+
+
+# Behaviours of the server, what one call comes to with at most three attempts, how many were made, and the text kept.
+QUOTA = status(429, {"code": "insufficient_quota", "type": "insufficient_quota"})
+TABLE = {
+    "ok": ([ok("because\n[[B]]")], "ok", 1, "because\n[[B]]"),
+    "429 twice, then ok": ([status(429), status(429, headers={"Retry-After": "2"}), ok("[[A]]")], "ok", 3, "[[A]]"),
+    "429 for ever": ([status(429)] * 9, "rate_limit", 3, None),
+    "Retry-After too long": ([status(429, headers={"Retry-After": "3600"})] * 9, "rate_limit", 1, None),
+    "503 with Retry-After too long": ([status(503, headers={"Retry-After": "3600"})] * 9, "server_error", 1, None),
+    "quota": ([QUOTA] * 9, "quota", 1, None),
+    "no credit": ([status(402)] * 9, "quota", 1, None),
+    "500": ([status(500)] * 9, "server_error", 3, None),
+    "502, then ok": ([status(502), ok("[[A]]")], "ok", 2, "[[A]]"),
+    "hang": ([hang] * 9, "timeout", 3, None),
+    "hang, then ok": ([hang, ok("[[A]]")], "ok", 2, "[[A]]"),
+    "drip": ([drip] * 9, "timeout", 3, None),
+    "HTML": ([raw(b"<!doctype html><title>Sign in</title>", "text/html")] * 9, "html", 2, None),
+    "HTML that says it is JSON": ([raw(b"\n<html>")] * 9, "html", 2, None),
+    "truncated JSON": ([raw(json.dumps(completion("[[A]]")).encode()[:-30])] * 9, "bad_json", 2, None),
+    "truncated JSON, then ok": ([raw(b'{"id": '), ok("[[A]]")], "ok", 2, "[[A]]"),
+    "an empty body": ([raw(b"")] * 9, "bad_json", 2, None),
+    "null content": ([json_of(completion(None))] * 9, "null_content", 2, None),
+    "blank content": ([json_of(completion(" \n"))] * 9, "null_content", 2, " \n"),
+    "500, then null content": ([status(500), *[json_of(completion(None))] * 9], "null_content", 3, None),
+    "refusal": ([json_of(completion(None, refusal="I cannot judge this."))] * 9, "refusal", 1, "I cannot judge this."),
+    "content filter": ([json_of(completion("I", "content_filter"))] * 9, "content_filter", 1, "I"),
+    "filtered prompt": ([status(400, {"code": "content_filter"})] * 9, "content_filter", 1, None),
+    "length": ([json_of(completion("Both answers are", "length"))] * 9, "length", 1, "Both answers are"),
+    "length, all of it unseen": ([json_of(completion(None, "length"))] * 9, "length", 1, None),
+    "no choices": ([json_of(completion("[[A]]") | {"choices": []})] * 9, "no_choices", 2, None),
+    "an error in a 200": ([json_of(NO_TEXT)] * 9, "no_choices", 2, None),
+    "dropped connection": ([drop] * 9, "connection", 3, None),
+    "dropped, then ok": ([drop, ok("[[A]]")], "ok", 2, "[[A]]"),
+    "cut in the middle": ([cut] * 9, "connection", 3, None),
+    "context": ([status(400, {"code": "context_length_exceeded"})] * 9, "context_length", 1, None),
+    "context, vLLM": (
+        [status(400, {"code": 400}, "This model's maximum context length is 2048 tokens. However, you requested 9")],
+        "context_length",
+        1,
+        None,
+    ),
+    "context, llama.cpp": ([status(400, {"type": "exceed_context_size_error"})] * 9, "context_length", 1, None),
+    "bad request": ([status(400, message="messages: field required")] * 9, "bad_request", 1, None),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_a_call_comes_to(name):
+    script, expected, attempts, text = TABLE[name]
+    timeout = 1.5 if name == "hang, then ok" else 0.2 if expected == "timeout" else 20
+    with FakeOpenAI(script) as server, client_of(server, timeout=timeout) as client:
+        reply = client.complete(ASK)
+        assert (reply.status, reply.attempts, len(server.requests)) == (expected, attempts, attempts)
+        assert reply.text == text
+        assert (reply.detail is None) == (expected == "ok")
+
+
+REFUSALS = {
+    "401": (status(401, {"code": "invalid_api_key"}, "Incorrect API key"), "OPENAI_API_KEY", "Incorrect API key"),
+    "403": (status(403, message="Country not supported"), "OPENAI_API_KEY", "Country not supported"),
+    "model": (status(404, {"code": "model_not_found"}, "The model `judge` does not exist"), "judge", "/v1/models"),
+    "address": (status(404, message="Not Found"), "OPENAI_BASE_URL", "/v1"),
+    "option": (
+        status(400, {"code": "unsupported_parameter"}, "Unsupported parameter: 'max_tokens'"),
+        "judge",
+        "max_completion_tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_no_call_can_succeed_with_is_the_users_to_mend_after_one_attempt(name):
+    behaviour, place, says = REFUSALS[name]
+    with FakeOpenAI(then=behaviour) as server, client_of(server) as client:
+        with pytest.raises(UserError) as caught:
+            client.complete(ASK)
+        assert len(server.requests) == 1
+    assert place in caught.value.problems[0].place
+    assert says in str(caught.value)
+
+
+def test_the_words_of_a_server_with_a_form_of_its_own_are_kept():
+    def unprocessable(handler, body):
+        handler.answer({"detail": [{"loc": ["body", "seed"], "msg": "field not known"}]}, 422)
+
+    with FakeOpenAI(then=unprocessable) as server, client_of(server) as client:
+        reply = client.complete(ASK)
+    assert reply.status == "bad_request"
+    assert "field not known" in reply.detail
+
+
+@pytest.mark.parametrize("key", ["", "sk-1\n", "two words", "schlüssel"])
+def test_a_key_that_cannot_be_one_is_refused_before_a_call(key):
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
+        OpenAIClient("judge", api_key=key)
+    assert not key or key not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000/v1", "http://", "http://[::1/v1", "ftp://host/v1"])
+def test_an_address_that_cannot_be_one_is_refused_before_a_call(url):
+    with pytest.raises(UserError, match="OPENAI_BASE_URL"):
+        OpenAIClient("judge", api_key="EMPTY", base_url=url)
+
+
+def test_what_is_sent_and_what_is_recorded():
+    options = {"max_tokens": 64, "max_tokens_name": "max_completion_tokens", "seed": 7}
+    with FakeOpenAI() as server, client_of(server, **options) as client:
+        reply = client.complete(ASK)
+        assert server.requests == [
+            {"model": "judge", "messages": ASK, "temperature": 0.0, "seed": 7, "max_completion_tokens": 64}
+        ]
+        assert server.paths == ["/v1/chat/completions"]
+        assert server.headers[0]["Authorization"] == "Bearer EMPTY"
+    assert (reply.model, reply.fingerprint, reply.usage) == ("judge-2025-04-14", "fp_1", COUNTED)
+    assert 0 < reply.seconds < 30
+    line = reply.as_line()
+    assert line.pop("seconds") == round(reply.seconds, 3)
+    assert line == {
+        "status": "ok",
+        "reply": "A reason.\n[[A]]",
+        "attempts": 1,
+        "usage": COUNTED,
+        "model": "judge-2025-04-14",
+        "fingerprint": "fp_1",
+        "detail": None,
+    }
+
+
+def test_options_that_are_not_given_are_not_sent():
+    with FakeOpenAI() as server, client_of(server, temperature=None) as client:
+        client.complete(ASK)
+        assert server.requests[0].keys() == {"model", "messages", "max_tokens"}
+
+
+def test_tokens_of_every_counted_attempt_are_paid_for():
+    script = [json_of(completion(None)), status(500), ok("[[A]]")]
+    with FakeOpenAI(script) as server, client_of(server) as client:
+        assert client.complete(ASK).usage == {name: 2 * count for name, count in COUNTED.items()}
+
+
+def test_the_waits_double_leave_a_half_to_chance_and_are_the_same_for_the_same_call():
+    def waits_of(messages, **options):
+        waits = []
+        options |= {"attempts": 7, "sleep": waits.append}
+        with FakeOpenAI(then=status(500)) as server, client_of(server, **options) as client:
+            client.complete(messages)
+        return waits
+
+    waits = waits_of(ASK)
+    assert all(top / 2 <= wait <= top for wait, top in zip(waits, [1, 2, 4, 8, 16, 30], strict=True)), waits
+    assert waits_of(ASK) == waits
+    assert waits_of(ASK, jitter=1) != waits
+    assert waits_of([{"role": "user", "content": "another"}]) != waits
+
+
+def test_a_server_is_given_the_time_it_asks_for_up_to_the_limit():
+    waits = []
+    script = [
+        status(429, headers={"Retry-After": "20"}),
+        status(503, headers={"Retry-After": formatdate(time.time() + 30, usegmt=True)}),
+        status(429, headers={"retry-after-ms": "40000", "Retry-After": "1"}),
+        status(429, headers={"Retry-After": "0"}),
+        status(429, headers={"Retry-After": "61"}),
+    ]
+    with FakeOpenAI(script) as server, client_of(server, attempts=9, sleep=waits.append) as client:
+        reply = client.complete(ASK)
+    assert (reply.status, reply.attempts) == ("rate_limit", 5)
+    lowest, highest = (20, 28, 40, 4), (20.5, 30.5, 40.5, 8)  # the last one is the back-off of a fourth attempt
+    assert all(low <= wait <= high for low, wait, high in zip(lowest, waits, highest, strict=True)), waits
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after": "-3"}, 0.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "Thu, 01 Jan 1970 00:20:00 GMT"}, 200.0),
+        ({"retry-after": "Thu, 01 Jan 1970 00:20:00 -0000"}, 200.0),
+        ({"retry-after": "Thu, 01 Jan 1970 01:20:00 +0100"}, 200.0),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after-ms": "x", "retry-after": "9"}, 9.0),
+    ],
+)
+def test_retry_after_in_each_of_its_forms(headers, seconds):
+    assert retry_after(headers, now=1000.0) == seconds
+
+
+@pytest.mark.parametrize("value", [None, [], 3, "text", {"choices": {}}, {"choices": ["x"]}, {"choices": [{}]}])
+def test_json_of_another_form_is_an_outcome_and_no_crash(value):
+    assert read_answer("application/json", json.dumps(value).encode()).status == "bad_json"
+
+
+def test_a_crafted_body_cannot_crash_the_reader():
+    assert read_answer("", b"[" * 200_000).status == "bad_json"
+    assert read_answer("", b"\xff\xfe\x00").status == "bad_json"
+    assert read_answer("", json.dumps(completion("a\ud800[[A]]")).encode()).text == "a?[[A]]"
+    odd = completion("[[A]]") | {"usage": {"prompt_tokens": None}, "model": 3}
+    outcome = read_answer("", json.dumps(odd).encode())
+    assert (outcome.status, outcome.usage, outcome.model) == ("ok", None, None)
+
+
+def test_a_local_server_counts_no_cached_tokens():
+    outcome = read_answer("", json.dumps(completion("[[A]]") | {"usage": USAGE}).encode())
+    assert outcome.usage == {"prompt_tokens": 100, "cached_tokens": 0, "completion_tokens": 10}
+
+
+class Scripted:
+    """A judge without a server: the n-th call's reply is `replies(n)`."""
+
+    def __init__(self, replies):
+        self.replies, self.calls, self.interrupted = replies, 0, False
+
+    def complete(self, messages):
+        self.calls += 1
+        return self.replies(self.calls - 1)
+
+    def interrupt(self):
+        self.interrupted = True
+
+
+def reply_of(status="ok", **values) -> Reply:
+    values = {"text": "[[A]]", "attempts": 1, "usage": COUNTED, "model": "m", "fingerprint": None} | values
+    return Reply(status, **values, seconds=0.1, detail=None if status == "ok" else "why")
+
+
+def test_every_request_is_handed_over_once_with_its_reply():
+    got = {}
+    echo = ok(lambda messages: f"on {messages[-1]['content']} [[A]]")
+    with FakeOpenAI(then=echo) as server, client_of(server) as client:
+        said = run_all(requests_of(30), client, 8, lambda request, reply: got.update({request.key: reply}), stop_never)
+        assert len(server.requests) == 30
+    assert said is None
+    assert {key: reply.text for key, reply in got.items()} == {f"key-{n}": f"on pair {n} [[A]]" for n in range(30)}
+
+
+def stop_never(in_flight: int) -> None:
+    return None
+
+
+def test_nothing_to_do_is_no_error():
+    assert run_all([], Scripted(reply_of), 4, lambda request, reply: None, stop_never) is None
+
+
+def test_quota_ends_the_run_and_keeps_what_was_in_flight():
+    script = [ok("[[A]]", latency=0.2), QUOTA, ok("[[B]]", latency=0.2)]
+    got = []
+    with FakeOpenAI(script) as server, client_of(server) as client:
+        said = run_all(requests_of(20), client, 3, lambda request, reply: got.append(reply.status), stop_never)
+        assert len(server.requests) == 3
+    assert said is not None and said.startswith("quota: ")
+    assert sorted(got) == ["ok", "ok", "quota"]
+
+
+def test_a_refused_key_ends_the_run_and_keeps_what_was_in_flight():
+    got = []
+    script = [ok("[[A]]", latency=0.2), status(401), ok("[[B]]", latency=0.2)]
+    with FakeOpenAI(script) as server, client_of(server) as client:
+        with pytest.raises(UserError, match="OPENAI_API_KEY"):
+            run_all(requests_of(20), client, 3, lambda request, reply: got.append(reply.status), stop_never)
+        assert len(server.requests) == 3
+    assert got == ["ok", "ok"]
+
+
+def test_a_server_that_is_gone_ends_the_run():
+    judge, got = Scripted(lambda n: reply_of("connection")), []
+    said = run_all(requests_of(200), judge, 4, lambda request, reply: got.append(reply.status), stop_never)
+    assert said == f"{FAILURES_IN_A_ROW} calls in a row failed, the last with connection: why"
+    assert judge.interrupted
+    assert judge.calls == len(got) <= FAILURES_IN_A_ROW + 4
+
+
+def test_failures_between_replies_do_not_end_the_run():
+    judge, got = Scripted(lambda n: reply_of("ok" if n % 10 == 0 else "timeout")), []
+    assert run_all(requests_of(100), judge, 1, lambda request, reply: got.append(reply.status), stop_never) is None
+    assert len(got) == 100
+
+
+def test_a_judge_that_always_refuses_is_not_taken_for_a_dead_server():
+    judge, got = Scripted(lambda n: reply_of("refusal")), []
+    assert run_all(requests_of(100), judge, 1, lambda request, reply: got.append(reply.status), stop_never) is None
+    assert len(got) == 100
+
+
+def test_a_defect_in_the_judge_is_raised_and_not_swallowed():
+    def broken(n):
+        raise ZeroDivisionError("a defect")
+
+    with pytest.raises(ZeroDivisionError):
+        run_all(requests_of(9), Scripted(broken), 2, lambda request, reply: None, stop_never)
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+@pytest.mark.parametrize(("limits", "calls"), [({"max_requests": 13}, 13), ({"max_cost": 0.00042 * 7}, 7), ({}, 50)])
+def test_a_limit_is_never_gone_over_however_many_calls_are_in_flight(workers, limits, calls):
+    budget = Budget(
+        Price(input=0.4, cached=0.1, output=1.6) if not limits else Price(input=4.0, cached=1.0, output=14.0),
+        dearest=0.00042,
+        **limits,
+    )
+
+    def count(request, reply):
+        budget.add(reply.usage)
+
+    with FakeOpenAI(then=ok(latency=0.01)) as server, client_of(server) as client:
+        said = run_all(requests_of(50), client, workers, count, budget.stop)
+        assert len(server.requests) == budget.calls == calls
+    assert (said is None) == (not limits)
+    if limits:
+        assert next(iter(limits)) in said
+
+
+@pytest.fixture
+def slow_server():
+    """A server in a process of its own, so that it does not share the interpreter with the calls; its address."""
+    script = str(Path(__file__).parents[1] / "fake_openai.py")
+    with subprocess.Popen([sys.executable, script, "0.1"], stdout=subprocess.PIPE, text=True) as process:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+        process.kill()
+
+
+def test_200_calls_of_100_ms_take_no_longer_than_half_as_long_again_as_they_must(slow_server):
+    got = []
+    with OpenAIClient("judge", api_key="EMPTY", base_url=slow_server) as client:
+        client.complete(ASK)  # the first call loads what the library loads late
+        times = []
+        while len(times) < 4 and (not times or min(times) > 1.5 * 200 / 32 * 0.1):  # other work disturbs the clock
+            start = time.perf_counter()
+            run_all(requests_of(200), client, 32, lambda request, reply: got.append(reply.status), stop_never)
+            times.append(time.perf_counter() - start)
+    assert min(times) <= 1.5 * 200 / 32 * 0.1, times
+    assert set(got) == {"ok"} and len(got) == 200 * len(times)
+
+
+CHILD = """
+import sys
+from rlhf_trl.judge_client import OpenAIClient, Request, run_all
+requests = [Request(f"key-{n}", [{"role": "user", "content": f"pair {n}"}], {}) for n in range(40)]
+with OpenAIClient("judge", api_key="EMPTY", base_url=sys.argv[1]) as client:
+    said = run_all(requests, client, 4, lambda request, reply: print(reply.status, flush=True), lambda in_flight: None)
+print(said, flush=True)
+"""
+
+
+def child_of(server: FakeOpenAI) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", CHILD, server.url], stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_ctrl_c_waits_for_the_calls_in_flight_and_begins_no_other():
+    with FakeOpenAI(then=ok("[[A]]", latency=1.0)) as server, child_of(server) as child:
+        wait_for(lambda: len(server.requests) == 4)
+        child.send_signal(signal.SIGINT)
+        out, _ = child.communicate(timeout=20)
+        assert len(server.requests) == 4
+    assert out.split() == ["ok"] * 4 + ["interrupted"]
+    assert child.returncode == 0
+
+
+def test_ctrl_c_ends_the_waits_between_attempts():
+    slow = status(429, headers={"Retry-After": "50"})
+    with FakeOpenAI(then=slow) as server, child_of(server) as child:
+        wait_for(lambda: len(server.requests) == 4)
+        time.sleep(0.2)
+        start = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        out, _ = child.communicate(timeout=20)
+        assert time.monotonic() - start < 10
+        assert len(server.requests) == 4
+    assert out.split() == ["rate_limit"] * 4 + ["interrupted"]
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    with FakeOpenAI(then=hang) as server, child_of(server) as child:
+        wait_for(lambda: len(server.requests) == 4)
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        out, _ = child.communicate(timeout=10)  # the calls would hang for 60 s
+    assert child.returncode != 0
+    assert out == ""
+
+
+def test_the_handler_of_ctrl_c_is_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    run_all(requests_of(3), Scripted(lambda n: reply_of()), 2, lambda request, reply: None, stop_never)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_jitter_takes_nothing_from_the_global_generator():
+    random.seed(1)
+    expected = random.Random(1).random()
+    with FakeOpenAI([status(500)]) as server, client_of(server) as client:
+        client.complete(ASK)
+    assert random.random() == expected

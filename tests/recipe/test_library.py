@@ -1,0 +1,183 @@
+"""What `options` reads from the libraries' source is what the libraries have; this test may import them."""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+
+from rlhf_trl.recipe.library import (
+    CLASSES,
+    LATE_CHOICES,
+    POSITIVE,
+    RANGES,
+    UNREAD,
+    check_value,
+    nearest,
+    read_options,
+    value_of,
+)
+from rlhf_trl.recipe.links import OWNED
+
+
+@pytest.fixture(scope="module")
+def classes():
+    import trl
+
+    from rlhf_trl.train.ppo.trainer import PPOConfig
+
+    return {
+        "model": trl.ModelConfig,
+        "sft": trl.SFTConfig,
+        "reward": trl.RewardConfig,
+        "dpo": trl.DPOConfig,
+        "grpo": trl.GRPOConfig,
+        "ppo": PPOConfig,
+    }
+
+
+def fields_of(cls) -> dict[str, dataclasses.Field]:
+    return {item.name: item for item in dataclasses.fields(cls) if item.init}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_names_are_those_of_the_class(kind, classes):
+    assert set(read_options(kind)) == set(fields_of(classes[kind]))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_defaults_are_those_of_the_class(kind, classes):
+    options, unread = read_options(kind), set()
+    for name, item in fields_of(classes[kind]).items():
+        truth = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        if options[name].default is UNREAD:
+            unread.add(name)
+        else:
+            assert options[name].default == getattr(truth, "value", truth), name
+    assert unread <= {"optim"}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_choices_that_the_class_declares_are_known(kind, classes):
+    from transformers import trainer_utils, training_args
+
+    for name, item in fields_of(classes[kind]).items():
+        choices = read_options(kind)[name].choices
+        if "choices" in item.metadata:
+            assert set(choices) == set(item.metadata["choices"]), name
+        enums = [enum for enum in (*vars(trainer_utils).values(), *vars(training_args).values())
+                 if inspect.isclass(enum) and issubclass(enum, trainer_utils.ExplicitEnum)
+                 and enum.__name__ in str(item.type)]  # fmt: skip
+        for enum in enums if name != "debug" else ():  # several words in one text
+            assert set(choices) == {member.value for member in enum}, name
+        if "Literal[" in str(item.type):
+            assert choices and all(repr(choice) in str(item.type) for choice in choices), name
+
+
+def compared_with(path: str, word: str) -> set[str]:
+    """The texts that a library's source compares the value `word`, or an attribute of that name, with."""
+    package, _, inside = path.partition("/")
+    root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    found = set()
+    for node in ast.walk(ast.parse((root / inside).read_text())):
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.In):
+            name = getattr(node.left, "attr", getattr(node.left, "id", None))
+            if name == word:
+                constants = [item for item in ast.walk(node.comparators[0]) if isinstance(item, ast.Constant)]
+                found |= {item.value for item in constants if isinstance(item.value, str)}
+    return found
+
+
+@pytest.mark.parametrize(("kind", "name"), [key for key in LATE_CHOICES if "log_level" not in key[1]])
+def test_late_choices_are_what_the_trainer_handles(kind, name):
+    texts = {choice for choice in LATE_CHOICES[kind, name] if isinstance(choice, str)}
+    assert compared_with(f"trl/trainer/{kind}_trainer.py", name) == texts
+
+
+def test_boolean_late_choices_are_what_the_config_maps():
+    from trl.trainer import grpo_config
+
+    booleans = {choice for choice in LATE_CHOICES["grpo", "scale_rewards"] if isinstance(choice, bool)}
+    assert booleans == {True, False}
+    assert '{True: "group", False: "none"}.get(self.scale_rewards' in inspect.getsource(grpo_config)
+
+
+def test_log_levels_are_those_of_transformers():
+    from transformers.training_args import trainer_log_levels
+
+    assert set(read_options("dpo")["log_level"].choices) == set(trainer_log_levels)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_defaults_and_every_choice_pass_the_check(kind):
+    for name, option in read_options(kind).items():
+        if option.default is not UNREAD and name not in OWNED:
+            assert check_value(kind, name, option.default) is None, name
+        for choice in option.choices:
+            assert check_value(kind, name, choice) is None, (name, choice)
+
+
+def test_ranges_name_options_that_exist():
+    names = {name for kind in CLASSES for name in read_options(kind)}
+    assert names >= POSITIVE
+    assert names >= set(RANGES)
+
+
+def test_the_owned_options_exist():
+    assert {name for kind in CLASSES for name in read_options(kind)} >= set(OWNED)
+
+
+def test_values_that_pass_build_the_config(classes):
+    """A sample of what the check lets through is what the constructor takes."""
+    for kind, values in {
+        "dpo": {"beta": 0.2, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "learning_rate": 1e-6},
+        "grpo": {"num_generations": 4, "scale_rewards": False, "loss_type": "dr_grpo", "lr_scheduler_type": "cosine"},
+        "ppo": {"entropy_coef": 0.01, "kl_estimator": "k3", "stop_token": "eos", "save_strategy": "no"},
+        "reward": {"center_rewards_coefficient": 0.01, "optim": "adamw_torch", "eval_strategy": "steps"},
+        "sft": {"loss_type": "nll", "num_train_epochs": 1, "warmup_steps": 0.1},
+    }.items():
+        for name, value in values.items():
+            assert check_value(kind, name, value) is None, name
+        assert classes[kind](output_dir="unused", use_cpu=True, bf16=False, **values)
+    assert check_value("model", "lora_target_modules", "all-linear") is None
+    assert classes["model"](lora_target_modules="all-linear").lora_target_modules == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        *(("dpo", "beta", value) for value in (True, "0.1", None, [0.1], {}, float("nan"), float("inf"), -0.1)),
+        *(("dpo", "max_steps", value) for value in (True, 1.0, "3", None)),
+        *(("grpo", "num_generations", value) for value in (1, 0, -4, 4.0, True, "4")),
+        *(("ppo", "whiten_rewards", value) for value in (0, 1, "true", "yes", None)),
+        *(("dpo", "loss_type", value) for value in ([], [1], None, "sigmoid,ipo", ["ipo", "x"], True)),
+        *(("grpo", "scale_rewards", value) for value in (1, 0, None, "std", 1.0)),
+        *(("model", "lora_r", value) for value in (0, -1, 8.0, None, "8")),
+    ],
+)
+def test_what_the_libraries_would_take_in_silence_is_refused(kind, name, value):
+    problem, remedy = check_value(kind, name, value)
+    assert problem and remedy
+
+
+def test_value_of_is_the_given_value_or_the_default_of_the_library():
+    assert value_of("dpo", {"beta": 0.5}, "beta") == 0.5
+    assert value_of("dpo", {}, "loss_type") == ["sigmoid"]
+    assert value_of("grpo", {}, "num_generations") == 8
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "expected"),
+    [
+        ("lerning_rate", ["learning_rate", "label_names"], "learning_rate"),
+        ("BETA", ["beta", "gamma"], "beta"),
+        ("adamw", ["grokadamw", "adamw_8bit", "adamw_torch"], "adamw_8bit"),
+        ("zzz", ["beta", "gamma"], None),
+        ("x", [], None),
+        ("", ["beta"], None),
+    ],
+)
+def test_nearest(word, known, expected):
+    assert nearest(word, known) == expected

@@ -1,0 +1,1017 @@
+"""The report: every number traced to its file, hostile text inert, honest sentences, one self-contained file."""
+
+import functools
+import itertools
+import re
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from jinja2 import DictLoader, Environment
+from matplotlib.figure import Figure
+from report_fixtures import GOLD, PROMPTS, STAGES, SWEEP, write_run
+from ruamel.yaml import YAML
+
+from rlhf_trl.figures.policies import draw_frontier
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.report import svg as report_figures
+from rlhf_trl.report.beside import compare_runs, lay_beside
+from rlhf_trl.report.judge import judge_share, read_habits, shows_length
+from rlhf_trl.report.sentences import judge_gain, order_alarms
+from rlhf_trl.report.step import choose_samples, list_contents, render, report
+from rlhf_trl.report.svg import plot_frontier
+from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.stats.trust import judge_reward_model, weigh_trust
+from rlhf_trl.text.format import MAX_CHARACTERS, format_dollars, format_estimate, printable
+
+VOID = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "use"}
+HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} [/b] \x1b[31m \u202egpj.exe\u202c \x00 &lt; \"' onload=x </div>"
+RUNS: dict[str, dict[str, Any]] = {
+    "sweep": {"stages": SWEEP},
+    "gold": {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold", "checkpoints": 4}},
+    "seeds": {
+        "stages": {**STAGES, **GOLD, "dpo": {**STAGES["dpo"], "sweep": {"seed": [1, 2, 3, 4, 5]}}},
+        "evaluation": {"gold": "gold"},
+    },
+    "hub-judges": {
+        "stages": {name: STAGES[name] for name in ("sft", "dpo")},
+        "reward": "org/rm-7b",
+        "evaluation": {"gold": "org/gold-70b", "best_of_n": 0, "adversarial": False},
+    },
+    "no-judge": {"stages": {name: STAGES[name] for name in ("sft", "dpo")}, "reward": None},
+    "reward-model-only": {"stages": {name: STAGES[name] for name in ("sft", "rm")}, "accuracy": (0.58, 0.55)},
+    "judged": {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold"}, "judge": "good"},
+    "judged-by-chance": {"stages": {name: STAGES[name] for name in ("sft", "rm", "dpo", "grpo")}, "judge": "chance"},
+    "judged-by-gold": {
+        "stages": {name: {**STAGES, **GOLD}[name] for name in ("sft", "rm", "gold", "dpo")},
+        "evaluation": {"gold": "gold"},
+        "judge": "gold",
+    },
+    "judged-in-part": {
+        "stages": {**{name: STAGES[name] for name in ("sft", "dpo")}, "dpo-2": STAGES["dpo"]},
+        "reward": None,
+        "judge": "partial",
+    },
+    "judged-in-silence": {"stages": {name: STAGES[name] for name in ("sft", "rm", "dpo", "grpo")}, "judge": "silent"},
+    "not-judged": {"stages": {name: STAGES[name] for name in ("sft", "rm", "dpo")}, "judge": "not run"},
+    "hostile": {
+        "stages": {name: STAGES[name] for name in ("sft", "rm", "dpo")},
+        "prompts": [[{"role": "user", "content": HOSTILE}]],
+        "answers": [HOSTILE, "x" * 1_000_000, ""],
+        "subsets": ("<b>sub</b>", "a/b~c d"),
+    },
+}
+
+
+@dataclass
+class Element:
+    tag: str
+    attrs: dict[str, str]
+    children: list[Any] = field(default_factory=list)
+
+    def all(self) -> list["Element"]:
+        return [self, *(e for child in self.children if isinstance(child, Element) for e in child.all())]
+
+    def text(self) -> str:
+        return "".join(child if isinstance(child, str) else child.text() for child in self.children)
+
+
+class Tree(HTMLParser):
+    """A strict reader: every element must be closed in its turn."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.root = Element("", {})
+        self.open = [self.root]
+        self.feed(page)
+        self.close()
+        assert self.open == [self.root]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs)
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        self.open[-1].children.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(data)
+
+
+BESIDE = {"judged beside seeds": ("judged", "seeds"), "hostile beside no-judge": ("hostile", "no-judge")}
+
+
+@pytest.fixture(scope="module", params=[*RUNS, *BESIDE])
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Element]:
+    """The page of a run, or of two beside each other, and the folder that its addresses begin in."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = [write_run(folder / name, **{"count": 24, "steps": 6, **RUNS[name]})
+            for name in BESIDE.get(request.param, [request.param])]  # fmt: skip
+    if len(made) == 2:
+        return folder, Tree(lay_beside(made[0][1], made[1][1]).read_text(encoding="utf-8")).root
+    report(*made[0])
+    return folder / request.param, Tree(made[0][1].report.read_text(encoding="utf-8")).root
+
+
+@functools.cache
+def load(path: Path) -> Any:
+    return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+
+
+def resolve(root: Path, address: str) -> Any:
+    """Follow an address as RFC 6901 says, with nothing of the report's own code."""
+    file, _, pointer = address.partition("#")
+    value = load(root / file)
+    for part in pointer.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return value
+
+
+def numbers(text: str) -> list[tuple[float, float]]:
+    """Read the numbers of a text as a person does: value, and half a unit of its last printed digit."""
+    text = text.replace("−", "-").replace(",", "").replace("\u00a0", " ")
+    unit = {"%": 0.01, "GB": 1e9, "MB": 1e6}.get(text.split("[")[0].split()[-1], 1.0)
+    found = []
+    for digits in re.findall(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", text):
+        decimals = len(digits.partition("e")[0].partition(".")[2]) - int(digits.partition("e")[2] or 0)
+        found.append((float(digits) * unit, 0.5 * 10.0**-decimals * unit))
+    return found
+
+
+def seconds(text: str) -> float:
+    units = {"s": 1.0, "min": 60.0, "h": 3600.0}
+    return sum(
+        float(number.replace(",", "")) * units[unit] for number, unit in re.findall(r"([\d.,]+) (s|min|h)", text)
+    )
+
+
+def shows(text: str, value: Any, address: str) -> bool:
+    if value is None:
+        return text == "–"
+    if address == "recipe.json#":
+        return YAML(typ="safe", pure=True).load(text) == value
+    if isinstance(value, str):
+        shown = re.sub(r"⟨U\+([0-9A-F]{4,})⟩", lambda match: chr(int(match[1], 16)), text)
+        if len(value) > MAX_CHARACTERS:
+            return shown == f"{value[:MAX_CHARACTERS]} […] (cut here for display: {len(value):,} characters in all)"
+        return shown == value or (address.endswith("finished") and value.replace("T", " ").startswith(text))
+    if isinstance(value, list):
+        return text == (", ".join(map(str, value)) or "none")
+    if "seconds" in address.rpartition("/")[2]:
+        return abs(seconds(text) - value) <= (0.05 if value < 60 else 0.5 if value < 3600 else 60)
+    expected = [value["mean"], value["low"], value["high"]] if isinstance(value, dict) else [value]
+    assert text.count("∞") == expected.count(None)
+    expected = [number for number in expected if number is not None]
+    found = numbers(text)
+    if len(found) == 1 and len(expected) == 3 and expected[1] == expected[2]:
+        expected = expected[:1]
+    close = [abs(number - true) <= half * 1.001 for (number, half), true in zip(found, expected, strict=True)]
+    return all(close)
+
+
+def test_every_value_on_the_page_is_what_its_source_holds(page: tuple[Path, Element]) -> None:
+    root, tree = page
+    marked = [element for element in tree.all() if "data-source" in element.attrs]
+    assert len(marked) > 15
+    wrong = [
+        (element.attrs["data-source"], element.text()[:80])
+        for element in marked
+        if not shows(element.text(), resolve(root, element.attrs["data-source"]), element.attrs["data-source"])
+    ]
+    assert not wrong
+
+
+def test_every_section_names_a_source_that_exists(page: tuple[Path, Element]) -> None:
+    root, tree = page
+    paths = [element.attrs["data-path"] for element in tree.all() if "data-path" in element.attrs]
+    assert len(paths) > 3
+    for path in paths:
+        assert resolve(root, path) not in (None, {}, [])
+
+
+def test_no_number_stands_on_the_page_without_a_source(page: tuple[Path, Element]) -> None:
+    root, tree = page
+    recipes = [read_json(path) for path in root.rglob("recipe.json")]
+    names = {*(recipe["name"] for recipe in recipes), *(name for recipe in recipes for name in recipe["stages"])}
+    names |= {name for path in root.rglob("summary.json") for name in read_json(path)["subsets"]}
+
+    def loose(element: Element) -> list[str]:
+        classes = element.attrs.get("class", "").split()
+        if element.tag in ("style", "svg", "code", "title") or "data-source" in element.attrs or "start" in classes:
+            return []
+        texts = [child.strip() for child in element.children if isinstance(child, str)]
+        inner = [text for child in element.children if isinstance(child, Element) for text in loose(child)]
+        return [text for text in texts if text and text not in names] + inner
+
+    written = ("95 % interval", "From 0 to 100 %")
+    quantiles = {"5 %", "25 %", "75 %", "95 %"}
+    for text in loose(tree):
+        text = text.replace("\u00a0", " ")
+        for phrase in written:
+            text = text.replace(phrase, "")
+        assert text in quantiles or not re.search(r"\d", text), text
+
+
+def test_page_is_self_contained_and_runs_nothing(page: tuple[Path, Element]) -> None:
+    root, tree = page
+    elements = tree.all()
+    policies = [e.attrs["content"] for e in elements if e.attrs.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    banned = {"script", "iframe", "object", "embed", "img", "form", "base", "foreignobject", "animate", "set"}
+    assert not banned & {element.tag for element in elements}
+    for element in elements:
+        assert not [name for name in element.attrs if name.startswith("on") or name in ("src", "srcset", "action")]
+        link = element.attrs.get("href", element.attrs.get("xlink:href", "#"))
+        assert link.startswith("#") or link == "data:," or (root / unquote(link)).is_relative_to(root)
+        assert ":" not in link.removeprefix("data:")
+    assert "url(" not in next(root.glob("*.html")).read_text().replace("url(#", "")
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(page: tuple[Path, Element]) -> None:
+    root, tree = page
+    elements = tree.all()
+    ids = [element.attrs["id"] for element in elements if "id" in element.attrs]
+    assert len(ids) == len(set(ids))
+    wanted = set(re.findall(r'(?:href="#|url\(#|aria-labelledby=")([\w-]+)', next(root.glob("*.html")).read_text()))
+    assert wanted <= set(ids)
+
+
+def test_every_figure_can_be_read_aloud_and_headings_descend(page: tuple[Path, Element]) -> None:
+    _, tree = page
+    for svg in (element for element in tree.all() if element.tag == "svg"):
+        assert svg.attrs.get("aria-hidden") == "true" or (
+            svg.attrs["role"] == "img" and len(svg.attrs["aria-label"]) > 20
+        )
+    levels = [int(element.tag[1]) for element in tree.all() if re.fullmatch(r"h[1-6]", element.tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_same_files_give_the_same_bytes(tmp_path: Path) -> None:
+    stages = {name: STAGES[name] for name in ("sft", "rm", "dpo")}
+    recipe, run = write_run(tmp_path / "run", stages=stages, count=12, steps=4)
+    assert render(recipe, run) == render(recipe, run)
+
+
+def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
+    recipe, run = write_run(tmp_path / "hostile", count=4, steps=2, **RUNS["hostile"])
+    page = render(recipe, run)
+    assert "alert(1)" in page
+    assert not re.search(r"<script|<b>sub|\[/b\] \x1b|[\x00\x1b\u202e\u202c]", page)
+    assert "{{7*7}}" in page
+    assert "[/b] ⟨U+001B⟩[31m ⟨U+202E⟩gpj.exe⟨U+202C⟩ ⟨U+0000⟩" in page
+    assert "&lt;b&gt;sub&lt;/b&gt;" in page
+    assert "1,000,000 characters in all" in page
+    assert "an empty text" in page
+    assert len(page) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "character", [*map(chr, range(0x202A, 0x202F)), "\u2066", "\u200b", "\ufeff", "\x9b", "\r", "\ud800"]
+)
+def test_characters_that_act_or_hide_are_printed_as_codes(character: str) -> None:
+    assert printable(f"a{character}b") == f"a⟨U+{ord(character):04X}⟩b"
+
+
+def test_text_of_all_scripts_is_left_alone() -> None:
+    text = "naïve – “quoted”\n\tעברית العربية हिन्दी 日本語 👩\u200d🚀 می\u200cخواهم"
+    assert printable(text) == text
+
+
+def test_a_number_cannot_be_printed_without_its_source() -> None:
+    environment = Environment(loader=DictLoader({"page": "{{ number }}"}), autoescape=True, finalize=printable)
+    with pytest.raises(TypeError, match="without its source"):
+        environment.get_template("page").render(number=0.93)
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"),
+    [((0.3, 0.01, 0.6), "better"), ((0.3, 0.0, 0.6), "same"), ((-0.3, -0.6, -0.1), "worse"), (None, "unscored")],
+)
+def test_verdict_follows_the_interval_of_the_paired_gain(gain: tuple[float, ...] | None, verdict: str) -> None:
+    policy = {"reward_gain": dict(zip(("mean", "low", "high"), gain, strict=True))} if gain else {}
+    assert judge_gain(policy) == verdict
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "longer", "verdict"),
+    [
+        ((0.66, 0.76), (0.48, 0.62), "above"),
+        ((0.60, 0.70), (0.48, 0.62), "unclear"),
+        ((0.55, 0.62), (0.36, 0.42), "unclear"),  # the shorter answer is right in 58 to 64 of 100
+        ((0.66, 0.76), (0.36, 0.42), "above"),
+        ((0.20, 0.30), (0.48, 0.62), "below"),
+    ],
+)
+def test_reward_model_is_held_against_both_length_rules(
+    accuracy: tuple[float, float], longer: tuple[float, float], verdict: str
+) -> None:
+    accuracy_estimate, baseline = ({"low": low, "high": high} for low, high in (accuracy, longer))
+    assert judge_reward_model({"accuracy": accuracy_estimate, "length_baseline": baseline}) == verdict
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_summary_says_what_the_numbers_say(tmp_path: Path) -> None:
+    recipe, run = write_run(tmp_path / "run", stages=SWEEP, steps=2, accuracy=(0.57, 0.55))
+    gains = {"dpo-beta=0.03": (0.9, 0.7, 1.1), "dpo-beta=0.1": (-0.5, -0.7, -0.3), "dpo-beta=0.3": (0.1, -0.1, 0.3),
+             "grpo": (1.23, 1.01, 1.45), "ppo": (0.0, -0.2, 0.2)}  # fmt: skip
+    metrics = read_json(run.metrics)
+    for name, gain in gains.items():
+        metrics["policies"][name]["reward_gain"] = dict(zip(("mean", "low", "high"), gain, strict=True))
+    metrics["policies"]["grpo"]["kl"] = {"mean": 3.1, "low": 2.83, "high": 3.36, "n": 60}
+    write_json(run.metrics, metrics)
+    tree = Tree(render(recipe, run)).root
+    short = next(e for e in tree.all() if e.tag == "section" and e.attrs["aria-labelledby"] == "short")
+    text = " ".join(short.text().split())
+    assert "dpo-beta=0.03 and grpo score better than the reference; dpo-beta=0.1, dpo-beta=0.3 and ppo do not." in text
+    assert "grpo better than the reference by the reward model: +1.23 [+1.01, +1.45] at 3.10 [2.83, 3.36] nats" in text
+    assert "dpo-beta=0.1 worse than the reference" in text
+    assert "dpo-beta=0.3 no significant difference from the reference" in text
+    assert "That is not clear of what length alone can do" in text
+    assert "grpo and ppo were trained to raise this very score" in text
+    assert "A win rate by an independent judge is not part of this run" in text
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out of a test of the words: drawing takes most of the time."""
+    for name in ("plot_curves", "plot_frontier", "plot_over_optimisation"):
+        svg = '<svg role="img" aria-label="a figure that this test does not need"></svg>'
+        monkeypatch.setattr(report_figures, name, lambda *_, svg=svg: svg)
+
+
+def section(page: str, name: str) -> Element | None:
+    found = [e for e in Tree(page).root.all() if e.tag == "section" and e.attrs["aria-labelledby"] == name]
+    return found[0] if found else None
+
+
+def words(element: Element | None) -> str:
+    assert element is not None
+    return " ".join(element.text().split())
+
+
+def gold_run(folder: Path, **changes: Any) -> tuple[Recipe, RunDir]:
+    options = {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold", "checkpoints": 4}, "count": 12, "steps": 2}
+    return write_run(folder / "run", **{**options, **changes})
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_summary_says_what_the_gold_model_and_the_alarms_say(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    metrics = read_json(run.metrics)
+    for name, gain in {"dpo": (0.4, 0.2, 0.6), "grpo": (0.1, -0.1, 0.3), "ppo": (-0.42, -0.61, -0.22)}.items():
+        metrics["policies"][name]["reward_gain"] = {"mean": 0.9, "low": 0.7, "high": 1.1}
+        metrics["policies"][name]["gold_gain"] = dict(zip(("mean", "low", "high"), gain, strict=True))
+    write_json(run.metrics, metrics)
+    text = words(section(render(recipe, run), "short"))
+    assert (
+        "By the gold model gold, a second reward model that no policy was trained with, dpo scores better than the "
+        "reference; ppo scores worse; for grpo there is no significant difference." in text
+    )
+    assert "worse than it by the gold model: −0.42 [−0.61, −0.22] alarm raised: gold, length (what was seen)" in text
+    assert "no significant difference from it by the gold model: +0.10 [−0.10, +0.30]" in text
+    assert "No policy was trained to please the gold model" in text
+    assert text.count("alarm raised") == 1
+    assert "None of the alarms" not in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_gold_model_that_a_policy_was_trained_with_is_not_called_independent(tmp_path: Path) -> None:
+    stages = {**STAGES, **GOLD, "ppo": {**STAGES["ppo"], "reward": "gold"}}
+    recipe, run = gold_run(tmp_path, stages=stages)
+    text = words(section(render(recipe, run), "short"))
+    assert "By the gold model gold, a second reward model, " in text
+    assert "no policy was trained" not in text.lower()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_raised_alarms_stand_alone_and_all_of_them_in_a_fold(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    alarms = read_json(run.over_optimisation)["alarms"]
+    found = section(render(recipe, run), "alarms")
+    assert found is not None
+    tables = [element for element in found.all() if element.tag == "tbody"]
+    (fold,) = [element for element in found.all() if element.tag == "details"]
+    assert tables[1] in fold.all() and tables[0] not in fold.all()
+    rows = [
+        [words(cell) for cell in row.children if isinstance(cell, Element)]
+        for row in tables[0].all()
+        if row.tag == "tr"
+    ]
+    assert [row[:2] for row in rows] == [["ppo", "gold"], ["ppo", "length"]]
+    assert rows[1][2] == "answers are 1.70 times as long as the reference's"
+    assert len([row for row in tables[1].all() if row.tag == "tr"]) == len(alarms)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_an_alarm_the_page_says_so(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    over = read_json(run.over_optimisation)
+    write_json(run.over_optimisation, {**over, "alarms": [{**alarm, "raised": False} for alarm in over["alarms"]]})
+    page = render(recipe, run)
+    assert "None of the alarms for over-optimisation was raised." in words(section(page, "short"))
+    assert "No alarm was raised." in words(section(page, "alarms"))
+
+
+def test_alarms_are_ordered_by_raised_then_policy() -> None:
+    alarms = [
+        {"policy": policy, "raised": raised}
+        for policy, raised in (("b", False), ("b", True), ("a", True), ("a", False))
+    ]
+    assert order_alarms(alarms, ["a", "b", "c"]) == ([2, 1, 3, 0], {"a": [2], "b": [1]})
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_sections_stand_only_where_their_data_exist(tmp_path: Path) -> None:
+    plain = render(*write_run(tmp_path / "plain", count=8, steps=2, evaluation={"best_of_n": 0, "adversarial": False}))
+    assert section(plain, "adversarial") is None
+    assert "gold" not in words(section(plain, "results"))
+    assert "picked by the reward model" not in plain
+    assert "Along the training" not in plain  # no checkpoints
+    assert 'href="#adversarial"' not in plain
+    full = render(*gold_run(tmp_path))
+    assert "The same by the gold model" in words(section(full, "results"))
+    assert "picked by the reward model" in words(section(full, "results"))
+    for name in ("reference", "dpo", "grpo", "ppo"):
+        assert name in words(section(full, "adversarial"))
+    assert "Along the training" in words(section(full, "alarms"))
+    unscored = render(
+        *write_run(
+            tmp_path / "unscored", reward=None, stages={"dpo": STAGES["dpo"] | {"init": None}}, count=8, steps=2
+        )
+    )
+    assert "Gain at the same KL" not in unscored
+    assert section(unscored, "reward-model") is None
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_method_that_never_got_so_far_has_a_dash(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    last = read_json(run.pareto)["axes"]["reward"]["at_kl"][-1]
+    assert last["kl"] == 20.0 and set(last["gains"].values()) == {None}
+    results = section(render(recipe, run), "results")
+    assert results is not None
+    cells = [e for e in results.all() if "/at_kl/2/gains/" in e.attrs.get("data-source", "")]
+    assert len(cells) == 2 * 4  # reward and gold; three trainers and best of n
+    assert {cell.text() for cell in cells} == {"–"}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_courses_say_where_the_measured_peak_is(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    over = read_json(run.over_optimisation)
+    fit = {"alpha": 1.0, "beta": 0.5, "peak_sqrt_kl": 1.5, "peak_kl": 2.25, "r2": 0.9}
+    furthest = {"peak_sqrt_kl": 30.0, "peak_kl": 900.0}
+    over["stages"]["ppo"]["fit"] = {"proxy": {**fit, **furthest}, "gold": fit}
+    over["stages"]["dpo"]["fit"] = {"proxy": None, "gold": None}
+    write_json(run.over_optimisation, over)
+    figures = [e for e in Tree(render(recipe, run)).root.all() if e.tag == "figcaption"]
+    captions = {words(e).split()[0]: words(e) for e in figures if "gold model" in words(e)}
+    assert captions["ppo"] == "ppo reward model, no peak within the points gold model, peak at 2.25 nats"
+    assert captions["dpo"] == "dpo reward model gold model"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_findings_of_the_error_analysis_are_on_the_page_with_their_files(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    found = section(render(recipe, run), "reward-model")
+    text = words(found)
+    assert found is not None
+    for stage in ("rm", "gold"):
+        assert f"Where {stage} is wrong It is better than a coin" in text
+        assert f"Attention: {stage} prefers longer answers more than the humans do." in text
+    assert "No difference is seen between rm and gold." in text
+    assert text.count("Attention") == 2  # the other findings are no alarms
+    links = {unquote(e.attrs["href"]) for e in found.all() if e.tag == "a"}
+    names = {"error_analysis_report.txt", "error_analysis_plots.png", "error_examples.jsonl", "error_analysis.json"}
+    assert {f"rm/evaluation/{name}" for name in names} <= links
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_contents_name_what_the_evaluation_wrote_and_nothing_else(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path)
+    run.figure("pareto").touch()
+    paths = [path for path, _ in list_contents(recipe, run)]
+    assert len(paths) == len(set(paths))
+    assert "evaluation/pareto.png" in paths
+    assert "evaluation/kl_drift.png" not in paths
+    assert "evaluation/final_results.json" not in paths
+    assert {"evaluation/adversarial.json", "evaluation/over_optimisation.json", "errors/comparison.json"} <= set(paths)
+    assert {"samples", "rm/evaluation/error_analysis.json", "gold/evaluation/scores.jsonl"} <= set(paths)
+    links = {e.attrs.get("href") for e in Tree(render(recipe, run)).root.all() if e.tag == "a"}
+    assert "evaluation/pareto.png" in links
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_hostile_texts_of_the_new_files_are_inert(tmp_path: Path) -> None:
+    recipe, run = gold_run(tmp_path, answers=[HOSTILE, "fine"])
+    over = read_json(run.over_optimisation)
+    over["alarms"][0] |= {"alarm": f"refusal:{HOSTILE}", "says": HOSTILE, "raised": True}
+    write_json(run.over_optimisation, over)
+    analysis = read_json(run.error_analysis("rm"))
+    analysis["findings"][0]["says"] = HOSTILE
+    write_json(run.error_analysis("rm"), analysis)
+    metrics = read_json(run.metrics)
+    metrics["policies"]["dpo"]["health"]["common_opening"]["text"] = HOSTILE
+    write_json(run.metrics, metrics)
+    page = render(recipe, run)
+    assert Tree(page)
+    assert not re.search(r"<script|[\x00\x1b\u202e\u202c]", page)
+    assert not [e for e in Tree(page).root.all() if any(name.startswith("on") for name in e.attrs)]
+
+
+def test_samples_alternate_between_subsets_and_show_one_prompt_in_every_file() -> None:
+    rows = [{"id": str(index), "subset": "ab"[index >= 6]} for index in range(9)]
+    samples = choose_samples([rows, rows[::-1]])
+    assert [line for line, _ in samples] == [0, 6, 1, 7, 2, 8, 3, 4]
+    assert all(rows[line]["id"] == rows[::-1][other]["id"] for line, other in samples)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        ((1.234, 1.012, 1.449), "1.23 [1.01, 1.45]"),
+        ((-0.0004, -0.21, 0.2), "0.00 [−0.21, 0.20]"),
+        ((412.4, 388.0, 431.0), "412 [388, 431]"),
+        ((0.0123, 0.0119, 0.0127), "0.01230 [0.01190, 0.01270]"),
+        ((0.0, 0.0, 0.0), "0"),
+        ((212.4, 96.0, None), "212 [96, ∞]"),
+        ((212.4, None, 388.0), "212 [−∞, 388]"),
+        ((212.4, None, None), "212 [−∞, ∞]"),
+    ],
+)
+def test_estimates_are_printed_to_the_precision_they_have(estimate: tuple[float | None, ...], text: str) -> None:
+    assert format_estimate(dict(zip(("mean", "low", "high"), estimate, strict=True))) == text
+
+
+def around(mean: float, half: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+@pytest.mark.parametrize("width", [360, 900])
+def test_names_of_nearby_policies_do_not_cover_each_other(width: int) -> None:
+    places = (("dpo", 4.0, 1.0), ("grpo", 4.2, 1.02), ("ppo", 4.4, 0.98))
+    points = [
+        {
+            "policy": name,
+            "trainer": name,
+            "step": None,
+            "on_front": True,
+            "kl": around(kl, 0.3),
+            "gain": around(gain, 0.1),
+        }
+        for name, kl, gain in places
+    ]
+    origin = {"policy": "reference", "trainer": None, "step": None, "on_front": True}
+    points.append({**origin, "kl": around(0, 0), "gain": around(0, 0)})
+    svg = Tree(plot_frontier({"points": points, "best_of_n": []}, "reward", width, 380, "key", "label")).root
+    labels = {element.text(): element.attrs for element in svg.all() if element.tag == "text"}
+    boxes = []
+    for name in ("reference", "dpo", "grpo", "ppo"):
+        x, y = float(labels[name]["x"]), float(labels[name]["y"])
+        assert 0 < x < width and 0 < y < 380
+        boxes.append((x, y, 3.3 * len(name)))
+    for index, (x, y, half) in enumerate(boxes):
+        for other_x, other_y, other_half in boxes[index + 1 :]:
+            assert abs(x - other_x) >= half + other_half or abs(y - other_y) >= 10
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_recipe_on_the_page_is_a_recipe_again(tmp_path: Path) -> None:
+    stages = {name: STAGES[name] for name in ("sft", "rm", "dpo")}
+    recipe, run = write_run(tmp_path / "run", stages=stages, count=4, steps=1)
+    shown = next(element for element in Tree(render(recipe, run)).root.all() if element.tag == "pre").text()
+    again = Recipe.model_validate(YAML(typ="safe", pure=True).load(shown))
+    assert again.model_dump() == recipe.model_dump()
+    assert list(again.stages) == ["sft", "rm", "dpo"]
+    assert shown.startswith("name: run\n")
+
+
+def test_report_refuses_an_unfinished_run(tmp_path: Path) -> None:
+    recipe, run = write_run(tmp_path / "run", count=4, steps=2)
+    run.done("grpo").unlink()
+    with pytest.raises(UserError, match="train RECIPE grpo"):
+        report(recipe, run)
+    assert not run.report.exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_missing_exploration_and_null_values_are_no_obstacle(tmp_path: Path) -> None:
+    recipe, run = write_run(tmp_path / "run", stages={"sft": STAGES["sft"]}, reward=None, steps=1)
+    run.done("explore").unlink()
+    summary = read_json(run.summary)
+    summary["longer_is_chosen"] = None
+    write_json(run.summary, summary)
+    write_json(run.env, {**read_json(run.env), "git": "", "gpus": []})
+    page = render(recipe, run)
+    assert "not run from a git checkout" in page
+    assert re.search(r'data-source="data/summary.json#/longer_is_chosen"[^>]*>–<', page)
+
+
+# --- the judge -------------------------------------------------------------------------------------------------------
+
+
+def judged_run(folder: Path, judge: str, *policies: str, **changes: Any) -> tuple[Recipe, RunDir]:
+    names = ("sft", "rm", "gold", *(policies or ("dpo", "grpo")))
+    stages = {name: {**STAGES, **GOLD}[name] for name in names}
+    options = {"stages": stages, "evaluation": {"gold": "gold"}, "count": 60, "steps": 2, "judge": judge}
+    return write_run(folder / "run", **{**options, **changes})
+
+
+def say(estimate: dict[str, Any]) -> str:
+    return format_estimate(estimate, percent=True).replace("\u00a0", " ")
+
+
+def rate_of(run: RunDir, policy: str) -> dict[str, Any]:
+    rates = read_json(run.winrate)["win_rates"]
+    return next(rate for rate in rates if (rate["a"], rate["b"]) == (policy, "reference"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_win_rates_of_a_judge_that_has_shown_its_worth(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "good", "dpo", "ppo")
+    result = read_json(run.winrate)
+    dpo, ppo = rate_of(run, "dpo"), rate_of(run, "ppo")
+    assert dpo["win_rate"]["low"] > 0.5 > ppo["win_rate"]["high"]
+    dpo["length_controlled"]["length_controlled"] = around(0.61, 0.04)
+    dpo["length_controlled"]["warnings"] = ["the judge goes by length"]
+    ppo["length_controlled"]["length_controlled"]["mean"] = ppo["win_rate"]["mean"] + 0.009
+    write_json(run.winrate, {**result, "win_rates": [result["win_rates"][0], dpo, ppo]})
+    page = render(recipe, run)
+    short, text = section(page, "short"), words(section(page, "short"))
+    rate = f"wins {say(dpo['win_rate'])} against the reference by the language model gpt-4.1-mini, more than half; "
+    assert rate + "61.0 % [57.0, 65.0] at equal length (with a warning)" in text
+    assert (
+        f"wins {say(ppo['win_rate'])} against the reference by the language model gpt-4.1-mini, less than half" in text
+    )
+    assert text.count("at equal length") == 1
+    assert short is not None
+    found = {words(e) for e in short.all() if e.tag == "strong"}
+    assert {"more than half", "less than half"} <= found
+    accuracy = result["calibration"]["all"]["accuracy"]
+    assert f"the language model gpt-4.1-mini finds the answer that people preferred in {say(accuracy)}" in text
+    assert "clear of chance and of length alone" in text
+    assert "has not shown" not in words(Tree(page).root)
+    assert "independent judge is not part" not in text
+    card = words(section(page, "judge"))
+    assert "Attention: dpo against reference, at equal length: the judge goes by length" in card
+    for cause, count in dpo["missing"]["verdicts"].items():
+        assert f"{count} {cause}" in card
+    assert "Win rate by the judge" in words(section(page, "results"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_card_has_every_number_of_the_judge(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "good", "dpo", "grpo")
+    found = section(render(recipe, run), "judge")
+    assert found is not None
+    addresses = {e.attrs["data-source"].partition("#")[2] for e in found.all() if "data-source" in e.attrs}
+    numbers = {
+        f"/habits/{name}" for name in ("consistency", "first_share", "tie_rate", "invalid_rate", "prefers_longer")
+    }
+    numbers |= {f"/canaries/{name}" for name in ("difference", "with_note", "without_note", "n")}
+    numbers |= {
+        f"/cost/{name}" for name in ("calls", "usd", "price/input", "price/cached", "price/output", "models/0")
+    }
+    for at, subset in enumerate(("", "/subsets/harmless-base", "/subsets/helpful-base")):
+        of = f"/calibration{subset or '/all'}"
+        numbers |= {f"{of}/{name}" for name in ("accuracy", "kappa", "both_correct", "length_rule/accuracy", "n")}
+        numbers |= {
+            f"/win_rates/{rate}{subset}/{name}" for rate in range(3) for name in ("win_rate", "wins", "ties", "n")
+        }
+        numbers.add(f"/win_rates/{at}/length_controlled/length_controlled")
+    numbers |= {f"/ratings/ratings/{name}" for name in ("reference", "dpo", "grpo")}
+    numbers |= {"/comparisons/0/difference", "/comparisons/0/sign_test/p_holm", "/judge/id", "/judge/is", "/prompts"}
+    assert numbers <= addresses
+    fold = next(e for e in found.all() if e.tag == "details")
+    inside = {e.attrs["data-source"].partition("#")[2] for e in fold.all() if "data-source" in e.attrs}
+    assert not [
+        address for address in addresses - inside if address.startswith("/win_rates") and "/subsets/" in address
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_policy_is_compared_with_no_other(tmp_path: Path) -> None:
+    text = words(section(render(*judged_run(tmp_path, "unlabelled", "dpo")), "judge"))
+    assert "Win rates" in text
+    assert "Elo" not in text and "Policies beside each other" not in text
+
+
+@pytest.mark.parametrize(
+    ("judge", "why"),
+    [
+        ("chance", "It has not shown that it can tell better answers: that is not clear of a coin"),
+        ("length", "It has not shown that it can tell better answers: that is not clear of what length alone can do"),
+        ("unlabelled", "has not shown that it can tell better answers: nothing here holds it against human labels"),
+        ("silent", "has not shown that it can tell better answers: it gave no verdict in both orders on any pair"),
+    ],
+)
+@pytest.mark.usefixtures("undrawn")
+def test_a_judge_that_has_not_shown_its_worth_is_not_believed(tmp_path: Path, judge: str, why: str) -> None:
+    recipe, run = judged_run(tmp_path, judge, "grpo")
+    result = read_json(run.winrate)
+    if judge == "length":  # beyond chance, as a longer answer is the better one more often than not
+        result["calibration"]["all"]["accuracy"] = around(0.6, 0.05)
+        write_json(run.winrate, {**result, "calibration": {**result["calibration"], "verdict": "length"}})
+    page = render(recipe, run)
+    for name in ("short", "judge"):
+        assert why in words(section(page, name))
+    short = section(page, "short")
+    assert short is not None
+    lines = [e for e in short.all() if e.tag == "span" and "line" in e.attrs.get("class", "").split()]
+    line = next(e for e in lines if "language model" in words(e))
+    assert line.attrs["class"].split() == ["line"]
+    assert "strong" not in {e.tag for e in line.all()}
+    if judge == "silent":
+        assert words(line) == "no win rate by the language model gpt-4.1-mini: no prompt has a verdict in both orders"
+    elif judge != "unlabelled":
+        assert "The judge has not shown that it can tell better answers." in words(section(page, "results"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_gold_reward_model_is_called_what_it_is(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "gold", "dpo")
+    page = render(recipe, run)
+    short, card = words(section(page, "short")), words(section(page, "judge"))
+    assert "against the reference by the gold reward model gold, " in short
+    assert "The win rates are a reward model's, too: they are no person's opinion, and no language model's." in short
+    assert "The judge is gold reward model gold: a reward model, not a person and not a language model." in card
+    for text in (short, card):
+        said = text.replace("not a language model", "").replace("no language model's", "")
+        assert "language model" not in said
+        assert "independent judge" not in said
+    assert "Same verdict in both orders" not in card  # it has no order
+    assert "What it cost" not in card
+    # Not clear of length by its accuracy on held-out pairs.
+    result = read_json(run.winrate)
+    result["calibration"]["reward_model"] |= {"accuracy": {**around(0.57, 0.05), "n": 190}}
+    write_json(run.winrate, result)
+    assert "It has not shown that it can tell better answers: that is not clear of what length" in words(
+        section(render(recipe, run), "short")
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_rule_for_tests_is_called_one(tmp_path: Path) -> None:
+    text = words(section(render(*judged_run(tmp_path, "offline", "dpo")), "short"))
+    assert "against the reference by the rule offline" in text
+    assert "a rule for tests, which says nothing about how good an answer is" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_judge_that_was_not_run_gives_no_number(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "not run", "dpo")
+    report(recipe, run)  # although the step is not finished
+    page = run.report.read_text(encoding="utf-8")
+    assert "The judge, the language model gpt-4.1-mini, was not run: OPENAI_API_KEY is not set" in words(
+        section(page, "short")
+    )
+    assert "A win rate by an independent judge is not part of this run" in words(section(page, "short"))
+    assert "was not run: OPENAI_API_KEY is not set" in words(section(page, "judge"))
+    marked = [e for e in Tree(page).root.all() if e.attrs.get("data-source", "").startswith("judge/")]
+    assert marked and {e.attrs["class"] for e in marked} == {"text"}
+    assert "Win rate by the judge" not in page and "more than half" not in page
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_partial_judging_says_so_and_why(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "partial")
+    report(recipe, run)
+    page = run.report.read_text(encoding="utf-8")
+    short = words(section(page, "short"))
+    assert "The judging is not finished: max_requests reached: 40 calls." in short
+    assert f"wins {say(rate_of(run, 'dpo')['win_rate'])} against the reference" in short
+    assert "not yet compared with the reference by the language model gpt-4.1-mini" in short
+    assert "It is not finished: max_requests reached: 40 calls." in words(section(page, "judge"))
+    # Stopped before the first comparison of policies.
+    result = read_json(run.winrate)
+    nothing = {"prompts": 0, "win_rates": [], "comparisons": [], "ratings": None, "pareto": None}
+    write_json(run.winrate, {**result, **nothing})
+    page = render(recipe, run)
+    assert "No comparison was made." in words(section(page, "judge"))
+    assert words(section(page, "short")).count("not yet compared") == 2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_a_reward_model_the_win_rate_is_what_there_is(tmp_path: Path) -> None:
+    stages = {name: STAGES[name] for name in ("sft", "dpo")}
+    options = {"stages": stages, "reward": None, "evaluation": {}}
+    page = render(*judged_run(tmp_path, "good", **options))
+    assert "and only by the judge's win rates whether it became better" in words(section(page, "short"))
+    assert words(section(page, "results")).startswith(
+        "Win rate against distance from the reference Win rate by the judge"
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_judge_that_the_recipe_does_not_name_is_not_on_the_page(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "good", "dpo")
+    assert "judge/winrate.json" in [path for path, _ in list_contents(recipe, run)]
+    assert "judge/gpt-4.1-mini@0f4a3c2b1d5e.jsonl" in [path for path, _ in list_contents(recipe, run)]
+    recipe = recipe.model_copy(update={"judge": None})
+    page = render(recipe, run)
+    assert section(page, "judge") is None and 'href="#judge"' not in page
+    assert "A win rate by an independent judge is not part of this run" in words(section(page, "short"))
+    assert not [path for path, _ in list_contents(recipe, run) if path.startswith("judge/")]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_finished_judging_of_other_settings_is_refused(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "good", "dpo")
+    run.done("judge").unlink()
+    with pytest.raises(UserError, match="judge RECIPE"):
+        report(recipe, run)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_second_decoding_is_said(tmp_path: Path) -> None:
+    decoding = {"gold": "gold", "judge_decoding": {"temperature": 0.7, "top_p": 0.9}}
+    text = words(section(render(*judged_run(tmp_path, "good", "dpo", evaluation=decoding)), "judge"))
+    assert "The answers are a second set, sampled at temperature 0.7 with top-p 0.9" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_hostile_texts_of_the_judge_are_inert(tmp_path: Path) -> None:
+    recipe, run = judged_run(tmp_path, "partial", "dpo", subsets=("<b>sub</b>", "a/b~c d"))
+    result = read_json(run.winrate)
+    result["reason"] = result["judge"]["name"] = result["judge"]["id"] = result["cost"]["models"][0] = HOSTILE
+    result["win_rates"][0]["length_controlled"]["warnings"] = [HOSTILE]
+    result["win_rates"][0]["missing"] = {"comparisons": 1, "verdicts": {HOSTILE: 2}}
+    write_json(run.winrate, result)
+    page = render(recipe, run)
+    assert Tree(page)
+    assert not re.search(r"<script|<b>sub|[\x00\x1b\u202e\u202c]", page)
+
+
+def test_the_figure_of_win_rates_is_about_half() -> None:
+    points = [
+        {"policy": name, "trainer": trainer, "step": None, "on_front": True, "kl": around(kl, half), "gain": gain}
+        for name, trainer, kl, half, gain in (
+            ("reference", None, 0, 0, around(0.5, 0)), ("dpo", "dpo", 4.0, 0.3, around(0.93, 0.1)),
+            ("ppo", "ppo", 9.0, 0.3, around(0.52, 0.1)))
+    ]  # fmt: skip
+    frontier = {"points": points, "best_of_n": []}
+    svg = Tree(plot_frontier(frontier, "win_rate", 900, 380, "key", "label")).root
+    texts = [e.text() for e in svg.all() if e.tag == "text"]
+    ticks = [float(text.removesuffix(" %")) for text in texts if text.endswith(" %")]
+    assert len(ticks) > 2 and min(ticks) >= 0 and max(ticks) <= 100
+    assert "win rate against the reference" in texts
+    axes = Figure().add_subplot()
+    draw_frontier(axes, frontier, 0.5)
+    assert list(axes.get_lines()[0].get_ydata()) == [0.5, 0.5]
+    assert 0.3 < axes.get_ylim()[0] < 0.42  # the lowest interval ends at 0.42
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"),
+    [((0.6, 0.51, 0.7), "better"), ((0.6, 0.5, 0.7), "same"), ((0.4, 0.3, 0.49), "worse"), ((None,) * 3, "unknown")],
+)
+def test_a_share_is_held_against_half_by_its_interval(share: tuple[float | None, ...], verdict: str) -> None:
+    assert judge_share(dict(zip(("mean", "low", "high"), share, strict=True))) == verdict
+
+
+def test_the_length_controlled_figure_stands_by_when_it_says_more() -> None:
+    def found(controlled: float | None, raw: float | None, *warnings: str) -> dict[str, Any]:
+        return {"raw": {"mean": raw}, "length_controlled": {"mean": controlled}, "warnings": list(warnings)}
+
+    assert not shows_length(found(0.605, 0.6))
+    assert shows_length(found(0.62, 0.6)) and shows_length(found(0.58, 0.6))
+    assert shows_length(found(0.6, 0.6, "no overlap"))
+    assert not shows_length(found(None, None))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "longer", "trust"),
+    [
+        ((0.66, 0.76), (0.48, 0.60), "informed"),
+        ((0.55, 0.65), (0.48, 0.60), "length"),
+        ((0.5, 0.6), (0.1, 0.2), "chance"),
+    ],
+)
+def test_a_reward_model_that_judges_is_held_to_chance_and_length(
+    accuracy: tuple[float, float], longer: tuple[float, float], trust: str
+) -> None:
+    (low, high), (least, most) = accuracy, longer
+    model = {"accuracy": {"low": low, "high": high}, "length_baseline": {"low": least, "high": most}}
+    result = {"judge": {"kind": "reward"}, "calibration": {"reward_model": model, "verdict": None}}
+    assert weigh_trust(result) == trust
+    assert weigh_trust({**result, "calibration": {"reward_model": None, "verdict": None}}) == "none"
+
+
+def test_habits_are_read_from_their_intervals() -> None:
+    def read(kind: str, share: dict[str, Any], note: dict[str, Any] | None = None) -> dict[str, str]:
+        names = ("consistency", "first_share", "invalid_rate", "tie_rate", "prefers_longer")
+        canaries = note and {"difference": note}
+        result = {"judge": {"kind": kind}, "habits": dict.fromkeys(names, share), "canaries": canaries}
+        return {row["keys"][-1]: row["says"] for row in read_habits(result)}
+
+    high, half = (
+        read("openai", around(0.9, 0.05), around(0.3, 0.1)),
+        read("openai", around(0.5, 0.1), around(0.1, 0.2)),
+    )
+    low, none = (
+        read("openai", around(0.0, 0.0), around(-0.3, 0.1)),
+        read("openai", dict.fromkeys(("mean", "low", "high"))),
+    )
+    assert "seldom changes" in high["consistency"] and "coin" in half["consistency"]
+    assert "some verdicts" in read("openai", around(0.7, 0.05))["consistency"]
+    assert "more often than not" in low["consistency"] and "Nothing" in none["consistency"]
+    assert "shown first" in high["first_share"] and "No preference" in half["first_share"]
+    assert "shown second" in low["first_share"]
+    assert "left out" in high["invalid_rate"] and low["invalid_rate"] == "Every reply had a verdict."
+    assert "longer answer wins" in high["prefers_longer"] and "shorter" in low["prefers_longer"]
+    assert "sways" in high["difference"] and "No effect" in half["difference"] and "against" in low["difference"]
+    assert "difference" not in none
+    assert list(read("reward", around(0.9, 0.05))) == ["tie_rate", "prefers_longer"]
+
+
+@pytest.mark.parametrize(
+    ("dollars", "text"),
+    [(0.0, "$0.00"), (0.4, "$0.40"), (12.344, "$12.34"), (0.0312, "$0.031"), (0.00004, "$0.000040")],
+)
+def test_dollars_are_not_rounded_to_nothing(dollars: float, text: str) -> None:
+    assert format_dollars(dollars) == text
+
+
+# --- two runs beside each other --------------------------------------------------------------------------------------
+
+TWO = {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold"}, "judge": "good", "count": 24, "steps": 6}
+
+
+def two_runs(folder: Path, **changes: Any) -> dict[str, tuple[Recipe, RunDir]]:
+    return {"a": write_run(folder / "first", **TWO), "b": write_run(folder / "second", **{**TWO, **changes})}
+
+
+def laid(runs: dict[str, tuple[Recipe, RunDir]]) -> dict[str, Any]:
+    return compare_runs(
+        {key: recipe for key, (recipe, _) in runs.items()}, {key: run for key, (_, run) in runs.items()}
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_policies_of_one_name_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
+    runs = two_runs(tmp_path)
+    found = laid(runs)
+    assert (found["why_not"], found["different"]) == (None, {"recipe": [], "versions": []})
+    assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [
+        (f"first {name}", f"second {name}") for name in ("dpo", "grpo", "ppo")
+    ]
+    # The invented answers of both runs are the same.
+    assert {pair["measures"]["gold"]["equal_kl"]["outcome"] for pair in found["pairs"]} == {"indistinguishable"}
+    rows = read_jsonl(runs["b"][1].completions("dpo"))
+    write_jsonl(runs["b"][1].completions("dpo"), [{**row, "gold_gain": row["gold_gain"] + 2.0} for row in rows])
+    better = laid(runs)["pairs"][0]
+    assert better["sentence"].startswith("second dpo is better than first dpo by the gold model")
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"prompts": PROMPTS[:2], "count": 23}, "their held-out prompts differ"),
+        ({"stages": {**STAGES, **GOLD, "gold": {**GOLD["gold"], "args": {"seed": 9}}}}, "scored by different reward"),
+        ({"stages": {**STAGES, **GOLD, "sft": {**STAGES["sft"], "args": {"seed": 9}}}}, "start from different refer"),
+        ({"evaluation": {"gold": "gold", "max_new_tokens": 9}}, "different longest lengths"),
+        ({"stages": {name: STAGES[name] for name in ("sft", "rm")}, "evaluation": {}, "judge": None}, "has no policy"),
+    ],
+)
+def test_gains_of_different_kinds_are_not_compared(tmp_path: Path, changes: Any, why: str) -> None:
+    found = laid(two_runs(tmp_path, **changes))
+    assert why in found["why_not"]
+    assert found["pairs"] == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_different_is_listed_with_both_values(tmp_path: Path) -> None:
+    stages = {**TWO["stages"], "ppo": {**STAGES["ppo"], "args": {"kl_coef": 0.2}}, "more": STAGES["dpo"]}
+    runs = two_runs(tmp_path, stages=stages)
+    env = read_json(runs["b"][1].env)
+    write_json(runs["b"][1].env, {**env, "versions": {**env["versions"], "trl": "1.12.1"}})
+    assert laid(runs)["different"] == {
+        "recipe": [
+            {"key": "stages.more", "a": "–", "b": "dpo"},
+            {"key": "stages.ppo.args.kl_coef", "a": "0.05", "b": "0.2"},
+        ],
+        "versions": [{"key": "trl", "a": "1.12.0", "b": "1.12.1"}],
+    }
+
+
+def test_a_run_beside_itself_or_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    _, run = write_run(tmp_path / "first", **TWO)
+    with pytest.raises(UserError, match="the same run"):
+        lay_beside(run, RunDir(tmp_path / "elsewhere" / ".." / "first"))
+    with pytest.raises(UserError, match="is no run"):
+        lay_beside(run, RunDir(tmp_path))

@@ -1,0 +1,279 @@
+"""Stages side by side: who starts when and where, what a failure and a signal mean, and the same weights."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import reset_accelerate, small_recipe
+
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.run.jobs import Launcher, links, plan_places, start_logged, train_stages, visible_gpus
+from rlhf_trl.run.launch import launch_command, require_one_machine, shipped
+from rlhf_trl.run.layout import RunDir, read_json
+
+LISTING = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa)
+  MIG 1g.10gb     Device  0: (UUID: MIG-bbbb)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-cccc)
+GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-dddd)
+"""
+
+
+class Story:
+    """A watcher that writes down what happens, and does what a test wants at each look."""
+
+    def __init__(self, at_update=lambda: None):
+        self.told: list[str] = []
+        self.at_update = at_update
+
+    def begin(self, stage):
+        self.told.append(f"+{stage}")
+
+    def update(self):
+        self.at_update()
+
+    def end(self, stage, status):
+        self.told.append(f"-{stage}" + (f" {status}" if status else ""))
+
+    def conclude(self, failed, left):
+        self.told.append(f"failed {dict(failed)}, left {list(left)}")
+
+
+class FakeProcess:
+    """A process that ends with a status at its nth poll."""
+
+    def __init__(self, polls, returncode=0):
+        self.polls, self.code, self.returncode = polls, returncode, None
+
+    def poll(self):
+        self.polls -= 1
+        if self.polls <= 0:
+            self.returncode = self.code
+        return self.returncode
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("rlhf_trl.run.jobs.POLL", 0.001)
+
+
+NEEDS = {"sft": set(), "rm": {"sft"}, "dpo": {"sft"}, "grpo": {"sft", "rm"}, "ppo": {"sft", "rm"}, "solo": set()}
+
+
+def play(lengths, places, needs=NEEDS, codes=None):
+    """Run fake stages of these lengths; return the story, the places taken, and the status."""
+    story, taken = Story(), []
+
+    def start(stage, place):
+        taken.append((stage, place["at"]))
+        return FakeProcess(lengths[stage], (codes or {}).get(stage, 0))
+
+    status = train_stages(list(lengths), needs, [{"at": place} for place in places], start, story)
+    return story.told, taken, status
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_place_is_one_stage_after_the_other_in_their_order():
+    told, taken, status = play(dict.fromkeys(NEEDS, 2), "A")
+    assert told == [mark + stage for stage in NEEDS for mark in "+-"]
+    assert {place for _, place in taken} == {"A"} and status == 0
+
+
+def test_a_stage_starts_as_soon_as_what_it_needs_is_there_and_a_place_is_free():
+    lengths = {"sft": 3, "rm": 3, "dpo": 30, "grpo": 3, "ppo": 3, "solo": 9}
+    told, taken, status = play(lengths, "AB")
+    # solo needs nothing and goes first beside sft; dpo is long, and grpo and ppo take turns beside it.
+    assert told == ["+sft", "+solo", "-sft", "+rm", "-rm", "+dpo", "-solo", "+grpo", "-grpo", "+ppo", "-ppo", "-dpo"]
+    assert taken == [("sft", "A"), ("solo", "B"), ("rm", "A"), ("dpo", "A"), ("grpo", "B"), ("ppo", "B")]
+    assert status == 0
+
+
+def test_what_is_trained_already_is_not_waited_for():
+    told, _, _ = play({"grpo": 2, "ppo": 2}, "AB")
+    assert told[:2] == ["+grpo", "+ppo"]
+
+
+def test_after_a_failure_what_runs_ends_and_nothing_starts():
+    lengths = {"rm": 2, "dpo": 20, "grpo": 2, "solo": 2}
+    told, _, status = play(lengths, "AB", codes={"rm": 2})
+    assert told == ["+rm", "+dpo", "-rm 2", "-dpo", "failed {'rm': 2}, left ['grpo', 'solo']"]
+    assert status == 2
+
+
+def test_the_status_of_a_killed_stage_counts_from_128():
+    assert play({"sft": 1}, "A", codes={"sft": -9})[2] == 137
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, 143), (signal.SIGINT, 0)])
+def test_sigterm_reaches_every_stage_once_and_a_ctrl_c_is_the_terminals_to_send(number, ends, tmp_path):
+    """The processes count the signals; without one of their own they end well, and still nothing new starts."""
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "path, got = pathlib.Path(sys.argv[1]), []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: got.append(1))\n"
+        "path.with_suffix('.ready').touch(); time.sleep(0.6)\n"
+        "path.write_text(str(len(got))); sys.exit(143 if got else 0)"
+    )
+    sent = []
+
+    def send():
+        if not sent and len(list(tmp_path.glob("*.ready"))) == 2:
+            sent.append(os.kill(os.getpid(), number))
+
+    def start(stage, place):
+        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / stage)])
+
+    before = signal.getsignal(number)
+    story = Story(send)
+    status = train_stages(["rm", "dpo", "solo"], {"rm": set(), "dpo": set(), "solo": set()}, [{}, {}], start, story)
+    assert [int((tmp_path / stage).read_text()) for stage in ("rm", "dpo")] == [int(ends == 143)] * 2
+    assert story.told[-1].endswith("left ['solo']") and status == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_a_defect_here_leaves_no_process_behind():
+    children = []
+
+    def start(stage, place):
+        children.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return children[-1]
+
+    with pytest.raises(ZeroDivisionError):
+        train_stages(["sft"], NEEDS, [{}], start, Story(lambda: 1 / 0))
+    assert children[0].returncode == -signal.SIGTERM
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, ["0", "1", "2"]),
+        ("2,0", ["2", "0"]),
+        ("1, 7,0", ["1"]),  # like CUDA, which stops at the first that does not exist
+        ("0,-1,1", ["0"]),
+        ("", []),
+        ("NoDevFiles,-1", ["NoDevFiles"]),
+        ("GPU-cccc,MIG-bbbb", ["GPU-cccc", "MIG-bbbb"]),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_show(visible, found):
+    assert visible_gpus(LISTING, visible) == found
+    assert visible_gpus("", visible) == []
+
+
+@pytest.mark.parametrize(
+    ("jobs", "processes", "gpus", "places", "says"),
+    [
+        (2, 1, "012", ["0", "1"], "--jobs 2: GPUs 0 | 1"),
+        (4, 1, "012", ["0", "1", "2"], "--jobs 4: 3 at once, not 4; GPUs 0 | 1 | 2"),
+        (2, 2, "4567", ["4,5", "6,7"], "--jobs 2: GPUs 4,5 | 6,7"),
+        (3, 2, "01234", ["0,1", "2,3"], "--jobs 3: 2 at once, not 3; GPUs 0,1 | 2,3"),
+    ],
+)
+def test_each_job_has_gpus_of_its_own(jobs, processes, gpus, places, says):
+    found = plan_places(jobs, processes, list(gpus), 64, None)
+    assert found == ([{"CUDA_VISIBLE_DEVICES": place} for place in places], says)
+
+
+@pytest.mark.parametrize(("processes", "gpus", "take"), [(1, "0", 2), (2, "012", 4), (4, "01", 8)])
+def test_gpus_that_are_too_few_for_two_serve_one_stage_at_a_time(processes, gpus, take):
+    places, says = plan_places(2, processes, list(gpus), 64, None)
+    assert places == [{}]
+    assert says == f"--jobs 2: one stage at a time; two take {take} GPUs, and there are {len(gpus)}"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "processes", "cores", "threads", "each"),
+    [(2, 1, 8, None, "4"), (3, 1, 8, None, "2"), (4, 1, 2, None, "1"), (2, 2, 8, None, "2"), (2, 1, 8, "3", "3")],
+)
+def test_without_a_gpu_the_jobs_share_the_cores(jobs, processes, cores, threads, each):
+    places, says = plan_places(jobs, processes, [], cores, threads)
+    assert places == [{"OMP_NUM_THREADS": each}] * jobs
+    assert says == f"--jobs {jobs}: up to {jobs} stages at once, OMP_NUM_THREADS={each} in each process"
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_launches_at_the_same_time_meet_at_ports_of_their_own():
+    command, _ = launch_command(["train"], "ddp", None, 0)
+    assert command[command.index("--main_process_port") + 1] == "0"
+    assert "--main_process_port" not in launch_command(["train"], "ddp", None)[0]
+    with pytest.raises(UserError, match="profile of 2 machines"):
+        require_one_machine(shipped("accelerate_configs", "multi_node"))
+    require_one_machine(shipped("accelerate_configs", "ddp"))
+
+
+def test_the_whole_output_of_every_attempt_is_in_the_log(tmp_path):
+    code = (
+        "import os, sys; print(os.environ['AT']); print('to stderr', file=sys.stderr); "
+        "os.write(2, b'raw' + bytes([10]))"
+    )
+    log = tmp_path / "logs" / "sft.log"
+    for place in ("one", "two"):
+        assert start_logged([sys.executable, "-c", code], {**os.environ, "AT": place}, log).wait() == 0
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if not line.startswith("===")] == [
+        *("one", "to stderr", "raw"),
+        *("two", "to stderr", "raw"),
+    ]
+    assert sum(line.startswith("=== 20") and sys.executable in line for line in lines) == 2
+
+
+RECIPE = """\
+name: small
+model: {model_name_or_path: builtin:tiny, use_peft: true, lora_r: 4, lora_target_modules: all-linear}
+data: {source: builtin:demo, max_rows: 120, max_length: 128, test_fraction: 0.2}
+stages:
+  one:
+    trainer: sft
+    args: {bf16: false, gradient_checkpointing: false, save_strategy: "no", logging_steps: 1, max_steps: 3,
+           per_device_train_batch_size: 4, learning_rate: 1e-3}
+    sweep: {seed: [1, 2]}
+"""
+
+
+def test_two_stages_train_at_the_same_time_to_the_weights_that_one_after_the_other_gives(tmp_path, monkeypatch):
+    import torch
+
+    from rlhf_trl.data.preprocess import prepare
+    from rlhf_trl.train.step import train
+
+    recipe = small_recipe(tmp_path, (), RECIPE)
+    run = RunDir(tmp_path / "runs" / "small")
+    run.replace("prepare")
+    prepare(recipe, run)
+    run.mark_done(recipe, "prepare", 0.0)
+    threads = torch.get_num_threads()
+    launcher = Launcher(str(tmp_path / "small.yaml"), ["--runs", str(run.root.parent)], None, None, 2)
+    places = [{"OMP_NUM_THREADS": str(threads)}] * 2
+    story = Story()
+    assert train_stages([*recipe.stages], links(recipe), places, launcher.start_in(run), story) == 0, [
+        run.log(stage).read_text() for stage in recipe.stages
+    ]
+    assert story.told[:2] == ["+one-seed=1", "+one-seed=2"]
+    # A stage holds its lock from before it loads anything until it is done.
+    held = [run.holder(stage).with_name(f"{stage}.lock").stat().st_mtime for stage in recipe.stages]
+    assert max(held) < min(run.done(stage).stat().st_mtime for stage in recipe.stages)
+    stats = read_json(run.training_stats("one-seed=1"))
+    assert stats["summary"]["cpu_threads"] == threads and stats["max_steps"] == 3
+
+    found = {stage: digest(run, stage) for stage in recipe.stages}
+    assert len(set(found.values())) == 2
+    for stage in recipe.stages:
+        shutil.rmtree(run.step(stage))
+        train(recipe, run, stage)
+        reset_accelerate()
+    assert {stage: digest(run, stage) for stage in recipe.stages} == found
+
+
+def digest(run: RunDir, stage: str) -> str:
+    return hashlib.sha256((run.adapter(stage) / "adapter_model.safetensors").read_bytes()).hexdigest()

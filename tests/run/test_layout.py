@@ -1,0 +1,285 @@
+"""The run directory: writes that are whole or not there, steps held by one process, markers, what `replace` keeps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import STEPS, Recipe, expand_sweeps, source_hash
+from rlhf_trl.run import layout as rundir
+from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    content = {
+        "name": "small",
+        "model": {"model_name_or_path": "builtin:tiny"},
+        "data": {"source": "builtin:demo"},
+        "stages": {
+            "sft": {"trainer": "sft"},
+            "dpo": {"trainer": "dpo", "init": "sft", "sweep": {"beta": [0.1, 0.3]}},
+        },
+    }
+    return expand_sweeps(Recipe.model_validate(content))
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    return RunDir(tmp_path / "runs" / "small")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a Python process that says `ready`, and end it with the test."""
+    started = []
+
+    def run_code(code: str) -> subprocess.Popen:
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        started.append(child)
+        assert child.stdout.readline().strip() == "ready"
+        return child
+
+    yield run_code
+    for child in started:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def finish(run: RunDir, recipe: Recipe, step: str) -> None:
+    (run.replace(step) / "result").write_text(step)
+    run.mark_done(recipe, step, 1.23456)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_back_and_sorted(tmp_path):
+    value = {"b": [1, 2.5, None, True], "a": {"text": "ø \u2028 \U0001f680 \n"}}
+    write_json(tmp_path / "deep" / "er" / "x.json", value)
+    assert read_json(tmp_path / "deep" / "er" / "x.json") == value
+    text = (tmp_path / "deep" / "er" / "x.json").read_text(encoding="utf-8")
+    assert text.index('"a"') < text.index('"b"') and text.endswith("}\n") and "ø" in text
+    rows = [{"text": "one\u2028two\r\n"}, {}, {"text": "\x85\x0b"}]
+    write_jsonl(tmp_path / "x.jsonl", iter(rows))
+    assert read_jsonl(tmp_path / "x.jsonl") == rows
+    assert files(tmp_path) == {"deep/er/x.json", "x.jsonl"}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path, number):
+    for write, value in ((write_json, {"loss": number}), (write_jsonl, [{"loss": 1.0}, {"loss": number}])):
+        path = tmp_path / write.__name__
+        path.write_text("old")
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write(path, value)
+        assert path.read_text() == "old"
+    assert files(tmp_path) == {"write_json", "write_jsonl"}
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, 1)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rundir.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, 2)
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert read_json(path) == 1
+    assert files(tmp_path) == {"x.json"}
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file_whole(tmp_path, start):
+    path = tmp_path / "x.json"
+    write_json(path, {"old": True})
+    child = start(
+        "import os, time, pathlib; from rlhf_trl import rundir\n"
+        "def stop(_): print('ready', flush=True); time.sleep(60)\n"
+        "rundir.os.fsync = stop\n"
+        f"rundir.write_json(pathlib.Path({str(path)!r}), {{'new': list(range(10000))}})"
+    )
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert read_json(path) == {"old": True}
+    write_json(path, {"new": True})
+    assert read_json(path) == {"new": True}
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_two_things_of_a_run_share_a_path(run, recipe):
+    stages = [*recipe.stages, "reference"]
+    paths = [run.recipe, run.env, run.report, run.base, run.exploration, run.data, run.summary, run.quarantine,
+             run.tokenizer, run.evaluation, run.metrics]  # fmt: skip
+    paths += [view(split) for view in (run.pairs, run.prompts) for split in ("train", "test")]
+    paths += [run.completions(stage) for stage in stages]
+    for kind in (
+        run.step,
+        run.adapter,
+        run.model,
+        run.checkpoints,
+        run.training_stats,
+        run.training_curves,
+        run.started,
+    ):
+        paths += [kind(stage) for stage in stages]
+    paths += [run.done(step) for step in (*STEPS, *recipe.stages)]
+    assert len(set(paths)) == len(paths)
+    assert all(path.is_relative_to(run.root) for path in paths)
+
+
+# --- done markers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [*STEPS, "sft", "dpo-beta=0.1"])
+def test_a_step_is_done_for_exactly_what_it_depends_on(step, run, recipe):
+    assert not run.is_done(recipe, step) and run.fingerprint_of(step) is None
+    finish(run, recipe, step)
+    assert run.is_done(recipe, step)
+    assert run.fingerprint_of(step) == recipe.fingerprint(step)
+    assert read_json(run.done(step)).keys() == {"step", "fingerprint", "seconds", "finished"}
+    changed = recipe.model_copy(update={"seed": 7})
+    assert not run.is_done(changed, step) and run.fingerprint_of(step) is not None
+
+
+def test_the_marker_of_another_step_does_not_count(run, recipe):
+    finish(run, recipe, "dpo-beta=0.1")
+    run.step("dpo-beta=0.1").rename(run.step("dpo-beta=0.3"))
+    assert not run.is_done(recipe, "dpo-beta=0.3")
+
+
+def test_require_names_the_command_that_runs_the_step(run, recipe):
+    with pytest.raises(UserError) as caught:
+        run.require(recipe, "sft", "train RECIPE sft")
+    (problem,) = caught.value.problems
+    assert problem.place == str(run.step("sft"))
+    assert problem.problem == "the step 'sft' is not finished"
+    assert problem.remedy == "run `rlhf-trl train RECIPE sft` first"
+    finish(run, recipe, "sft")
+    run.require(recipe, "sft", "train RECIPE sft")
+    with pytest.raises(UserError, match="was made with other settings"):
+        run.require(recipe.model_copy(update={"seed": 7}), "sft", "train RECIPE sft")
+
+
+# --- replacing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_stage_is_kept_each_time_it_is_replaced(run, recipe):
+    for _ in range(3):
+        finish(run, recipe, "sft")
+    assert run.replace("sft") == run.step("sft")
+    assert files(run.step("sft")) == set()
+    kept = sorted((run.root / "replaced").iterdir())
+    assert len(kept) == 3 and all(path.name.startswith("sft-") for path in kept)
+    assert all(files(path) == {"result", "done.json"} for path in kept)
+
+
+def test_an_unfinished_stage_and_a_step_are_replaced_without_a_trace(run, recipe):
+    (run.replace("sft") / "half").write_text("")
+    run.replace("sft")
+    for step in ("explore", "prepare", "evaluate"):
+        finish(run, recipe, step)
+        run.replace(step)
+        assert not run.is_done(recipe, step)
+    assert files(run.root) == set()
+
+
+def test_the_report_is_replaced_without_touching_the_run_that_it_lies_in(run, recipe):
+    for step in ("prepare", "sft", "report"):
+        finish(run, recipe, step)
+    run.report.write_text("old")
+    run.replace("report")
+    assert not run.is_done(recipe, "report")
+    assert run.is_done(recipe, "prepare") and run.is_done(recipe, "sft")
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------
+
+HOLD = (
+    "import pathlib, time; from rlhf_trl.run.layout import RunDir\n"
+    "with RunDir(pathlib.Path({root!r})).lock({step!r}): print('ready', flush=True); time.sleep(60)"
+)
+
+
+def test_a_step_held_by_another_process_is_refused_with_its_number(run, start):
+    child = start(HOLD.format(root=str(run.root), step="sft"))
+    before = time.perf_counter()
+    with pytest.raises(UserError) as caught, run.lock("sft"):
+        pass
+    (problem,) = caught.value.problems
+    assert f"held by process {child.pid} on " in problem.problem and problem.remedy == "wait for it, or stop it"
+    assert problem.place == str(run.step("sft"))
+    assert time.perf_counter() - before < 2
+    with run.lock("dpo"):
+        pass
+
+
+def test_a_step_whose_holder_was_killed_is_taken_over(run, start):
+    child = start(HOLD.format(root=str(run.root), step="sft"))
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with run.lock("sft"):
+        (left,) = [path for path in (run.root / ".locks").iterdir() if path.suffix != ".lock"]
+        assert f"process {os.getpid()} " in left.read_text()
+
+
+def test_a_lock_is_let_go_of_when_the_step_fails(run):
+    with pytest.raises(ZeroDivisionError), run.lock("sft"):
+        1 / 0  # noqa: B018
+    with run.lock("sft"):
+        pass
+
+
+def test_the_stages_of_a_sweep_have_locks_of_their_own(run, recipe):
+    with run.lock("dpo-beta=0.1"), run.lock("dpo-beta=0.3"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_with_the_option(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError) as caught, RunDir(tmp_path / "runs" / "small").lock("sft"):
+        pass
+    assert "cannot write here: " in str(caught.value) and "--runs" in str(caught.value)
+
+
+# --- provenance ------------------------------------------------------------------------------------------------------
+
+
+def test_provenance_is_the_resolved_recipe_and_the_versions(run, recipe):
+    run.write_provenance(recipe)
+    assert Recipe.model_validate(read_json(run.recipe)).model_dump() == recipe.model_dump()
+    env = read_json(run.env)
+    assert env["versions"]["trl"] == "1.12.0" and env["versions"]["torch"].startswith("2.13.0")
+    assert env.keys() == {"versions", "git", "git_dirty", "platform", "cpus", "gpus", "plan", "sources"}
+    assert env["plan"] == recipe.plan and env["sources"] == {
+        name: source_hash(name) for name in ("builtin:demo", "builtin:tiny")
+    }
+    assert files(run.root) == {"recipe.json", "env.json"}
+
+
+def test_the_commit_is_that_of_the_package_and_not_of_the_working_directory(tmp_path, monkeypatch):
+    here = rundir.environment()["git"]
+    monkeypatch.chdir(tmp_path)
+    assert rundir.environment()["git"] == here
+
+
+def test_an_environment_without_git_is_described(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert json.dumps(rundir.environment()) and rundir.environment()["git"] == ""

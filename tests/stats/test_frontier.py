@@ -1,0 +1,305 @@
+"""Pareto front, hypervolume, best-of-n and the curve of over-optimisation: published figures and brute force."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from rlhf_trl.stats.frontier import (
+    best_of_n,
+    best_of_n_kl,
+    bootstrap_front,
+    fit_over_optimisation,
+    gain_at_kl,
+    hypervolume,
+    non_dominated,
+)
+
+# moocore's example, with the reward turned up: (reward, KL).
+POINTS = np.array([(0, 0), (0.8, 2), (1.2, 5), (1.1, 9), (1.5, 20), (1.4, 30)])
+# Few different values, so that ties and duplicates are common.
+COARSE = arrays(np.float64, st.tuples(st.integers(1, 8), st.just(2)), elements=st.integers(-3, 6).map(float))
+
+
+def brute_front(points):
+    """Marked: not beaten in one and matched in the other, and the first of its kind."""
+    marks = []
+    for i, (gain, kl) in enumerate(points):
+        beaten = any(g >= gain and k <= kl and (g, k) != (gain, kl) for g, k in points)
+        marks.append(not beaten and (gain, kl) not in [tuple(point) for point in points[:i]])
+    return marks
+
+
+def test_published_front_and_hypervolume():
+    gain, kl = POINTS.T
+    assert non_dominated(gain, kl).tolist() == [True, True, True, False, True, False]
+    assert hypervolume(gain, kl, worst_gain=-0.5, worst_kl=40) == pytest.approx(70.4, abs=1e-12)
+
+
+@given(points=COARSE)
+def test_front_is_brute_forces(points):
+    assert non_dominated(*points.T).tolist() == brute_front([tuple(point) for point in points])
+
+
+@given(points=COARSE, order=st.randoms(use_true_random=False))
+def test_hypervolume_counts_the_cells_that_are_dominated(points, order):
+    """On whole numbers the area is a number of unit cells. The order of the points does not matter, dominated ones and
+    copies add nothing."""
+    cells = sum(
+        any(gain >= top and kl <= left for gain, kl in points)
+        for top, left in itertools.product(range(7), range(-3, 5))
+    )
+    found = hypervolume(*points.T, worst_gain=-1, worst_kl=5)
+    assert found == pytest.approx(cells, abs=1e-9)
+    shuffled = [tuple(point) for point in points]
+    order.shuffle(shuffled)
+    assert hypervolume(*np.array(shuffled).T, worst_gain=-1, worst_kl=5) == pytest.approx(found)
+    front = points[non_dominated(*points.T)]
+    assert hypervolume(*front.T, worst_gain=-1, worst_kl=5) == pytest.approx(found)
+
+
+def test_points_outside_the_box_add_nothing():
+    assert hypervolume(np.array([1.0, 5.0, -2.0]), np.array([1.0, 10.0, 0.0]), 0, 10) == 9.0
+    assert hypervolume(np.array([5.0, -2.0]), np.array([11.0, 0.0]), 0, 10) == 0.0
+
+
+def test_rows_of_a_batch_are_fronts_of_their_own():
+    generator = np.random.default_rng(0)
+    gain, kl = generator.integers(0, 4, size=(2, 50, 6)).astype(float)
+    assert non_dominated(gain, kl).tolist() == [non_dominated(*row).tolist() for row in zip(gain, kl, strict=True)]
+
+
+@pytest.mark.parametrize("values", [([1.0], [1.0, 2.0]), ([], []), ([1.0, math.nan], [1.0, 1.0]), ([1.0], [math.inf])])
+def test_what_is_no_point_is_refused(values):
+    first, second = (np.array(side) for side in values)
+    for call in (
+        lambda: non_dominated(first, second),
+        lambda: hypervolume(first, second, 0, 1),
+        lambda: fit_over_optimisation(first, second, "rl"),
+        lambda: gain_at_kl(first[None], second[None], 1, 0),
+        lambda: best_of_n(first[None], second[None], 1),
+        lambda: bootstrap_front({"a": first}, {"a": second}, 0, 1, 0),
+    ):
+        with pytest.raises(ValueError, match="point"):
+            call()
+
+
+def noisy(means, prompts, seed, spread=1.0):
+    """(K,) -> (K, P): normal values around each mean, moved so that the mean of the sample is exact."""
+    values = np.random.default_rng(seed).normal(0, spread, size=(len(means), prompts))
+    return values - values.mean(axis=1, keepdims=True) + np.array(means)[:, None]
+
+
+def test_front_shares_of_sure_unsure_and_hopeless_points():
+    """`even` has the gain of `mid` at more KL: on the front when the resample's difference is positive, half the
+    time."""
+    names = ["reference", "mid", "even", "worse", "far"]
+    gains = dict(zip(names, noisy([0.0, 1.0, 1.0, 0.2, 3.0], 300, 1), strict=True))
+    kls = dict(zip(names, noisy([0.0, 2.0, 4.0, 6.0, 9.0], 300, 2), strict=True))
+    gains["reference"], kls["reference"] = np.zeros(300), np.zeros(300)
+    shares, area = bootstrap_front(gains, kls, -1.0, 10.0, seed=3)
+    assert list(shares) == names
+    assert shares["reference"] == shares["mid"] == shares["far"] == 1.0
+    assert shares["even"] == pytest.approx(0.5, abs=0.05)
+    assert shares["worse"] == 0.0
+    # 2 x 1 + 7 x 2 + 1 x 4
+    assert area.mean == pytest.approx(20.0)
+    assert area.low < 20 < area.high
+    assert area.n == 300
+    assert bootstrap_front(gains, kls, -1.0, 10.0, seed=3) == (shares, area)
+
+
+def test_one_of_two_equal_policies_is_on_the_front_in_every_resample():
+    """Equal columns have equal means in every resample, however many other points there are."""
+    values = np.random.default_rng(5).normal(1, 1, size=(9, 37))
+    for others in range(7):
+        gains = {"a": values[0], "b": values[0]} | {str(i): values[i + 2] - 9 for i in range(others)}
+        kls = {name: values[1] + 5 if name in "ab" else values[1] + 50 for name in gains}
+        shares, _ = bootstrap_front(gains, kls, 0, 10, seed=1)
+        assert (shares["a"], shares["b"]) == (1.0, 0.0)
+
+
+def test_hypervolume_interval_covers_the_truth():
+    """One point (gain 1, KL 4) in the box (0, 10): 6, which the delta method gives the standard error of."""
+    covered = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        gain, kl = generator.normal(1, 0.5, size=80), generator.normal(4, 1, size=80)
+        _, area = bootstrap_front({"a": gain}, {"a": kl}, 0, 10, seed)
+        covered += area.low <= 6 <= area.high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_bootstrap_needs_the_same_points_on_both_axes():
+    with pytest.raises(ValueError, match="same points"):
+        bootstrap_front({"a": np.zeros(3)}, {"b": np.zeros(3)}, 0, 1, 0)
+    with pytest.raises(ValueError, match="same points"):
+        bootstrap_front({}, {}, 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("n", "kl"), [(1, 0), (2, 0.193147), (4, 0.636294), (8, 1.204442), (16, 1.835089), (64, 3.174508), (256, 4.549084)]
+)
+def test_kl_of_best_of_n(n, kl):
+    assert best_of_n_kl(n) == pytest.approx(kl, abs=5e-7)
+
+
+def brute_best_of_n(proxy, scores, n):
+    """Mean over all subsets of the score of the subset's best answer; of tied best ones, their mean."""
+    results = []
+    for subset in itertools.combinations(range(len(proxy)), n):
+        best = max(proxy[i] for i in subset)
+        results.append(np.mean([scores[i] for i in subset if proxy[i] == best]))
+    return np.mean(results)
+
+
+@given(
+    proxy=arrays(np.float64, (2, 6), elements=st.integers(0, 3).map(float)),
+    scores=arrays(np.float64, (2, 6), elements=st.floats(-5, 5)),
+    n=st.integers(1, 6),
+    order=st.permutations(range(6)),
+)
+@settings(max_examples=60)
+def test_best_of_n_is_the_mean_over_all_subsets(proxy, scores, n, order):
+    found = best_of_n(proxy, scores, n)
+    assert found == pytest.approx([brute_best_of_n(*row, n) for row in zip(proxy, scores, strict=True)], abs=1e-9)
+    assert best_of_n(proxy[:, order], scores[:, order], n) == pytest.approx(found, abs=1e-9)
+
+
+def test_best_of_n_at_its_ends():
+    proxy, scores = np.array([[3.0, 1.0, 2.0]]), np.array([[30.0, 10.0, 26.0]])
+    assert best_of_n(proxy, scores, 1) == pytest.approx([22.0])
+    assert best_of_n(proxy, scores, 2) == pytest.approx([(30 + 30 + 26) / 3])
+    assert best_of_n(proxy, scores, 3) == pytest.approx([30.0])
+    for n in (0, 4):
+        with pytest.raises(ValueError, match="from 3 answers"):
+            best_of_n(proxy, scores, n)
+
+
+def test_best_of_n_with_more_answers_than_a_float_has_subsets():
+    """C(2000, 1000) is beyond a float; the best of 1000 uniform numbers is 1000 / 1001 on average."""
+    proxy = np.linspace(0, 1, 2001)[None, 1:]
+    assert best_of_n(proxy, proxy, 1000) == pytest.approx([1000 / 1001], abs=1e-3)
+
+
+def constant(values, prompts=50):
+    return np.repeat(np.array(values, dtype=float)[:, None], prompts, axis=1)
+
+
+def test_gain_at_a_budget_lies_on_the_lines_over_sqrt_kl():
+    """Points at sqrt(KL) 1, 2, 3, 4; the third is dominated by the second, and the line goes past it."""
+    kls, gains = constant([1, 4, 9, 16]), constant([1, 3, 2, 4])
+    for root, gain in [(0, 0), (0.5, 0.5), (1, 1), (1.5, 2), (2, 3), (3, 3.5), (4, 4)]:
+        found = gain_at_kl(kls, gains, root * root, seed=0)
+        assert (found.mean, found.low, found.high) == pytest.approx((gain, gain, gain))
+        assert found.n == 50
+        order = [2, 0, 3, 1]
+        assert gain_at_kl(kls[order], gains[order], root * root, seed=0) == found
+    assert gain_at_kl(kls, gains, 16.01, seed=0) is None
+
+
+def test_kl_that_no_longer_pays_need_not_be_spent():
+    """After the peak at KL 4 more KL costs gain: the budget 9 still affords the peak."""
+    kls, gains = constant([1, 4, 16]), constant([1, 3, -1])
+    assert gain_at_kl(kls, gains, 9, seed=0).mean == 3
+    assert gain_at_kl(kls, gains, 17, seed=0) is None
+
+
+def test_a_method_that_only_lost_stays_below_the_reference():
+    assert gain_at_kl(constant([4]), constant([-2]), 1, seed=0).mean == -1
+
+
+def test_a_point_without_kl_is_no_second_reference():
+    assert gain_at_kl(constant([0, 4]), constant([0.5, 2]), 1, seed=0).mean == 1
+
+
+def test_best_of_n_reaches_exactly_its_own_kl():
+    sizes = [1, 2, 4, 8, 16]
+    kls, gains = constant([best_of_n_kl(n) for n in sizes], 333), constant([0, 1, 2, 3, 4], 333)
+    for n, gain in zip(sizes, range(5), strict=True):
+        assert gain_at_kl(kls, gains, best_of_n_kl(n), seed=1).mean == pytest.approx(gain)
+    assert gain_at_kl(kls, gains, best_of_n_kl(16) + 1e-6, seed=1) is None
+
+
+def test_interval_of_a_gain_is_the_bootstraps():
+    """One point at the budget itself: the interval of the mean gain, a little lower where the KL falls short."""
+    from rlhf_trl.stats.estimate import bootstrap_mean
+
+    gains = noisy([2.0], 200, 4)
+    found, plain = gain_at_kl(constant([4.0], 200), gains, 4.0, seed=0), bootstrap_mean(gains[0], 0)
+    assert (found.mean, found.low, found.high) == pytest.approx((plain.mean, plain.low, plain.high), abs=0.03)
+    narrow = gain_at_kl(constant([16.0], 200), gains, 4.0, seed=0)
+    assert (narrow.mean, narrow.high - narrow.low) == pytest.approx((1.0, (found.high - found.low) / 2))
+
+
+def test_a_resample_short_of_the_budget_is_not_extrapolated():
+    """KL is 4 on average and the gain equals it: beyond the budget of 4 the line is cut, below it the gain is."""
+    kls = noisy([4.0], 100, 7)
+    found = gain_at_kl(kls, kls, 4.0, seed=0)
+    assert found.mean == pytest.approx(4.0)
+    # gain * 2 / sqrt(KL) = 2 sqrt(KL) above the budget, KL itself below: with KL 4 +- 1.96 * 0.1.
+    error = 1.96 * kls.std() / 10
+    assert found.low == pytest.approx(4 - error, abs=0.03)
+    assert found.high == pytest.approx(2 * math.sqrt(4 + error), abs=0.03)
+
+
+def test_budget_is_not_negative():
+    with pytest.raises(ValueError, match="budget"):
+        gain_at_kl(constant([1]), constant([1]), -1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("form", "curve", "peak"),
+    [
+        ("bon", lambda d: d * (1.2 - 0.2 * d), 1.2 / 0.4),
+        ("rl", lambda d: d * (1.2 - 0.6 * np.log(d)), math.exp(1.0)),
+    ],
+)
+def test_fit_recovers_the_curve_and_its_peak(form, curve, peak):
+    d = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 5.0])
+    gain = np.concatenate([[0.0], curve(d[1:])])
+    fit = fit_over_optimisation(d**2, gain, form)
+    beta = {"bon": 0.2, "rl": 0.6}[form]
+    assert (fit.alpha, fit.beta, fit.peak_sqrt_kl, fit.peak_kl, fit.r2) == pytest.approx((1.2, beta, peak, peak**2, 1))
+    # The highest point of the curve, found by looking.
+    grid = np.linspace(0.01, 10, 100_000)
+    assert grid[curve(grid).argmax()] == pytest.approx(fit.peak_sqrt_kl, abs=1e-3)
+    assert fit.as_dict() == {name: getattr(fit, name) for name in ("alpha", "beta", "peak_sqrt_kl", "peak_kl", "r2")}
+
+
+def test_fit_is_least_squares():
+    generator = np.random.default_rng(0)
+    d = np.linspace(0.3, 4, 12)
+    gain = d * (1 - 0.3 * np.log(d)) + generator.normal(0, 0.2, size=12)
+    fit = fit_over_optimisation(d**2, gain, "rl")
+
+    def error(alpha, beta):
+        return ((gain - d * (alpha - beta * np.log(d))) ** 2).sum()
+
+    best = error(fit.alpha, fit.beta)
+    assert all(error(fit.alpha + a, fit.beta + b) > best for a in (-0.01, 0, 0.01) for b in (-0.01, 0, 0.01) if a or b)
+    assert fit.r2 == pytest.approx(1 - best / ((gain - gain.mean()) ** 2).sum())
+
+
+def test_fit_without_a_peak():
+    d = np.array([1.0, 2.0, 3.0, 4.0])
+    for form, bend in (("bon", d), ("rl", np.log(d))):
+        for beta, alpha in ((-0.2, 1.0), (0.0, 1.0)):
+            fit = fit_over_optimisation(d**2, d * (alpha - beta * bend), form)
+            assert fit.beta == pytest.approx(beta, abs=1e-9)
+            if beta < 0:
+                assert fit.peak_sqrt_kl is fit.peak_kl is None
+    # Falling from the start, and a peak that is beyond any number.
+    assert fit_over_optimisation(d**2, -d - d * d, "bon").peak_sqrt_kl is None
+    assert fit_over_optimisation(d**2, d * (1 - 1e-3 * np.log(d)), "rl").peak_kl is None
+    flat = fit_over_optimisation(d**2, np.zeros(4), "rl")
+    assert (flat.alpha, flat.r2) == (0.0, None)
+
+
+def test_fit_needs_three_different_points():
+    assert fit_over_optimisation(np.array([0.0, 1.0, 4.0, 4.0]), np.array([0.0, 1.0, 2.0, 3.0]), "rl") is None
+    assert fit_over_optimisation(np.array([0.0, 1.0, 4.0, 9.0]), np.array([0.0, 1.0, 2.0, 3.0]), "rl") is not None

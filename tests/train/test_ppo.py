@@ -1,0 +1,465 @@
+"""PPO: the repairs of TRL's trainer do what the options say, on one shared base."""
+
+import math
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from conftest import small_recipe
+from safetensors.torch import load_file
+from transformers import set_seed
+
+from rlhf_trl.models.base import encode, recorded_tokenizer
+from rlhf_trl.models.rewards import load_reward_model
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.run.layout import RunDir, read_json, read_jsonl
+from rlhf_trl.train.ppo.loop import Batches, generate_in_chunks
+from rlhf_trl.train.ppo.memory import Batch, Shape, estimate_ppo
+from rlhf_trl.train.ppo.trainer import PPOTrainer
+from rlhf_trl.train.step import PPOConfig, _own_settings, build_config, build_trainer
+
+
+@pytest.fixture
+def build(trained, tmp_path):
+    """Build the PPO trainer of the small run with other options, after seeding."""
+    _, run = trained
+
+    def build(*overrides: str, **more):
+        recipe = small_recipe(tmp_path, tuple(f"stages.ppo.args.{item}" for item in overrides))
+        values = {**recipe.args_of("ppo"), **_own_settings(RunDir(tmp_path), "ppo", "ppo"), **more}
+        set_seed(3)
+        return build_trainer(recipe, run, "ppo", build_config(PPOConfig, values, "ppo"))
+
+    return build
+
+
+def weights(trainer) -> torch.Tensor:
+    return torch.cat([param.detach().flatten() for param in trainer.model.parameters() if param.requires_grad])
+
+
+@pytest.mark.parametrize(("parts", "expected"), [(1, 8), (2, 16), (4, 32)])
+def test_mini_batches_are_optimizer_steps(build, parts, expected):
+    # 2 updates of 4 epochs; upstream makes 8 steps whatever num_mini_batches says
+    trainer = build("per_device_train_batch_size=2", "gradient_accumulation_steps=4", "total_episodes=16",
+                    "num_ppo_epochs=4", f"num_mini_batches={parts}")  # fmt: skip
+    steps = []
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    trainer.train()
+    assert len(steps) == expected
+
+
+def test_clipping_takes_effect_and_is_logged(build):
+    results = {}
+    for limit in ("1.0", "1e-9"):
+        trainer = build(f"max_grad_norm={limit}", "total_episodes=16")
+        trainer.train()
+        results[limit] = weights(trainer)
+        row = next(row for row in trainer.state.log_history if "grad_norm" in row)
+        assert row["grad_norm"] > 1e-3  # before clipping
+    assert not torch.equal(results["1.0"], results["1e-9"])
+
+
+def test_averages_do_not_shrink_with_mini_batches(build):
+    """At the first update the policy is the one that sampled, so that the mean ratio is 1; upstream logs 1 / parts."""
+    trainer = build("num_mini_batches=2", "learning_rate=1e-12", "total_episodes=16")
+    trainer.train()
+    row = next(row for row in trainer.state.log_history if "val/ratio" in row)
+    assert row["val/ratio"] == pytest.approx(1, abs=1e-2)
+    assert abs(row["objective/kl"]) < 1e-4
+
+
+def rows_of(trainer) -> list[dict]:
+    return [row for row in trainer.state.log_history if "objective/kl" in row]
+
+
+def snapshot(trainer) -> dict[str, torch.Tensor]:
+    return {name: param.detach().clone() for name, param in trainer.shared.named_parameters()} | {
+        name: param.detach().clone() for name, param in trainer._value_head.named_parameters()
+    }
+
+
+ONE_BATCH = ("per_device_train_batch_size=8", "gradient_accumulation_steps=1", "num_mini_batches=1")
+
+
+def test_a_fresh_adapter_is_its_reference(build):
+    trainer = build("learning_rate=0", "total_episodes=32", "entropy_coef=0.05")
+    trainer.train()
+    for row in rows_of(trainer):
+        assert abs(row["objective/kl"]) < 1e-4
+        assert row["val/ratio"] == pytest.approx(1, abs=1e-2)
+
+
+def test_every_role_learns_what_it_should(build):
+    trainer = build("total_episodes=32", "value_init=reward", "learning_rate=1e-2")
+    before = snapshot(trainer)
+    trainer.train()
+    after = snapshot(trainer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    kinds = {kind: {name for name in before if f".{kind}." in name} for kind in ("default", "value", "reward")}
+    head = {"score.weight", "score.bias"}
+    base = before.keys() - head - set().union(*kinds.values())
+    assert base and not changed & base
+    assert kinds["reward"] and not changed & kinds["reward"]
+    assert head <= changed
+    for kind in ("default", "value"):
+        assert changed >= {name for name in kinds[kind] if "lora_B" in name}, kind
+    trained = {name for name, param in trainer.shared.named_parameters() if param.requires_grad}
+    assert trained == kinds["default"] | kinds["value"]  # still, after the reference and the rewards
+
+
+def test_the_update_is_the_one_of_the_paper(build, trained):
+    """GAE, clipped surrogate, clipped value loss and entropy bonus of a second epoch, computed by hand."""
+    trainer = build(*ONE_BATCH, "total_episodes=8", "num_ppo_epochs=2", "entropy_coef=0.05", "learning_rate=3e-2",
+                    "value_init=reward", "kl_coef=0.1", "gamma=0.99", "lam=0.9", "vf_coef=0.3", "temperature=0.8",
+                    "cliprange_value=0.05")  # fmt: skip
+    args, policy = trainer.args, trainer.shared
+    losses, inputs = [], []
+    backward = trainer._backward
+    trainer._backward = lambda loss, **more: (losses.append(loss.item()), backward(loss, **more))
+    keys = ("input_ids", "attention_mask", "position_ids")
+    trainer.model.register_forward_hook(
+        lambda _, args, kwargs, out: inputs.append({key: kwargs[key] for key in keys}), with_kwargs=True
+    )
+
+    def read(use_reference=False):
+        """Log-probabilities, entropies and values of the answers of the second epoch, under the weights of now."""
+        context = policy.reference() if use_reference else torch.no_grad()
+        with torch.no_grad(), context:
+            kept = policy(**inputs[-1]).logits.kept[:, :-1] / args.temperature
+        distribution = torch.distributions.Categorical(logits=kept)
+        with torch.no_grad():
+            hidden = trainer._value_head.backbone(**inputs[-1]).hidden_states[-1]
+            values = trainer._value_head.score(hidden)[:, start - 1 : -1, 0]
+        return distribution.log_prob(answers), distribution.entropy(), values
+
+    states = [snapshot(trainer)]
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: states.append(snapshot(trainer)))
+    scores = []
+    backbone = trainer.reward_model.backbone
+    trainer.reward_model.backbone = lambda **more: (
+        lambda out: (scores.append(out.hidden_states[0][:, 0, 0]), out)[1])(backbone(**more))  # fmt: skip
+    trainer.train()
+    # one rollout, hence one batch, which the second epoch sees in another order
+    rewards = torch.cat(scores)
+    start = policy.context_length
+    first, second = inputs
+    order = [next(i for i, row in enumerate(first["input_ids"]) if torch.equal(row, other))
+             for other in second["input_ids"]]  # fmt: skip
+    answers, mask = second["input_ids"][:, start:], second["attention_mask"][:, start:].bool()
+    named = dict(policy.named_parameters()) | dict(trainer._value_head.named_parameters())
+
+    def load(state):
+        for name, tensor in state.items():
+            named[name].data.copy_(tensor)
+
+    load(states[0])
+    old, _, old_values = read()
+    reference = read(use_reference=True)[0]
+    # scores were taken in the rollout's order; the first epoch's is another permutation of it
+    tokenizer, text = trainer.processing_class, {}
+    for ids, kept in zip(second["input_ids"].tolist(), second["attention_mask"].tolist(), strict=True):
+        prompt = tuple(t for t, k in zip(ids[:start], kept, strict=False) if k)
+        answer = [t for t, k in zip(ids[start:], kept[start:], strict=True) if k]
+        text[len(text)] = (trainer.reward_model._prompts[prompt], answer)
+    model = load_reward_model(*trained, "rm")
+    done = [answer[-1] == tokenizer.eos_token_id for _, answer in text.values()]
+    decoded = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in text.values()]
+    score = model.score([prompt for prompt, _ in text.values()], decoded, done)
+    assert torch.allclose(score.sort().values, rewards.sort().values, atol=1e-4)
+    score = score - torch.tensor([0.0 if end else args.missing_eos_penalty for end in done])
+    length = mask.sum(1)
+    reward = -args.kl_coef * (old - reference).masked_fill(~mask, 0)
+    reward[torch.arange(8), torch.where(length < mask.shape[1], length, length - 1)] += score
+    seen = torch.arange(mask.shape[1]) <= length[:, None]  # one position past the end
+    values = old_values.masked_fill(~seen, 0)
+    advantages, running = torch.zeros_like(values), torch.zeros(8)
+    for t in reversed(range(mask.shape[1])):
+        following = values[:, t + 1] if t + 1 < mask.shape[1] else 0.0
+        running = reward[:, t] + args.gamma * following - values[:, t] + args.gamma * args.lam * running
+        advantages[:, t] = running
+    returns = advantages + values
+    raw = advantages[mask]
+    whitened = (advantages - raw.mean()) / (raw.var() + 1e-8).sqrt()
+    load(states[1])
+    new, entropy, new_values = read()
+    ratio = (new - old).exp()
+    surrogate = torch.max(-whitened * ratio, -whitened * ratio.clamp(1 - args.cliprange, 1 + args.cliprange))[mask]
+    clipped = torch.clamp(new_values, values - args.cliprange_value, values + args.cliprange_value)
+    value_loss = 0.5 * torch.max((new_values - returns) ** 2, (clipped - returns) ** 2)[seen].mean()
+    expected = surrogate.mean() + args.vf_coef * value_loss - args.entropy_coef * entropy[mask].mean()
+    assert losses[1] == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
+    row = rows_of(trainer)[0]
+    assert (ratio[mask] > 1 + args.cliprange).any() and 0 < row["policy/clipfrac_avg"] < 1
+    assert row["advantage_mean"] == pytest.approx(raw.mean().item(), abs=1e-3)
+    assert row["advantage_std"] == pytest.approx(raw.std().item(), rel=1e-3)
+    assert row["explained_variance"] == pytest.approx(1 - (raw.var() / returns[mask].var()).item(), abs=1e-3)
+    assert row["reward"] == pytest.approx(rewards.mean().item(), abs=1e-4)
+    assert row["answer_tokens"] == length.float().mean().item()
+    assert row["finished"] == sum(done) / 8
+    assert sorted(order) == list(range(8))
+
+
+class Vowels:
+    """A reward with a known optimum, 1: the share of vowels among an answer's characters, spaces aside."""
+
+    def score(self, prompts, answers, finished):
+        texts = ["".join(text.split()) for text in answers]
+        return torch.tensor([sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts])
+
+
+def train_toy(build, seed: int, *options: str) -> list[dict]:
+    trainer = build("per_device_train_batch_size=32", "gradient_accumulation_steps=1", "num_mini_batches=1",
+                    "total_episodes=480", "learning_rate=1.5e-3", "kl_coef=0", "response_length=8",
+                    "missing_eos_penalty=null", f"seed={seed}", *options)  # fmt: skip
+    # Short prompts, for the time; and a head that tells tokens apart, which the small model has not learned.
+    length = sorted(map(len, trainer.train_dataset["input_ids"]))[63]
+    trainer.train_dataset = trainer.train_dataset.filter(lambda row: len(row["input_ids"]) <= length)
+    trainer.dataloader.loader = trainer._prepare_loader()
+    trainer.shared.get_base_model().lm_head.weight.data.mul_(5)
+    trainer.reward_model._reward = Vowels()
+    trainer.train()
+    return rows_of(trainer)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_task_with_a_known_optimum_is_learned(build, seed):
+    runs = {bonus: train_toy(build, seed, f"entropy_coef={bonus}") for bonus in (0, 0.05)}
+    for rows in runs.values():
+        assert rows[-1]["reward"] > rows[0]["reward"] + 0.2, [row["reward"] for row in rows]
+    end = {bonus: sum(row["entropy"] for row in rows[-3:]) / 3 for bonus, rows in runs.items()}
+    assert end[0.05] > end[0] + 0.03, end
+
+
+def test_interrupted_runs_go_on_exactly(build, tmp_path):
+    """N updates straight, and k updates, an end, and the rest: the same weights and trace, bit for bit."""
+    options = ("total_episodes=128", "save_steps=1", "save_strategy=steps", "kl_target=0.5", "kl_horizon=100",
+               "lr_scheduler_type=linear", "max_kl=1000")  # fmt: skip
+    straight = build(*options, output_dir=str(tmp_path / "straight"))
+    straight.train()
+    expected, rows = snapshot(straight), rows_of(straight)
+    assert len(rows) == 8 and len({row["kl_coef"] for row in rows}) > 2
+    for step in (1, 3, 6):
+        folder = tmp_path / "straight" / f"checkpoint-{step}"
+        names = {path.name for path in folder.iterdir()}
+        assert names >= {"adapter_model.safetensors", "value.safetensors", "ppo_state.json", "manifest.json"}
+        held = [*load_file(folder / "adapter_model.safetensors"), *load_file(folder / "value.safetensors")]
+        assert all("lora_" in name or "value_model.score." in name for name in held)
+        resumed = build(*options, output_dir=str(tmp_path / f"resumed{step}"))
+        set_seed(99)  # what the process drew before must not matter
+        resumed.train(resume_from_checkpoint=str(folder))
+        again = rows_of(resumed)
+        assert [row["step"] for row in again] == list(range(1, 9))
+        for key in ("objective/kl", "reward", "kl_coef", "lr", "loss/value_avg", "num_tokens", "episode"):
+            assert [row[key] for row in again] == [row[key] for row in rows], key
+        after = snapshot(resumed)
+        assert all(torch.equal(after[name], expected[name]) for name in expected)
+
+
+def test_the_order_of_the_prompts_follows_from_the_update(build):
+    trainer = build()
+    trainer.train_dataset = trainer.train_dataset.select(range(44))  # two batches of 16 in each pass, and a rest
+
+    def take(start: int, count: int) -> list[list[list[int]]]:
+        batches = Batches(trainer._prepare_loader())
+        batches.done, found = start, []
+        while len(found) < count:
+            found += [batch["input_ids"].tolist() for batch in batches]
+        return found[:count]
+
+    straight = take(0, 7)
+    assert straight[0] != straight[2]
+    for start in range(1, 7):
+        assert take(start, 7 - start) == straight[start:], start
+
+
+def test_a_checkpoint_holds_the_value_model(build):
+    trainer = build("total_episodes=16", "save_steps=1", "save_strategy=steps")
+    trainer.train()
+    saved = load_file(f"{trainer.args.output_dir}/checkpoint-1/value.safetensors")
+    live = snapshot(trainer)
+    assert torch.equal(saved["value_model.score.bias"], live["score.bias"])
+    assert sum(".value." in name for name in saved) == sum(".value." in name for name in live)
+
+
+def test_the_coefficient_follows_the_target(build):
+    """Ziegler et al.: times 1 + clip(KL / target - 1, -0.2, 0.2) * episodes / horizon."""
+    trainer = build("total_episodes=48", "kl_target=6", "kl_horizon=160", "learning_rate=1e-2")
+    trainer.train()
+    rows = rows_of(trainer)
+    for now, following in pairwise(rows):
+        error = min(max(now["objective/kl"] / 6 - 1, -0.2), 0.2)
+        assert following["kl_coef"] == pytest.approx(now["kl_coef"] * (1 + error * 16 / 160))
+    assert rows[-1]["kl_coef"] < rows[0]["kl_coef"]
+
+
+def test_max_kl_goes_back_to_the_last_good_policy_and_stops(build):
+    options = ("total_episodes=160", "learning_rate=3e-3", "kl_coef=0", "entropy_coef=0")
+    free = build(*options)
+    states = []
+    free.optimizer.optimizer.register_step_post_hook(lambda *_: states.append(weights(free)))
+    free.train()
+    trace = [row["objective/kl"] for row in rows_of(free)]
+    limit = sorted(trace)[6]
+    bad = next(index for index, kl in enumerate(trace) if kl > limit)  # rollout of update bad + 1
+    stopped = build(*options, f"max_kl={limit}")
+    stopped.train()
+    assert [row["objective/kl"] for row in rows_of(stopped)] == trace[: bad + 1]
+    assert stopped.state.global_step == bad - 1
+    per_update = len(states) // len(trace)
+    assert torch.equal(weights(stopped), states[(bad - 1) * per_update - 1])
+    assert f"is that of update {bad - 1}" in stopped.stopped
+
+
+def test_max_kl_that_the_first_update_passes_is_an_error(build):
+    with pytest.raises(UserError, match="max_kl"):
+        build("max_kl=1e-6", "learning_rate=1e-2", "total_episodes=64").train()
+
+
+def test_rewards_are_normalised_by_the_stored_scale(build, trained):
+    first, second = ({}, {})
+    for found, option in ((first, "false"), (second, "true")):
+        trainer = build("total_episodes=16", f"normalize_rewards={option}")
+        trainer.train()
+        found |= rows_of(trainer)[0]
+    recipe, run = trained
+    stored = read_json(run.reward_scale("ppo"))
+    pairs = read_jsonl(run.pairs("test"))
+    answers = [(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
+    found = load_reward_model(recipe, run, "rm").score(*zip(*answers, strict=True), [True] * len(answers))
+    assert stored["mean"] == pytest.approx(found.mean().item(), abs=1e-4)
+    assert stored["std"] == pytest.approx(found.std().item(), abs=1e-4)
+    assert first["reward"] == pytest.approx(second["reward"], abs=1e-5)  # told as the model gives it
+    penalty = first["reward"] - first["objective/scores"]
+    expected = (first["reward"] - stored["mean"]) / stored["std"] - penalty
+    assert second["objective/scores"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_value_model_from_the_reward_model_gives_the_reward_at_the_end(build, trained):
+    trainer = build("value_init=reward", "normalize_rewards=true")
+    recipe, run = trained
+    pair = read_jsonl(run.pairs("test"))[0]
+    ids = torch.tensor([list(chain(*encode(trainer.processing_class, pair["prompt"], pair["chosen"])))])
+    ones = torch.ones_like(ids)
+    hidden = trainer._value_head.backbone(ids, ones, ones.cumsum(1) - 1).hidden_states[-1]
+    value = trainer._value_head.score(hidden)[0, -1, 0].item()
+    scale = read_json(run.reward_scale("ppo"))
+    score = load_reward_model(recipe, run, "rm").score([pair["prompt"]], [pair["chosen"]], [True]).item()
+    assert value == pytest.approx((score - scale["mean"]) / scale["std"], abs=1e-4)
+
+
+def test_logits_are_reduced_chunk_by_chunk(build):
+    """The log-probabilities of the sampled tokens, whatever the chunk; no tensor of a whole batch's logits is kept."""
+    trainer = build()
+    policy, tokenizer = trainer.shared, trainer.processing_class
+    rows = [encode(tokenizer, prompt)[0] for prompt in list(trainer.reward_model._prompts.values())[:6]]
+    queries = tokenizer.pad({"input_ids": rows}, return_tensors="pt").input_ids
+    config = trainer.shared.generation_config.__class__(max_new_tokens=12, do_sample=True, top_k=0, top_p=1.0)
+    for chunk in (6, 4, 1):
+        set_seed(5)
+        tokens, sampled = generate_in_chunks(policy, queries, chunk, tokenizer.pad_token_id, config)
+        assert tokens.shape[0] == 6 and sampled[0:2].values.shape == (2, tokens.shape[1] - queries.shape[1])
+        mask = tokens != tokenizer.pad_token_id
+        positions = mask.cumsum(1) - mask.long()
+        with torch.no_grad():
+            kept = policy(tokens.masked_fill(~mask, 0), mask, positions).logits.kept[:, :-1]
+        answers = tokens[:, queries.shape[1] :]
+        expected = kept.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+        inside = mask[:, queries.shape[1] :]
+        assert torch.allclose(sampled.values[inside], expected[inside], atol=1e-4)
+
+
+def test_text_that_is_markup_does_not_end_a_run(build):
+    trainer = build("total_episodes=16")
+    decode = trainer.processing_class.batch_decode
+    trainer.processing_class.batch_decode = lambda *a, **k: ["[/b] <|x|>" for _ in decode(*a, **k)]
+    trainer.train()
+    assert len(rows_of(trainer)) == 1
+
+
+def test_too_few_prompts_are_refused(build):
+    with pytest.raises(UserError, match="fewer than one PPO batch"):
+        build("per_device_train_batch_size=4096")
+
+
+def test_the_estimate_is_arithmetic():
+    shape, batch = (
+        Shape(layers=2, hidden=8, vocabulary=100, kv_width=4),
+        Batch(rollout=6, micro=2, prompt=10, answer=5),
+    )
+    whole = estimate_ppo(shape, batch, weights=1000, trained=10, bytes_per_value=4, checkpointing=False)
+    assert whole.training == 120
+    assert whole.rollout == 6 * 15 * 2 * 2 * 4 * 4 + 2 * 6 * 5 * 100 * 4
+    assert whole.update == 2 * 2 * 17 * 2 * 15 * 8 * 4 + 5 * 2 * 5 * 100 * 4
+    assert whole.total == 1000 + 120 + max(whole.rollout, whole.update)
+    less = estimate_ppo(shape, batch, weights=1000, trained=10, bytes_per_value=4, checkpointing=True)
+    assert less.update < whole.update and math.isfinite(less.total)
+
+
+def test_bf16_runs_in_bf16(build):
+    trainer = build("bf16=true", "total_episodes=16", "gradient_checkpointing=true")
+    kinds = set()
+    layer = trainer.policy_model.get_base_model().model.layers[0].mlp
+    layer.register_forward_hook(
+        lambda module, args, output: trainer.shared.active_adapter != "reward" and kinds.add(output.dtype)
+    )  # the reward model scores in its own precision
+    trainer.train()
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert kinds == {torch.bfloat16}
+    row = next(row for row in trainer.state.log_history if "val/ratio" in row)
+    assert row["val/ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_later_epochs_in_bf16_see_the_new_weights(build):
+    """Accelerate's autocast would keep the rounded weights of the first forward pass until the end of training."""
+    trainer = build("bf16=true", *ONE_BATCH, "total_episodes=8", "num_ppo_epochs=2", "learning_rate=3e-2")
+    seen, inputs = [], []
+
+    def keep(_, args, kwargs, output):
+        seen.append(output[0].logits.kept.detach().clone())
+        inputs.append({key: kwargs[key] for key in ("input_ids", "attention_mask", "position_ids")})
+        live.append({name: param.detach().clone() for name, param in trainer._trained().items()})
+
+    live: list[dict] = []
+    trainer.model.register_forward_hook(keep, with_kwargs=True)
+    trainer.train()
+    trained = trainer._trained()
+    for logits, batch, state in zip(seen, inputs, live, strict=True):
+        for name, tensor in state.items():
+            trained[name].data.copy_(tensor)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(trainer.shared(**batch).logits.kept, logits, atol=1e-6)
+    assert len(seen) == 2
+
+
+def test_an_answer_ends_at_a_sampled_padding_token(build, trained):
+    trainer = build()
+    tokenizer = trainer.processing_class
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    assert trainer.shared.generation_config.eos_token_id == [eos, pad]
+    prompt, messages = next(iter(trainer.reward_model._prompts.items()))
+    answer = tokenizer("yes").input_ids
+    trainer.shared.context_length = len(prompt)
+    ids = torch.tensor([[*prompt, *answer, pad, eos], [*prompt, *answer, eos, pad]])
+    scores = trainer.reward_model.backbone(input_ids=ids, attention_mask=ids != pad).hidden_states[0][:, 0, 0]
+    expected = load_reward_model(*trained, "rm").score([messages] * 2, ["yes", "yes"], [False, True])
+    assert torch.allclose(scores, expected, atol=1e-4)
+    assert scores[0] != scores[1]
+
+
+def test_gradient_checkpointing_is_on_and_changes_nothing(build):
+    results = []
+    for value in ("false", "true"):
+        trainer = build(f"gradient_checkpointing={value}", "total_episodes=16")
+        assert trainer.policy_model.is_gradient_checkpointing == (value == "true")
+        trainer.train()
+        results.append(weights(trainer))
+    assert torch.allclose(*results, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"padding_side": "right"}, {"pad_token": "<|endoftext|>"}])
+def test_padding_that_ppo_cannot_work_with_is_refused(build, trained, change):
+    tokenizer = recorded_tokenizer(*trained)
+    for key, value in change.items():
+        setattr(tokenizer, key, value)
+    with pytest.raises(ValueError, match="padding"):
+        PPOTrainer(args=build().args, processing_class=tokenizer)
