@@ -63,7 +63,7 @@ def resident() -> int:
 def make(path: str) -> None:
     from rlhf_trl.data.preprocess import prepare
     from rlhf_trl.models.base import encode, recorded_tokenizer
-    from rlhf_trl.run.layout import read_jsonl
+    from rlhf_trl.run.files import read_jsonl
 
     recipe, run = open_run(path)
     prepare(recipe, run)

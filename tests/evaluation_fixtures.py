@@ -12,7 +12,8 @@ import numpy as np
 from rlhf_trl.judge.results import conclude
 from rlhf_trl.judge.win_rate import prompt_scores
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, read_jsonl, write_json
+from rlhf_trl.run.files import read_jsonl, write_json
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.estimate import bootstrap_mean, wilson
 from rlhf_trl.stats.frontier import best_of_n_kl, bootstrap_front, fit_over_optimisation, gain_at_kl, non_dominated
 

@@ -12,7 +12,8 @@ from evaluation_fixtures import JUDGES, comparison, error_analysis, invent, inve
 
 from rlhf_trl.compare.step import build
 from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
-from rlhf_trl.run.layout import RunDir, read_json, write_json, write_jsonl
+from rlhf_trl.run.files import read_json, write_json, write_jsonl
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.estimate import wilson
 
 STAGES: dict[str, Any] = {

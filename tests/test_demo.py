@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT
 
 from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.launch import shipped
-from rlhf_trl.run.layout import RunDir, read_json, read_jsonl
+from rlhf_trl.run.layout import RunDir
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

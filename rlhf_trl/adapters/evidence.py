@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import REFERENCE, RunDir, read_json, read_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl
+from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.text.format import pointer
 
 SAMPLES = 3

@@ -32,7 +32,9 @@ from rlhf_trl.models.base import encode, load_classifier, load_weights, recorded
 from rlhf_trl.models.policies import adapter_config
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, now, read_json, read_jsonl, write_json
+from rlhf_trl.run.environment import now
+from rlhf_trl.run.files import read_json, read_jsonl, write_json
+from rlhf_trl.run.layout import RunDir
 
 # Pairs of the held-out data whose texts are the probe.
 PROBE_PAIRS = 4

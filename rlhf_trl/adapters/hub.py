@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_trl.adapters.check import BASE, EVIDENCE, LINEAGE, REPOSITORY, list_files, require_sound
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import read_json
+from rlhf_trl.run.files import read_json
 from rlhf_trl.text.display import first_line, visible
 from rlhf_trl.text.format import format_estimate
 

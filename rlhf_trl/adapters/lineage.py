@@ -13,7 +13,9 @@ from rlhf_trl.adapters.base import Base
 from rlhf_trl.adapters.check import ADAPTER, CONFIG, LINEAGE, TEMPLATE, list_files
 from rlhf_trl.adapters.evidence import without_paths
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, environment, read_json
+from rlhf_trl.run.environment import environment
+from rlhf_trl.run.files import read_json
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import hash_file
 
 FORMAT = 1

@@ -25,7 +25,7 @@ from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import sample
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Decoding
-from rlhf_trl.run.layout import read_json
+from rlhf_trl.run.files import read_json
 from rlhf_trl.text.display import first_line
 
 

@@ -21,7 +21,7 @@ from rlhf_trl.adapters.load import load_policy, load_reward_model, locate_base, 
 from rlhf_trl.adapters.verify import TOLERANCE
 from rlhf_trl.models.base import encode, staged
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.run.files import read_json, write_json
 
 # What an adapter without a probe of its own is compared on.
 TEXTS = (("What is a good way to learn a language?", "Read a little every day, and talk to people."),

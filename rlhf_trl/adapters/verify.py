@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf_trl.adapters.check import PROBE
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import read_json
+from rlhf_trl.run.files import read_json
 
 # Largest difference to the run's outputs, as a share of the largest of them (1 at least): float32 holds 7 digits, and
 # a merged model rounds otherwise than one with its adapter beside it.

@@ -161,7 +161,7 @@ def score(
     """Score pairs or single answers with a reward adapter, as JSON lines."""
     from rlhf_trl.adapters.load import load_reward_model
     from rlhf_trl.adapters.score import score_file, summarise
-    from rlhf_trl.run.layout import write_jsonl
+    from rlhf_trl.run.files import write_jsonl
 
     if not file.is_file():
         raise UserError(str(file), "there is no such file", "give a file of JSON lines")

@@ -193,8 +193,8 @@ def load_env(path: Path | None) -> None:
 
 
 def _load_step(step: str) -> Any:
-    module = {"explore": "data.explore", "prepare": "data.preprocess"}.get(step, step)
-    return getattr(importlib.import_module(f"rlhf_trl.{module}"), step)
+    module = {"explore": "data.explore", "prepare": "data.preprocess", "samples": "evaluate.samples"}
+    return getattr(importlib.import_module(f"rlhf_trl.{module.get(step, f'{step}.step')}"), step)
 
 
 def as_options(overrides: list[str] | None) -> list[str]:

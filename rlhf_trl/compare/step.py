@@ -27,7 +27,8 @@ from rlhf_trl.compare.training import (
 )
 from rlhf_trl.compare.verdict import compare_groups, conclude, join, read_judge, read_points
 from rlhf_trl.recipe.recipe import POLICY_TRAINERS, Recipe
-from rlhf_trl.run.layout import RunDir, read_json, write_json, write_text
+from rlhf_trl.run.files import read_json, write_json, write_text
+from rlhf_trl.run.layout import RunDir
 
 Row = dict[str, Any]
 # The quantities whose meaning depends on the trainer or the machine.

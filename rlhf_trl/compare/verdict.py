@@ -15,7 +15,8 @@ import numpy as np
 
 from rlhf_trl.compare.seeds import compare_as_trained, compare_at_equal_kl, probability_of_improvement
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import REFERENCE, RunDir, read_json, read_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl
+from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.estimate import holm
 from rlhf_trl.stats.trust import weigh_trust
 

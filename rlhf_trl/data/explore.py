@@ -25,7 +25,8 @@ from rlhf_trl.data.hh import Pair, RowError, normalise
 from rlhf_trl.data.sources import read_rows
 from rlhf_trl.data.summary import QUANTILES
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, write_json, write_text
+from rlhf_trl.run.files import write_json, write_text
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.estimate import Estimate, wilson
 from rlhf_trl.text.refusals import REFUSAL_CHARACTERS, REFUSALS, refuses
 

@@ -26,7 +26,8 @@ from rlhf_trl.data.summary import Kept, Tally, longer, summarise
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Data
-from rlhf_trl.run.layout import RunDir, write_json, write_jsonl, write_text
+from rlhf_trl.run.files import write_json, write_jsonl, write_text
+from rlhf_trl.run.layout import RunDir
 
 # Marks that may differ between two copies of one text; not those that carry meaning, such as the minus of a number.
 ROUGH = re.compile(r"[\s.,;:!?'\"“”‘’…()\[\]{}–—]+")

@@ -30,7 +30,8 @@ from rlhf_trl.models.base import encode
 from rlhf_trl.models.rewards import RewardModel, load_reward_model
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, read_jsonl, write_json, write_jsonl, write_text
+from rlhf_trl.run.files import read_jsonl, write_json, write_jsonl, write_text
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.estimate import holm
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from typing import Any
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import REFERENCE, RunDir, read_json, read_jsonl, write_jsonl, write_text
+from rlhf_trl.run.files import read_json, read_jsonl, write_jsonl, write_text
+from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.text.display import fence, inline, take_turns
 
 SCORES = ("reward", "reward_gain", "gold", "gold_gain", "kl")

@@ -36,7 +36,8 @@ from rlhf_trl.models.policies import Policies
 from rlhf_trl.models.rewards import RewardModel, load_reward_model
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import REFERENCE, RunDir, read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.estimate import bootstrap_mean, bootstrap_ratio, wilson
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -16,7 +16,8 @@ from rlhf_trl.judge.length_control import length_controlled
 from rlhf_trl.judge.win_rate import compare_pairs, consistency, mean, prompt_scores, win_rate
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Judge
-from rlhf_trl.run.layout import REFERENCE, RunDir, read_json, read_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl
+from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import describe_front
 
 Row = dict[str, Any]

@@ -31,7 +31,8 @@ from rlhf_trl.judge.win_rate import prompt_scores
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Judge
-from rlhf_trl.run.layout import REFERENCE, RunDir, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.files import read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.layout import REFERENCE, RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from rlhf_trl.compare.verdict import compare_groups, read_judge, read_points
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.report.svg import draw_frontiers
-from rlhf_trl.run.layout import REFERENCE, RunDir, read_json, read_jsonl, write_json, write_text
+from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_text
+from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.text.format import environment_of
 
 Row = dict[str, Any]

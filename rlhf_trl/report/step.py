@@ -22,7 +22,8 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.report.judge import view_judge
 from rlhf_trl.report.sentences import group_by_verdict, judge_gain, order_alarms
 from rlhf_trl.report.svg import draw_comparison, draw_courses, draw_frontiers, draw_panels
-from rlhf_trl.run.layout import REFERENCE, RunDir, read_json, read_jsonl, write_text
+from rlhf_trl.run.files import read_json, read_jsonl, write_text
+from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.trust import judge_reward_model
 from rlhf_trl.text.display import take_turns
 from rlhf_trl.text.format import PREVIEW, environment_of

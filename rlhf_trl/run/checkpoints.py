@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.safetensors import hash_file
 
 

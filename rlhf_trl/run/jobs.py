@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.environment import now, output_of
 from rlhf_trl.run.launch import exit_status, launch_command, outlive_signals
-from rlhf_trl.run.layout import RunDir, now, output_of
+from rlhf_trl.run.layout import RunDir
 
 POLL = 0.1
 Place = Mapping[str, str]

@@ -7,34 +7,27 @@ directory. `done.json`, written last, holds the fingerprint of what the step dep
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
-import platform
 import shutil
-import subprocess
 import time
-from collections.abc import Iterable, Iterator
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import STEPS, Recipe
+from rlhf_trl.run import locks
+from rlhf_trl.run.environment import MOMENT, environment, now
+from rlhf_trl.run.files import read_json, write_json
 
 # The directory of each step that is not a stage; the report lies in the run's root.
 STEP_DIRS = dict.fromkeys(STEPS, ".") | {
     "explore": "exploration", "prepare": "data", "evaluate": "evaluation", "judge": "judge",
     "compare": "comparison", "errors": "errors", "samples": "samples",
 }  # fmt: skip
-PACKAGE = str(Path(__file__).parent.parent)
 # What the policies of a run start from is called, beside their own names.
 REFERENCE = "reference"
-MOMENT = "%Y-%m-%dT%H:%M:%S%z"
-PACKAGES = ["torch", "trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy"]
 
 
 class RunDir:
@@ -217,48 +210,13 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    @contextlib.contextmanager
-    def lock(self, step: str) -> Iterator[None]:
-        """Hold a step for this process; the operating system lets go of it when the process dies.
-
-        Raises:
-            UserError: another process holds it, or the run's folder cannot be written to.
-        """
-        path = self.holder(step)
-        lock = FileLock(path.with_name(f"{step}.lock"))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0.3, poll_interval=0.05)  # outlasts a look of `is_held`
-        except Timeout:
-            holder = "another process"
-            with contextlib.suppress(FileNotFoundError):
-                holder = path.read_text(encoding="utf-8")
-            problem = f"the step {step!r} is held by {holder}"
-            raise UserError(str(self.step(step)), problem, "wait for it, or stop it") from None
-        except OSError as error:
-            remedy = "choose a folder that you may write to with --runs"
-            raise UserError(str(self.root), f"cannot write here: {error.strerror}", remedy) from None
-        try:
-            path.write_text(f"process {os.getpid()} on {platform.node()} since {now()}", encoding="utf-8")
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            lock.release()
+    def lock(self, step: str) -> contextlib.AbstractContextManager[None]:
+        """Hold a step for this process; raises UserError where another process holds it."""
+        return locks.hold(self.holder(step), self.step(step))
 
     def is_held(self, step: str) -> bool:
-        """Tell whether a process holds the step, from outside and without disturbing it.
-
-        The lock is asked for, shared and without waiting, and let go of at once; two that ask do not meet. A process
-        number would tell less: it may be another machine's, or have been given out again.
-        """
-        try:
-            with self.holder(step).with_name(f"{step}.lock").open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        """Return whether a process holds the step."""
+        return locks.is_held(self.holder(step))
 
     def write_provenance(self, recipe: Recipe) -> None:
         """Write the resolved recipe, and beside it the environment, the order of the steps and the hashes of the
@@ -294,72 +252,3 @@ def _read_marker(path: Path, step: str) -> dict[str, Any]:
     except FileNotFoundError:  # or it is being replaced at this moment
         return {}
     return marker if marker["step"] == step else {}
-
-
-def now() -> str:
-    """Local time with its UTC offset, ISO 8601."""
-    return time.strftime(MOMENT)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, git state and hardware, without importing torch."""
-    versions = {"rlhf-trl": metadata.version("rlhf-trl"), "python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    gpus = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
-    return {
-        "versions": versions,
-        "git": output_of("git", "-C", PACKAGE, "rev-parse", "HEAD"),
-        "git_dirty": bool(output_of("git", "-C", PACKAGE, "status", "--porcelain", "--untracked-files=no")),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpus": [line.strip() for line in gpus.splitlines()],
-    }
-
-
-def output_of(*command: str) -> str:
-    """What a command prints; nothing where there is no such command, or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys; NaN and infinity are refused.
-
-    Raises:
-        ValueError: a number is not finite.
-    """
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON object a line."""
-    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) for row in rows)
-    write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import list_checkpoints
-from rlhf_trl.run.layout import RunDir, read_json
+from rlhf_trl.run.files import read_json
+from rlhf_trl.run.layout import RunDir
 
 # What of a training log is shown while it grows, as in training_stats.json.
 SHOWN = ("loss", "reward", "kl")

@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.checkpoints import seal, sync
-from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.run.files import read_json, write_json
 
 # Log key of a TRL trainer -> name in training_stats.json. The raw logs stand beside them, under `log`.
 NAMES = {

@@ -33,7 +33,9 @@ from rlhf_trl.models.rewards import load_reward_model, score_completions
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import last_valid_checkpoint
-from rlhf_trl.run.layout import RunDir, environment, read_json, write_json
+from rlhf_trl.run.environment import environment
+from rlhf_trl.run.files import read_json, write_json
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.callbacks import AtomicCheckpoints, Health, History, Interrupt, peak_memory
 from rlhf_trl.train.ppo.models import build_ppo_models
 from rlhf_trl.train.ppo.trainer import PPOConfig, PPOTrainer

@@ -10,7 +10,7 @@ from report_fixtures import write_run
 
 from rlhf_trl.adapters.card import ACTIVE, render_card
 from rlhf_trl.adapters.evidence import gather
-from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.text.format import STYLES
 
 SHOWN = re.compile(r"<!-- (\w+\.json)#(\S*) -->")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlhf_trl.adapters import check as adapter_check
 from rlhf_trl.adapters.check import AdapterError, check_adapter, is_path, list_files, require_sound
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.safetensors import hash_weights, is_finite, read_header, read_weights
 
 MODULE = "base_model.model.transformer.h.1.attn.c_attn"

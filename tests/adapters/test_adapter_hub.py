@@ -11,7 +11,7 @@ from fake_hub import FakeHub
 
 from rlhf_trl.adapters.hub import list_exports, plan
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.run.files import read_json, write_json
 
 
 def push(hub: FakeHub, folder, *options: str, token: str = "hf_test", repository: str = "me/demo"):

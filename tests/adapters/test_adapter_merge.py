@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_trl.adapters.merge import merge
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.run.files import read_json, write_json
 
 IDS = torch.tensor([[5, 99, 300, 17, 42, 800, 3]])
 

@@ -16,7 +16,7 @@ from rlhf_trl.adapters.chat import Conversation
 from rlhf_trl.adapters.load import positions
 from rlhf_trl.adapters.score import score_file, summarise
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import read_jsonl, write_jsonl
+from rlhf_trl.run.files import read_jsonl, write_jsonl
 
 PROMPT = [{"role": "user", "content": "How do I care for cats?"}]
 

@@ -41,8 +41,8 @@ COMMANDS = {
 # A stage that says what a real one says, and what it makes of its name.
 STAGE = """\
 import pathlib, sys
-from rlhf_trl.recipe import load_recipe
-from rlhf_trl.rundir import RunDir
+from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.run.layout import RunDir
 recipe, run, stage = load_recipe(pathlib.Path(sys.argv[1])), RunDir(pathlib.Path(sys.argv[2])), sys.argv[3]
 print("{'loss': '0.5'}")
 print("a warning", file=sys.stderr)
@@ -176,9 +176,9 @@ def test_version_and_help(call):
 
 def test_any_other_error_keeps_its_traceback_and_has_status_1(recipe_file):
     code = (
-        "import sys; from rlhf_trl import cli, run_cli\n"
+        "import sys; from rlhf_trl.cli import app, run as run_cli\n"
         "def fail(*_): raise ZeroDivisionError('a defect')\n"
-        f"run_cli.load_recipe = fail; sys.argv = ['rlhf-trl', 'validate', {str(recipe_file)!r}]; cli.main()"
+        f"run_cli.load_recipe = fail; sys.argv = ['rlhf-trl', 'validate', {str(recipe_file)!r}]; app.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1

@@ -8,7 +8,8 @@ import pytest
 from rlhf_trl.cli import live
 from rlhf_trl.cli.live import Live, messages
 from rlhf_trl.cli.tables import duration, ending, plan_table, progress_words, status_end, status_table, summary_table
-from rlhf_trl.run.layout import RunDir, write_json
+from rlhf_trl.run.files import write_json
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import Progress, StepState
 
 

@@ -13,7 +13,8 @@ from rlhf_trl.data.examples import Examples
 from rlhf_trl.data.explore import _typical_words, explore, refuses
 from rlhf_trl.data.hh import normalise
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, read_json
+from rlhf_trl.run.files import read_json
+from rlhf_trl.run.layout import RunDir
 
 FIGURES = ["conversations", "length_bias", "lengths", "refusals", "words"]
 # What Markdown, mathtext, a terminal or a file name could trip over.

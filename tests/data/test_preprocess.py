@@ -18,7 +18,8 @@ from rlhf_trl.data.split import prompt_keys, split
 from rlhf_trl.models.base import encode, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, read_json, read_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl
+from rlhf_trl.run.layout import RunDir
 
 TEXTS = [f"Question number {i}, how are you?" for i in range(60)]
 

@@ -22,7 +22,8 @@ from rlhf_trl.errors.step import choose_pairs, compare, errors, examine, mcnemar
 from rlhf_trl.errors.text_report import render
 from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.layout import RunDir
 
 # Phrase of each verdict, which no other scorer's report may open with.
 VERDICTS = {

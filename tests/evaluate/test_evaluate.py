@@ -24,7 +24,8 @@ from rlhf_trl.models.sampling import sample
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.report.step import report
-from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl, write_jsonl
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.step import train
 
 

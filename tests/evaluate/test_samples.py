@@ -12,7 +12,8 @@ from report_fixtures import GOLD, STAGES, write_run
 from rlhf_trl.evaluate.samples import samples
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, read_jsonl, write_jsonl
+from rlhf_trl.run.files import read_jsonl, write_jsonl
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.text.display import fence, inline, take_turns, visible
 
 MARKDOWN = MarkdownIt("commonmark")

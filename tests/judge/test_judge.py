@@ -15,7 +15,8 @@ from fake_openai import FakeOpenAI, ok, status
 
 from rlhf_trl.judge.step import choose_prompt, judge
 from rlhf_trl.recipe.errors import NotRun, UserError
-from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.layout import RunDir
 
 RECIPE = """
 name: judged

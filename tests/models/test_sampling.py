@@ -13,7 +13,8 @@ from rlhf_trl.models.rewards import RewardModel, SharedClassifier, load_reward_m
 from rlhf_trl.models.sampling import InverseTransform, answer_logits, measure_drift, sample, sorted_batches, spread
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Decoding
-from rlhf_trl.run.layout import REFERENCE, read_jsonl
+from rlhf_trl.run.files import read_jsonl
+from rlhf_trl.run.layout import REFERENCE
 
 PROMPT = [
     {"role": "user", "content": "Hello."},

@@ -24,7 +24,8 @@ from rlhf_trl.report.judge import judge_share, read_habits, shows_length
 from rlhf_trl.report.sentences import judge_gain, order_alarms
 from rlhf_trl.report.step import choose_samples, list_contents, render, report
 from rlhf_trl.report.svg import plot_frontier
-from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.trust import judge_reward_model, weigh_trust
 from rlhf_trl.text.format import MAX_CHARACTERS, format_dollars, format_estimate, printable
 

@@ -11,9 +11,10 @@ import pytest
 from conftest import reset_accelerate, small_recipe
 
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.run.files import read_json
 from rlhf_trl.run.jobs import Launcher, links, plan_places, start_logged, train_stages, visible_gpus
 from rlhf_trl.run.launch import launch_command, require_one_machine, shipped
-from rlhf_trl.run.layout import RunDir, read_json
+from rlhf_trl.run.layout import RunDir
 
 LISTING = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa)

@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT, small_recipe
 from safetensors.torch import load_file
 
-from rlhf_trl.run.layout import RunDir, read_json
+from rlhf_trl.run.files import read_json
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.step import train
 
 

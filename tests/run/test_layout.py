@@ -13,8 +13,10 @@ from conftest import ROOT
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import STEPS, Recipe, expand_sweeps, source_hash
-from rlhf_trl.run import layout as rundir
-from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
+from rlhf_trl.run import environment
+from rlhf_trl.run import files as atomic
+from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl, write_text
+from rlhf_trl.run.layout import RunDir
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rundir.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_json(path, 2)
     with pytest.raises(UnicodeEncodeError):
@@ -109,10 +111,10 @@ def test_a_writer_that_is_killed_leaves_the_old_file_whole(tmp_path, start):
     path = tmp_path / "x.json"
     write_json(path, {"old": True})
     child = start(
-        "import os, time, pathlib; from rlhf_trl import rundir\n"
+        "import os, time, pathlib; from rlhf_trl.run import files\n"
         "def stop(_): print('ready', flush=True); time.sleep(60)\n"
-        "rundir.os.fsync = stop\n"
-        f"rundir.write_json(pathlib.Path({str(path)!r}), {{'new': list(range(10000))}})"
+        "files.os.fsync = stop\n"
+        f"files.write_json(pathlib.Path({str(path)!r}), {{'new': list(range(10000))}})"
     )
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -275,11 +277,11 @@ def test_provenance_is_the_resolved_recipe_and_the_versions(run, recipe):
 
 
 def test_the_commit_is_that_of_the_package_and_not_of_the_working_directory(tmp_path, monkeypatch):
-    here = rundir.environment()["git"]
+    here = environment.environment()["git"]
     monkeypatch.chdir(tmp_path)
-    assert rundir.environment()["git"] == here
+    assert environment.environment()["git"] == here
 
 
 def test_an_environment_without_git_is_described(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert json.dumps(rundir.environment()) and rundir.environment()["git"] == ""
+    assert json.dumps(environment.environment()) and environment.environment()["git"] == ""

@@ -12,7 +12,8 @@ from conftest import ROOT
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, read_json, write_json
+from rlhf_trl.run.files import read_json, write_json
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import Progress, read_progress, step_states
 
 STEPS = ["explore", "prepare", "sft", "rm", "dpo", "evaluate", "judge", "compare", "errors", "samples", "report"]

@@ -12,7 +12,8 @@ from transformers import set_seed
 from rlhf_trl.models.base import encode, recorded_tokenizer
 from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import RunDir, read_json, read_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.ppo.loop import Batches, generate_in_chunks
 from rlhf_trl.train.ppo.memory import Batch, Shape, estimate_ppo
 from rlhf_trl.train.ppo.trainer import PPOTrainer

@@ -24,7 +24,8 @@ from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import last_valid_checkpoint
-from rlhf_trl.run.layout import RunDir, read_json, read_jsonl, write_json
+from rlhf_trl.run.files import read_json, read_jsonl, write_json
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import StepState, step_states
 from rlhf_trl.train import step as train_module
 from rlhf_trl.train.callbacks import History
@@ -166,8 +167,9 @@ def test_reward_model_scores_the_same_in_a_fresh_process(copy, monkeypatch):
     code = f"""
 import json, sys
 from pathlib import Path
-from rlhf_trl.recipe import load_recipe
-from rlhf_trl.rundir import RunDir, read_jsonl
+from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.run.files import read_jsonl
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.rewards import load_reward_model
 run = RunDir(Path({str(run.root)!r})); pairs = read_jsonl(run.pairs("test"))[:4]
 model = load_reward_model(load_recipe(Path({str(run.root.parent.parent / "small.yaml")!r})), run, "rm")

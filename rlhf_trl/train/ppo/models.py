@@ -29,7 +29,8 @@ from rlhf_trl.models.policies import load_adapter, shares_base
 from rlhf_trl.models.rewards import RewardModel, SharedClassifier, load_reward_model, score_completions
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.layout import RunDir, read_jsonl, write_json
+from rlhf_trl.run.files import read_jsonl, write_json
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.ppo.memory import Batch, Estimate, Shape, estimate_ppo
 
 logger = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo import ppo_trainer as trl_loop
 
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.layout import read_json, write_json
+from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.train.callbacks import AtomicCheckpoints, diverged
 from rlhf_trl.train.ppo.loop import (
     Batches,
