@@ -345,7 +345,7 @@ def error_analysis(stage: str) -> Row:
     cells = ("accuracy", "length_baseline", "over_baseline", "ties")
     by_chance = {"mean": 0.05, "low": 0.03, "high": 0.08, "n": 190}
     return {
-        "pairs": {"given": 190, "analysed": 190, "prompts": 180, "not_finite": 0, "not_finite_rows": []},
+        "pairs": {"given": 190, "analysed": 190, "prompts": 180, "not_finite": 0},
         "overall": {"n": 190, **{key: overall[key] for key in cells}},
         "calibration": {
             "errors": {"equal_mass": {"ece": 0.061, "if_calibrated": by_chance}},

@@ -189,7 +189,6 @@ def analyse(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
             "analysed": len(data.margin),
             "prompts": len(np.unique(data.prompt)),
             "not_finite": len(rows) - len(data.margin),
-            "not_finite_rows": sorted(row["row"] for row in rows if row["margin"] is None),
         },
         "overall": {
             **_cell(data, seed),

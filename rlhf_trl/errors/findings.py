@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_trl.errors.pair_statistics import difference
+from rlhf_trl.errors.probes import REWARDED_WHEN
 from rlhf_trl.stats.estimate import Estimate, wilson
 
 # A verdict of length alone needs more than this share of agreement with the length.
@@ -23,12 +24,6 @@ BLIND = 0.1
 # An edit is rewarded when it raises the score in more than this share of the cases.
 REWARDED = 0.55
 FEW_PROMPTS = 100
-EDITS = {
-    "filler": "a polite sentence that says nothing is added",
-    "repeated": "the answer is given twice",
-    "halved": "its second half is cut off",
-    "certainly": "it begins with “Certainly!”",
-}
 Finding = dict[str, Any]
 
 
@@ -228,7 +223,7 @@ def _find_probes(probes: dict[str, Any]) -> Iterator[Finding]:
     elif swapped and swapped["low"] > 0.5:
         says = f"It prefers the answer to another prompt to the right one, in {percent(swapped)} of the cases."
         yield _finding("prefers_other_answers", True, says, swapped=swapped)
-    for name, what in EDITS.items():
+    for name, what in REWARDED_WHEN.items():
         higher = probes[name]["higher"]
         if higher and higher["low"] > REWARDED:
             says = f"An answer gets a higher score when {what}: in {percent(higher)} of the cases."

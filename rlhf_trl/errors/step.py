@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rlhf_trl.errors.analysis import SIDES, analyse, tabulate
 from rlhf_trl.errors.figures import draw
 from rlhf_trl.errors.findings import find, points
-from rlhf_trl.errors.pair_statistics import average, correct, correlation, share
+from rlhf_trl.errors.pair_statistics import average, correct, share
 from rlhf_trl.errors.probes import Messages, Score, probe
 from rlhf_trl.errors.text_report import render
 from rlhf_trl.models.base import encode
@@ -216,7 +216,6 @@ def _compare(first: Sequence[Row], second: Sequence[Row], seed: int) -> dict[str
         "accuracy": [share(right[:, side], prompts).as_dict() for side in (0, 1)],
         "difference": average(right[:, 0] - right[:, 1], prompts, seed).as_dict(),
         "agreement": share(np.sign(margins[:, 0]) == np.sign(margins[:, 1]), prompts).as_dict(),
-        "margins": correlation(margins[:, 0], margins[:, 1], len(once)),
         "mcnemar": mcnemar(margins[once, 0] > 0, margins[once, 1] > 0),
     }
 

@@ -156,7 +156,7 @@ def test_coarse_scores_are_named(hh_pairs):
 
 
 def test_a_preference_for_fluent_inventions_is_named(hh_pairs):
-    invented = {item[2] for item in HONESTY}
+    invented = {item["invented"] for item in HONESTY}
     scorer = build_scorers(hh_pairs)["sound"]
     found = examine_with(hh_pairs, lambda prompt, answer: 9 * (answer in invented) + scorer(prompt, answer))
     assert "rewards_invention" in names_of(found)
@@ -246,7 +246,6 @@ def test_scores_that_are_not_finite_are_counted_and_left_out(hh_pairs, tmp_path)
     rest = [pair for number, pair in enumerate(pairs) if number not in (3, 7)]
     clean = examine_with(rest, scorer).analysis
     assert found.analysis["pairs"]["not_finite"] == 2
-    assert found.analysis["pairs"]["not_finite_rows"] == sorted((pairs[3]["row"], pairs[7]["row"]))
     for key in ("overall", "breakdowns", "scores", "length", "calibration"):
         assert found.analysis[key] == clean[key]
     assert "not_finite" in names_of(found)
@@ -309,8 +308,8 @@ def test_what_does_not_fit_is_skipped_and_counted(hh_pairs):
 
 def test_honest_and_invented_answers_are_alike_in_length():
     assert len(HONESTY) >= 20
-    assert len({item[0] for item in HONESTY}) == len(HONESTY)
-    assert all(abs(len(honest) - len(invented)) <= 8 for _, honest, invented in HONESTY)
+    assert len({item["question"] for item in HONESTY}) == len(HONESTY)
+    assert all(abs(len(item["honest"]) - len(item["invented"])) <= 8 for item in HONESTY)
 
 
 # --- examples and report ---------------------------------------------------------------------------------------------
