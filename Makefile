@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint size bench clean
 
 demo: .venv/.installed
 	$(BIN)/rlhf-trl run recipes/demo.yaml $(ARGS)
@@ -18,6 +18,10 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tests/size.py --check
+
+size: .venv/.installed
+	$(BIN)/python tests/size.py
 
 # The evaluation against the plain way, and PPO against the stock set-up: make bench MODEL=path/to/SmolLM2-135M
 bench: .venv/.installed

@@ -1,6 +1,8 @@
 """Fixtures: the shared data, and one small run whose five stages are trained once for a whole test session."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.update(
@@ -15,6 +17,13 @@ from rlhf_trl.run.layout import RunDir
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+def command(*arguments: str, cwd) -> subprocess.CompletedProcess:
+    """Run `rlhf-trl ARGUMENTS` as a user does."""
+    return subprocess.run([sys.executable, "-m", "rlhf_trl", *arguments], cwd=cwd, capture_output=True, text=True,
+                          check=False, timeout=1500, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+
 
 COMMON = """
       bf16: false
