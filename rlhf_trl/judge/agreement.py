@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_trl.judge.win_rate import NO_PAIR, Game, Pair, complete, mean, missing, none, pair_up
+from rlhf_trl.judge.win_rate import NO_PAIR, Game, complete, mean, missing, none, pair_up
 from rlhf_trl.stats.estimate import RESAMPLES, Estimate
 
 
@@ -26,9 +26,8 @@ def agreement(games: Iterable[Game], labels: Mapping[str, bool], seed: int) -> d
     Returns:
         `n` pairs, `missing`; `accuracy`, the mean over both orders with a tie as half; `both_correct`, the share of
         pairs that are right in both orders; `kappa`, Cohen's (1960) for judge and human over both orders, where chance
-        is 0; `kappa_orders`, the same for the judge's winners in the two orders. `length_baseline`: accuracy of taking
-        the longer answer, and `over_baseline`, by how much the judge is better. `length_rule`: the same for the better
-        of always taking the longer and always the shorter. `llmbar`: the statistics of Zeng et al. (2024).
+        is 0; `length_baseline`, the accuracy of taking the longer answer; `length_rule`, the better of always taking
+        the longer and always the shorter answer, and by how much the judge is better.
 
     Raises:
         KeyError: a pair has no label.
@@ -36,9 +35,9 @@ def agreement(games: Iterable[Game], labels: Mapping[str, bool], seed: int) -> d
     """
     pairs = pair_up(games)
     used, scores = complete(pairs)
-    result = {"n": len(used), "missing": missing(pairs), "llmbar": llmbar(pairs, labels)}
+    result = {"n": len(used), "missing": missing(pairs)}
     if not used:
-        names = ("accuracy", "both_correct", "kappa", "kappa_orders", "length_baseline", "over_baseline")
+        names = ("accuracy", "both_correct", "kappa", "length_baseline")
         return result | {name: none(NO_PAIR) for name in names} | {"length_rule": None}
     human = np.array([bool(labels[pair.prompt_id]) for pair in used])
     right = np.where(human[:, None], scores, 1 - scores)
@@ -52,9 +51,7 @@ def agreement(games: Iterable[Game], labels: Mapping[str, bool], seed: int) -> d
         "accuracy": mean(judge, seed).as_dict(),
         "both_correct": mean((right == 1).all(axis=1).astype(float), seed).as_dict(),
         "kappa": kappa(places, wanted, seed),
-        "kappa_orders": kappa(scores[:, :1], scores[:, 1:], seed),
         "length_baseline": mean(longer, seed).as_dict(),
-        "over_baseline": mean(judge - longer, seed, -1.0).as_dict(),
         "length_rule": {
             "takes": "longer" if longer.mean() >= 0.5 else "shorter",
             "accuracy": mean(rule, seed).as_dict(),
@@ -89,31 +86,3 @@ def kappa(one: np.ndarray, other: np.ndarray, seed: int) -> dict[str, Any]:
         ends = [(end - chance[0]) / (1 - chance[0]) for end in (doubt.low, doubt.high)]
         low, high = min(low, ends[0]), max(high, ends[1])
     return Estimate(float(found[0]), float(low), float(high), n).as_dict()
-
-
-def llmbar(pairs: Iterable[Pair], labels: Mapping[str, bool]) -> dict[str, Any]:
-    """Count as LLMBar does, over all pairs: a tie or a missing verdict is wrong.
-
-    Returns:
-        Shares of the pairs: `correct_False` with `a` shown first, `correct_True` with `b` first, their
-        `correct_average`, `correct_both`, and `equal`, the same outcome twice. `kappa_agreement`: Cohen's kappa of the
-        two orders on whether `a` wins; None where it has the same answer everywhere.
-    """
-    pairs = list(pairs)
-    if not pairs:
-        names = ("correct_False", "correct_True", "correct_average", "correct_both", "equal", "kappa_agreement")
-        return dict.fromkeys(names)
-    human = np.array([bool(labels[pair.prompt_id]) for pair in pairs])
-    outcomes = [(pair.a_first, pair.b_first) for pair in pairs]
-    won, lost = (np.array([[score == value for score in both] for both in outcomes]) for value in (1.0, 0.0))
-    right = np.where(human[:, None], won, lost)
-    p, q = won.mean(axis=0)
-    chance = p * q + (1 - p) * (1 - q)
-    return {
-        "correct_False": float(right[:, 0].mean()),
-        "correct_True": float(right[:, 1].mean()),
-        "correct_average": float(right.mean()),
-        "correct_both": float(right.all(axis=1).mean()),
-        "equal": float(np.mean([first == second for first, second in outcomes])),
-        "kappa_agreement": float((np.mean(won[:, 0] == won[:, 1]) - chance) / (1 - chance)) if chance < 1 else None,
-    }

@@ -34,9 +34,8 @@ def length_controlled(games: Iterable[Game], a: str, b: str, seed: int) -> dict[
     AlpacaEval takes the fit as certain). The scale sd is the one of all prompts in every refit.
 
     Returns:
-        `n`, `missing`; `raw` and `length_controlled`, the two win rates; `phi`, below 0 where longer answers win;
-        `overlap`, the smaller of the shares of prompts where `a` is not shorter and where it is not longer;
-        `warnings`. Where the effect of length cannot be told, both win rates are the same, and `why_same` says why.
+        `n`, `missing`; `raw` and `length_controlled`, the two win rates; `warnings`. Where the effect of
+        length cannot be told, both win rates are the same, and `why_same` says why.
 
     Raises:
         ValueError: as `winrates.pair_up`.
@@ -47,9 +46,10 @@ def length_controlled(games: Iterable[Game], a: str, b: str, seed: int) -> dict[
     apart = np.array([pair.length_b - pair.length_a for pair in used], dtype=float)
     result: dict[str, Any] = {"a": a, "b": b, "n": len(wins), "missing": missing(pairs), "warnings": []}
     if len(wins) == 0:
-        return result | {name: none(NO_PAIR) for name in ("raw", "length_controlled", "phi")} | {"overlap": None}
-    raw, overlap = mean(wins, seed).as_dict(), float(min(np.mean(apart <= 0), np.mean(apart >= 0)))
-    result |= {"raw": raw, "overlap": overlap}
+        return result | {name: none(NO_PAIR) for name in ("raw", "length_controlled")}
+    # The smaller of the shares of prompts where `a` is not shorter and where it is not longer.
+    raw, overlap = mean(wins, seed).as_dict(), min(np.mean(apart <= 0), np.mean(apart >= 0))
+    result["raw"] = raw
     if overlap < MIN_OVERLAP:
         side = "longer" if np.median(apart) < 0 else "shorter"
         result["warnings"].append(
@@ -59,18 +59,19 @@ def length_controlled(games: Iterable[Game], a: str, b: str, seed: int) -> dict[
     if np.ptp(apart) == 0 or np.ptp(wins) == 0:
         why = "the scores are" if np.ptp(wins) == 0 else "the difference of the lengths is"
         why = f"{why} the same for every prompt, so that the effect of length cannot be told"
-        return result | {"length_controlled": raw, "phi": none(why), "why_same": why}
-    phi, theta = _fit(wins, apart, seed).T
-    controlled = _estimate(expit(theta), len(wins))
+        return result | {"length_controlled": raw, "why_same": why}
+    values = expit(fit_length(wins, apart, seed)[:, 1])
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    controlled = Estimate(float(values[0]), float(low), float(high), len(wins))
     if abs(controlled.mean - raw["mean"]) > LARGE_CHANGE:
         result["warnings"].append(
             f"control for length moves the win rate by {100 * (controlled.mean - raw['mean']):+.0f} points: "
             "the judge goes by length"
         )
-    return result | {"length_controlled": controlled.as_dict(), "phi": _estimate(phi, len(wins)).as_dict()}
+    return result | {"length_controlled": controlled.as_dict()}
 
 
-def _fit(wins: np.ndarray, apart: np.ndarray, seed: int) -> np.ndarray:
+def fit_length(wins: np.ndarray, apart: np.ndarray, seed: int) -> np.ndarray:
     """Fit phi and theta to the prompts, then to resamples of them, (N,) and (N,) -> (1 + RESAMPLES, 2)."""
     n, random = len(wins), np.random.default_rng(seed)
     design = np.column_stack([np.tanh(apart / apart.std(ddof=1)), np.ones(n)])
@@ -80,8 +81,3 @@ def _fit(wins: np.ndarray, apart: np.ndarray, seed: int) -> np.ndarray:
         counts = random.multinomial(n, np.full(n, 1 / n), size=BLOCK)
         fits.append(fit_logistic(design, counts * wins, counts, ridge))
     return np.concatenate(fits)
-
-
-def _estimate(values: np.ndarray, n: int) -> Estimate:
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return Estimate(float(values[0]), float(low), float(high), n)

@@ -95,7 +95,7 @@ def _compare_canaries(games: Games, seed: int) -> Row | None:
 def _build_axis(recipe: Recipe, run: RunDir, games: Sequence[Row]) -> Row | None:
     """Win rate against KL, in the shape of an axis of `pareto.json`, on the prompts with verdicts for every policy."""
     scores = {name: prompt_scores(games, name, REFERENCE) for name in recipe.policies}
-    prompts = sorted(set.intersection(*(set(of) for of in scores.values())))
+    prompts = sorted(set.intersection(*map(set, scores.values()))) if scores else []
     if not prompts:
         return None
     kls = {}

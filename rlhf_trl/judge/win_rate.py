@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -206,8 +206,7 @@ def consistency(games: Iterable[Game], seed: int) -> dict[str, Any]:
         `first_share`: share of the first place among the verdicts with a winner, 0.5 where the place does not matter;
         `verdicts` has the counts. `tie_rate`: share of ties among the verdicts. `invalid_rate`: share of the replies
         (status `ok`) that say nothing; `missing`: all that is not used, by cause. `prefers_longer`: how often the
-        longer answer wins, a tie as half; beside it `differ`, the share of comparisons with a longer answer, and
-        `a_longer`, the share of `a` among these. `length_ratio`: characters of `a` for each of `b`.
+        longer answer wins, a tie as half.
 
     Raises:
         ValueError: as `pair_up`.
@@ -237,16 +236,7 @@ def consistency(games: Iterable[Game], seed: int) -> dict[str, Any]:
         "invalid_rate": rate(silent, np.ones(len(silent)), asked, seed, "no reply came"),
         "missing": missing(pairs),
         "prefers_longer": rate(longer_wins, differ, prompts, seed, no_longer),
-        "differ": rate(differ, each, prompts, seed, NO_PAIR),
-        "a_longer": rate(apart > 0, differ, prompts, seed, no_longer),
-        "length_ratio": _length_ratio(lengths, prompts, seed) if used else none(NO_PAIR),
     }
-
-
-def _length_ratio(lengths: np.ndarray, prompts: np.ndarray, seed: int) -> dict[str, Any]:
-    codes = np.unique(prompts, return_inverse=True)[1]
-    top, bottom = (np.bincount(codes, column) for column in np.maximum(lengths, 1).T)  # an answer may be empty
-    return bootstrap_ratio(top.tolist(), bottom.tolist(), seed).as_dict()
 
 
 # --- two policies against one reference ------------------------------------------------------------------------------
@@ -257,9 +247,8 @@ def compare_pairs(games: Iterable[Game], policies: Sequence[str], reference: str
 
     Returns:
         For each two, in the order given: `n` prompts; `difference` of the win rates, `first` minus `second` (paired);
-        `sign_test` on the prompts where they differ; `mcnemar` on the prompts where only one of them beats the
-        reference. Both are exact; `p_holm` is `p` corrected for the number of comparisons. Without shared
-        prompts, both tests are None.
+        `sign_test`, exact, on the prompts where they differ, whose `p_holm` is `p` corrected for the number of
+        comparisons. Without shared prompts, the test is None.
 
     Raises:
         ValueError: as `pair_up`.
@@ -272,32 +261,25 @@ def compare_pairs(games: Iterable[Game], policies: Sequence[str], reference: str
         row = {"first": first, "second": second, "reference": reference, "n": len(shared)}
         mine, theirs = (np.array([scores[name][prompt] for prompt in shared]) for name in (first, second))
         rows.append(row | _compare(mine, theirs, seed))
-    for test in ("sign_test", "mcnemar"):
-        tests = [row[test] for row in rows if row[test] is not None]
-        for found, p in zip(tests, holm([found["p"] for found in tests]), strict=True):
-            found["p_holm"] = p
+    tests = [row["sign_test"] for row in rows if row["sign_test"] is not None]
+    for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test["p_holm"] = p
     return rows
 
 
 def _compare(first: np.ndarray, second: np.ndarray, seed: int) -> dict[str, Any]:
     """Compare the scores of two policies on the same prompts, (N,) and (N,)."""
     if len(first) == 0:
-        return {"difference": none("no prompt has scores of both"), "sign_test": None, "mcnemar": None}
+        return {"difference": none("no prompt has scores of both"), "sign_test": None}
     better, worse = int((first > second).sum()), int((first < second).sum())
-    only_first, only_second = (int((x & ~y).sum()) for x, y in permutations((first > 0.5, second > 0.5)))
     return {
         "difference": mean(first - second, seed, -1.0).as_dict(),
         "sign_test": {"first_better": better, "second_better": worse, "p": exact_test(better, worse)},
-        "mcnemar": {
-            "only_first": only_first,
-            "only_second": only_second,
-            "p": exact_test(only_first, only_second),
-        },
     }
 
 
 def exact_test(one: int, other: int) -> float:
-    """Test that two counts differ by chance alone: the sign test, and McNemar's, by the binomial distribution.
+    """Test that two counts differ by chance alone: the sign test, by the binomial distribution.
 
     Returns:
         The two-sided p-value; 1 where both counts are 0.

@@ -244,6 +244,32 @@ def test_a_limit_stops_cleanly_and_the_result_says_so(made, limit):
     assert whole["status"] == "complete"
 
 
+def test_a_limit_before_any_comparison_with_the_reference_keeps_what_was_paid_for(made):
+    """With `pairs: all`, the policies are compared with each other first."""
+    recipe, run = made("judge.pairs=all", "judge.max_requests=20", "judge.workers=1")
+    with FakeOpenAI(then=ok(prefer(len))) as server, pytest.raises(NotRun, match="max_requests reached"):
+        run_judge(recipe, run, server)
+    result = read_json(run.winrate)
+    assert (result["status"], result["cost"]["calls"], result["pareto"]) == ("partial", 20, None)
+    assert [(entry["a"], entry["b"], entry["n"]) for entry in result["win_rates"]] == [("dpo", "grpo", 10)]
+    ratings = result["ratings"]["ratings"]
+    assert {name for name, rating in ratings.items() if rating["mean"] is None} == {"dpo", "grpo"}
+    assert read_json(run.prompt_scores) == {"dpo": {}, "grpo": {}}
+
+
+@pytest.mark.parametrize("pairs", ["reference", "all"])
+def test_a_judge_without_policies_is_calibrated_alone(made, tmp_path, pairs):
+    made()
+    stages = RECIPE[RECIPE.index("  dpo:") : RECIPE.index("evaluation:")]
+    recipe = small_recipe(tmp_path, ["judge.calibrate=5", f"judge.pairs={pairs}"], RECIPE.replace(stages, ""))
+    run = RunDir(tmp_path / "runs" / recipe.name)
+    run.mark_done(recipe, "evaluate", 0.0)
+    with FakeOpenAI(then=ok(prefer(lambda text: text.startswith("Good")))) as server:
+        result = run_judge(recipe, run, server)
+    assert (result["status"], result["win_rates"], result["ratings"], result["pareto"]) == ("complete", [], None, None)
+    assert result["calibration"]["all"]["accuracy"]["mean"] == 1.0
+
+
 def test_calibration_tells_a_good_judge_from_a_random_and_a_lengthy_one(made):
     words = {"good": lambda text: text.startswith("Good"), "long": len, "place": lambda text: 0}
     found = {}

@@ -155,7 +155,7 @@ RUN = """
 import sys
 from pathlib import Path
 from rlhf_trl.judge.cache import JudgeCache, key
-from rlhf_trl.judge_client import OpenAIClient, Request, run_all
+from rlhf_trl.judge.client import OpenAIClient, Request, run_all
 talk = [{"role": "user", "content": "Hello"}]
 with JudgeCache(Path(sys.argv[2])) as cache, OpenAIClient("m", api_key="EMPTY", base_url=sys.argv[1]) as client:
     names = {key("m@1", talk, f"a{n}", "b"): n for n in range(50)}

@@ -369,7 +369,7 @@ def test_200_calls_of_100_ms_take_no_longer_than_half_as_long_again_as_they_must
 
 CHILD = """
 import sys
-from rlhf_trl.judge_client import OpenAIClient, Request, run_all
+from rlhf_trl.judge.client import OpenAIClient, Request, run_all
 requests = [Request(f"key-{n}", [{"role": "user", "content": f"pair {n}"}], {}) for n in range(40)]
 with OpenAIClient("judge", api_key="EMPTY", base_url=sys.argv[1]) as client:
     said = run_all(requests, client, 4, lambda request, reply: print(reply.status, flush=True), lambda in_flight: None)
