@@ -1,7 +1,4 @@
-"""The commands about adapters: `adapter export, merge, check, push, list`, `chat` and `score`.
-
-A part of the command line: `cli` takes them over. A command imports what it needs inside.
-"""
+"""The commands `adapter export, merge, check, push, list`, `chat` and `score`; each imports what it needs inside."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from rlhf_trl.cli.tables import show, table
 from rlhf_trl.recipe.errors import UserError
 
 adapter_app = typer.Typer(
@@ -42,7 +40,7 @@ def export_command(
     ] = None,
     with_base: Annotated[bool, typer.Option("--with-base", help="Ship the base with the adapter.")] = False,
 ) -> None:
-    """Write a stage's adapter for others: with lineage, evidence and a card, verified in a fresh process."""
+    """Write a stage's adapter with its lineage, evidence and card. It is verified in a fresh process."""
     from rlhf_trl.adapters.export import export
     from rlhf_trl.run.layout import RunDir
 
@@ -56,7 +54,7 @@ def merge_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     base: BaseOption = None,
 ) -> None:
-    """Fold an adapter into its base in full precision, and compare the outputs."""
+    """Merge an adapter into its base, and compare the outputs. In full precision."""
     from rlhf_trl.adapters.merge import merge
 
     found = merge(folder, out, base)
@@ -67,7 +65,7 @@ def merge_command(
 
 @adapter_app.command("check")
 def check_command(folder: FolderArg, base: BaseOption = None) -> None:
-    """Find everything that is wrong with an adapter, whoever made it, before it is loaded."""
+    """Find everything that is wrong with an adapter, without loading it."""
     from rlhf_trl.adapters.check import check_adapter
 
     problems = check_adapter(folder, base)
@@ -85,7 +83,7 @@ def push_command(
     public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Upload; without it, say what would be uploaded.")] = False,
 ) -> None:
-    """Upload an export to the Hub, to a private repository; says first what would go where."""
+    """Upload an export to a private repository of the Hub. Shows first what would go where."""
     from rlhf_trl.adapters.hub import plan, push
 
     upload = plan(folder, repository, public)
@@ -107,10 +105,7 @@ def list_command(
     if not rows:
         print(f"{folder}: no export")
         return
-    table = [list(rows[0]), *([*row.values()] for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    show(table([*rows[0]], [[*row.values()] for row in rows]))
 
 
 def chat(
@@ -124,7 +119,7 @@ def chat(
     temperature: TemperatureOption = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="The same seed and talk give the same answers.")] = 0,
 ) -> None:
-    """Talk to a policy, or to two side by side; a line is a turn, /new starts again, /exit ends."""
+    """Talk to a policy, or to two side by side. A line is a turn, /new starts again, /exit ends."""
     from rlhf_trl.adapters.chat import Conversation
     from rlhf_trl.adapters.load import load_policy
 
@@ -158,7 +153,7 @@ def score(
     base: BaseOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at once.")] = 16,
 ) -> None:
-    """Score pairs or single answers with a reward adapter, as JSON lines."""
+    """Score pairs or single answers with a reward adapter."""
     from rlhf_trl.adapters.load import load_reward_model
     from rlhf_trl.adapters.score import score_file, summarise
     from rlhf_trl.run.files import write_jsonl

@@ -24,10 +24,12 @@ from rlhf_trl.cli.run import (
     EnvFileOption,
     ProcessesOption,
     RecipeArg,
+    RecordedOption,
     RunsOption,
     SetOption,
     as_options,
     load_env,
+    open_recorded,
     open_run,
     planned_processes,
     run,
@@ -60,6 +62,10 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("rlhf_trl").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import that an optional kernel is absent
+    for library in ("DeepSpeed", "transformers.distributed.tensor_parallel"):
+        logging.getLogger(library).addFilter(_is_news)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     # The libraries' own use of names that their next release drops.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
@@ -81,6 +87,11 @@ def main() -> None:
         raise
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop what the libraries warn of on every CPU, and of every model that is not split over devices."""
+    return not str(record.msg).startswith(("Setting accelerator to CPU", "The following layers were not sharded"))
+
+
 @app.callback(invoke_without_command=True)
 def show_version(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
@@ -97,7 +108,7 @@ def validate(
     processes: ProcessesOption = None,
     show: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as JSON.")] = False,
 ) -> None:
-    """Check a recipe and report every problem at once; nothing is run or written."""
+    """Check a recipe and report every problem. Nothing is run or written."""
     loaded, directory = open_run(recipe, overrides, RUNS, processes)
     if (processes or 1) == 1:  # the libraries check batch sizes for the processes that are running
         from rlhf_trl.train.step import build_configs
@@ -109,18 +120,17 @@ def validate(
         print(f"{recipe}: a valid recipe with the stages {', '.join(loaded.stages)}")
 
 
-@app.command()
-def explore(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
-    """Describe the preference data: lengths, depth, biases, patterns; figures and samples."""
-    loaded, run = open_run(recipe, overrides, runs)
-    run_step(loaded, run, "explore")
+def add_step(step: str, purpose: str) -> None:
+    """Register the command of a step that has no options of its own."""
+
+    def command(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+        run_step(*open_run(recipe, overrides, runs), step)
+
+    app.command(step, help=purpose)(command)
 
 
-@app.command()
-def prepare(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
-    """Clean the pairs, split them by prompt, and write the views that training reads."""
-    loaded, run = open_run(recipe, overrides, runs)
-    run_step(loaded, run, "prepare")
+add_step("explore", "Describe the preference data: lengths, biases, patterns.")
+add_step("prepare", "Clean the pairs, split them by prompt, write the training data.")
 
 
 @app.command()
@@ -131,15 +141,19 @@ def train(
     runs: RunsOption = RUNS,
     accelerate: AccelerateOption = None,
     processes: ProcessesOption = None,
+    recorded: RecordedOption = None,
 ) -> None:
-    """Train one stage; also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
+    """Train one stage. Also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
     planned_processes(accelerate, processes)
     if accelerate:
         with timed(stage):
             run_child(["train", recipe, stage, "--runs", str(runs), *as_options(overrides)], accelerate, processes)
         return
     require_processes()
-    loaded, run = open_run(recipe, overrides, runs, int(os.environ.get("WORLD_SIZE", "1")))
+    if recorded:
+        loaded, run = open_recorded(Path(recipe), stage, recorded)
+    else:
+        loaded, run = open_run(recipe, overrides, runs, int(os.environ.get("WORLD_SIZE", "1")))
     if stage not in loaded.stages:
         near = nearest(stage, loaded.stages)
         remedy = f"did you mean {near!r}?" if near else f"the stages are: {', '.join(loaded.stages)}"
@@ -160,15 +174,16 @@ def evaluate(
     runs: RunsOption = RUNS,
     accelerate: AccelerateOption = None,
     processes: ProcessesOption = None,
+    recorded: RecordedOption = None,
 ) -> None:
-    """Measure reward, KL, frontier and alarms of every policy on held-out prompts; also under `accelerate launch`."""
+    """Measure reward, KL and alarms on held-out prompts. Also under `accelerate launch`."""
     planned_processes(accelerate, processes)
     if accelerate:
         run_child(["evaluate", recipe, "--runs", str(runs), *as_options(overrides)], accelerate, processes)
         return
     require_processes()
-    loaded, run = open_run(recipe, overrides, runs)
-    run_step(loaded, run, "evaluate")
+    opened = open_recorded(Path(recipe), "evaluate", recorded) if recorded else open_run(recipe, overrides, runs)
+    run_step(*opened, "evaluate")
 
 
 @app.command()
@@ -182,13 +197,12 @@ def judge(
         typer.Option(min=0, help="Labelled pairs of each subset to check the judge on, instead of judge.calibrate."),
     ] = None,
 ) -> None:
-    """Ask a judge which answers are better, in both orders: win rates, ratings, and how good the judge is."""
+    """Ask a judge which answers are better, and measure the judge. Each pair is asked in both orders."""
     load_env(env_file)
     loaded, run = open_run(recipe, overrides, runs)
+    asked = loaded
     if loaded.judge and calibrate is not None:
         asked = loaded.model_copy(update={"judge": loaded.judge.model_copy(update={"calibrate": calibrate})})
-    else:
-        asked = loaded
     if not run_step(loaded, run, "judge", asked):
         raise typer.Exit(3)
 
@@ -203,7 +217,7 @@ def compare(
         typer.Option("--stages", metavar="A,B,...", help="Compare these stages, instead of comparison.stages."),
     ] = None,
 ) -> None:
-    """Compare the runs: stability, convergence, compute, sample quality, and which method was better at equal KL."""
+    """Compare stability, compute, samples, and gain at equal KL."""
     loaded, run = open_run(recipe, overrides, runs)
     asked = loaded
     if stages is not None:
@@ -212,11 +226,7 @@ def compare(
     run_step(loaded, run, "compare", asked)
 
 
-@app.command()
-def errors(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
-    """Analyse the errors of every reward stage: accuracy, biases, calibration, examples, probes."""
-    loaded, run = open_run(recipe, overrides, runs)
-    run_step(loaded, run, "errors")
+add_step("errors", "Analyse the errors of every reward model, with examples.")
 
 
 @app.command()
@@ -229,7 +239,7 @@ def samples(
         typer.Option("--per-model", min=1, help="Pairs of each model, instead of samples.per_model."),
     ] = None,
 ) -> None:
-    """Export prompt/response pairs of every model as JSONL and Markdown."""
+    """Export prompt/response pairs as JSONL and Markdown."""
     loaded, run = open_run(recipe, overrides, runs)
     update = {} if per_model is None else {"per_model": per_model}
     asked = loaded.model_copy(update={"samples": loaded.samples.model_copy(update=update)})
@@ -246,14 +256,13 @@ def report(
     overrides: SetOption = None,
     runs: RunsOption = RUNS,
 ) -> None:
-    """Write report.html from the results of the run; or lay two finished runs beside each other."""
+    """Write report.html of a run, or of two finished runs."""
     if beside is not None:
         from rlhf_trl.report.beside import lay_beside
 
         print(lay_beside(RunDir(Path(recipe)), RunDir(beside)))
         return
-    loaded, run = open_run(recipe, overrides, runs)
-    run_step(loaded, run, "report")
+    run_step(*open_run(recipe, overrides, runs), "report")
 
 
 for command in (run, status, chat, score):

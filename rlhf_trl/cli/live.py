@@ -1,17 +1,16 @@
-"""The lines that stand on the screen while stages train, and what is left of them when one ends.
-
-Reads `training_stats.json` and `logs/` of the run; writes to a stream.
-"""
+"""The progress lines of stages that train, from `training_stats.json` and the logs of the run."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from rlhf_trl.cli.tables import duration, ending, progress_words
+from rich import live as rich_live
+from rich.text import Text
+
+from rlhf_trl.cli.tables import console, duration, ending, progress_words
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import read_progress
 
@@ -37,7 +36,7 @@ class Attempt:
 class Live:
     """A line for each stage that trains: rewritten in place on a terminal, otherwise written once a minute.
 
-    What a process prints goes to its log; the last of it, but for the library's dictionaries, is shown when it ends.
+    The last lines that a process printed, without the library's dictionaries of metrics, are shown when it ends.
     """
 
     def __init__(self, run: RunDir, plan: Sequence[str], stream: TextIO, errors: TextIO):
@@ -46,8 +45,10 @@ class Live:
         self.seconds: dict[str, float] = {}
         """What each stage that has ended took."""
         self.looked = 0.0
-        self.drawn = 0
-        """Lines on the terminal that will be taken back."""
+        terminal = console(stream)
+        self.redraws = terminal.is_terminal and not terminal.is_dumb_terminal
+        self.lines = rich_live.Live(console=terminal, auto_refresh=False, transient=True, redirect_stdout=False,
+                                    redirect_stderr=False)  # fmt: skip
 
     def begin(self, stage: str) -> None:
         """Announce a stage; call it before its process starts."""
@@ -64,12 +65,10 @@ class Live:
         if now - self.looked < LOOK:
             return
         self.looked = now
-        if self.stream.isatty():
-            self._take_back()
-            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
-            self.stream.writelines(f"{self._line(*item)[:width]}\n" for item in self.running.items())
-            self.stream.flush()
-            self.drawn = len(self.running)
+        if self.redraws:
+            lines = "\n".join(self._line(*item) for item in self.running.items())
+            self.lines.start()
+            self.lines.update(Text(lines, no_wrap=True, overflow="crop"), refresh=True)
             return
         for stage, attempt in self.running.items():
             if now - attempt.spoke >= LINE:
@@ -99,17 +98,15 @@ class Live:
             self.say(f"not begun: {', '.join(left)}", self.errors)
 
     def say(self, line: str, stream: TextIO | None = None) -> None:
-        """Write a line that stays."""
-        self._take_back()
+        """Write a line that stays, in the place of the progress lines until they are drawn again."""
+        self.close()
         stream = stream or self.stream
         stream.write(f"{line}\n")
         stream.flush()
 
-    def _take_back(self) -> None:
-        if self.drawn:
-            self.stream.write(f"\x1b[{self.drawn}F\x1b[J")  # up to the first of them, and clear from there
-            self.stream.flush()
-            self.drawn = 0
+    def close(self) -> None:
+        """Remove the progress lines."""
+        self.lines.stop()
 
     def _line(self, stage: str, attempt: Attempt) -> str:
         progress = read_progress(self.run.training_stats(stage), attempt.since)

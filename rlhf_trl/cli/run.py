@@ -1,7 +1,4 @@
-"""How a command runs a step or a stage, and the commands that run many: `run` and `status`.
-
-A part of the command line: `cli` takes it over. A step is imported when it runs.
-"""
+"""How a command runs a step or a stage, and the commands `run` and `status`. A step is imported when it runs."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from typing import Annotated, Any, Optional
 import typer
 
 from rlhf_trl.cli.live import Live
-from rlhf_trl.cli.tables import plan_table, status_end, status_table, summary_table
+from rlhf_trl.cli.tables import plan_table, show, status_end, status_table, summary_table
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.jobs import Launcher, find_places, links, train_stages
+from rlhf_trl.run.jobs import Launcher, find_slots, links, train_stages
 from rlhf_trl.run.launch import launch_command, profile_processes, require_one_machine, run_command, shipped
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
@@ -48,6 +45,10 @@ ProcessesOption = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--processes", min=1, help="Number of training processes; overrides the profile's."),
 ]
+RecordedOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--recorded", hidden=True, help="RECIPE is a run, whose recorded recipe has this fingerprint."),
+]
 RUNS = Path("runs")
 EnvFileOption = Annotated[
     Optional[Path],  # noqa: UP045
@@ -62,55 +63,80 @@ def run(
     accelerate: AccelerateOption = None,
     processes: ProcessesOption = None,
     jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Stages that train side by side, where there is a place for them.")
+        int, typer.Option("--jobs", min=1, help="Stages that train at the same time, each on its own GPUs or cores.")
     ] = 1,
     env_file: EnvFileOption = None,
 ) -> None:
-    """Run every step of a recipe, from the pairs to the report; finished steps are skipped."""
+    """Run every step of a recipe; finished steps are skipped."""
     load_env(env_file)
     planned = planned_processes(accelerate, processes)
     if accelerate and jobs > 1:
         require_one_machine(shipped("accelerate_configs", accelerate))
     loaded, directory = open_run(recipe, overrides, runs, planned)
-    plan = loaded.plan
-    waiting = [step for step in plan if not directory.is_done(loaded, step)]
-    # Its verdicts are the only results that may change while the settings do not.
-    renewed = {"compare", "report"} if "judge" in waiting else {"report"} if waiting else set()
-    waiting = [step for step in plan if step in {*waiting, *renewed}]
-    print(f"run {directory.root}: {len(plan)} steps, {len(plan) - len(waiting)} done already")
-    print(plan_table(step_states(loaded, directory), waiting), flush=True)
-    options = ["--runs", str(runs), *as_options(overrides)]
+    waiting = steps_to_run(loaded, directory)
+    print(f"run {directory.root}: {len(loaded.plan)} steps, {len(loaded.plan) - len(waiting)} done already")
+    show(*plan_table(step_states(loaded, directory), waiting))
     began = time.perf_counter()
     seconds: dict[str, float] = {}
-    with directory.lock("run") if waiting else contextlib.nullcontext():
-        if any(step in loaded.stages for step in waiting):
-            # In a process of its own, which gives the accelerator back.
-            run_child(["validate", recipe, "--processes", str(planned), *as_options(overrides)])
-        for trained, steps in itertools.groupby(waiting, key=loaded.stages.__contains__):
-            if trained:
-                directory.write_provenance(loaded)
-                launcher = Launcher(recipe, options, accelerate, processes, jobs)
-                live = Live(directory, plan, sys.stdout, sys.stderr)
-                places = find_places(jobs, planned, live.say)
-                code = train_stages([*steps], links(loaded), places, launcher.start_in(directory), live)
-                if code != 0:
-                    raise typer.Exit(code)
-                seconds |= live.seconds
-                continue
-            for step in steps:
-                print(f"\n=== {step} ({plan.index(step) + 1} of {len(plan)})", flush=True)
-                start = time.perf_counter()
-                if step == "evaluate" and planned > 1:
-                    # Each process holds whole models, whatever profile sharded them in training.
-                    run_child(["evaluate", recipe, *options], "ddp", planned)
-                else:
-                    run_step(loaded, directory, step)
-                seconds[step] = time.perf_counter() - start
+    if waiting:
+        with directory.lock("run"):
+            if any(step in loaded.stages for step in waiting):
+                # In a process of its own, so that this one holds no memory of the GPU.
+                run_child(["validate", recipe, "--processes", str(planned), *as_options(overrides)])
+            seconds = execute(loaded, directory, waiting, Launcher(accelerate, processes, jobs), planned)
     if seconds:
-        print(f"\n{summary_table(seconds, time.perf_counter() - began)}")
+        print()
+        show(summary_table(seconds, time.perf_counter() - began))
     looks = {"report": directory.report, "samples": directory.samples, "alarms": directory.over_optimisation,
              "logs": directory.logs}  # fmt: skip
     print("\n" + "\n".join(f"{name}: {path}" for name, path in looks.items() if path.exists()))
+
+
+def steps_to_run(recipe: Recipe, run: RunDir) -> list[str]:
+    """List the steps that are not done, and those whose inputs running them may change."""
+    waiting = [step for step in recipe.plan if not run.is_done(recipe, step)]
+    # The judge's verdicts may change while the settings do not.
+    renewed = {"compare", "report"} if "judge" in waiting else {"report"} if waiting else set()
+    return [step for step in recipe.plan if step in {*waiting, *renewed}]
+
+
+def execute(recipe: Recipe, run: RunDir, waiting: list[str], launcher: Launcher, processes: int) -> dict[str, float]:
+    """Run steps and stages in the order of the plan.
+
+    Returns:
+        The seconds that each took.
+
+    Raises:
+        typer.Exit: with the status of a stage that failed.
+    """
+    seconds: dict[str, float] = {}
+    for trained, steps in itertools.groupby(waiting, key=recipe.stages.__contains__):
+        if trained:
+            seconds |= train_side_by_side(recipe, run, [*steps], launcher, processes)
+            continue
+        for step in steps:
+            print(f"\n=== {step} ({recipe.plan.index(step) + 1} of {len(recipe.plan)})", flush=True)
+            start = time.perf_counter()
+            if step == "evaluate" and processes > 1:
+                run.write_provenance(recipe)
+                # Each process holds whole models, whatever profile sharded them in training.
+                run_child(["evaluate", str(run.root), "--recorded", recipe.fingerprint(step)], "ddp", processes)
+            else:
+                run_step(recipe, run, step)
+            seconds[step] = time.perf_counter() - start
+    return seconds
+
+
+def train_side_by_side(
+    recipe: Recipe, run: RunDir, stages: list[str], launcher: Launcher, processes: int
+) -> dict[str, float]:
+    run.write_provenance(recipe)
+    with contextlib.closing(Live(run, recipe.plan, sys.stdout, sys.stderr)) as live:
+        slots = find_slots(launcher.jobs, processes, live.say)
+        code = train_stages(stages, links(recipe), slots, launcher.start_in(recipe, run), live)
+    if code != 0:
+        raise typer.Exit(code)
+    return live.seconds
 
 
 def status(
@@ -118,14 +144,15 @@ def status(
     runs: RunsOption = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the states as JSON.")] = False,
 ) -> None:
-    """Tell how far a run has come, from its files: what is done, what is running, what has stopped and where."""
+    """Show which steps of a run are done, running or stopped."""
     named = RunDir(runs / run)
     directory = named if named.recipe.exists() and not RunDir(Path(run)).recipe.exists() else RunDir(Path(run))
     states = step_states(directory.recorded_recipe(), directory)
     if as_json:
         print(json.dumps({"run": str(directory.root), "steps": [state.as_dict() for state in states]}, indent=2))
     else:
-        print(f"run {directory.root}\n{status_table(states)}\n{status_end(states, directory.is_held('run'))}")
+        print(f"run {directory.root}")
+        show(status_table(states), status_end(states, directory.is_held("run")))
 
 
 def open_run(
@@ -146,6 +173,20 @@ def planned_processes(accelerate: str | None, processes: int | None) -> int:
     if processes is not None:
         raise UserError("--processes", "needs a profile to launch with", "add --accelerate ddp")
     return 1
+
+
+def open_recorded(folder: Path, step: str, fingerprint: str) -> tuple[Recipe, RunDir]:
+    """Read the recipe that `run` recorded for the processes that it starts, instead of loading and hashing again.
+
+    Raises:
+        UserError: another command has replaced it since.
+    """
+    run = RunDir(folder)
+    recipe = run.recorded_recipe()
+    if step not in recipe.plan or recipe.fingerprint(step) != fingerprint:
+        problem = "was replaced by another command while `run` was at work"
+        raise UserError(str(run.recipe), problem, "start `run` again")
+    return recipe, run
 
 
 @contextlib.contextmanager

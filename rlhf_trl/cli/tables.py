@@ -1,12 +1,14 @@
-"""What a person reads about a run: its plan, its state, how far a stage has come, and how it ended.
-
-Pure functions from the states of the steps to text.
-"""
+"""The tables and sentences about a run: its plan, its state, how far a stage has come, and how it ended."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
 
 from rlhf_trl.run.states import Progress, StepState
 
@@ -34,11 +36,38 @@ def progress_words(progress: Progress) -> str:
     return ", ".join([*words, *(f"{LABELS[key]} {value:.4g}" for key, value in progress.values.items())])
 
 
+def console(stream: TextIO) -> Console:
+    """A console that writes text as it is: as wide as the terminal, or without a limit where there is none."""
+    return Console(file=stream, width=None if stream.isatty() else 10_000, highlight=False, markup=False, emoji=False)
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and sentences, each on lines of its own."""
+    writer = console(sys.stdout)
+    for part in parts:
+        writer.print(part)
+    sys.stdout.flush()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbered: bool = False) -> Table:
+    """Lay out rows below a head; an empty head leaves its line out.
+
+    Args:
+        numbered: count the rows in a first column.
+    """
+    laid_out = Table(box=None, show_header=any(head), header_style="", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("", *head) if numbered else head:
+        laid_out.add_column(name)
+    for number, row in enumerate(rows, 1):
+        laid_out.add_row(*([f"{number:2}"] if numbered else []), *row)
+    return laid_out
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def plan_table(states: Sequence[StepState], waiting: Sequence[str]) -> str:
-    """Lay out what a run is about to do, with the time of what was timed before.
+def plan_table(states: Sequence[StepState], waiting: Sequence[str]) -> list[Table | str]:
+    """Lay out what a run is about to do, and a sentence on the time of the steps that were timed before.
 
     Args:
         waiting: the steps that will run.
@@ -48,9 +77,10 @@ def plan_table(states: Sequence[StepState], waiting: Sequence[str]) -> str:
     seconds = [_seconds_to_run(state) for state in states if state.step in waiting]
     known = [value for value in seconds if value is not None]
     new = len(waiting) - len(known)
-    total = f"\nabout {duration(sum(known))} for the {_steps(len(known))} that were timed before"
+    total = f"about {duration(sum(known))} for the {_steps(len(known))} that were timed before"
     rest = f"; {new} {'is' if new == 1 else 'are'} new" if new else ""
-    return _table(("step", "trainer", "state", "time"), rows) + (total + rest if known else "")
+    plan = table(("step", "trainer", "state", "time"), rows, numbered=True)
+    return [plan, total + rest] if known else [plan]
 
 
 def _steps(count: int) -> str:
@@ -83,14 +113,14 @@ def _seconds_to_run(state: StepState) -> float | None:
     return state.last_seconds if state.state == "done" else state.seconds_left
 
 
-def status_table(states: Sequence[StepState]) -> str:
-    """Lay out what has become of every step of a run."""
+def status_table(states: Sequence[StepState]) -> Table:
+    """Lay out the state of every step of a run."""
     rows = [
         (state.step, state.trainer or "", _status_words(state),
          "" if state.last_seconds is None or state.state not in ("done", "changed") else duration(state.last_seconds))
         for state in states
     ]  # fmt: skip
-    return _table(("step", "trainer", "state", "took"), rows)
+    return table(("step", "trainer", "state", "took"), rows, numbered=True)
 
 
 def _status_words(state: StepState) -> str:
@@ -109,19 +139,9 @@ def _status_words(state: StepState) -> str:
     return state.note or state.state + killed
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Align the columns, the number of each row before them."""
-    numbered = [("", *head), *((f"{number:2}", *row) for number, row in enumerate(rows, 1))]
-    widths = [max(map(len, column)) for column in zip(*numbered, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in numbered)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def summary_table(seconds: Mapping[str, float], total: float) -> str:
+def summary_table(seconds: Mapping[str, float], total: float) -> Table:
     """Lay out what each step has taken."""
-    rows = {**seconds, "total": total}
-    width = max(map(len, rows))
-    return "\n".join(f"{step.ljust(width)}  {duration(taken)}" for step, taken in rows.items())
+    return table(("", ""), [(step, duration(taken)) for step, taken in {**seconds, "total": total}.items()])
 
 
 def status_end(states: Sequence[StepState], running: bool) -> str:

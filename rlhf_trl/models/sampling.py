@@ -63,7 +63,7 @@ def spread(
     hidden = not progress or not state.is_main_process
     done = [
         (row, result)
-        for rows in tqdm(mine, desc=progress, disable=hidden, leave=False)
+        for rows in tqdm(mine, desc=progress, disable=hidden or None, leave=False)
         for row, result in zip(rows, work(rows), strict=True)
     ]
     if state.num_processes > 1:

@@ -1,7 +1,4 @@
-"""Stages that train side by side: which may, where each of them does, and what a failure of one means.
-
-Starts processes and waits for them; reads and writes nothing itself.
-"""
+"""Run independent stages in parallel: scheduling, device slots, failures."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from rlhf_trl.run.launch import exit_status, launch_command, outlive_signals
 from rlhf_trl.run.layout import RunDir
 
 POLL = 0.1
-Place = Mapping[str, str]
+Slot = Mapping[str, str]
 """Environment variables of one stage's processes."""
 
 
@@ -39,18 +36,18 @@ def links(recipe: Recipe) -> dict[str, set[str]]:
     return {name: {link for link in (stage.init, stage.reward) if link} for name, stage in recipe.stages.items()}
 
 
-# --- places ----------------------------------------------------------------------------------------------------------
+# --- device slots ----------------------------------------------------------------------------------------------------
 
 
-def find_places(jobs: int, processes: int, say: Callable[[str], None]) -> list[Place]:
-    """Divide this machine as `plan_places` does, and say so; one job alone has all of it, as it is."""
+def find_slots(jobs: int, processes: int, say: Callable[[str], None]) -> list[Slot]:
+    """Divide this machine into slots and report how; one job alone gets the whole machine."""
     if jobs == 1:
         return [{}]
-    # Counted without torch, which would take memory of each for as long as this process lives.
+    # Counted without torch, which would keep memory of each GPU while this process lives.
     gpus = visible_gpus(output_of("nvidia-smi", "-L"), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    places, sentence = plan_places(jobs, processes, gpus, os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS"))
+    slots, sentence = plan_slots(jobs, processes, gpus, os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS"))
     say(sentence)
-    return places
+    return slots
 
 
 def visible_gpus(listing: str, visible: str | None) -> list[str]:
@@ -71,9 +68,9 @@ def visible_gpus(listing: str, visible: str | None) -> list[str]:
     return found
 
 
-def plan_places(
+def plan_slots(
     jobs: int, processes: int, gpus: Sequence[str], cores: int, threads: str | None
-) -> tuple[list[Place], str]:
+) -> tuple[list[Slot], str]:
     """Divide the machine among stages that train at once.
 
     Args:
@@ -82,7 +79,7 @@ def plan_places(
         threads: OMP_NUM_THREADS where the user has set it.
 
     Returns:
-        The environment of each place, at least one of them, and a sentence on what it came to.
+        The environment of each slot, at least one of them, and a sentence on what it came to.
     """
     if not gpus:
         own = threads or str(max(1, cores // (jobs * processes)))
@@ -105,21 +102,21 @@ def plan_places(
 class Launcher:
     """How the stages of one `run` are started."""
 
-    recipe: str
-    options: list[str]
-    """Of the command line, for every stage."""
     profile: str | None
     processes: int | None
     jobs: int
 
-    def start_in(self, run: RunDir) -> Callable[[str, Place], subprocess.Popen[bytes]]:
-        """Start each stage in its place, its output in the log of its run."""
-        port = 0 if self.jobs > 1 else None  # launches at the same time cannot meet at the same one
+    def start_in(self, recipe: Recipe, run: RunDir) -> Callable[[str, Slot], subprocess.Popen[bytes]]:
+        """Return the function that starts a stage in a slot; its output goes to the log of the run.
 
-        def start(stage: str, place: Place) -> subprocess.Popen[bytes]:
-            arguments = ["train", self.recipe, stage, *self.options]
+        The stages read the recipe that is recorded in the run.
+        """
+        port = 0 if self.jobs > 1 else None  # a free port for each launch
+
+        def start(stage: str, slot: Slot) -> subprocess.Popen[bytes]:
+            arguments = ["train", str(run.root), stage, "--recorded", recipe.fingerprint(stage)]
             command, environment = launch_command(arguments, self.profile, self.processes, port)
-            return start_logged(command, {**environment, **place}, run.log(stage))
+            return start_logged(command, {**environment, **slot}, run.log(stage))
 
         return start
 
@@ -127,8 +124,7 @@ class Launcher:
 def start_logged(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
     """Start a process whose whole output is appended to a log.
 
-    The log is a file and no pipe, so that a stage may outlive this process, and nothing that it says is lost.
-    Progress bars are off: they would fill it.
+    A file, not a pipe: a stage may outlive this process and lose no output. Progress bars are off.
     """
     quiet = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -141,24 +137,24 @@ def start_logged(command: Sequence[str], environment: Mapping[str, str], log: Pa
 def train_stages(
     stages: Sequence[str],
     needs: Mapping[str, set[str]],
-    places: Sequence[Place],
-    start: Callable[[str, Place], subprocess.Popen[bytes]],
+    slots: Sequence[Slot],
+    start: Callable[[str, Slot], subprocess.Popen[bytes]],
     watcher: Watcher,
 ) -> int:
-    """Train stages, each as soon as what it needs is there and a place is free, in their order.
+    """Train stages in order, each as soon as its parents are done and a slot is free.
 
     After a failure or a signal nothing new starts; what is running comes to its own end. SIGTERM is passed on; a
     Ctrl-C reaches the processes by itself. Both make them save a checkpoint.
 
     Args:
         needs: stage -> the stages it starts from; those that are not in `stages` are there.
-        start: starts the process of a stage in a place.
+        start: starts the process of a stage in a slot.
 
     Returns:
         0, or the exit status of the first stage that failed, or 128 and the number of the signal that came.
     """
-    waiting, free = list(stages), list(places)
-    running: dict[str, tuple[subprocess.Popen[bytes], Place]] = {}
+    waiting, free = list(stages), list(slots)
+    running: dict[str, tuple[subprocess.Popen[bytes], Slot]] = {}
     ended: dict[str, int] = {}
     passed_on = 0
     with outlive_signals() as received:
@@ -168,10 +164,10 @@ def train_stages(
                     passed_on += 1
                     for child, _ in running.values() if number == signal.SIGTERM else ():
                         child.send_signal(number)
-                for stage, (child, place) in list(running.items()):
+                for stage, (child, slot) in list(running.items()):
                     if child.poll() is not None:
                         del running[stage]
-                        free.append(place)
+                        free.append(slot)
                         ended[stage] = exit_status(child.returncode)
                         watcher.end(stage, ended[stage])
                 missing = {*waiting, *running}
@@ -179,8 +175,8 @@ def train_stages(
                     if free and not received and not any(ended.values()) and not needs[stage] & missing:
                         waiting.remove(stage)
                         watcher.begin(stage)
-                        place = free.pop(0)
-                        running[stage] = start(stage, place), place
+                        slot = free.pop(0)
+                        running[stage] = start(stage, slot), slot
                 if not running:
                     break
                 watcher.update()

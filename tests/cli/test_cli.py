@@ -1,6 +1,7 @@
 """The command line: what a user's mistake looks like, exit statuses, launches of fewer processes than asked for."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -172,6 +173,18 @@ def test_version_and_help(call):
     assert call("--version") == (0, f"{__version__}\n", "")
     status, out, _ = call("--help")
     assert status == 0 and all(command in out for command in COMMANDS)
+    lines = (out + call("adapter", "--help")[1]).splitlines()
+    assert not [line for line in lines if line.endswith("...") and "Usage" not in line]  # each purpose fits its line
+
+
+def test_only_the_librarys_routine_warnings_are_dropped(caplog):
+    log = logging.getLogger("transformers.distributed.tensor_parallel")
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rlhf-trl", "--version"])
+        cli.main()
+    log.warning("The following layers were not sharded: a")
+    log.warning("another")
+    assert [record.message for record in caplog.records] == ["another"]
 
 
 def test_any_other_error_keeps_its_traceback_and_has_status_1(recipe_file):
@@ -281,7 +294,7 @@ def stub(monkeypatch, recipe_file, tmp_path):
         run.mark_done(recipe, name, 1.0)
         return True
 
-    def start_in(self, run):
+    def start_in(self, recipe, run):
         def start(stage, place):
             command = [sys.executable, "stage.py", str(recipe_file), str(run.root), stage, *bad]
             return start_logged(command, {**os.environ, "PYTHONPATH": str(ROOT), **place}, run.log(stage))
@@ -338,6 +351,16 @@ def test_a_stage_that_fails_ends_the_run_with_its_status_and_its_words(stub, cal
     assert err.splitlines() == [
         *("  a warning", "sft failed with status 2; its output: runs/cli/logs/sft.log", "not begun: dpo")
     ]
+
+
+def test_a_stage_of_a_run_refuses_a_recipe_that_was_replaced_meanwhile(stub, call, recipe_file):
+    call("run", recipe_file)
+    fingerprint = stub.run.recorded_recipe().fingerprint("dpo")
+    arguments = ("train", stub.run.root, "dpo", "--recorded", fingerprint)
+    assert call(*arguments)[:2] == (0, "dpo: done already, nothing to do\n")
+    stub.run.write_provenance(stub.run.recorded_recipe().model_copy(update={"seed": 7}))
+    status, _, err = call(*arguments)
+    assert status == 2 and "was replaced by another command" in err
 
 
 def test_a_run_that_another_process_makes_is_not_run_twice(stub, call, recipe_file):

@@ -1,13 +1,23 @@
 """What a person reads about a run: tables, sentences, and the lines that stand there while stages train."""
 
 import io
+import re
 import signal
 
 import pytest
 
 from rlhf_trl.cli import live
 from rlhf_trl.cli.live import Live, messages
-from rlhf_trl.cli.tables import duration, ending, plan_table, progress_words, status_end, status_table, summary_table
+from rlhf_trl.cli.tables import (
+    duration,
+    ending,
+    plan_table,
+    progress_words,
+    show,
+    status_end,
+    status_table,
+    summary_table,
+)
 from rlhf_trl.run.files import write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import Progress, StepState
@@ -43,9 +53,24 @@ STATES = [
 ]
 
 
-def test_the_plan_estimates_only_from_what_was_timed():
-    table = plan_table(STATES, ["sft", "rm", "dpo", "judge", "report"])
-    assert [" ".join(line.split()) for line in table.splitlines()] == [
+@pytest.fixture
+def shown(capsys):
+    """Print tables, and return their lines."""
+
+    def lines(*parts: object) -> list[str]:
+        show(*parts)
+        return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+    return lines
+
+
+def words(lines: list[str]) -> list[str]:
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_the_plan_estimates_only_from_what_was_timed(shown):
+    lines = shown(*plan_table(STATES, ["sft", "rm", "dpo", "judge", "report"]))
+    assert words(lines) == [
         "step trainer state time",
         "1 prepare done took 7.4 s",
         "2 sft sft goes on at step 10 of 40 about 15 s",
@@ -56,20 +81,17 @@ def test_the_plan_estimates_only_from_what_was_timed():
         "7 report to do again: its inputs may be new about 1.0 s (last time)",
         "about 46 s for the 3 steps that were timed before; 2 are new",
     ]
-    assert (
-        len({line.index(word) for line, word in zip(table.splitlines(), ("state", "done", "goes"), strict=False)}) == 1
-    )
+    assert len({line.index(word) for line, word in zip(lines, ("state", "done", "goes"), strict=False)}) == 1
 
 
-def test_a_plan_of_what_was_never_timed_has_no_total():
-    table = plan_table([StepState("sft", "sft", "to do", None)], ["sft"])
-    assert table.splitlines() == ["    step  trainer  state  time", " 1  sft   sft      to do  –"]
-    assert plan_table(STATES, []).count("about") == 0
+def test_a_plan_of_what_was_never_timed_has_no_total(shown):
+    lines = shown(*plan_table([StepState("sft", "sft", "to do", None)], ["sft"]))
+    assert lines == ["    step  trainer  state  time", " 1  sft   sft      to do  –"]
+    assert not any("about" in line for line in shown(*plan_table(STATES, [])))
 
 
-def test_the_status_says_where_each_step_stands():
-    lines = [" ".join(line.split()) for line in status_table(STATES).splitlines()]
-    assert lines == [
+def test_the_status_says_where_each_step_stands(shown):
+    assert words(shown(status_table(STATES))) == [
         "step trainer state took",
         "1 prepare done 7.4 s",
         "2 sft sft stopped at step 14 of 40, checkpoint at 10 (process 7 on here since noon was killed)",
@@ -88,10 +110,9 @@ def test_the_status_ends_with_what_it_comes_to():
     assert status_end(STATES[:1], False) == "finished"
 
 
-def test_the_summary_adds_the_whole_time():
-    assert summary_table({"sft": 3.0, "evaluate": 61.0}, 70.0).splitlines() == [
-        *("sft       3.0 s", "evaluate  1 min 01 s", "total     1 min 10 s")
-    ]
+def test_the_summary_adds_the_whole_time(shown):
+    lines = shown(summary_table({"sft": 3.0, "evaluate": 61.0}, 70.0))
+    assert lines == ["sft       3.0 s", "evaluate  1 min 01 s", "total     1 min 10 s"]
 
 
 def test_an_ending_is_a_status_or_a_signal():
@@ -155,29 +176,34 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end(run, clo
 
 def test_a_terminal_has_one_line_for_each_stage_that_is_rewritten_and_fits(run, clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("TERM", "xterm")
     out = Terminal()
     lines = Live(run, ["rm", "dpo"], out, out)
     for stage in ("rm", "dpo"):
         lines.begin(stage)
         log(run, stage, 4)
         run.log(stage).touch()
+
+    def written(act) -> list[str]:
+        start = len(out.getvalue())
+        act()
+        return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", out.getvalue()[start:]).split("\n")
+
     clock[0] += 5
-    start = len(out.getvalue())
-    lines.update()
-    lines.update()  # within the same second
-    cut = ["rm: 5.0 s, step 4 of 40, 0.5 s a step, 18 s left,", "dpo: 5.0 s, step 4 of 40, 0.5 s a step, 18 s left"]
-    assert out.getvalue()[start:].splitlines() == cut
+    cut = ["rm: 5.0 s, step 4 of 40, 0.5 s a step, 18 s left, ", "dpo: 5.0 s, step 4 of 40, 0.5 s a step, 18 s left,"]
+    assert [line.strip("\r") for line in written(lines.update) if line.strip()] == cut
+    assert written(lines.update) == [""]  # within the same second
     clock[0] += 1
+    before = len(out.getvalue())
     lines.update()
-    lines.end("rm", 0)
-    lines.end("dpo", 143)
-    taken_back = "\x1b[2F\x1b[J"
-    assert out.getvalue()[start:].splitlines()[2:] == [
-        taken_back + cut[0].replace("5.0", "6.0"),
-        cut[1].replace("5.0", "6.0"),
-        taken_back + "rm: 6.0 s, step 4 of 40, 0.5 s a step, 18 s left, loss 0.25",
+    assert out.getvalue()[before:].count("\x1b[2K") == 2  # both lines are cleared
+    ended = written(lambda: (lines.end("rm", 0), lines.end("dpo", 143)))
+    assert [line.strip("\r") for line in ended if line.strip()][-2:] == [
+        "rm: 6.0 s, step 4 of 40, 0.5 s a step, 18 s left, loss 0.25",
         "dpo: ended by SIGTERM after 6.0 s, step 4 of 40, 0.5 s a step, 18 s left, loss 0.25",
     ]
+    lines.close()
+    assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h")  # the cursor is shown again
 
 
 def test_a_failure_shows_the_last_lines_and_is_named_again_at_the_end(run, clock):

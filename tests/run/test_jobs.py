@@ -12,7 +12,7 @@ from conftest import reset_accelerate, small_recipe
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json
-from rlhf_trl.run.jobs import Launcher, links, plan_places, start_logged, train_stages, visible_gpus
+from rlhf_trl.run.jobs import Launcher, links, plan_slots, start_logged, train_stages, visible_gpus
 from rlhf_trl.run.launch import launch_command, require_one_machine, shipped
 from rlhf_trl.run.layout import RunDir
 
@@ -180,13 +180,13 @@ def test_gpus_are_those_that_cuda_would_show(visible, found):
     ],
 )
 def test_each_job_has_gpus_of_its_own(jobs, processes, gpus, places, says):
-    found = plan_places(jobs, processes, list(gpus), 64, None)
+    found = plan_slots(jobs, processes, list(gpus), 64, None)
     assert found == ([{"CUDA_VISIBLE_DEVICES": place} for place in places], says)
 
 
 @pytest.mark.parametrize(("processes", "gpus", "take"), [(1, "0", 2), (2, "012", 4), (4, "01", 8)])
 def test_gpus_that_are_too_few_for_two_serve_one_stage_at_a_time(processes, gpus, take):
-    places, says = plan_places(2, processes, list(gpus), 64, None)
+    places, says = plan_slots(2, processes, list(gpus), 64, None)
     assert places == [{}]
     assert says == f"--jobs 2: one stage at a time; two take {take} GPUs, and there are {len(gpus)}"
 
@@ -196,7 +196,7 @@ def test_gpus_that_are_too_few_for_two_serve_one_stage_at_a_time(processes, gpus
     [(2, 1, 8, None, "4"), (3, 1, 8, None, "2"), (4, 1, 2, None, "1"), (2, 2, 8, None, "2"), (2, 1, 8, "3", "3")],
 )
 def test_without_a_gpu_the_jobs_share_the_cores(jobs, processes, cores, threads, each):
-    places, says = plan_places(jobs, processes, [], cores, threads)
+    places, says = plan_slots(jobs, processes, [], cores, threads)
     assert places == [{"OMP_NUM_THREADS": each}] * jobs
     assert says == f"--jobs {jobs}: up to {jobs} stages at once, OMP_NUM_THREADS={each} in each process"
 
@@ -254,10 +254,11 @@ def test_two_stages_train_at_the_same_time_to_the_weights_that_one_after_the_oth
     prepare(recipe, run)
     run.mark_done(recipe, "prepare", 0.0)
     threads = torch.get_num_threads()
-    launcher = Launcher(str(tmp_path / "small.yaml"), ["--runs", str(run.root.parent)], None, None, 2)
+    run.write_provenance(recipe)
+    launcher = Launcher(None, None, 2)
     places = [{"OMP_NUM_THREADS": str(threads)}] * 2
     story = Story()
-    assert train_stages([*recipe.stages], links(recipe), places, launcher.start_in(run), story) == 0, [
+    assert train_stages([*recipe.stages], links(recipe), places, launcher.start_in(recipe, run), story) == 0, [
         run.log(stage).read_text() for stage in recipe.stages
     ]
     assert story.told[:2] == ["+one-seed=1", "+one-seed=2"]
