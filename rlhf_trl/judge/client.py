@@ -5,9 +5,8 @@ Reads and writes nothing but the network; what comes back goes to the caller's `
     with OpenAIClient("gpt-4.1-mini", api_key=api_key) as client:
         stopped = run_all(requests, client, workers=16, on_reply=store, stop=budget.stop)
 
-The `openai` package sends the calls. Its own retries are off, as they know neither a quota from a rate limit nor a
-limit on the waiting, and its parsing is not used, as it takes an HTML page for an answer. What a call may come to, and
-how often it is then made in all:
+The `openai` package sends the calls, and `tenacity` repeats them: the package's own retries do not tell a quota from a
+rate limit, and its parsing takes an HTML page for an answer. How often a call is made in all, by its status:
 
     ok, refusal, content_filter, length, context_length, quota, bad_request    once
     null_content, html, bad_json, no_choices: a 200 without use                until the second of these
@@ -33,23 +32,19 @@ from typing import Any, Literal, NoReturn, Protocol
 
 import httpx2
 import openai
+import tenacity
 
 from rlhf_trl.judge.cache import MAY_PASS, Message, Status, Usage
-from rlhf_trl.judge.replies import Outcome, read_answer, retry_after, words
+from rlhf_trl.judge.replies import Outcome, read_answer, read_failure, words
 from rlhf_trl.recipe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 TRANSIENT: frozenset[Status] = frozenset({"rate_limit", "server_error", "timeout", "connection"})
 UNUSABLE: frozenset[Status] = frozenset({"null_content", "html", "bad_json", "no_choices"})
-QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-FILTERED = {"content_filter", "content_policy_violation"}
-UNSUPPORTED = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
-# OpenAI, vLLM (two wordings) and llama.cpp, which share no code for it.
-TOO_LONG = re.compile(r"context[ _](length|size|window)|maximum model length|prompt is too long", re.IGNORECASE)
 OPENAI = "https://api.openai.com/v1"
-FIRST_WAIT = 1.0  # seconds; doubled with every further attempt, and half of it is left to chance
-LONGEST_BACK_OFF = 30.0
+# Seconds: 1, doubled with every further attempt; half of it is left to chance.
+BACK_OFF = tenacity.wait_exponential(max=30)
 # So many calls that may pass, and nothing else between them: the server is down, or refuses everything.
 FAILURES_IN_A_ROW = 20
 
@@ -114,7 +109,7 @@ class OpenAIClient:
         attempts: int = 5,
         longest_wait: float = 60.0,
         jitter: int = 0,
-        sleep: Callable[[float], object] | None = None,
+        sleep: Callable[[float], Any] | None = None,
     ):
         """Set up the calls; none is made yet.
 
@@ -151,7 +146,7 @@ class OpenAIClient:
         self._longest_wait = longest_wait
         self._jitter = jitter
         self._interrupted = threading.Event()
-        self._sleep = self._interrupted.wait if sleep is None else sleep
+        self._sleep: Callable[[float], Any] = self._interrupted.wait if sleep is None else sleep
 
     def __enter__(self) -> OpenAIClient:
         return self
@@ -171,31 +166,38 @@ class OpenAIClient:
         """
         start = time.monotonic()
         dice = random.Random(json.dumps([self._jitter, *messages]))
-        usage: Usage | None = None
-        unusable = 0
-        for attempt in range(1, self._attempts + 1):
-            outcome = self._attempt(messages)
-            if outcome.usage is not None:
-                usage = {name: count + (usage or {}).get(name, 0) for name, count in outcome.usage.items()}
-            unusable += outcome.status in UNUSABLE
-            again = outcome.status in TRANSIENT or (outcome.status in UNUSABLE and unusable < 2)
-            wait = self._wait(outcome, attempt, dice)
-            if not again or attempt == self._attempts or wait is None or self._interrupted.is_set():
-                break
-            self._sleep(wait)
-            if self._interrupted.is_set():
-                break
-        seconds = time.monotonic() - start
-        about = (outcome.model, outcome.fingerprint, seconds, outcome.detail)
-        return Reply(outcome.status, outcome.text, attempt, usage, *about)
+        outcomes: list[Outcome] = []
 
-    def _wait(self, outcome: Outcome, attempt: int, dice: random.Random) -> float | None:
-        """Seconds until the next attempt, never fewer than the server asks for; None if that is too long."""
-        back_off = min(LONGEST_BACK_OFF, FIRST_WAIT * 2 ** (attempt - 1)) * dice.uniform(0.5, 1.0)
-        if outcome.wait is None:
-            return back_off
-        # Calls that were sent away together do not come back at the same instant.
-        return max(outcome.wait + dice.uniform(0.0, 0.5), back_off) if outcome.wait <= self._longest_wait else None
+        def attempt() -> Outcome:
+            if not outcomes or not self._interrupted.is_set():
+                outcomes.append(self._attempt(messages))
+            return outcomes[-1]
+
+        def is_retried(outcome: Outcome) -> bool:
+            unusable = sum(one.status in UNUSABLE for one in outcomes)
+            return outcome.status in TRANSIENT or (outcome.status in UNUSABLE and unusable < 2)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            back_off = BACK_OFF(state) * dice.uniform(0.5, 1.0)
+            asked = outcomes[-1].wait
+            # Calls that were sent away together do not come back at the same instant.
+            return back_off if asked is None else max(asked + dice.uniform(0.0, 0.5), back_off)
+
+        def is_over(state: tenacity.RetryCallState) -> bool:
+            too_long = (outcomes[-1].wait or 0.0) > self._longest_wait
+            return state.attempt_number >= self._attempts or too_long or self._interrupted.is_set()
+
+        outcome = tenacity.Retrying(
+            retry=tenacity.retry_if_result(is_retried),
+            wait=wait,
+            stop=is_over,
+            sleep=self._sleep,
+            retry_error_callback=lambda _: outcomes[-1],
+        )(attempt)
+        counted = [one.usage for one in outcomes if one.usage is not None]
+        usage = {name: sum(one[name] for one in counted) for name in counted[0]} if counted else None
+        about = (outcome.model, outcome.fingerprint, time.monotonic() - start, outcome.detail)
+        return Reply(outcome.status, outcome.text, len(outcomes), usage, *about)
 
     def _attempt(self, messages: Sequence[Message]) -> Outcome:
         deadline = time.monotonic() + self._timeout
@@ -212,30 +214,15 @@ class OpenAIClient:
         except (openai.APITimeoutError, httpx2.TimeoutException) as error:
             return Outcome("timeout", detail=words(f"{type(error).__name__}: {error}"))
         except openai.APIStatusError as error:
-            return self._failure(error)
+            # The library's message ends with the server's where that is in OpenAI's form.
+            detail = words(error.message if " - " in error.message else f"{error.message} - {error.response.text}")
+            outcome = read_failure(error.status_code, {error.code, error.type}, error.response.headers, detail)
+            if outcome is None:
+                self._refuse(error, detail)
+            return outcome
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
             cause = error.__cause__ or error
             return Outcome("connection", detail=words(f"{type(cause).__name__}: {cause}"))
-
-    def _failure(self, error: openai.APIStatusError) -> Outcome:
-        status, codes = error.status_code, {error.code, error.type}
-        # The library's message ends with the server's where that is in OpenAI's form.
-        detail = words(error.message if " - " in error.message else f"{error.message} - {error.response.text}")
-        wait = retry_after(error.response.headers, time.time())
-        if status == 402 or codes & QUOTA:
-            return Outcome("quota", detail=detail)
-        if status == 429:
-            return Outcome("rate_limit", detail=detail, wait=wait)
-        if status in (408, 409) or status >= 500:
-            return Outcome("server_error", detail=detail, wait=wait)
-        if codes & FILTERED:
-            return Outcome("content_filter", detail=detail)
-        if status in (401, 403, 404) or codes & UNSUPPORTED:
-            self._refuse(error, detail)
-        return Outcome(
-            "context_length" if TOO_LONG.search(f"{error.code} {error.type} {detail}") else "bad_request",
-            detail=detail,
-        )
 
     def _refuse(self, error: openai.APIStatusError, detail: str) -> NoReturn:
         said = f"{self._where} says: {detail}"

@@ -1,4 +1,4 @@
-"""What a judge's server sends back, read without trust in its form: a 200 of any content, and a wish to wait.
+"""What a judge's server sends back, read without trust in its form: answers, errors and Retry-After.
 
 Reads and writes nothing; works on bytes and headers.
 """
@@ -9,6 +9,8 @@ import datetime
 import email.utils
 import json
 import math
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,11 @@ from typing import Any
 from rlhf_trl.judge.cache import Status, Usage
 
 DETAIL = 300  # characters of a server's own words that are kept
+QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+FILTERED = {"content_filter", "content_policy_violation"}
+UNSUPPORTED = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
+# OpenAI, vLLM (two wordings) and llama.cpp, which share no code for it.
+TOO_LONG = re.compile(r"context[ _](length|size|window)|maximum model length|prompt is too long", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,29 @@ def read_answer(content_type: str, body: bytes) -> Outcome:
     if text is None or not text.strip():
         return Outcome("null_content", text, **about, detail=words(f"no text; finish_reason {finish}"))
     return Outcome("ok", text, **about)
+
+
+def read_failure(status: int, codes: set[Any], headers: Mapping[str, str], detail: str) -> Outcome | None:
+    """Read an HTTP error; None where the key, the model, the address or an option is wrong.
+
+    Args:
+        status: the HTTP status, 400 or above.
+        codes: the server's `code` and `type` of the error.
+        headers: of the response.
+        detail: the server's words.
+    """
+    if status == 402 or codes & QUOTA:
+        return Outcome("quota", detail=detail)
+    if status == 429:
+        return Outcome("rate_limit", detail=detail, wait=retry_after(headers, time.time()))
+    if status in (408, 409) or status >= 500:
+        return Outcome("server_error", detail=detail, wait=retry_after(headers, time.time()))
+    if codes & FILTERED:
+        return Outcome("content_filter", detail=detail)
+    if status in (401, 403, 404) or codes & UNSUPPORTED:
+        return None
+    too_long = TOO_LONG.search(" ".join(map(str, [*codes, detail])))
+    return Outcome("context_length" if too_long else "bad_request", detail=detail)
 
 
 def _usage(value: Any) -> Usage | None:
