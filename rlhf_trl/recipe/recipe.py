@@ -9,17 +9,18 @@ their source.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr
 
+from rlhf_trl.recipe.fingerprint import source_hash
 from rlhf_trl.recipe.schema import (
     Comparison,
     Data,
@@ -135,8 +136,16 @@ class Recipe(Strict):
         Returns:
             64 hexadecimal digits (SHA-256).
         """
-        text = json.dumps(self._dependencies(step), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return self._fingerprint(step, {})
+
+    def _fingerprint(self, step: str, known: dict[str, str]) -> str:
+        """Compute a fingerprint; `known` holds those that this call has computed, so that each is computed once."""
+        if step not in known:
+            text = json.dumps(
+                self._dependencies(step, functools.partial(self._fingerprint, known=known)), sort_keys=True
+            )
+            known[step] = hashlib.sha256(text.encode()).hexdigest()
+        return known[step]
 
     @property
     def sources(self) -> dict[str, str]:
@@ -146,12 +155,11 @@ class Recipe(Strict):
         return {name: self._hash(name) for name in names}
 
     def read_from(self, sources: Mapping[str, str]) -> Recipe:
-        """Take the sources to be what they were when these hashes were taken, wherever they lie and whatever is there
-        now."""
+        """Use recorded source hashes instead of hashing the sources again."""
         self._hashes.update(sources)
         return self
 
-    def _dependencies(self, step: str) -> dict[str, Any]:
+    def _dependencies(self, step: str, fingerprint: Callable[[str], str]) -> dict[str, Any]:
         base = {key: self.model.get(key) for key in ("model_name_or_path", "model_revision")}
         if step in ("explore", "prepare"):
             hashes = [self._hash(self.data.source), self._hash(str(base["model_name_or_path"]))]
@@ -159,35 +167,35 @@ class Recipe(Strict):
         if step == "evaluate":
             judges = [name for name in (self.evaluation.reward, self.evaluation.gold) if name]
             inputs = {
-                name: self.fingerprint(name) if name in self.stages else self._hash(name)
+                name: fingerprint(name) if name in self.stages else self._hash(name)
                 for name in (*self.policies, *judges)
             }
             return {"step": step, "seed": self.seed, "evaluation": self.evaluation.model_dump(),
-                    "data": self.fingerprint("prepare"), "inputs": inputs}  # fmt: skip
+                    "data": fingerprint("prepare"), "inputs": inputs}  # fmt: skip
         if step == "judge":
             judge = self.judge and self.judge.model_dump()
-            return {"step": step, "seed": self.seed, "judge": judge, "inputs": self.fingerprint("evaluate")}
+            return {"step": step, "seed": self.seed, "judge": judge, "inputs": fingerprint("evaluate")}
         if step == "compare":
-            inputs = {name: self.fingerprint(name) for name in self.compared}
+            inputs = {name: fingerprint(name) for name in self.compared}
             return {"step": step, "seed": self.seed, "comparison": self.comparison.model_dump(), "inputs": inputs,
-                    "evaluation": self.fingerprint("evaluate"), "judge": self.fingerprint("judge")}  # fmt: skip
+                    "evaluation": fingerprint("evaluate"), "judge": fingerprint("judge")}  # fmt: skip
         if step == "errors":
-            inputs = {name: self.fingerprint(name) for name in self.reward_stages}
+            inputs = {name: fingerprint(name) for name in self.reward_stages}
             return {"step": step, "seed": self.seed, "errors": self.errors.model_dump(),
-                    "data": self.fingerprint("prepare"), "inputs": inputs}  # fmt: skip
+                    "data": fingerprint("prepare"), "inputs": inputs}  # fmt: skip
         if step == "samples":
-            return {"step": step, "samples": self.samples.model_dump(), "inputs": self.fingerprint("evaluate")}
+            return {"step": step, "samples": self.samples.model_dump(), "inputs": fingerprint("evaluate")}
         if step == "report":
-            inputs = {name: self.fingerprint(name) for name in self.plan[:-1]}
+            inputs = {name: fingerprint(name) for name in self.plan[:-1]}
             return {"step": step, "name": self.name, "inputs": inputs}
         stage = self.stages[step]
         return {
             "trainer": stage.trainer,
             "args": self.args_of(step),
             "model": self.model_block(step),
-            "data": self.fingerprint("prepare"),
-            "init": stage.init and self.fingerprint(stage.init),
-            "reward": stage.reward and self.fingerprint(stage.reward),
+            "data": fingerprint("prepare"),
+            "init": stage.init and fingerprint(stage.init),
+            "reward": stage.reward and fingerprint(stage.reward),
             "half": self.half_of(step),
         }
 
@@ -196,25 +204,6 @@ class Recipe(Strict):
         if source not in self._hashes:
             self._hashes[source] = source_hash(source)
         return self._hashes[source]
-
-
-def source_hash(source: str) -> str:
-    """Hash the content of a local file or folder (of weights, their size alone); a Hub id is its own name."""
-    path = Path(source)
-    if source.startswith("builtin:"):
-        path = Path(__file__).parent.parent / "data" / "demo.jsonl.gz"
-    try:
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    except OSError:  # no path at all, such as a text that is too long for one
-        files = []
-    if not files:
-        return source
-    digest = hashlib.sha256()
-    for file in files:
-        weights = file.suffix in (".safetensors", ".bin")
-        content = f"{file.stat().st_size} bytes".encode() if weights else hashlib.sha256(file.read_bytes()).digest()
-        digest.update(file.relative_to(path).as_posix().encode() + b"\0" + content)
-    return digest.hexdigest()
 
 
 def combinations(name: str, stage: Stage) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,11 +15,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.fingerprint import CHUNK
+from rlhf_trl.recipe.fingerprint import hash_file as hash_file  # the one definition; imported from here, too
 
 # Dtype of a tensor of floats -> bytes of a number, and the bits of its exponent, all of which are set in NaN and
 # infinity.
 FLOATS = {"F64": (8, 0x7FF0 << 48), "F32": (4, 0x7F80 << 16), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
-CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,6 @@ def is_finite(tensor: Tensor) -> bool:
     width, exponent = FLOATS[tensor.dtype]
     bits = np.dtype(f"<u{width}")
     return not any(((np.frombuffer(chunk, bits) & bits.type(exponent)) == exponent).any() for chunk in _read(tensor))
-
-
-def hash_file(file: Path) -> str:
-    """Hash the content of a file (SHA-256)."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read(tensor: Tensor) -> Iterator[bytes]:

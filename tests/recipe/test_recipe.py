@@ -960,6 +960,20 @@ def test_a_reward_model_from_elsewhere_is_named_by_its_path(accept, tmp_path):
     assert accept(local).fingerprint("evaluate") != before
 
 
+def test_each_fingerprint_of_a_long_chain_is_computed_once(monkeypatch):
+    stages = {"p0": {"trainer": "sft"}}
+    for number in range(1, 25):
+        stages[f"rm{number}"] = {"trainer": "reward", "init": f"p{number - 1}"}
+        stages[f"p{number}"] = {"trainer": "ppo", "init": f"p{number - 1}", "reward": f"rm{number}"}
+    recipe = Recipe.model_validate({"name": "chain", "model": {"model_name_or_path": "x/y"}, "stages": stages})
+    asked, dependencies = [], Recipe._dependencies
+    monkeypatch.setattr(
+        Recipe, "_dependencies", lambda self, step, *rest: asked.append(step) or dependencies(self, step, *rest)
+    )
+    assert len(recipe.fingerprint("report")) == 64
+    assert len(asked) == len(set(asked))
+
+
 def test_the_order_of_keys_and_comments_change_nothing(accept):
     raw = YAML(typ="safe", pure=True).load(GOOD)
 
