@@ -1,7 +1,4 @@
-"""Checkpoints on disk: sealed with a manifest of hashes, found again, and told whole from damaged.
-
-Writes `checkpoint-N/manifest.json`; imports neither torch nor the libraries.
-"""
+"""Checkpoints on disk: seal one with a manifest of hashes, list them, and find the newest that is whole."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Starting training processes: the accelerate profiles by name, and the check that as many run as were asked for.
-
-Reads `accelerate_configs/`; writes nothing.
-"""
+"""Start training processes with the accelerate profiles, and check that as many run as were asked for."""
 
 from __future__ import annotations
 
@@ -151,7 +148,7 @@ def profile_processes(config: Path) -> int | None:
 
 
 def require_one_machine(config: Path) -> None:
-    """Refuse to train several stages at once on several machines, which must agree on where each of them meets.
+    """Refuse to train several stages at once on several machines: their ports would not agree.
 
     Raises:
         UserError: the profile names more than one machine.

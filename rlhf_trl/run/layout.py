@@ -1,4 +1,4 @@
-"""A run directory: every path name in it, atomic writes, locks and done-markers.
+"""A run directory: every path in it, and the done-markers of its steps.
 
 The run directory is the interface between the steps: each step reads files of earlier ones and writes only its own
 directory. `done.json`, written last, holds the fingerprint of what the step depended on.

@@ -1,11 +1,4 @@
-"""What has become of each step of a run, from the files of its directory alone.
-
-Reads the markers, the locks, and of a stage `training_stats.json` and the names of its checkpoints; writes nothing,
-and disturbs no step that is running.
-
-    recipe = run.recorded_recipe()
-    for state in step_states(recipe, run): ...
-"""
+"""The state of each step of a run, from its markers, locks, statistics and checkpoints. Writes nothing."""
 
 from __future__ import annotations
 
@@ -160,7 +153,7 @@ def _holder(path: Path) -> str | None:
         return None
 
 
-# A step that begins or ends at this moment takes its files away between two looks.
+# A step that starts or ends at this moment may remove its files between two reads.
 
 
 def _read_or_empty(path: Path) -> dict[str, Any]:

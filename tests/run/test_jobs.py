@@ -65,28 +65,28 @@ def _quick(monkeypatch):
 NEEDS = {"sft": set(), "rm": {"sft"}, "dpo": {"sft"}, "grpo": {"sft", "rm"}, "ppo": {"sft", "rm"}, "solo": set()}
 
 
-def play(lengths, places, needs=NEEDS, codes=None):
-    """Run fake stages of these lengths; return the story, the places taken, and the status."""
+def play(lengths, slots, needs=NEEDS, codes=None):
+    """Run fake stages of these lengths; return the story, the slots taken, and the status."""
     story, taken = Story(), []
 
-    def start(stage, place):
-        taken.append((stage, place["at"]))
+    def start(stage, slot):
+        taken.append((stage, slot["at"]))
         return FakeProcess(lengths[stage], (codes or {}).get(stage, 0))
 
-    status = train_stages(list(lengths), needs, [{"at": place} for place in places], start, story)
+    status = train_stages(list(lengths), needs, [{"at": slot} for slot in slots], start, story)
     return story.told, taken, status
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
-def test_one_place_is_one_stage_after_the_other_in_their_order():
+def test_one_slot_is_one_stage_after_the_other_in_their_order():
     told, taken, status = play(dict.fromkeys(NEEDS, 2), "A")
     assert told == [mark + stage for stage in NEEDS for mark in "+-"]
-    assert {place for _, place in taken} == {"A"} and status == 0
+    assert {slot for _, slot in taken} == {"A"} and status == 0
 
 
-def test_a_stage_starts_as_soon_as_what_it_needs_is_there_and_a_place_is_free():
+def test_a_stage_starts_as_soon_as_what_it_needs_is_there_and_a_slot_is_free():
     lengths = {"sft": 3, "rm": 3, "dpo": 30, "grpo": 3, "ppo": 3, "solo": 9}
     told, taken, status = play(lengths, "AB")
     # solo needs nothing and goes first beside sft; dpo is long, and grpo and ppo take turns beside it.
@@ -127,7 +127,7 @@ def test_sigterm_reaches_every_stage_once_and_a_ctrl_c_is_the_terminals_to_send(
         if not sent and len(list(tmp_path.glob("*.ready"))) == 2:
             sent.append(os.kill(os.getpid(), number))
 
-    def start(stage, place):
+    def start(stage, slot):
         return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / stage)])
 
     before = signal.getsignal(number)
@@ -141,7 +141,7 @@ def test_sigterm_reaches_every_stage_once_and_a_ctrl_c_is_the_terminals_to_send(
 def test_a_defect_here_leaves_no_process_behind():
     children = []
 
-    def start(stage, place):
+    def start(stage, slot):
         children.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
         return children[-1]
 
@@ -150,7 +150,7 @@ def test_a_defect_here_leaves_no_process_behind():
     assert children[0].returncode == -signal.SIGTERM
 
 
-# --- places ----------------------------------------------------------------------------------------------------------
+# --- device slots ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,24 +171,20 @@ def test_gpus_are_those_that_cuda_would_show(visible, found):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "processes", "gpus", "places", "says"),
+    ("jobs", "processes", "gpus", "slots", "says"),
     [
-        (2, 1, "012", ["0", "1"], "--jobs 2: GPUs 0 | 1"),
-        (4, 1, "012", ["0", "1", "2"], "--jobs 4: 3 at once, not 4; GPUs 0 | 1 | 2"),
-        (2, 2, "4567", ["4,5", "6,7"], "--jobs 2: GPUs 4,5 | 6,7"),
-        (3, 2, "01234", ["0,1", "2,3"], "--jobs 3: 2 at once, not 3; GPUs 0,1 | 2,3"),
+        (2, 1, "012", ["0", "1"], "GPUs 0 | 1"),
+        (4, 1, "012", ["0", "1", "2"], "3 at once, not 4; GPUs 0 | 1 | 2"),
+        (2, 2, "4567", ["4,5", "6,7"], "GPUs 4,5 | 6,7"),
+        (3, 2, "01234", ["0,1", "2,3"], "2 at once, not 3; GPUs 0,1 | 2,3"),
+        (2, 1, "0", None, "one stage at a time; two take 2 GPUs, and there are 1"),
+        (2, 2, "012", None, "one stage at a time; two take 4 GPUs, and there are 3"),
+        (2, 4, "01", None, "one stage at a time; two take 8 GPUs, and there are 2"),
     ],
 )
-def test_each_job_has_gpus_of_its_own(jobs, processes, gpus, places, says):
-    found = plan_slots(jobs, processes, list(gpus), 64, None)
-    assert found == ([{"CUDA_VISIBLE_DEVICES": place} for place in places], says)
-
-
-@pytest.mark.parametrize(("processes", "gpus", "take"), [(1, "0", 2), (2, "012", 4), (4, "01", 8)])
-def test_gpus_that_are_too_few_for_two_serve_one_stage_at_a_time(processes, gpus, take):
-    places, says = plan_slots(2, processes, list(gpus), 64, None)
-    assert places == [{}]
-    assert says == f"--jobs 2: one stage at a time; two take {take} GPUs, and there are {len(gpus)}"
+def test_each_job_has_gpus_of_its_own_and_too_few_serve_one_stage_at_a_time(jobs, processes, gpus, slots, says):
+    expected = [{}] if slots is None else [{"CUDA_VISIBLE_DEVICES": slot} for slot in slots]
+    assert plan_slots(jobs, processes, list(gpus), 64, None) == (expected, f"--jobs {jobs}: {says}")
 
 
 @pytest.mark.parametrize(
@@ -196,8 +192,8 @@ def test_gpus_that_are_too_few_for_two_serve_one_stage_at_a_time(processes, gpus
     [(2, 1, 8, None, "4"), (3, 1, 8, None, "2"), (4, 1, 2, None, "1"), (2, 2, 8, None, "2"), (2, 1, 8, "3", "3")],
 )
 def test_without_a_gpu_the_jobs_share_the_cores(jobs, processes, cores, threads, each):
-    places, says = plan_slots(jobs, processes, [], cores, threads)
-    assert places == [{"OMP_NUM_THREADS": each}] * jobs
+    slots, says = plan_slots(jobs, processes, [], cores, threads)
+    assert slots == [{"OMP_NUM_THREADS": each}] * jobs
     assert says == f"--jobs {jobs}: up to {jobs} stages at once, OMP_NUM_THREADS={each} in each process"
 
 
@@ -219,8 +215,8 @@ def test_the_whole_output_of_every_attempt_is_in_the_log(tmp_path):
         "os.write(2, b'raw' + bytes([10]))"
     )
     log = tmp_path / "logs" / "sft.log"
-    for place in ("one", "two"):
-        assert start_logged([sys.executable, "-c", code], {**os.environ, "AT": place}, log).wait() == 0
+    for slot in ("one", "two"):
+        assert start_logged([sys.executable, "-c", code], {**os.environ, "AT": slot}, log).wait() == 0
     lines = log.read_text().splitlines()
     assert [line for line in lines if not line.startswith("===")] == [
         *("one", "to stderr", "raw"),
@@ -250,15 +246,15 @@ def test_two_stages_train_at_the_same_time_to_the_weights_that_one_after_the_oth
 
     recipe = small_recipe(tmp_path, (), RECIPE)
     run = RunDir(tmp_path / "runs" / "small")
-    run.replace("prepare")
+    run.reslot("prepare")
     prepare(recipe, run)
     run.mark_done(recipe, "prepare", 0.0)
     threads = torch.get_num_threads()
     run.write_provenance(recipe)
     launcher = Launcher(None, None, 2)
-    places = [{"OMP_NUM_THREADS": str(threads)}] * 2
+    slots = [{"OMP_NUM_THREADS": str(threads)}] * 2
     story = Story()
-    assert train_stages([*recipe.stages], links(recipe), places, launcher.start_in(recipe, run), story) == 0, [
+    assert train_stages([*recipe.stages], links(recipe), slots, launcher.start_in(recipe, run), story) == 0, [
         run.log(stage).read_text() for stage in recipe.stages
     ]
     assert story.told[:2] == ["+one-seed=1", "+one-seed=2"]
