@@ -5,23 +5,19 @@ Reads a run directory, a folder or the Hub's cache; asks the Hub for what the ca
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_trl.adapters.check import BASE
-from rlhf_trl.models.base import TINY, base_path
+from rlhf_trl.adapters.files import BASE, REPOSITORY
+from rlhf_trl.models.base import MODEL_FILES, TINY, base_path, fetch
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import hash_weights, read_weights
-from rlhf_trl.text.display import first_line
 
 # A base of up to this many bytes is shipped without being asked for.
 SMALL = 200_000_000
-MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -86,26 +82,6 @@ def find_base(
     public = None if with_base else base_id
     weights = hash_weights(read_weights(folder))
     return Base(folder, public, revision if public else None, stage, weights)
-
-
-def fetch(name: str, revision: str | None) -> Path:
-    """Find a model of the Hub in the local cache, or fetch it.
-
-    Returns:
-        The folder of its files; its name is the commit.
-
-    Raises:
-        UserError: it can be had neither here nor there.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES, "*.jinja", "token*.json"])
-        )
-    except (OSError, ValueError) as error:
-        problem = f"the base cannot be reached: {first_line(error)}"
-        raise UserError(name, problem, "check the name, the network, and access") from error
 
 
 def ship(base: Base, folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 
-from rlhf_trl.adapters.check import CARD, EVIDENCE, FIGURE, LINEAGE
+from rlhf_trl.adapters.files import CARD, EVIDENCE, FIGURE, LINEAGE
 from rlhf_trl.adapters.verify import loading_lines
 from rlhf_trl.run.files import write_text
 from rlhf_trl.text.display import fence, inline, visible

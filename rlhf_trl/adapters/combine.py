@@ -17,10 +17,12 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_trl.adapters.check import ADAPTER, HEADS, keeps_base
+from rlhf_trl.adapters.files import ADAPTER
+from rlhf_trl.adapters.settings import HEADS, keeps_base
+from rlhf_trl.adapters.shapes import LINEAR, PREFIX
 from rlhf_trl.recipe.errors import UserError
 
-PREFIX, LORA_A, LORA_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+LORA_A, LORA_B = LINEAR
 # Options with which an adapter adds something else than s·B·A to the weights that its names say.
 NOT_EXACT = {
     "use_dora": "DoRA scales the columns of the weight that it lies on",

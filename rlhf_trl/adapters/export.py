@@ -23,9 +23,10 @@ from trl import ModelConfig
 
 from rlhf_trl.adapters.base import Base, find_base, lora_chain, ship
 from rlhf_trl.adapters.card import write_card
-from rlhf_trl.adapters.check import ADAPTER, CONFIG, EVIDENCE, FIGURE, LINEAGE, PROBE, require_sound
+from rlhf_trl.adapters.check import require_sound
 from rlhf_trl.adapters.combine import combine
 from rlhf_trl.adapters.evidence import gather
+from rlhf_trl.adapters.files import ADAPTER, CONFIG, EVIDENCE, FIGURE, LINEAGE, PROBE
 from rlhf_trl.adapters.lineage import describe, hash_files
 from rlhf_trl.adapters.verify import verify
 from rlhf_trl.models.base import encode, load_classifier, load_weights, recorded_tokenizer, staged

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.adapters.check import BASE, EVIDENCE, LINEAGE, REPOSITORY, list_files, require_sound
+from rlhf_trl.adapters.check import require_sound
+from rlhf_trl.adapters.files import BASE, EVIDENCE, LINEAGE, REPOSITORY, list_files
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json
 from rlhf_trl.text.display import first_line, visible

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.adapters.base import Base
-from rlhf_trl.adapters.check import ADAPTER, CONFIG, LINEAGE, TEMPLATE, list_files
 from rlhf_trl.adapters.evidence import without_paths
+from rlhf_trl.adapters.files import ADAPTER, CONFIG, LINEAGE, TEMPLATE, list_files
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.environment import environment
 from rlhf_trl.run.files import read_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import hash_file
@@ -68,7 +67,6 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
         "template": hash_file(folder / TEMPLATE),
         "seed": recipe.args_of(stage)["seed"],
         "trained_with": read_json(run.training_stats(stage))["summary"]["environment"],
-        "exported_with": environment(),
     }
 
 

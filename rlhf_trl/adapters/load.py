@@ -18,9 +18,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf_trl.adapters.base import fetch
-from rlhf_trl.adapters.check import BASE, CONFIG, LINEAGE, require_sound
-from rlhf_trl.models.base import Messages, load_causal, load_classifier, set_up_tokenizer
+from rlhf_trl.adapters.check import require_sound
+from rlhf_trl.adapters.files import BASE, CONFIG, LINEAGE
+from rlhf_trl.models.base import Messages, fetch, load_causal, load_classifier, set_up_tokenizer
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import sample
 from rlhf_trl.recipe.errors import UserError

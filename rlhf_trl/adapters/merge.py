@@ -15,8 +15,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf_trl.adapters.check import CONFIG, LINEAGE, PROBE
 from rlhf_trl.adapters.export import write_tokenizer
+from rlhf_trl.adapters.files import CONFIG, LINEAGE, PROBE
 from rlhf_trl.adapters.load import load_policy, load_reward_model, locate_base, positions
 from rlhf_trl.adapters.verify import TOLERANCE
 from rlhf_trl.models.base import encode, staged

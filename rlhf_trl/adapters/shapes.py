@@ -1,8 +1,8 @@
-"""Whether the tensors of a LoRA adapter are whole, and fit a base: from their names and shapes alone.
+"""Check from names and shapes alone whether the tensors of a LoRA adapter are complete, and fit a base.
 
-Works on headers of safetensors files, see `weights`; reads a tensor only to see whether its numbers are finite. An
-adapter holds LoRA tensors, and the reward head if it is of a reward model: any other tensor would replace one of its
-base, and is refused.
+Works on headers of safetensors files, see `run.safetensors`; reads a tensor only to see whether its numbers are
+finite. An adapter holds LoRA tensors, and the reward head if it is of a reward model: any other tensor would replace
+one of its base, and is refused.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlhf_trl.adapters.files import ADAPTER
 from rlhf_trl.recipe.errors import Problem
 from rlhf_trl.run.safetensors import FLOATS, Tensor, is_finite
 
 PREFIX = "base_model.model."
 HEAD = PREFIX + "score.weight"
-ADAPTER = "adapter_model.safetensors"
 # Ends of the two factors of a module; those of an embedding are named otherwise.
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 MAGNITUDE = ".lora_magnitude_vector"
@@ -49,6 +49,11 @@ def check_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> I
         yield Problem(ADAPTER, problem, AGAIN)
     elif classifier and (len(tensors[HEAD].shape) != 2 or tensors[HEAD].shape[0] != 1):
         yield Problem(ADAPTER, f"the reward head has the shape {tensors[HEAD].shape}, not that of one score", AGAIN)
+    yield from _check_modules(config, tensors)
+
+
+def _check_modules(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
+    """Check the two factors of each module against each other and the rank, and each layer against the others."""
     modules = _modules(tensors)
     if not modules:
         yield Problem(ADAPTER, "there is no LoRA tensor in it", AGAIN)

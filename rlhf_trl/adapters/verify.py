@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.adapters.check import PROBE
+from rlhf_trl.adapters.files import PROBE
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json
 
@@ -24,66 +24,26 @@ from rlhf_trl.run.files import read_json
 TOLERANCE = 1e-5
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# (Whether it is a policy, whether its base is shipped) -> how to load an export. The card shows these lines.
-LINES = {
-    (True, False): """\
-from peft import AutoPeftModelForCausalLM
+PROGRAM = Path(__file__).with_name("probe_program.py")
+# How to load an export whose base has a public id, and one that ships its base. The card shows these lines.
+NAMED = """\
+from peft import AutoPeftModelFor{task}
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32")
-""",
-    (True, True): """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-base = AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype="float32")
-model = PeftModel.from_pretrained(base, folder)
-""",
-    (False, False): """\
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-one_score = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": "float32"}
-model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **one_score)
-""",
-    (False, True): """\
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-one_score = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": "float32"}
-base = AutoModelForSequenceClassification.from_pretrained(f"{folder}/base", **one_score)
-model = PeftModel.from_pretrained(base, folder)
-""",
-}
-PROGRAM = """\
-import json, sys
-import torch, transformers
-folder, result = sys.argv[1:]
-{lines}
-more = {{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}} if {classifier} else {{}}
-direct = transformers.{auto}.from_pretrained(folder, dtype="float32", **more)
-with open(folder + "/probe.json") as file:
-    rows = [torch.tensor(row["input_ids"]) for row in json.load(file)["rows"]]
-
-@torch.no_grad()
-def outputs(model):
-    logits = [model(input_ids=row[None]).logits[0] for row in rows]
-    if {classifier}:
-        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        mask = torch.arange(batch.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        return [[*one.tolist(), *other] for one, other in
-                zip(logits, model(input_ids=batch, attention_mask=mask.long()).logits.tolist())]
-    return [one[:-1].gather(1, row[1:, None])[:, 0].tolist() for one, row in zip(logits, rows)]
-
-found = {{"peft": outputs(model), "transformers": outputs(direct)}}
-packages = sorted({{name.partition(".")[0] for name in sys.modules}})
-with open(result, "w") as file:
-    json.dump({{"outputs": found, "packages": packages}}, file)
+{settings}model = AutoPeftModelFor{task}.from_pretrained(folder, {options})
 """
+SHIPPED = """\
+from peft import PeftModel
+from transformers import AutoModelFor{task}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{settings}base = AutoModelFor{task}.from_pretrained(f"{{folder}}/base", {options})
+model = PeftModel.from_pretrained(base, folder)
+"""
+ONE_SCORE = 'one_score = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": "float32"}\n'
+# Kind of export -> the class that loads it, the line that prepares its options, and the options.
+KINDS = {"policy": ("CausalLM", "", 'dtype="float32"'), "reward": ("SequenceClassification", ONE_SCORE, "**one_score")}
 
 
 def loading_lines(kind: str, shipped: bool) -> str:
@@ -93,7 +53,8 @@ def loading_lines(kind: str, shipped: bool) -> str:
         kind: `policy` or `reward`.
         shipped: whether the base lies in the export.
     """
-    return LINES[kind == "policy", shipped]
+    task, settings, options = KINDS[kind]
+    return (SHIPPED if shipped else NAMED).format(task=task, settings=settings, options=options)
 
 
 def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: str | None) -> dict[str, Any]:
@@ -108,8 +69,8 @@ def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: s
         base_id: the public id that stands for them; None where the base lies in the export.
 
     Returns:
-        `rows`, `outputs` (their number), `largest` (the largest absolute output), the largest absolute `difference`,
-        and `relative`, its share of `largest` (of 1 where that is less).
+        `rows`, `outputs` (their number), `largest` (the largest absolute output), and `difference` (the largest
+        absolute one).
 
     Raises:
         UserError: the export cannot be loaded, or its outputs are not the run's.
@@ -118,13 +79,11 @@ def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: s
         cache, result = Path(scratch) / "hub", Path(scratch) / "result.json"
         if base_id is not None:
             _fill_cache(cache, base, base_id, revision)
-        classifier = kind == "reward"
-        auto = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
-        program = PROGRAM.format(lines=loading_lines(kind, base_id is None), classifier=classifier, auto=auto)
         environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         done = subprocess.run(
             # -I: neither the directory, nor PYTHONPATH, nor packages of the user
-            [sys.executable, "-I", "-c", program, str(folder.resolve()), str(result)],
+            [sys.executable, "-I", str(PROGRAM), kind, str(folder.resolve()), str(result)],
+            input=loading_lines(kind, base_id is None),
             cwd=folder,  # where `./base` is the base that is shipped
             env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
@@ -134,30 +93,28 @@ def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: s
         if done.returncode != 0:
             reason = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
             raise UserError(str(folder), f"a fresh process cannot load the export: {reason}", "report this")
-        found = read_json(result)
-    if "rlhf_trl" in found["packages"]:
+        written = read_json(result)
+    if "rlhf_trl" in written["packages"]:
         raise UserError(str(folder), "the fresh process has loaded rlhf_trl itself", "report this")
-    return compare(read_json(folder / PROBE), found["outputs"])
+    return _compare(read_json(folder / PROBE), written["outputs"])
 
 
-def compare(probe: dict[str, Any], outputs: dict[str, list[list[float]]]) -> dict[str, Any]:
+def _compare(probe: dict[str, Any], outputs: dict[str, list[list[float]]]) -> dict[str, Any]:
     """Compare outputs on the probe, by loader and row, with those that it records; as `verify`."""
     expected = [row["outputs"] for row in probe["rows"]]
     largest = max(abs(value) for row in expected for value in row)
     # A classifier has two outputs of a row, both of which are to be the recorded one.
-    pairs = [
-        (value, given)
-        for loaded in outputs.values()
-        for row, values in zip(expected, loaded, strict=True)
-        for value, given in zip(row * (len(values) // len(row)), values, strict=True)
+    differences = [
+        abs(value - other)
+        for by_row in outputs.values()
+        for row, others in zip(expected, by_row, strict=True)
+        for value, other in zip(row * (len(others) // len(row)), others, strict=True)
     ]
-    difference = max(abs(value - given) for value, given in pairs)
-    relative = difference / max(1.0, largest)
-    if not relative <= TOLERANCE:
+    difference = max(differences)
+    if not difference <= TOLERANCE * max(1.0, largest):
         problem = f"the outputs differ from the run's by up to {difference:.3g}, at outputs up to {largest:.3g}"
         raise UserError(PROBE, problem, "report this together with the recipe")
-    return {"rows": len(expected), "outputs": len(pairs), "largest": largest, "difference": difference,
-            "relative": relative}  # fmt: skip
+    return {"rows": len(expected), "outputs": len(differences), "largest": largest, "difference": difference}
 
 
 def _fill_cache(cache: Path, base: Path, base_id: str, revision: str | None) -> None:

@@ -67,7 +67,6 @@ DIRECTIONS: tuple[tuple[str, Better], ...] = (("loss", "lower"), ("reward", "hig
 # What a trainer logs about its own health -> what it is.
 SIGNS = {
     "clip_fraction": "share of answer tokens that the surrogate's clip holds",
-    "explained_variance": "share of the returns' variance that the value model explains",
     "frac_reward_zero_std": "share of GRPO's groups whose answers all have one reward and teach nothing",
     "logps/chosen": "log-probability of the chosen answers under the policy, nats",
     "grad_norm": "norm of the gradient before clipping",

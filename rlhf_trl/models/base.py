@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -37,6 +38,8 @@ from rlhf_trl.text.display import first_line
 Messages = list[dict[str, str]]
 
 TINY = "builtin:tiny"
+# What a model needs to be loaded, without its tokenizer.
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 HH_TEMPLATE = Path(__file__).parent / "hh.jinja"
 # Bytes that no UTF-8 text holds. In a byte-level BPE their tokens never come out of text, so that one can serve for
 # padding.
@@ -145,6 +148,24 @@ def encode(
 
 # --- models
 # ------------------------------------------------------------------------------------------------------------
+
+
+def fetch(name: str, revision: str | None) -> Path:
+    """Find a model of the Hub in the local cache, or fetch it.
+
+    Returns:
+        The folder of its files; its name is the commit.
+
+    Raises:
+        UserError: it can be had neither here nor there.
+    """
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES, "*.jinja", "token*.json"])
+        )
+    except (OSError, ValueError) as error:
+        problem = f"the base cannot be reached: {first_line(error)}"
+        raise UserError(name, problem, "check the name, the network, and access") from error
 
 
 def base_path(model: dict[str, Any], run: RunDir) -> str:

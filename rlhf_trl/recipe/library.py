@@ -36,7 +36,7 @@ CLASSES = {
         TRAINING_ARGUMENTS,
         TRL_BASE,
         ("trl/experimental/ppo/ppo_config.py", "PPOConfig"),
-        ("rlhf_trl/train/ppo/trainer.py", "PPOConfig"),
+        ("rlhf_trl/train/ppo/config.py", "PPOConfig"),
     ],
 }
 ENUM_FILES = ("transformers/trainer_utils.py", "transformers/training_args.py")

@@ -54,9 +54,6 @@ NAMES = {
     "finished": "finished",
     "policy/clipfrac_avg": "clip_fraction",
     "policy/approxkl_avg": "approx_kl",
-    "explained_variance": "explained_variance",
-    "advantage_mean": "advantage_mean",
-    "advantage_std": "advantage_std",
     "kl_coef": "kl_coef",
 }
 DEFINITIONS = {
@@ -71,9 +68,6 @@ DEFINITIONS = {
     "clip_fraction": "share of answer tokens whose probability ratio the surrogate's clip holds",
     "approx_kl": "half the mean squared change of the log-probabilities since the rollout, padding as none",
     "value_loss": "half the mean squared error of the (clipped) value",
-    "explained_variance": "1 - var(return - value) / var(return), before the update, on its first mini-batch",
-    "advantage_mean": "mean of return - value, before whitening, on the update's first mini-batch",
-    "advantage_std": "standard deviation of return - value, likewise",
     "kl_coef": "coefficient of the KL penalty",
     "seconds": "wall-clock seconds since the start of training",
     "peak_memory_bytes": "peak of allocated GPU memory, or of resident memory on the CPU, of the main process",

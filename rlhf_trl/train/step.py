@@ -14,12 +14,10 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import trl
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -28,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
 from rlhf_trl.figures.training import plot_training
-from rlhf_trl.models.base import encode, load_causal, load_classifier, recorded_tokenizer, start_path
+from rlhf_trl.models.base import load_causal, load_classifier, recorded_tokenizer, start_path
 from rlhf_trl.models.rewards import load_reward_model, score_completions
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.recipe import Recipe
@@ -36,76 +34,14 @@ from rlhf_trl.run.checkpoints import last_valid_checkpoint
 from rlhf_trl.run.environment import environment
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.train.callbacks import AtomicCheckpoints, Health, History, Interrupt, peak_memory
-from rlhf_trl.train.ppo.models import build_ppo_models
-from rlhf_trl.train.ppo.trainer import PPOConfig, PPOTrainer
+from rlhf_trl.train.callbacks import Health, History, Interrupt, peak_memory
+from rlhf_trl.train.trainers import kind_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # What an adapter folder holds; the library also leaves a pickle of the arguments and a card without results.
 NOT_SHARED = ("training_args.bin", "README.md")
-
-
-class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
-    pass
-
-
-class RewardTrainer(AtomicCheckpoints, trl.RewardTrainer):
-    pass
-
-
-class DPOTrainer(AtomicCheckpoints, trl.DPOTrainer):
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """Take the tokens as they are; unlike the other trainers, DPOTrainer has no test for that."""
-        return dataset
-
-
-class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
-    pass
-
-
-# --- dataset views
-# -----------------------------------------------------------------------------------------------------
-
-
-def sft_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The chosen answer; the loss covers its tokens alone."""
-    prompt, answer = encode(tokenizer, row["prompt"], row["chosen"])
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
-
-
-def reward_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        f"{side}_ids": list(chain(*encode(tokenizer, row["prompt"], row[side]))) for side in ("chosen", "rejected")
-    }
-
-
-def dpo_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    prompt, chosen = encode(tokenizer, row["prompt"], row["chosen"])
-    return {
-        "prompt_ids": prompt,
-        "chosen_ids": chosen,
-        "rejected_ids": encode(tokenizer, row["prompt"], row["rejected"])[1],
-    }
-
-
-def grpo_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": row["prompt"]}
-
-
-def ppo_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"input_ids": encode(tokenizer, row["prompt"])[0]}
-
-
-# Trainer word -> (trainer, its config, LoRA task type, one row of its dataset).
-TRAINERS: dict[str, tuple[Any, Any, str, Callable[[Any, Any], dict[str, Any]]]] = {
-    "sft": (SFTTrainer, trl.SFTConfig, "CAUSAL_LM", sft_view),
-    "reward": (RewardTrainer, trl.RewardConfig, "SEQ_CLS", reward_view),
-    "dpo": (DPOTrainer, trl.DPOConfig, "CAUSAL_LM", dpo_view),
-    "grpo": (GRPOTrainer, trl.GRPOConfig, "CAUSAL_LM", grpo_view),
-    "ppo": (PPOTrainer, PPOConfig, "CAUSAL_LM", ppo_view),
-}
 
 
 def train(recipe: Recipe, run: RunDir, stage: str) -> None:
@@ -167,7 +103,7 @@ def build_configs(recipe: Recipe, run: RunDir) -> None:
 def _build_stage_config(recipe: Recipe, run: RunDir, stage: str) -> Any:
     word = recipe.stages[stage].trainer
     values = {**recipe.args_of(stage), **_own_settings(run, stage, word)}
-    return build_config(TRAINERS[word][1], values, f"stages.{stage}.args")
+    return build_config(kind_of(word).config, values, f"stages.{stage}.args")
 
 
 def _own_settings(run: RunDir, stage: str, trainer: str) -> dict[str, Any]:
@@ -214,15 +150,15 @@ def _prepare_directory(recipe: Recipe, run: RunDir, stage: str) -> Path | None:
 
 def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     """Build the library's trainer of a stage, with its model, its data and, where it has one, its reward."""
-    trainer_class, _, task_type, view = TRAINERS[recipe.stages[stage].trainer]
+    word = recipe.stages[stage].trainer
+    kind = kind_of(word)
     tokenizer = recorded_tokenizer(recipe, run, stage)
-    model_config = ModelConfig(**recipe.model_block(stage), lora_task_type=task_type)
+    model_config = ModelConfig(**recipe.model_block(stage), lora_task_type=kind.task_type)
     with PartialState().main_process_first():
         path = start_path(recipe, run, stage)
-    word = recipe.stages[stage].trainer
     rows = run.prompts if word in ("grpo", "ppo") else run.pairs
-    train_data = _load_view(rows("train"), view, tokenizer, recipe.half_of(stage))
-    test_data = _load_view(rows("test"), view, tokenizer)
+    train_data = _load_view(rows("train"), kind.view, tokenizer, recipe.half_of(stage))
+    test_data = _load_view(rows("test"), kind.view, tokenizer)
     shared = {
         "args": config,
         "train_dataset": train_data,
@@ -230,13 +166,15 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
         "processing_class": tokenizer,
     }
     if word == "ppo":
-        return trainer_class(**shared, **build_ppo_models(recipe, run, stage, config, tokenizer, ppo_view))
+        from rlhf_trl.train.ppo.models import build_ppo_models
+
+        return kind.trainer(**shared, **build_ppo_models(recipe, run, stage, config, tokenizer, kind.view))
     load = load_classifier if word == "reward" else load_causal
     shared |= {"model": load(path, model_config, tokenizer), "peft_config": get_peft_config(model_config)}
     if word == "grpo":
         _require_prompts(config, len(train_data))
         shared["reward_funcs"] = build_reward_function(recipe, run, str(recipe.stages[stage].reward), tokenizer)
-    return trainer_class(**shared)
+    return kind.trainer(**shared)
 
 
 def _load_view(
@@ -294,7 +232,7 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
             f"stages.{stage}", "training ended after 0 steps", "use more data, more epochs, or smaller batches"
         )
     changed = health.count_changed(trainer.model)
-    # A run that was killed after its last checkpoint has nothing left to learn.
+    # Resumed at the last step: no update is expected.
     if changed == 0 and health.first_step == 0:
         raise UserError(
             f"stages.{stage}", "training changed no weight", "raise learning_rate, or check that the data differ"
@@ -309,7 +247,7 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
         return
     for name in NOT_SHARED:
         (staging / name).unlink(missing_ok=True)
-    tensors = _check_saved(staging, recipe.stages[stage].trainer == "reward")
+    _check_saved(staging, recipe.stages[stage].trainer == "reward")
     shutil.rmtree(target, ignore_errors=True)
     staging.replace(target)
     trainable = sum(param.numel() for param in trainer.model.parameters() if param.requires_grad)
@@ -323,25 +261,23 @@ def _finish(recipe: Recipe, run: RunDir, stage: str, trainer: Any, history: Hist
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seed": trainer.args.seed,
         "rows": len(trainer.train_dataset),
-        "samples_per_step": _samples_per_step(trainer.args),
+        "samples_per_step": _samples_per_step(trainer.args, recipe.stages[stage].trainer),
         "trainable_parameters": trainable,
-        "tensors_saved": tensors,
-        "tensors_changed": changed,
         "stopped": getattr(trainer, "stopped", None),
         "environment": environment(),
     })  # fmt: skip
     plot_training(history.stats, run.training_curves(stage))
 
 
-def _samples_per_step(args: Any) -> int:
+def _samples_per_step(args: Any, word: str) -> int:
     """Count the samples of one step over all processes: pairs, answers of the data, or sampled answers."""
-    if isinstance(args, PPOConfig):
+    if word == "ppo":
         return int(args.batch_size)
     return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
 
-def _check_saved(folder: Path, needs_head: bool) -> int:
-    """Count the tensors of a saved adapter or model; refuse one that is empty, not finite or lacks the reward head."""
+def _check_saved(folder: Path, needs_head: bool) -> None:
+    """Refuse a saved adapter or model with no tensor, an empty or not finite one, or without its reward head."""
     count, heads = 0, 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -358,4 +294,3 @@ def _check_saved(folder: Path, needs_head: bool) -> int:
         raise UserError(
             str(folder), f"the {missing} were not saved", "report this together with the accelerate config"
         )
-    return count

@@ -11,7 +11,9 @@ from adapter_fixtures import ADAPTER, CONFIG, change_json, change_tensors, relis
 from safetensors.torch import load_file, save_file
 
 from rlhf_trl.adapters import check as adapter_check
-from rlhf_trl.adapters.check import AdapterError, check_adapter, is_path, list_files, require_sound
+from rlhf_trl.adapters.check import AdapterError, check_adapter, require_sound
+from rlhf_trl.adapters.files import list_files
+from rlhf_trl.adapters.settings import is_path
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.safetensors import hash_weights, is_finite, read_header, read_weights
@@ -154,8 +156,8 @@ HOSTILE = {
     "revision number": (set_to(CONFIG, revision=7), "revision is 7, not a branch"),
     "PiSSA": (set_to(CONFIG, init_lora_weights="pissa_niter_4"), "changes the base when it is loaded"),
     "number as start": (set_to(CONFIG, init_lora_weights=1), "changes the base when it is loaded"),
-    "repeated layers": (set_to(CONFIG, layer_replication=[[0, 2], [1, 2]]), "layer_replication repeats layers"),
-    "cut base": (set_to(CONFIG, kasa_config={}), "kasa_config cuts off small singular values"),
+    "repeated layers": (set_to(CONFIG, layer_replication=[[0, 2], [1, 2]]), "it repeats layers of the base"),
+    "cut base": (set_to(CONFIG, kasa_config={}), "cuts off small singular values"),
     "no table": (set_to(CONFIG, rank_pattern=[]), "rank_pattern is []"),
     "empty lineage": (lambda folder: write_json(folder / "lineage.json", {}), "does not say what the base"),
 }  # fmt: skip

@@ -26,7 +26,7 @@ from rlhf_trl.recipe.links import OWNED
 def classes():
     import trl
 
-    from rlhf_trl.train.ppo.trainer import PPOConfig
+    from rlhf_trl.train.ppo.config import PPOConfig
 
     return {
         "model": trl.ModelConfig,

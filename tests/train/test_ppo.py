@@ -14,10 +14,11 @@ from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.train.ppo.config import PPOConfig
 from rlhf_trl.train.ppo.loop import Batches, generate_in_chunks
 from rlhf_trl.train.ppo.memory import Batch, Shape, estimate_ppo
 from rlhf_trl.train.ppo.trainer import PPOTrainer
-from rlhf_trl.train.step import PPOConfig, _own_settings, build_config, build_trainer
+from rlhf_trl.train.step import _own_settings, build_config, build_trainer
 
 
 @pytest.fixture
@@ -191,9 +192,6 @@ def test_the_update_is_the_one_of_the_paper(build, trained):
     assert losses[1] == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
     row = rows_of(trainer)[0]
     assert (ratio[mask] > 1 + args.cliprange).any() and 0 < row["policy/clipfrac_avg"] < 1
-    assert row["advantage_mean"] == pytest.approx(raw.mean().item(), abs=1e-3)
-    assert row["advantage_std"] == pytest.approx(raw.std().item(), rel=1e-3)
-    assert row["explained_variance"] == pytest.approx(1 - (raw.var() / returns[mask].var()).item(), abs=1e-3)
     assert row["reward"] == pytest.approx(rewards.mean().item(), abs=1e-4)
     assert row["answer_tokens"] == length.float().mean().item()
     assert row["finished"] == sum(done) / 8

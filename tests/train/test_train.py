@@ -30,6 +30,7 @@ from rlhf_trl.run.states import StepState, step_states
 from rlhf_trl.train import step as train_module
 from rlhf_trl.train.callbacks import History
 from rlhf_trl.train.step import build_config, build_reward_function, build_trainer, train
+from rlhf_trl.train.trainers import kind_of
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def sha(path: Path) -> str:
 def config_of(recipe, run, stage):
     word = recipe.stages[stage].trainer
     values = {**recipe.args_of(stage), **train_module._own_settings(run, stage, word)}
-    return build_config(train_module.TRAINERS[word][1], values, stage)
+    return build_config(kind_of(word).config, values, stage)
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "grpo", "ppo"])
@@ -89,7 +90,6 @@ def test_what_a_stage_leaves_behind(trained):
                          "chat_template.jinja"}  # fmt: skip
         stats = read_json(run.training_stats(stage))
         assert stats["summary"]["steps"] == len({row["step"] for row in stats["history"]})
-        assert stats["summary"]["tensors_changed"] > 0
         assert {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "peak_memory_bytes"} <= stats["history"][
             -1
         ].keys()

@@ -23,9 +23,8 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
@@ -44,6 +43,7 @@ from trl.experimental.ppo import ppo_trainer as trl_loop
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.train.callbacks import AtomicCheckpoints, diverged
+from rlhf_trl.train.ppo.config import PPOConfig
 from rlhf_trl.train.ppo.loop import (
     Batches,
     BeginLoop,
@@ -63,43 +63,6 @@ AVERAGED = {
 }
 # What a checkpoint holds beside the library's files.
 VALUE_FILE, MEASURED_FILE, STATE_FILE = "value.safetensors", "measured.safetensors", "ppo_state.json"
-
-
-@dataclass
-class PPOConfig(trl_ppo.PPOConfig):
-    """TRL's PPOConfig and the options that it lacks."""
-
-    entropy_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Coefficient c of the entropy bonus: c times the mean entropy of the answer tokens is added to "
-            "the objective."
-        },
-    )
-    value_init: Literal["zero", "reward"] = field(
-        default="zero",
-        metadata={
-            "help": "Where the value model starts: at zero, or from the reward model, which must lie on the same base."
-        },
-    )
-    normalize_rewards: bool = field(
-        default=False,
-        metadata={
-            "help": "Subtract the mean of the reward model's scores on held-out pairs, and divide by their deviation."
-        },
-    )
-    kl_target: float | None = field(
-        default=None,
-        metadata={"help": "KL to the reference, nats per answer, that kl_coef is adapted to (Ziegler et al., 2019)."},
-    )
-    kl_horizon: int = field(
-        default=10_000,
-        metadata={"help": "Episodes over which kl_coef adapts to kl_target."},
-    )
-    max_kl: float | None = field(
-        default=None,
-        metadata={"help": "KL to the reference, nats per answer, at which the run stops with its last good policy."},
-    )
 
 
 class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
@@ -146,7 +109,6 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         self._sampling: tuple[int, dict[str, Tensor]] = (-1, {})
         self._before = self._sampling
         self._measured: dict[str, list[float]] = defaultdict(list)
-        self._targets: list[tuple[Tensor, Tensor]] = []
         self._tokens = self._new_tokens = 0
         self._first_mini_batch = False
         self._output: Any = None
@@ -218,13 +180,9 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
             logs[key] *= self.args.num_mini_batches
         own = {key: torch.tensor(values, dtype=torch.float32).mean() for key, values in self._measured.items()}
         own["reward"] = torch.tensor(self.reward_model.raw).mean()
-        if self._targets:
-            returns, advantages = (torch.cat(parts) for parts in zip(*self._targets, strict=True))
-            own |= {"advantage_mean": advantages.mean(), "advantage_std": advantages.std()}
-            own["explained_variance"] = 1 - advantages.var() / returns.var().clamp(min=1e-12)
         logs |= {key: reduce(own[key].to(self.accelerator.device), reduction="mean").item() for key in sorted(own)}
         logs |= {"num_tokens": self._count_tokens(), "kl_coef": self.args.kl_coef}
-        for record in (self._measured, self._targets, self.reward_model.raw):
+        for record in (self._measured, self.reward_model.raw):
             record.clear()
         super().log(logs, *args, **kwargs)
         self._control_kl(logs["objective/kl"])
@@ -290,27 +248,8 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
 
     def _keep_output(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if torch.is_grad_enabled():
-            policy_output, values = output
-            mask = kwargs["attention_mask"][:, self.shared.context_length :]
-            self._output = policy_output.logits.kept, mask
-            if self._first_mini_batch and self.args.vf_coef:
-                answer = (slice(None), slice(self.shared.context_length - 1, -1), 0)
-                now = values.detach()[answer]
-                values.register_hook(lambda grad: self._keep_targets(now, grad[answer], mask))
-
-    def _keep_targets(self, values: Tensor, grad: Tensor, mask: Tensor) -> None:
-        """Read the returns off the gradient of the value loss, since the loop keeps them to itself.
-
-        Before the first step of an update, where no value is clipped, the loss is c / 2 mean (V - R)^2 over the n
-        positions up to one past the answers' ends, so that R = V - n / c times the gradient.
-
-        Args:
-            values, grad, mask: (B, T); 1 on the answers' tokens.
-        """
-        read = (mask.sum(1) + 1).clamp(max=mask.shape[1]).sum()
-        advantages = -grad * read * self.accelerator.gradient_accumulation_steps / self.args.vf_coef
-        kept = mask.bool()
-        self._targets.append(((values + advantages)[kept], advantages[kept]))
+            policy_output, _ = output
+            self._output = policy_output.logits.kept, kwargs["attention_mask"][:, self.shared.context_length :]
 
     def _backward_with_entropy(self, loss: Tensor, **kwargs: Any) -> None:
         logits, mask = self._output
