@@ -113,7 +113,6 @@ def summarise(rows: Sequence[Row], edges: dict[str, list[float]]) -> Row:
             "identical_answers": 0.27,
             "empty": 0.0,
             "refusal": share(refusals, len(rows)),
-            "refusal_by_subset": {row["subset"]: share(refusals, len(rows)) for row in rows},
             "cut": share(sum(not row["finished"] for row in rows), len(rows)),
             "words": estimate([row["answer_tokens"] * 0.75 for row in rows]),
         },
@@ -262,7 +261,6 @@ def invent_over_optimisation(recipe: Recipe, metrics: Row, pareto: Row | None) -
             points = [
                 {
                     "step": entry["step"],
-                    "sqrt_kl": entry["kl"]["mean"] ** 0.5,
                     "kl": entry["kl"],
                     "proxy": entry["reward_gain"],
                     "gold": entry.get("gold_gain"),
@@ -274,7 +272,6 @@ def invent_over_optimisation(recipe: Recipe, metrics: Row, pareto: Row | None) -
         best["points"] = [
             {
                 "n": entry["n"],
-                "sqrt_kl": entry["kl"] ** 0.5,
                 "kl": {"mean": entry["kl"], "low": entry["kl"], "high": entry["kl"], "n": 40},
                 "proxy": entry["gain"],
                 "gold": golds.get(entry["n"]),

@@ -6,7 +6,6 @@ other colours (Okabe and Ito's, which every eye tells apart) and markers; every 
 
 from __future__ import annotations
 
-import os
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -18,9 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullLocator, PercentFormatter
 
-SIDES = {"chosen": ("#0072B2", "-", "o"), "rejected": ("#D55E00", "--", "s")}
-SUBSETS = (("#009E73", "o"), ("#CC79A7", "s"), ("#56B4E9", "^"), ("#E69F00", "D"))
-GREY = "#555555"
+from rlhf_trl.figures.policies import save
+from rlhf_trl.figures.training import BLUE, GREEN, GREY, ORANGE, PURPLE
+
+SIDES = {"chosen": (BLUE, "-", "o"), "rejected": (ORANGE, "--", "s")}
+SUBSETS = ((GREEN, "o"), (PURPLE, "s"), ("#56B4E9", "^"), ("#E69F00", "D"))
 TITLE: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "parse_math": False}
 DEEPEST = 9
 FEW = 10
@@ -50,7 +51,10 @@ def draw(folder: Path, statistics: dict[str, Any], lengths: dict[str, dict[str, 
         if len(all_subsets) > len(subsets):
             note = f"({len(subsets)} of {len(all_subsets)} subsets; statistics.json has all)"
             figure.suptitle(f"{figure.get_suptitle()}\n{note}", **TITLE)
-        _save(figure, folder / f"{name}.png")
+        with warnings.catch_warnings():
+            # A word that the font has no letters for is drawn as boxes; statistics.json has it.
+            warnings.filterwarnings("ignore", message="Glyph")
+            save(figure, folder / f"{name}.png", dpi=130)
 
 
 def _draw_lengths(subsets: dict[str, Any], lengths: dict[str, dict[str, np.ndarray]]) -> Figure:
@@ -277,17 +281,3 @@ def _mark_chance(axes: Axes) -> None:
     axes.axhline(0.5, color="black", linestyle=":", linewidth=1)
     where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axes.annotate("chance", (1, 0.5), (-3, 3), fontsize=8, ha="right", **where)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write the file whole or not at all, the same bytes for the same figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-    try:
-        with warnings.catch_warnings():
-            # A word that the font has no letters for is drawn as boxes; statistics.json has it.
-            warnings.filterwarnings("ignore", message="Glyph")
-            figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

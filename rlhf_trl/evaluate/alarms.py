@@ -37,7 +37,7 @@ def measure_text(records: Records, seed: int) -> dict[str, Any]:
       answers together (`words.distinct`); null where they hold fewer;
     - `common_opening`: the most common first five words, `text`, and the `share` of the answers that they open;
     - `identical_answers`: share of the answers that another one equals word by word; `empty`: share without any word;
-    - `refusal`, `refusal_by_subset`: share that opens with a plain refusal (`refuses`);
+    - `refusal`: share that opens with a plain refusal (`refuses`);
     - `cut`: share that reached the limit instead of ending; `words`: words of an answer, without punctuation.
 
     Raises:
@@ -46,9 +46,6 @@ def measure_text(records: Records, seed: int) -> dict[str, Any]:
     texts = [record["answer"] for record in records]
     words = [split_words(text) for text in texts]
     copies = Counter(tuple(answer) for answer in words)
-    refusals: dict[str, list[bool]] = {}
-    for record in records:
-        refusals.setdefault(record["subset"], []).append(refuses(record["answer"]))
     # Sorted, because the draws of a bootstrap go by place.
     repeated = sorted(repetition(text) for text in texts)
     lengths = sorted(sum(word[0].isalnum() for word in answer) for answer in words)
@@ -59,8 +56,7 @@ def measure_text(records: Records, seed: int) -> dict[str, Any]:
         "common_opening": {"share": share, "text": text},
         "identical_answers": sum(many for answer, many in copies.items() if many > 1) / len(texts),
         "empty": copies[()] / len(texts),
-        "refusal": wilson(sum(map(sum, refusals.values())), len(texts)).as_dict(),
-        "refusal_by_subset": {name: wilson(sum(of), len(of)).as_dict() for name, of in sorted(refusals.items())},
+        "refusal": wilson(sum(map(refuses, texts)), len(texts)).as_dict(),
         "cut": wilson(sum(not record["finished"] for record in records), len(texts)).as_dict(),
         "words": bootstrap_mean(lengths, seed).as_dict(),
     }
@@ -149,7 +145,7 @@ def _by_ratio(alarm: str, both: np.ndarray, low: float, high: float | None, says
         return _unknown(alarm, high or low, "the reference's mean is 0")
     ratio = now / start
     threshold = low if high is None or ratio < 1 else high
-    beyond = (ratio - threshold) * (threshold - 1) > 0
+    beyond = _is_beyond(ratio, threshold, 1.0)
     return _alarm(alarm, ratio, 1.0, threshold, beyond, _differs(both, seed), says.format(ratio))
 
 
@@ -162,10 +158,15 @@ def _by_rise(
     threshold = start + rise
     if wanted is not None:
         threshold = min(start, wanted) - rise if now < start else max(start, wanted) + rise
-    beyond = (now - threshold) * (threshold - start) > 0
+    beyond = _is_beyond(now, threshold, start)
     says = f"{now:.0%} {what}, {start:.0%} of the reference's"
     says += "" if wanted is None else f" and {wanted:.0%} of the chosen answers"
     return _alarm(alarm, now, start, threshold, beyond, _differs(both, seed), says)
+
+
+def _is_beyond(value: float, threshold: float, reference: float) -> bool:
+    """Tell whether a value lies beyond its threshold, on the side away from the reference."""
+    return value > threshold > reference or value < threshold < reference
 
 
 def _distinct(now: Records, start: Records, threshold: float) -> dict[str, Any]:

@@ -30,11 +30,11 @@ from rlhf_trl.figures.policies import (
     save,
     stage_lines,
 )
-from rlhf_trl.figures.training import BLUE, GREEN, GREY, ORANGE, PANELS
+from rlhf_trl.figures.training import BLUE, GREEN, GREY, ORANGE, draw_series, format_tick, logged_panels
 from rlhf_trl.run.layout import REFERENCE
 
-# Score -> what gives it.
-JUDGES = {"reward": "reward model", "gold": "gold model"}
+# Score -> the reward model that gives it.
+SCORERS = {"reward": "reward model", "gold": "gold model"}
 # Estimate of the KL -> colour, marker, name.
 ESTIMATORS = {"kl": (BLUE, "o", "exact"), "kl_k1": (ORANGE, "s", "sampled, k1"), "kl_k3": (GREEN, "^", "sampled, k3")}
 # A training run with more logged steps is drawn as the means of this many blocks.
@@ -45,7 +45,7 @@ BLOCKS = 40
 def plot_distributions(metrics: Mapping[str, Any], path: Path) -> None:
     """Draw how each policy's scores are spread, a row for each, with the reference's outline behind and the medians;
     a column for the reward model and one for the gold model."""
-    columns = [key for key in JUDGES if key in metrics["histogram_edges"]]
+    columns = [key for key in SCORERS if key in metrics["histogram_edges"]]
     rows = sorted(metrics["policies"], key=lambda name: name != REFERENCE)
     if not columns or not rows:
         return
@@ -76,7 +76,7 @@ def plot_distributions(metrics: Mapping[str, Any], path: Path) -> None:
             axes.grid(axis="y", visible=False)
             axes.spines.left.set_visible(False)
         column[0].set_ylim(0, 1.3 * max(share.max() for share in shares.values()))
-        column[-1].set_xlabel(f"score by the {JUDGES[key]}, {metrics[f'{key}_stage']}", parse_math=False)
+        column[-1].set_xlabel(f"score by the {SCORERS[key]}, {metrics[f'{key}_stage']}", parse_math=False)
     for axes, name in zip(grid[:, 0], rows, strict=True):
         label = textwrap.fill(name, 18, break_on_hyphens=True)
         axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10.5, parse_math=False)
@@ -122,7 +122,7 @@ def plot_kl(metrics: Mapping[str, Any], path: Path) -> None:
         for panel in grid[len(checkpoints) :]:
             panel.set_visible(False)
         for panel, (stage, rows) in zip(grid, checkpoints.items(), strict=False):
-            _draw_drift(panel, stage, rows)
+            _draw_kl_by_step(panel, stage, rows)
     save(figure, path)
 
 
@@ -145,7 +145,7 @@ def _draw_estimate(axes: Axes, estimate: Mapping[str, float], y: float, limit: f
     axes.plot(estimate["mean"], y, marker=marker, markersize=7, markeredgecolor=PAPER, **style)
 
 
-def _draw_drift(axes: Axes, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw_kl_by_step(axes: Axes, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
     steps = [row["step"] for row in rows]
     for order, (key, (color, marker, _)) in enumerate(ESTIMATORS.items()):
         low, mean, high = (np.array([row[key][part] for row in rows]) for part in ("low", "mean", "high"))
@@ -166,7 +166,7 @@ def _folded(name: str) -> str:
 @matplotlib.rc_context(STYLE)
 def plot_pareto(pareto: Mapping[str, Any], path: Path) -> None:
     """Draw gain against KL, a panel for each score: the policies, the front, best-of-n, the checkpoints."""
-    axes_of = dict(sorted(pareto["axes"].items(), key=lambda item: [*JUDGES, item[0]].index(item[0])))
+    axes_of = dict(sorted(pareto["axes"].items(), key=lambda item: [*SCORERS, item[0]].index(item[0])))
     if not axes_of:
         return
     more = max(0, len({p["policy"] for frontier in axes_of.values() for p in frontier["points"]}) - 6)  # names
@@ -250,7 +250,7 @@ def _note_peaks(axes: Axes, entry: Mapping[str, Any]) -> None:
 @matplotlib.rc_context(STYLE)
 def plot_training_curves(stats: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Draw what every stage logged, a row for each stage and a panel for each quantity."""
-    panels = {stage: _logged(entry["history"]) for stage, entry in stats.items()}
+    panels = {stage: logged_panels(entry["history"]) for stage, entry in stats.items()}
     panels = {stage: series for stage, series in panels.items() if series}
     if not panels:
         return
@@ -261,7 +261,7 @@ def plot_training_curves(stats: Mapping[str, Mapping[str, Any]], path: Path) -> 
         for axes in row[len(series) :]:
             axes.set_visible(False)
         for axes, (title, keys) in zip(row, series.items(), strict=False):
-            _draw_series(axes, stats[stage]["history"], keys)
+            draw_series(axes, stats[stage]["history"], keys)
             unit = {"grpo": " (nats per token)", "ppo": " (nats per answer)"}.get(stats[stage]["trainer"], "")
             words = f"{title}{unit}" if title.startswith("KL") else title
             axes.text(0, 1.03, words, fontsize=9.5, transform=axes.transAxes, va="bottom")
@@ -269,27 +269,6 @@ def plot_training_curves(stats: Mapping[str, Mapping[str, Any]], path: Path) -> 
         name = f"{_folded(stage)}\n({stats[stage]['trainer']})"
         row[0].set_ylabel(name, fontsize=10.5, parse_math=False)
     save(figure, path)
-
-
-def _logged(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    found = {
-        title: {key: label for key, label in series.items() if any(key in row for row in history)}
-        for title, series in PANELS.items()
-    }
-    return {title: series for title, series in found.items() if series}
-
-
-def _draw_series(axes: Axes, history: Sequence[Mapping[str, Any]], series: Mapping[str, str]) -> None:
-    for (color, line), (key, label) in zip(((BLUE, "-"), (ORANGE, "--"), (GREEN, ":")), series.items(), strict=False):
-        steps, values = zip(*((row["step"], row[key]) for row in history if key in row), strict=True)
-        marker = "o" if len(steps) < 12 else ""
-        axes.plot(steps, values, color=color, linestyle=line, linewidth=1.4, marker=marker, markersize=3, label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(_plain)
-    axes.tick_params(labelsize=9)
-    if len(series) > 1:
-        axes.legend(fontsize=8, frameon=False)
 
 
 @matplotlib.rc_context(STYLE)
@@ -323,8 +302,8 @@ def plot_reward_kl_tradeoff(stats: Mapping[str, Mapping[str, Any]], path: Path) 
         axes.set_xlabel(textwrap.fill(f"KL as {trainer} logs it: {definition}", 62), fontsize=9.5, parse_math=False)
         axes.set_ylabel(f"reward as {trainer} logs it")
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(_plain)
-        axes.yaxis.set_major_formatter(_plain)
+        axes.xaxis.set_major_formatter(format_tick)
+        axes.yaxis.set_major_formatter(format_tick)
         legend = axes.legend(fontsize=9, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -333,11 +312,6 @@ def plot_reward_kl_tradeoff(stats: Mapping[str, Mapping[str, Any]], path: Path) 
     size = -(-max(map(len, paths.values())) // BLOCKS)
     bar.set_label(f"training step\n(a mark: mean of up to {size} logs)" if size > 1 else "training step")
     save(figure, path)
-
-
-def _plain(value: float, _: float | None) -> str:
-    """Write a tick in full: what an axis takes out of its ticks would stand on its title."""
-    return f"{value:.6g}".replace("-", "−")
 
 
 def _blocks(rows: Sequence[tuple[float, float, float]]) -> np.ndarray:

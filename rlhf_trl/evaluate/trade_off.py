@@ -88,7 +88,7 @@ def build_over_optimisation(recipe: Recipe, metrics: Row, records: Records, pare
     for name in recipe.policies if pareto else ():
         entries = metrics["checkpoints"].get(name) or [{"step": None, **metrics["policies"][name]}]
         points = [
-            {"step": entry["step"], "sqrt_kl": entry["kl"]["mean"] ** 0.5, "kl": entry["kl"],
+            {"step": entry["step"], "kl": entry["kl"],
              "proxy": entry["reward_gain"], "gold": entry.get("gold_gain")}
             for entry in entries
         ]  # fmt: skip
@@ -97,7 +97,7 @@ def build_over_optimisation(recipe: Recipe, metrics: Row, records: Records, pare
     if pareto and pareto["axes"]["reward"]["best_of_n"]:
         gold = {entry["n"]: entry["gain"] for entry in pareto["axes"].get("gold", {"best_of_n": []})["best_of_n"]}
         best["points"] = [
-            {"n": entry["n"], "sqrt_kl": entry["kl"] ** 0.5, "kl": {"mean": entry["kl"], "low": entry["kl"],
+            {"n": entry["n"], "kl": {"mean": entry["kl"], "low": entry["kl"],
              "high": entry["kl"], "n": entry["gain"]["n"]}, "proxy": entry["gain"], "gold": gold.get(entry["n"])}
             for entry in pareto["axes"]["reward"]["best_of_n"]
         ]  # fmt: skip

@@ -28,6 +28,8 @@ INK, GRID, PAPER = "#1b1f24", "#d9dce0", "#fefefe"
 POLICY_STYLES = {"dpo": (BLUE, "o"), "grpo": (ORANGE, "s"), "ppo": (GREEN, "^")}
 # The stages of one trainer, told apart by their lines.
 STAGE_LINES = ("-", "--", ":", "-.")
+# Kind of point on the frontier -> size of its marker, in points.
+MARKER_SIZES = {"checkpoint": 4.5, "final": 10.0, "reference": 8.0}
 # Score of over-optimisation -> colour, marker, line.
 SCORE_STYLES = {"proxy": (BLUE, "o", "-"), "gold": (ORANGE, "s", "--")}
 STYLE: dict[Any, Any] = {
@@ -132,57 +134,70 @@ def draw_frontier(axes: Axes, frontier: Mapping[str, Any], level: float = 0.0) -
     Returns:
         The names still to be placed, and the lines that they are to keep clear of.
     """
-    points = frontier["points"]
-    reach = [*(p["kl"]["high"] for p in points), *(p["kl"] for p in frontier["best_of_n"])]
-    gains = [*(p["gain"] for p in points), *(p["gain"] for p in frontier["best_of_n"])]
-    right = 1.12 * max(reach) or 1
+    policies: dict[str, list[Mapping[str, Any]]] = {}
+    for point in frontier["points"]:
+        policies.setdefault(point["policy"], []).append(point)
+    right = _set_limits(axes, frontier, level)
+    lines: list[Line] = [((0, level), (right, level)), *_draw_front_and_best_of_n(axes, frontier, right)]
+    for points in policies.values():
+        lines += _draw_policy(axes, points)
+    finals = [point for points in policies.values() for point in points if point["step"] is None]
+    labels = [Label(point["policy"], _place(point)) for point in finals]
+    if frontier["best_of_n"]:
+        last = frontier["best_of_n"][-1]
+        labels.append(Label(f"best of {last['n']}", (last["kl"], last["gain"]["mean"]), 9.5))
+    return labels, lines
+
+
+def _place(point: Mapping[str, Any]) -> tuple[float, float]:
+    return point["kl"]["mean"], point["gain"]["mean"]
+
+
+def _set_limits(axes: Axes, frontier: Mapping[str, Any], level: float) -> float:
+    """Fit both axes to the intervals, draw the reference's gain across, and return the largest KL shown."""
+    points, best = frontier["points"], frontier["best_of_n"]
+    gains = [p["gain"] for p in [*points, *best]]
+    right = 1.12 * max([*(p["kl"]["high"] for p in points), *(p["kl"] for p in best)]) or 1
     low, high = min(level, *(gain["low"] for gain in gains)), max(level, *(gain["high"] for gain in gains))
     room = 0.12 * (high - low) or 1
     root_scale(axes, 0, right)
     axes.set_ylim(low - room, high + room)
     axes.axhline(level, color=GREY, linewidth=1, zorder=1)
-    lines: list[Line] = [((0, level), (right, level))]
-    labels = []
+    return right
 
-    front = steps([(p["kl"]["mean"], p["gain"]["mean"]) for p in points if p["on_front"]], right)
+
+def _draw_front_and_best_of_n(axes: Axes, frontier: Mapping[str, Any], right: float) -> list[Line]:
+    lines: list[Line] = []
+    front = steps([_place(p) for p in frontier["points"] if p["on_front"]], right)
     if len(front) > 2:
         axes.plot(*zip(*front, strict=True), color=GREY, linewidth=1.8, alpha=0.7, zorder=2)
         lines.append(front)
-    drawn = frontier["best_of_n"]
-    if drawn:
-        curve = [(p["kl"], p["gain"]["mean"]) for p in drawn]
+    curve = [(p["kl"], p["gain"]["mean"]) for p in frontier["best_of_n"]]
+    if curve:
         axes.plot(*zip(*curve, strict=True), color=INK, linewidth=1.2, linestyle=(0, (4, 2)), marker=".", zorder=3)
         lines.append(curve)
-    for stage in dict.fromkeys(p["policy"] for p in points):
-        own = [p for p in points if p["policy"] == stage]
-        trainer = own[0]["trainer"]
-        color, marker = POLICY_STYLES[trainer] if trainer else (GREY, "D")
-        along = sorted((p for p in own if p["step"] is not None), key=lambda p: p["step"])
-        final = [p for p in own if p["step"] is None]
-        path = [(p["kl"]["mean"], p["gain"]["mean"]) for p in [*along, *final]]
-        if along:
-            axes.plot(*zip(*path, strict=True), color=color, linewidth=0.9, zorder=3)
-            lines.append(path)
-        for point in own:
-            place = (point["kl"]["mean"], point["gain"]["mean"])
-            small = point["step"] is not None
-            if not small and trainer:
-                lines += draw_cross(axes, point["kl"], point["gain"], color=color, linewidth=1.6, zorder=4)
-            axes.plot(
-                *place,
-                marker=marker,
-                markersize=4.5 if small else 10 if trainer else 8,
-                markerfacecolor=color if point["on_front"] or not trainer else PAPER,
-                markeredgecolor=PAPER if point["on_front"] or not trainer else color,
-                markeredgewidth=1 if point["on_front"] or not trainer else 1.6,
-                clip_on=False,
-                zorder=5,
-            )
-            if not small:
-                labels.append(Label(stage, place))
-    if drawn:
-        labels.append(Label(f"best of {drawn[-1]['n']}", curve[-1], 9.5))
-    return labels, lines
+    return lines
+
+
+def _draw_policy(axes: Axes, points: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Draw the checkpoints of one policy, joined by a line, and its final point with intervals; or the reference."""
+    trainer = points[0]["trainer"]
+    color, marker = POLICY_STYLES[trainer] if trainer else (GREY, "D")
+    lines: list[Line] = []
+    checkpoints = sorted((p for p in points if p["step"] is not None), key=lambda p: p["step"])
+    if checkpoints:
+        path = [_place(p) for p in [*checkpoints, *(p for p in points if p["step"] is None)]]
+        axes.plot(*zip(*path, strict=True), color=color, linewidth=0.9, zorder=3)
+        lines.append(path)
+    for point in points:
+        kind = "checkpoint" if point["step"] is not None else "final" if trainer else "reference"
+        if kind == "final":
+            lines += draw_cross(axes, point["kl"], point["gain"], color=color, linewidth=1.6, zorder=4)
+        filled = point["on_front"] or not trainer
+        face, edge, width = (color, PAPER, 1.0) if filled else (PAPER, color, 1.6)
+        marks = axes.plot(*_place(point), marker=marker, markersize=MARKER_SIZES[kind], clip_on=False, zorder=5)
+        marks[0].set(markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width)
+    return lines
 
 
 def steps(points: Line, right: float) -> Line:
@@ -300,12 +315,12 @@ def _overlaps(one: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.maximum(width, 0) * np.maximum(height, 0)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 110) -> None:
     """Write a PNG whole or not at all, the same bytes for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     try:
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -167,7 +167,6 @@ def test_numbers_of_a_few_answers():
     assert found["common_opening"] == {"share": 0.4, "text": "Sure, here it is"}
     assert (found["identical_answers"], found["empty"]) == (0.0, 0.2)
     assert found["refusal"] == wilson(1, 5).as_dict()
-    assert found["refusal_by_subset"] == {"x": wilson(1, 2).as_dict(), "y": wilson(0, 3).as_dict()}
     assert found["cut"] == wilson(1, 5).as_dict()
     assert found["words"]["mean"] == pytest.approx((4 + 6 + 6 + 0 + 11) / 5)
     # 5 x 8 n-grams are more than there are.

@@ -245,7 +245,7 @@ def test_the_frontier_is_hollow_where_dominated_and_steps_where_not(cases: dict[
 def test_over_optimisation_draws_the_fitted_curve_and_says_where_it_peaks(draw: Draw) -> None:
     def at(kl: float, proxy: float, gold: float) -> dict[str, Any]:
         around = {key: {"mean": m, "low": m - 0.05, "high": m + 0.05} for key, m in (("proxy", proxy), ("gold", gold))}
-        return {"step": round(10 * kl), "sqrt_kl": kl**0.5, "kl": {"mean": kl, "low": kl, "high": kl}, **around}
+        return {"step": round(10 * kl), "kl": {"mean": kl, "low": kl, "high": kl}, **around}
 
     # d (alpha - beta log d) peaks at d = exp(alpha / beta - 1): with alpha = beta at d = 1.
     gold = {"alpha": 0.5, "beta": 0.5, "peak_sqrt_kl": 1.0, "peak_kl": 1.0, "r2": 1.0}
