@@ -75,7 +75,9 @@ def check_adapter(folder: Path, base: Path | None = None) -> list[Problem]:
     for path in (folder, base):
         if path is not None and not path.is_dir():
             raise UserError(str(path), "there is no such folder", "give the folder of an adapter, or of its base")
-    return [Problem(*(visible(part).replace("\n", " ") for part in problem)) for problem in _check(folder, base)]
+    problems = [(found.place, found.problem, found.remedy) for found in _check(folder, base)]
+    lines = [[visible(part).replace("\n", " ") for part in parts] for parts in problems]
+    return [Problem(place, problem, remedy) for place, problem, remedy in lines]
 
 
 def _check(folder: Path, base: Path | None) -> list[Problem]:

@@ -6,8 +6,8 @@ Reads one file; imports neither torch nor the libraries that the recipe is for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from rlhf_trl.recipe.errors import SECRET, Problem, RecipeError, UserError
+from rlhf_trl.recipe.errors import SECRET, Kind, Problem, RecipeError, UserError
 from rlhf_trl.recipe.library import nearest, show
 
 MAX_BYTES = 200_000
@@ -105,18 +105,19 @@ class Document:
     def _refuse(self, place: str, problem: str, remedy: str) -> None:
         self.problems.append(Problem(place, problem, remedy))
 
-    def error(self, found: Sequence[Problem]) -> RecipeError:
-        """Build the error that tells the document's own problems and those found later, each once with its line."""
+    def error(self, later: Sequence[Problem]) -> RecipeError:
+        """Build the error from the document's own problems and later ones, each once and with its line.
+
+        Left out are problems of a place that the document refused already, of a section that holds such a place, and
+        of a key that is absent because it is misspelt.
+        """
         own = [problem.place for problem in self.problems]
-        told = {*own, *(meant(found) - self.lines.keys() - set(self.overridden))}
+        misspelt = {problem.meant_place for problem in later} - self.lines.keys() - set(self.overridden)
         rest = [
             problem
-            for problem in found
-            if problem.place not in told
-            and (
-                problem.problem.startswith("unknown")
-                or not any(place.startswith(f"{problem.place}.") for place in own)
-            )
+            for problem in later
+            if problem.place not in {*own, *misspelt}
+            and (problem.kind is Kind.UNKNOWN_KEY or not any(place.startswith(f"{problem.place}.") for place in own))
         ]
         return RecipeError(self._locate(problem) for problem in dict.fromkeys([*self.problems, *rest]))
 
@@ -124,25 +125,16 @@ class Document:
         if problem.place.startswith("--set"):
             return problem
         if any(f"{problem.place}.".startswith(f"{key}.") for key in self.overridden):
-            return problem._replace(place=f"--set {problem.place}")
+            return replace(problem, place=f"--set {problem.place}")
         for key in self.overridden:
             if key.startswith(f"{problem.place}.") and problem.place not in self.lines:
-                return problem._replace(place=f"--set {key}")
+                return replace(problem, place=f"--set {key}")
         parts = problem.place.split(".")
         for end in range(len(parts), 0, -1):
             key = ".".join(parts[:end])
             if key in self.lines:
-                return problem._replace(place=f"{self.path}:{self.lines[key]}: {problem.place}")
-        return problem._replace(place=f"{self.path}: {problem.place}")
-
-
-def meant(problems: Iterable[Problem]) -> set[str]:
-    """The places where the misspelt keys among the problems were meant to stand."""
-    return {
-        f"{problem.place.rpartition('.')[0]}.{problem.remedy.split(chr(39))[1]}".lstrip(".")
-        for problem in problems
-        if problem.problem.startswith("unknown key") and problem.remedy.startswith("did you mean '")
-    }
+                return replace(problem, place=f"{self.path}:{self.lines[key]}: {problem.place}")
+        return replace(problem, place=f"{self.path}: {problem.place}")
 
 
 def read_document(path: Path) -> Document:

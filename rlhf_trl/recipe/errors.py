@@ -7,18 +7,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from enum import Enum
 
 # Tokens of Hugging Face and OpenAI; `hf_preferences` is a name.
 SECRET = re.compile(r"\b(hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|hf_[a-z]{20,}|sk-[A-Za-z0-9_-]{8,})")
 
 
-class Problem(NamedTuple):
+class Kind(Enum):
+    """What the program needs to know of a problem; people read its text."""
+
+    OTHER = "other"
+    UNKNOWN_KEY = "unknown key"
+
+
+@dataclass(frozen=True)
+class Problem:
     """Where something is wrong, what is wrong, and what to do about it."""
 
     place: str
     problem: str
     remedy: str
+    kind: Kind = field(default=Kind.OTHER, compare=False)
+    meant: str | None = field(default=None, compare=False)
+    """The key that an unknown key probably misspells."""
+
+    @property
+    def meant_place(self) -> str | None:
+        """The place of the key that was meant."""
+        return f"{self.place.rpartition('.')[0]}.{self.meant}".lstrip(".") if self.meant else None
 
     def __str__(self) -> str:
         return f"{self.place}: {self.problem}\n    -> {self.remedy}"
@@ -35,7 +52,7 @@ class UserError(Exception):
 class NotRun(Exception):
     """A step could not do its work for want of something that lies outside the recipe, such as a server or a key.
 
-    It is said and never becomes a result; the steps after it go on without it.
+    Reported as *not run*; later steps continue.
     """
 
 
@@ -48,4 +65,5 @@ class RecipeError(UserError):
 
 
 def _without_secrets(problem: Problem) -> Problem:
-    return Problem(*(SECRET.sub("<token>", part) for part in problem))
+    place, text, remedy = (SECRET.sub("<token>", part) for part in (problem.place, problem.problem, problem.remedy))
+    return replace(problem, place=place, problem=text, remedy=remedy)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from rlhf_trl.recipe.document import meant
-from rlhf_trl.recipe.errors import Problem
+from rlhf_trl.recipe.errors import Kind, Problem
 from rlhf_trl.recipe.library import CLASSES, check_value, nearest, read_options
 from rlhf_trl.recipe.recipe import MAX_STAGES, Recipe, combinations
 from rlhf_trl.recipe.rules import Values, check_values
@@ -67,13 +67,14 @@ def check_recipe(recipe: Recipe, known_stages: Sequence[str], wrong: Set[str], p
             for index, value in enumerate(values):
                 found = check_block(f"{place}.sweep", stage.trainer, {key: value})
                 unknown = key in OWNED or key not in read_options(stage.trainer)
-                problems += [p if unknown else p._replace(place=f"{p.place}.{index}") for p in found]
+                problems += [p if unknown else replace(p, place=f"{p.place}.{index}") for p in found]
     origins, problems_of_names = _expanded_names(recipe)
     problems += problems_of_names
     links = Links(recipe, known_stages, origins)
     for name, stage in recipe.stages.items():
         problems += _check_links(links, name, stage)
-    bad = {*wrong, *(problem.place for problem in problems), *meant(problems)}
+    bad = {*wrong, *(problem.place for problem in problems)}
+    bad |= {problem.meant_place for problem in problems if problem.meant_place}
     problems += _check_evaluation(links, bad)
     for index, name in enumerate(recipe.comparison.stages):
         if name not in {*known_stages, *origins}:
@@ -98,8 +99,10 @@ def check_block(place: str, kind: str, values: Mapping[str, Any]) -> Iterator[Pr
         elif key not in options:
             owner = "trl.ModelConfig" if kind == "model" else f"the {kind} trainer"
             near = nearest(key, [name for name in options if name not in OWNED])
+            elsewhere = _elsewhere(key)
             remedy = f"did you mean {near!r}?" if near else "see the documentation of TRL 1.12 for its options"
-            yield Problem(where, f"unknown key {key!r}: {owner} has no such option", _elsewhere(key) or remedy)
+            problem = f"unknown key {key!r}: {owner} has no such option"
+            yield Problem(where, problem, elsewhere or remedy, Kind.UNKNOWN_KEY, None if elsewhere else near)
         elif found := check_value(kind, key, value):
             yield Problem(where, *found)
 

@@ -6,32 +6,19 @@ recipe = load_recipe(Path("recipes/demo.yaml"), ["stages.dpo.args.beta=0.3"])
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from rlhf_trl.recipe.document import meant, read_document
-from rlhf_trl.recipe.errors import Problem
+from rlhf_trl.recipe.document import read_document
+from rlhf_trl.recipe.errors import Kind, Problem
 from rlhf_trl.recipe.library import nearest, show
 from rlhf_trl.recipe.links import check_block, check_recipe
 from rlhf_trl.recipe.recipe import RESERVED, Recipe, expand_sweeps
-from rlhf_trl.recipe.schema import (
-    Alarms,
-    Comparison,
-    Data,
-    Decoding,
-    Errors,
-    Evaluation,
-    Judge,
-    Price,
-    Samples,
-    Stage,
-    Strict,
-    Trainer,
-    Worst,
-)
+from rlhf_trl.recipe.schema import Stage, Trainer
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -> Recipe:
@@ -51,7 +38,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -
     document.find_secrets()
     recipe, problems = _parse(document.raw)
     if recipe is not None:
-        wrong = {problem.place for problem in (*document.problems, *problems)} | meant(problems)
+        wrong = {problem.place for problem in (*document.problems, *problems)}
+        wrong |= {problem.meant_place for problem in problems if problem.meant_place}
         problems += check_recipe(recipe, list(document.raw["stages"]), wrong, processes)
     elif isinstance(document.raw.get("model"), dict):
         problems += check_block("model", "model", document.raw["model"])
@@ -86,28 +74,11 @@ def _reserved_names(raw: dict[str, Any]) -> list[Problem]:
     ]
 
 
-SECTIONS: dict[str, type[Strict]] = {"data": Data, "evaluation": Evaluation, "judge": Judge,
-                                      "comparison": Comparison, "errors": Errors, "samples": Samples}  # fmt: skip
-
-
-NESTED: dict[str, type[Strict]] = {"judge_decoding": Decoding, "worst": Worst, "alarms": Alarms, "price": Price}
-
-
 EXAMPLES = {
     "name": "`name: my-run`, the folder of the run",
     "model": "`model: {model_name_or_path: ...}`",
     "stages": "`stages:` with at least one stage below it",
     "trainer": f"`trainer:` (one of {', '.join(get_args(Trainer))})",
-}
-
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "trainer": get_args(Trainer),
-    "half": ("first", "second"),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "kind": ("openai", "reward", "offline"),
-    "pairs": ("reference", "all"),
-    "max_tokens_name": ("max_tokens", "max_completion_tokens"),
 }
 
 
@@ -128,12 +99,12 @@ def _describe(error: Any) -> Problem:
     loc = [str(part) for part in error["loc"] if part != "[key]"]
     place = ".".join(loc)
     if error["type"] == "extra_forbidden":
-        return Problem(place, f"unknown key {loc[-1]!r}", _key_remedy(loc))
+        return _unknown_key(place, loc)
     if error["type"] == "missing":
         return Problem(place, "is missing", f"add {EXAMPLES[loc[-1]]}")
     value = show(error["input"])
     if error["type"] == "literal_error":
-        choices = CHOICES[loc[-1]]
+        choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])  # 'a', 'b' or 'c'
         near = nearest(str(error["input"]), choices)
         remedy = f"did you mean {near!r}?" if near else f"choose one of: {', '.join(choices)}"
         problem = f"{value} is not a trainer" if loc[-1] == "trainer" else f"{value} is not valid"
@@ -149,16 +120,18 @@ def _describe(error: Any) -> Problem:
     return Problem(place, f"{value} is not valid", f"it {error['msg'].removeprefix('Input ')}")
 
 
-def _key_remedy(loc: list[str]) -> str:
-    section = Stage if loc[0] == "stages" else SECTIONS.get(loc[0], Recipe)
-    if loc[0] in ("evaluation", "judge") and len(loc) > 2:
-        section = NESTED[loc[1]]
+def _unknown_key(place: str, loc: list[str]) -> Problem:
+    section: type[BaseModel] = Recipe
+    for part in loc[:-1]:
+        if part in section.model_fields:  # the name of a stage need not be a field, or is one that holds no section
+            annotation = section.model_fields[part].annotation  # such as Data, Judge | None, dict[Name, Stage]
+            types = (annotation, *get_args(annotation))
+            section = next((item for item in types if isinstance(item, type(BaseModel))), section)
     known = list(section.model_fields)
     near = nearest(loc[-1], known)
-    if near:
-        return f"did you mean {near!r}?"
     hint = "; options of the trainer go under `args:`" if section is Stage else ""
-    return f"the keys here are: {', '.join(known)}{hint}"
+    remedy = f"did you mean {near!r}?" if near else f"the keys here are: {', '.join(known)}{hint}"
+    return Problem(place, f"unknown key {loc[-1]!r}", remedy, Kind.UNKNOWN_KEY, near)
 
 
 def _remove(raw: Any, loc: list[str]) -> None:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def refuse(recipe_file):
         path = recipe_file(text)
         with pytest.raises(UserError) as caught:
             load_recipe(path, overrides, processes)
-        return [p._replace(place=p.place.replace(str(path), "")) for p in caught.value.problems]
+        return [replace(p, place=p.place.replace(str(path), "")) for p in caught.value.problems]
 
     return load
 
@@ -450,7 +451,7 @@ MISTAKES = {
 def test_a_mistake_is_named_with_its_line_its_key_and_the_remedy(case, refuse):
     text, key, says = MISTAKES[case]
     problems = refuse(text)
-    place, problem, remedy = problems[0]
+    place, problem, remedy = problems[0].place, problems[0].problem, problems[0].remedy
     assert len(problems) == 1, problems  # one mistake is told once, and nothing that only follows from it
     number, _, found = place.removeprefix(":").partition(": ")
     assert found == key
@@ -1075,7 +1076,9 @@ def load_or_refuse(path: Path, text: str, *overrides: str) -> None:
     try:
         recipe = load_recipe(path, overrides)
     except UserError as error:
-        assert error.problems and all(all(part.strip() for part in problem) for problem in error.problems)
+        assert error.problems and all(
+            p.place.strip() and p.problem.strip() and p.remedy.strip() for p in error.problems
+        )
     else:
         assert json.dumps(recipe.model_dump(), allow_nan=False)
         assert all(len(recipe.fingerprint(step)) == 64 for step in ("prepare", *recipe.stages, "evaluate", "report"))
