@@ -14,9 +14,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ruamel.yaml import YAML
 from scipy.special import expit
 
 from rlhf_trl.errors import calibration
@@ -41,36 +43,7 @@ LENGTH_SIZES = (NEAR, 0.25, 0.5)
 DEEPEST = 5
 BINS = 10
 HISTOGRAM_BINS = 30
-DEFINITIONS = {
-    "accuracy": "share of the pairs whose chosen answer has the higher score; a tie counts half",
-    "strict": "the same with a tie counted as wrong",
-    "length_baseline": "accuracy of taking the longer answer (in tokens) on the same pairs; equal lengths count half",
-    "over_baseline": "accuracy minus length_baseline, paired",
-    "length_rule": "always taking the longer or always the shorter answer, whichever is right more often here",
-    "margin": "score of the chosen minus score of the rejected answer; in_score_std: divided by the standard "
-    "deviation of all scores",
-    "intervals": "95 %. Of a share: Wilson; of a mean: percentile bootstrap; of a correlation: Fisher's z (Bonett and "
-    "Wright 2000 for ranks); of a difference between two groups: Newcombe (1998). Pairs that share a prompt are not "
-    "counted as independent",
-    "auc": "chance that a chosen answer has a higher score than a rejected one of any pair: do scores compare across "
-    "prompts?",
-    "nll": "mean of -log sigma(margin), in nats; 0.693 is what a coin gets",
-    "brier": "mean of (1 - sigma(margin)) squared; 0.25 is what a coin gets",
-    "length_difference": "length of the chosen minus that of the rejected answer, as a share of the longer one; an "
-    "answer's tokens include its end token",
-    "prefers_longer": "of the pairs with different lengths: how often the longer answer has the higher score (model) "
-    "and how often it is the chosen one (humans)",
-    "logistic": "P(correct) as a logistic function of the length difference: its value at equal lengths, and the "
-    "factor on the odds for one standard deviation of the difference",
-    "confidence": "sigma(|margin|), what the model gives its own preference, 0.5 to 1. Its mean is the accuracy of a "
-    "calibrated model; gap is that mean minus the accuracy: above 0 is over-confident",
-    "ece": "expected calibration error: mean distance of confidence and accuracy over bins (rmsce: root mean square, "
-    "mce: maximum). equal_width and equal_mass count each pair in both orders, so no order is drawn; random_order "
-    "uses P(the answer shown first wins), the order drawn by a hash of the texts. if_calibrated: what a calibrated "
-    "model would show by chance (mean and 95 % of the draws)",
-    "temperature": "the T for which sigma(margin / T) fits best, found on one half of the prompts (by hash); before "
-    "and after are measured on the other half",
-}
+TERMS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))
 
 
 @dataclass(frozen=True)
@@ -202,7 +175,7 @@ def analyse(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
         "scores": _describe_scores(data, seed),
         "length": {unit: length_bias(data.scores, getattr(data, unit), data.prompt, seed) for unit in UNITS},
         "calibration": _describe_calibration(data, seed),
-        "definitions": DEFINITIONS,
+        "definitions": TERMS["definitions"],
     }
 
 

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rlhf_trl.errors.analysis import TERMS
 from rlhf_trl.errors.calibration import confidence
 from rlhf_trl.errors.findings import percent, points
 from rlhf_trl.errors.probes import DESCRIPTIONS
@@ -18,18 +19,6 @@ WIDTH = 110
 BRIEF = 5
 # A bootstrap of fewer pairs tells nothing.
 FEW = 5
-BREAKDOWNS = {
-    "subset": ("By subset", "the part of the data that the pair comes from"),
-    "length_difference_tokens": (
-        "By length of the chosen answer beside the rejected one, in tokens",
-        "share of the longer one; a model that takes the longer answer is right below and wrong above",
-    ),
-    "length_difference_characters": ("The same in characters", ""),
-    "turns": ("By turns of the user in the prompt", ""),
-    "prompt_length": ("By length of the prompt", "four parts of about the same size"),
-    "margin": ("By size of the margin", "ten parts: a useful model is right more often where its margin is large"),
-    "refusal": ("By which answer refuses", "answers that open with a plain refusal, by a list of English phrases"),
-}
 FRAMES = {
     "equal_mass": "bins of equal mass, both orders",
     "equal_width": "bins of equal width, both orders",
@@ -92,8 +81,8 @@ def _accuracy(analysis: dict[str, Any]) -> Iterator[str]:
         f"Ties: {overall['ties']:,} (half right above; with a tie as wrong: {percent(overall['strict'])}). "
         f"Taking the longer answer in characters: {percent(overall['length_baseline_characters'])}."
     )
-    for key, (title, explanation) in BREAKDOWNS.items():
-        yield from _heading(title, explanation, level="-")
+    for key, words in TERMS["breakdowns"].items():
+        yield from _heading(words["title"], words["explanation"], level="-")
         yield from _cells(analysis["breakdowns"][key])
 
 
