@@ -18,9 +18,9 @@ from rlhf_trl.compare.verdict import compare_groups, read_judge, read_points
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.report.svg import draw_frontiers
+from rlhf_trl.report.values import build_environment
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_text
 from rlhf_trl.run.layout import REFERENCE, RunDir
-from rlhf_trl.text.format import environment_of
 
 Row = dict[str, Any]
 NOT_COMPARED = "name"
@@ -153,7 +153,7 @@ def render(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir], worked_out
         files[key] = {name: os.path.relpath(path.resolve(), worked_out.parent) for name, path in paths.items()}
         documents |= {files[key][name]: read_json(path) for name, path in paths.items()}
         frontiers[key] = draw_frontiers(documents[files[key]["pareto"]], prefix=key) if "pareto" in files[key] else []
-    environment = environment_of(documents)
+    environment = build_environment(documents)
     return environment.get_template("beside.html.j2").render(
         recipes=recipes,
         names=_name(runs),

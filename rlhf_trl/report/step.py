@@ -19,14 +19,13 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.report.judge import view_judge
-from rlhf_trl.report.sentences import group_by_verdict, judge_gain, order_alarms
+from rlhf_trl.report.sentences import group_by_verdict, judge_gain, order_alarms, view_judge
 from rlhf_trl.report.svg import draw_comparison, draw_courses, draw_frontiers, draw_panels
+from rlhf_trl.report.values import PREVIEW, build_environment
 from rlhf_trl.run.files import read_json, read_jsonl, write_text
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.trust import judge_reward_model
 from rlhf_trl.text.display import take_turns
-from rlhf_trl.text.format import PREVIEW, environment_of
 
 SAMPLES = 8
 WORST = 3
@@ -66,7 +65,7 @@ def render(recipe: Recipe, run: RunDir) -> str:
         name: (read_jsonl if name.endswith(".jsonl") else read_json)(run.root / name) for name in _flat(files)
     }
     page = (
-        environment_of(documents)
+        build_environment(documents)
         .get_template("report.html.j2")
         .render(
             recipe=recipe,

@@ -20,14 +20,14 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.report import svg as report_figures
 from rlhf_trl.report.beside import compare_runs, lay_beside
-from rlhf_trl.report.judge import judge_share, read_habits, shows_length
-from rlhf_trl.report.sentences import judge_gain, order_alarms
+from rlhf_trl.report.sentences import judge_gain, judge_share, order_alarms, read_habits, shows_length
 from rlhf_trl.report.step import choose_samples, list_contents, render, report
 from rlhf_trl.report.svg import plot_frontier
+from rlhf_trl.report.values import MAX_CHARACTERS, printable
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.trust import judge_reward_model, weigh_trust
-from rlhf_trl.text.format import MAX_CHARACTERS, format_dollars, format_estimate, printable
+from rlhf_trl.text.format import format_dollars, format_estimate
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "use"}
 HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} [/b] \x1b[31m \u202egpj.exe\u202c \x00 &lt; \"' onload=x </div>"
