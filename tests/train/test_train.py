@@ -170,7 +170,7 @@ from pathlib import Path
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.run.files import read_jsonl
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.rewards import load_reward_model
+from rlhf_trl.models.rewards import load_reward_model
 run = RunDir(Path({str(run.root)!r})); pairs = read_jsonl(run.pairs("test"))[:4]
 model = load_reward_model(load_recipe(Path({str(run.root.parent.parent / "small.yaml")!r})), run, "rm")
 print(json.dumps(model.score([p["prompt"] for p in pairs], [p["chosen"] for p in pairs], [True] * 4).tolist()))
