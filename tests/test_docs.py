@@ -1,5 +1,6 @@
 """What README.md and docs/ promise: commands that exist, recipes that are valid, keys, links and the tree of rooms."""
 
+import importlib
 import re
 import shlex
 
@@ -73,3 +74,9 @@ def test_links_lead_somewhere(name):
     folder = ROOT if name == "README.md" else ROOT / "docs"
     for target in re.findall(r"\]\(([^)#]+)", PAGES[name]):
         assert target.startswith("https://") or (folder / target).exists(), target
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_a_page_imports_from_the_package_exists(name):
+    for module, names in re.findall(r"^from (rlhf_trl[\w.]*) import ([\w, ]+)$", PAGES[name], re.M):
+        assert all(hasattr(importlib.import_module(module), word.strip()) for word in names.split(","))
