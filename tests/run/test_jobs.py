@@ -246,7 +246,7 @@ def test_two_stages_train_at_the_same_time_to_the_weights_that_one_after_the_oth
 
     recipe = small_recipe(tmp_path, (), RECIPE)
     run = RunDir(tmp_path / "runs" / "small")
-    run.reslot("prepare")
+    run.replace("prepare")
     prepare(recipe, run)
     run.mark_done(recipe, "prepare", 0.0)
     threads = torch.get_num_threads()
