@@ -14,8 +14,9 @@ from rlhf_trl.judge.win_rate import prompt_scores
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.stats.estimate import bootstrap_mean, wilson
-from rlhf_trl.stats.frontier import best_of_n_kl, bootstrap_front, fit_over_optimisation, gain_at_kl, non_dominated
+from rlhf_trl.stats.frontier import best_of_n_kl, bootstrap_front, fit_over_optimisation, non_dominated, read_path
+from rlhf_trl.stats.intervals import estimate_mean, wilson
+from rlhf_trl.stats.trust import length_rule
 
 Row = dict[str, Any]
 # Policy -> its true gain in reward and in gold reward, its KL, and how much longer its answers are; others are drawn.
@@ -181,6 +182,7 @@ def pair_accuracy(stage: str, subsets: Sequence[str], accuracy: tuple[float, flo
         "accuracy": share(right, pairs),
         "length_baseline": share(longer, pairs),
         "over_baseline": estimate([*over, *[0.0] * (pairs - len(over))]),
+        "length_rule": length_rule(*(np.repeat([1.0, 0.0], [part, pairs - part]) for part in (right, longer))),
     }
     draw = random.Random(stage)
     margin = estimate([draw.gauss(0.6, 1) for _ in range(pairs)])
@@ -215,13 +217,12 @@ def invent_pareto(recipe: Recipe, records: dict[Any, list[Row]], scores: list[st
             for n in (1, 2, 4, 8, 16)
             if n <= recipe.evaluation.best_of_n
         ]
-        trainers = dict.fromkeys(recipe.stages[name].trainer for name in recipe.policies)
         at_kl = [
             {
                 "kl": budget,
                 "gains": {
-                    trainer: (found := gain_at_kl(*_of(trainer, recipe, kls, gains), budget, 0)) and found.as_dict()
-                    for trainer in trainers
+                    name: None if (found := read_path(*_of(name, kls, gains), budget)) is None else estimate(found)
+                    for name in recipe.policies
                 }
                 | ({"best_of_n": best[-1]["gain"] if best[-1]["kl"] > budget else None} if best else {}),
             }
@@ -247,9 +248,8 @@ def invent_pareto(recipe: Recipe, records: dict[Any, list[Row]], scores: list[st
     return {"worst": {"gain": worst.gain, "kl": worst.kl}, "axes": axes}
 
 
-def _of(trainer: str, recipe: Recipe, *values: dict[Any, np.ndarray]) -> list[np.ndarray]:
-    keys = [key for key in values[0] if key[0] in recipe.stages and recipe.stages[key[0]].trainer == trainer]
-    return [np.stack([of[key] for key in keys]) for of in values]
+def _of(policy: str, *values: dict[Any, np.ndarray]) -> list[np.ndarray]:
+    return [np.stack([of for key, of in each.items() if key[0] == policy]) for each in values]
 
 
 def invent_over_optimisation(recipe: Recipe, metrics: Row, pareto: Row | None) -> Row:
@@ -465,7 +465,7 @@ def _scores(row: Row) -> list[str]:
 
 
 def estimate(values: Any) -> Row:
-    return bootstrap_mean(values).as_dict()
+    return estimate_mean(values).as_dict()
 
 
 def share(successes: float, n: int) -> Row:

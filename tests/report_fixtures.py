@@ -14,7 +14,7 @@ from rlhf_trl.compare.step import build
 from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
 from rlhf_trl.run.files import read_json, write_json, write_jsonl
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.stats.estimate import wilson
+from rlhf_trl.stats.intervals import wilson
 
 STAGES: dict[str, Any] = {
     "sft": {"trainer": "sft", "args": {"num_train_epochs": 1, "learning_rate": 2e-4}},

@@ -19,7 +19,7 @@ from rlhf_trl.data.hh import Reason, RowError, normalise
 from rlhf_trl.models.base import encode
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.stats.estimate import wilson
+from rlhf_trl.stats.intervals import wilson
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def plot_comparison(results: Mapping[str, Any], stats: Mapping[str, Row], path: 
     """Draw what there is: differences at equal KL, gain against KL, reward during training, compute."""
     drawings: list[tuple[str, Callable[[Axes], None]]] = []
     if results["verdict"]:
-        drawings.append(("Difference at the same KL", lambda axes: draw_differences(axes, results)))
+        drawings.append(("Difference at equal KL and as trained", lambda axes: draw_differences(axes, results)))
     if measure_of(results):
         drawings.append(("Every seed, on held-out prompts", lambda axes: draw_seeds(axes, results)))
     drawings.append(("Reward or loss during training", lambda axes: draw_training(axes, results, stats)))
@@ -52,23 +52,34 @@ def measure_of(results: Mapping[str, Any]) -> str | None:
 
 
 def draw_differences(axes: Axes, results: Mapping[str, Any]) -> None:
-    """Draw the first method less the second with its 95 % interval, a line for each pair; filled where it is clear
-    of 0 after Holm's correction."""
+    """Draw the first method less the second with its 95 % interval, a line for each pair and question; filled where it
+    is significant and large enough to matter."""
     measure = results["verdict"]["measure"]
-    found = [(pair["a"], pair["b"], pair["measures"][measure].get("equal_kl")) for pair in results["pairs"]]
-    found = [(a, b, result) for a, b, result in found if result and result["difference"]]
-    found = sorted(found, key=lambda entry: -abs(entry[2]["difference"]["mean"]))[:MOST_PAIRS]
+    found = list_differences(results)
     axes.axvline(0, color=GREY, linewidth=1)
-    for place, (_, _, result) in enumerate(found):
+    for place, (_, result) in enumerate(found):
         difference = result["difference"]
         clear = result["outcome"] in ("better", "worse")
         axes.plot([difference["low"], difference["high"]], [place, place], color=INK, linewidth=1.6)
         axes.plot(difference["mean"], place, marker="o", markersize=8, color=INK,
                   markerfacecolor=INK if clear else PAPER)  # fmt: skip
-    axes.set_yticks(range(len(found)), [f"{a}\nless {b}\nat {result['kl']:.2g} nats" for a, b, result in found])
+    axes.set_yticks(range(len(found)), [label for label, _ in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel(f"difference in {AXIS[measure]} (filled: clear of 0 after Holm's correction)")
+    axes.set_xlabel(f"difference in {AXIS[measure]} (filled: significant, and large enough to matter)")
     axes.grid(axis="y", visible=False)
+
+
+def list_differences(results: Mapping[str, Any]) -> list[tuple[str, Row]]:
+    """List the answers by the verdict's measure with their labels, the largest differences first."""
+    found: list[tuple[str, Row]] = []
+    for pair in results["pairs"]:
+        measured = pair["measures"][results["verdict"]["measure"]]
+        for question in ("equal_kl", "as_trained") if measured["why_not"] is None else ():
+            result = measured[question]
+            where = f"at {result['kl']:.2g} nats" if result["kl"] else "as trained"
+            if result["why_not"] is None:
+                found.append((f"{pair['a']}\nless {pair['b']}\n{where}", result))
+    return sorted(found, key=lambda entry: -abs(entry[1]["difference"]["mean"]))[:MOST_PAIRS]
 
 
 def draw_seeds(axes: Axes, results: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from rlhf_trl.compare.evidence import read_judge, read_points, smallest_that_matters
 from rlhf_trl.compare.figures import plot_comparison
 from rlhf_trl.compare.seeds import summarise_seeds
 from rlhf_trl.compare.text_report import render
@@ -25,7 +26,7 @@ from rlhf_trl.compare.training import (
     measure_stability,
     needed,
 )
-from rlhf_trl.compare.verdict import compare_groups, conclude, join, read_judge, read_points
+from rlhf_trl.compare.verdict import compare_groups, conclude, join
 from rlhf_trl.recipe.recipe import POLICY_TRAINERS, Recipe
 from rlhf_trl.run.files import read_json, write_json, write_text
 from rlhf_trl.run.layout import RunDir
@@ -61,11 +62,19 @@ DEFINITIONS = {
     "tie counts half (Agarwal et al., 2021)",
     "device_seconds_with_inputs": "the same with the stages that this one builds on, such as its reward model",
     "kl": "exact KL to the reference on the held-out prompts, nats per answer: one definition for every method",
-    "difference": "first method less the second on the same prompts; at equal KL, where both are read off the lines "
-    "from the reference through their own points over the square root of the KL",
-    "p_holm": "two-sided p-value of the two-level bootstrap over seeds and prompts, corrected over all pairs of this "
-    "measure (Holm, 1979); where a method is read off a line far from its points, the larger of that at equal KL and "
-    "that as trained, and 1 where the two point in opposite directions",
+    "difference": "first method less the second on the same prompts; with two seeds or more of each the seeds are the "
+    "unit, with one the prompts, and then it is about these adapters",
+    "as_trained": "the final policies, those that an export would share",
+    "equal_kl": "the largest KL that every run reached; each run is read along its own path of evaluated points, as "
+    "many for each run, over the square root of the KL, and nothing is extrapolated",
+    "better": "significant (p_holm below 0.05) and at least as large as the smallest difference that matters",
+    "trivial": "significant, and smaller than the smallest difference that matters",
+    "equivalent": "the whole interval lies below the smallest difference that matters, either way",
+    "smallest": "smallest difference that matters: the recipe's, or a tenth of the standard deviation of the "
+    "reference's scores; 2 points of a win rate",
+    "collapsed": "runs whose final policy lies below their peak by more than matters, beyond chance",
+    "p_holm": "two-sided p-value, corrected over all that is claimed here (Holm, 1979): both questions of every pair "
+    "and every gain over the reference",
     **SIGNS,
 }
 
@@ -99,10 +108,12 @@ def build(recipe: Recipe, run: RunDir) -> Row:
     results = compare_stages(recipe, stats, metrics, judged.win_rates, names)
     groups = {group: [name for name in own if name in names] for group, own in recipe.groups.items()}
     groups = {group: own for group, own in groups.items() if own}
-    results["groups"] = {group: summarise(results["stages"], own, recipe.seed) for group, own in groups.items()}
+    results["groups"] = {group: summarise(results["stages"], own) for group, own in groups.items()}
     methods = {group: own for group, own in groups.items() if own[0] in policies}
-    records = {name: read_points(run, metrics, name) for name in policies}
-    pairs = compare_groups(list(combinations(methods, 2)), methods, records, judged, recipe.seed)
+    trajectories = {name: read_points(run, metrics, name) for name in recipe.policies} if policies else {}
+    smallest = smallest_that_matters(recipe, run) if policies else {}
+    pairs, gains = compare_groups(list(combinations(methods, 2)), methods, trajectories, judged, smallest)
+    results["against_reference"] = gains
     results["pairs"] = [{**pair, "cost": weigh(results, pair["a"], pair["b"])} for pair in pairs]
     doubts = {"gold": None, "reward": describe_doubt(recipe, policies), "win_rate": judged.doubt}
     results["verdict"] = conclude(list(methods), pairs, doubts)
@@ -159,7 +170,7 @@ def _quality(policy: Row | None, win_rate: Row | None) -> Row | None:
     return {**{key: policy[key] for key in QUALITY if key in policy}, **({"win_rate": win_rate} if win_rate else {})}
 
 
-def summarise(stages: Mapping[str, Row], names: Sequence[str], seed: int) -> Row:
+def summarise(stages: Mapping[str, Row], names: Sequence[str]) -> Row:
     """Summarise a group over its seeds: every point, and mean, spread and interval where there are enough."""
     columns: dict[str, dict[str, float]] = {}
     for name in names:
@@ -174,7 +185,7 @@ def summarise(stages: Mapping[str, Row], names: Sequence[str], seed: int) -> Row
     return {
         "trainer": stages[names[0]]["trainer"],
         "stages": list(names),
-        "seeds": {key: summarise_seeds(points, seed) for key, points in columns.items()},
+        "seeds": {key: summarise_seeds(points) for key, points in columns.items()},
     }
 
 

@@ -11,6 +11,11 @@ from typing import Any
 
 Row = dict[str, Any]
 WIDTH = 110
+# Whether there are pairs -> what is said without a verdict.
+NO_VERDICT = {
+    True: "Nothing can be said about any two methods; the reasons are below.",
+    False: "There are no two methods to compare.",
+}
 CLOCKS = ("steps", "seconds", "tokens")
 
 
@@ -32,7 +37,7 @@ def render(name: str, results: Mapping[str, Any]) -> str:
 def _conclude(results: Mapping[str, Any]) -> Iterator[str]:
     yield from _heading("Which method was better")
     verdict = results["verdict"]
-    yield from _wrap(verdict["sentence"] if verdict else "No two methods were measured on the same prompts.")
+    yield from _wrap(verdict["sentence"] if verdict else NO_VERDICT[bool(results["pairs"])])
     for warning in verdict["warnings"] if verdict else ():
         yield from _wrap(f"Careful: {warning}.")
     for pair in results["pairs"]:
@@ -136,13 +141,10 @@ def _seeds(groups: Mapping[str, Row]) -> Iterator[str]:
     for name, group in several.items():
         rows = []
         for key, found in group["seeds"].items():
-            middle = "" if found["iqm"] is None else f"{found['iqm']:.3g} [{found['low']:.3g}, {found['high']:.3g}]"
             points = ", ".join(f"{value:.3g}" for value in found["points"].values())
-            rows.append([key, _cell(found["mean"]), _cell(found["std"]), middle, points])
+            rows.append([key, _estimate(found), _cell(found["std"]), _cell(found["iqm"]), points])
         yield from _wrap(f"{name}: {', '.join(group['stages'])}")
         yield from _table(["", "mean", "std", "IQM", "every seed"], rows)
-        for warning in dict.fromkeys(found["warning"] for found in group["seeds"].values() if found["warning"]):
-            yield from _wrap(f"Careful: {warning}.")
 
 
 def _define(definitions: Mapping[str, str]) -> Iterator[str]:

@@ -1,173 +1,108 @@
-"""Which method is better, by how much: two groups of policies on the same prompts at the same KL.
+"""Which method is better, by how much: what is significant, what matters, who is named, and in which words.
 
-Functions from the answers of `evaluate` and the scores of `judge` to the verdict of `comparison_results.json`. A
-method is a group of stages that differ in their seed alone. Prompts and seeds are both drawn again for the intervals
-(two-level bootstrap); the p-values of all pairs of one measure are corrected by Holm (1979).
+Two questions are kept apart. *As trained*: the final policies, those that an export would share. *At equal KL*: each
+run is read along its own path. A winner needs a significant difference that matters at equal KL, and none in the other
+direction as trained. With one seed the sentences are about two adapters, never about methods. The p-values of all that
+is claimed are corrected together (Holm, 1979). Reads and writes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from rlhf_trl.compare.seeds import compare_as_trained, compare_at_equal_kl, probability_of_improvement
-from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.files import read_json, read_jsonl
-from rlhf_trl.run.layout import REFERENCE, RunDir
-from rlhf_trl.stats.estimate import holm
-from rlhf_trl.stats.trust import weigh_trust
+from rlhf_trl.compare.evidence import Judged, Trajectory, measure_gains, measure_pair
+from rlhf_trl.stats.intervals import LEVEL, holm
+from rlhf_trl.text.format import format_p
 
 Row = dict[str, Any]
-# Stage -> for each of its checkpoints, the final policy last, one record for each prompt (`id`, `kl`, scores).
-Records = Mapping[str, Sequence[Sequence[Row]]]
-LEVEL = 0.05
-# A bootstrap of a few prompts knows nothing of the others.
-FEWEST = 20
-# A run has been measured near a KL where one of its points lies within this factor of it.
-NEAR = 1.5
 BY = {"gold": "by the gold model", "reward": "by the reward model", "win_rate": "by the judge"}
-NO_SCORES = {"gold": "there is no gold model", "reward": "there is no reward model"}
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What a judge said of the answers of a run's policies."""
-
-    scores: Mapping[str, Mapping[str, float]]
-    """Stage -> prompt -> score against the reference: 1 won, 0.5 tied, 0 lost."""
-    win_rates: Mapping[str, Row]
-    """Stage -> estimate over the prompts."""
-    who: str | None
-    """The judge's id; None where there is none."""
-    why_not: str | None = None
-    """Why its scores are no measure of their own."""
-    doubt: str | None = None
-    """Why its scores may mean little."""
-
-
-def read_judge(recipe: Recipe, run: RunDir) -> Judged:
-    """Read the judge's win rates against the reference and the scores behind them, if it judged these answers."""
-    nothing = Judged({}, {}, None, "there is no judge, or it has not judged")
-    if "judge" not in recipe.plan or not run.winrate.exists():
-        return nothing
-    found = read_json(run.winrate)
-    if found["status"] == "not run" or found["evaluation"] != recipe.fingerprint("evaluate"):
-        return nothing
-    rates = {row["a"]: row["win_rate"] for row in found["win_rates"] if row["b"] == REFERENCE}
-    kind, trust = found["judge"]["kind"], weigh_trust(found)
-    doubt = None if trust == "informed" else "the judge has not shown that it can tell better answers"
-    return Judged(
-        read_json(run.prompt_scores),
-        rates,
-        found["judge"]["id"],
-        "the judge is the gold model, whose scores stand beside this" if kind == "reward" else None,
-        "the judge is a rule for tests, which says nothing about answers" if kind == "offline" else doubt,
-    )
-
-
-def read_points(run: RunDir, metrics: Mapping[str, Any], policy: str) -> list[list[Row]]:
-    """Read a policy's answers at each evaluated checkpoint, the final ones last; `metrics` is `metrics.json`."""
-    steps = [entry["step"] for entry in metrics["checkpoints"].get(policy, [])[:-1]]
-    return [read_jsonl(run.completions(policy, step)) for step in [*steps, None]]
+QUESTIONS = {"equal_kl": "at equal KL", "as_trained": "as trained"}
+OPPOSITE = {"better": "worse", "worse": "better"}
+# Outcome -> what is said of two for which no better one is named.
+DRAWS = {
+    "trivial": "there is no difference that matters between {}",
+    "equivalent": "{} are equivalent",
+    "same": "there is no significant difference between {}",
+    "identical": "{} have the same score on every prompt",
+    "unknown": "nothing can be said about {}",
+}
+FEW_SEEDS = 5
 
 
 def compare_groups(
     pairs_of: Sequence[tuple[str, str]],
     groups: Mapping[str, Sequence[str]],
-    records: Records,
+    trajectories: Mapping[str, Trajectory],
     judged: Judged,
-    seed: int,
-) -> list[Row]:
-    """Compare two groups at a time by each measure: the gold model (or, without one, the reward model) and the judge.
+    smallest: Mapping[str, float],
+) -> tuple[list[Row], dict[str, dict[str, Row]]]:
+    """Compare two groups at a time, and each final policy with the reference.
 
     Args:
         pairs_of: names of the groups to compare.
         groups: name -> its stages.
-        judged: what the judge said of the stages.
+        smallest: for each measure, the smallest difference that matters.
 
     Returns:
-        For each pair: `a`, `b`, and `measures`: by name either `why_not`, or `equal_kl` and `as_trained` (see `seeds`)
-        with `improvement`, the probability that a run of `a` ends above a run of `b`. `equal_kl` also has `lines`, the
-        groups that were read off a line far from their points, `p_holm` and `outcome`: `better` (a is), `worse`,
-        `same` (not significantly different), `indistinguishable` (every prompt the same) or `unknown`. Where there are
-        such `lines`, `p` is the larger of the two ways' and 1 where they point in opposite directions, so that no
-        line alone makes a winner. The `sentence` says it all.
+        For each pair `a`, `b`, the `sentence` and `measures` (`evidence.measure_pair`): the gold model or, without
+        one, the reward model, and the judge; and for each stage its gains (`evidence.measure_gains`). Every result
+        that was tested has `p_holm` and `outcome` (`decide`).
     """
-    final = next(iter(records.values()))[-1][0] if records else {}
+    final = next(iter(trajectories.values())).records[-1][0] if trajectories else {}
     measures = ["gold" if "gold_gain" in final else "reward", "win_rate"]
-    pairs: list[Row] = [{"a": a, "b": b, "measures": {}} for a, b in pairs_of]
-    for measure in measures:
-        found = [_measure(pair["a"], pair["b"], groups, measure, records, judged, seed) for pair in pairs]
-        results = [result["equal_kl"] for result in found if result["why_not"] is None]
-        for result, p in zip(results, holm([result["p"] for result in results]), strict=True):
-            result |= {"p_holm": p, "outcome": _conclude(result, p)}
-        for pair, result in zip(pairs, found, strict=True):
-            pair["measures"][measure] = result
+    pairs: list[Row] = []
+    for a, b in pairs_of:
+        of = {measure: measure_pair([groups[a], groups[b]], measure, trajectories, judged, smallest.get(measure, 0.0))
+              for measure in measures}  # fmt: skip
+        pairs.append({"a": a, "b": b, "measures": of})
+    gains = measure_gains(trajectories, judged, smallest)
+    claims = [of for of_stage in gains.values() for of in of_stage.values()]
     for pair in pairs:
-        pair["sentence"] = say(pair, len(pairs))
-    return pairs
+        for found in pair["measures"].values():
+            for question in QUESTIONS if found["why_not"] is None else ():
+                found[question]["smallest"] = found["smallest"]
+                claims.append(found[question])
+    for claim, p in zip(claims, holm([claim.get("p") for claim in claims]), strict=True):
+        claim |= {"p_holm": p, "outcome": decide(claim, p)}
+    for pair in pairs:
+        pair["sentence"] = say(pair)
+    return pairs, gains
 
 
-def _measure(
-    a: str, b: str, groups: Mapping[str, Sequence[str]], measure: str, records: Records, judged: Judged, seed: int
-) -> Row:
-    if measure == "win_rate" and judged.why_not:
-        return {"why_not": judged.why_not}
-    stages = [*groups[a], *groups[b]]
-    # The prompts on which every stage of both groups was judged, in the same order for all.
-    prompts = sorted(set.intersection(*(set(judged.scores.get(stage, {})) for stage in stages)))
-    curves = {stage: curve(records[stage], measure, judged.scores.get(stage, {}), prompts) for stage in stages}
-    count = min(gains.shape[-1] for _, gains in curves.values())
-    if count == 0 and measure != "win_rate":
-        return {"why_not": NO_SCORES[measure]}
-    if count < FEWEST:
-        return {"why_not": f"only {count} prompts have a score for all of their runs; {FEWEST} are needed"}
-    runs = [[curves[stage] for stage in groups[name]] for name in (a, b)]
-    finals = [[gains[-1] for _, gains in of] for of in runs]
-    equal, trained = compare_at_equal_kl(runs[0], runs[1], seed), compare_as_trained(finals[0], finals[1], seed)
-    trained["improvement"] = probability_of_improvement(*(np.array([[of.mean()] for of in final]) for final in finals))
-    equal["lines"] = [
-        name for name, of in zip((a, b), runs, strict=True) if not all(_near(run, equal["kl"]) for run in of)
-    ]
-    if equal["lines"] and equal["difference"] is not None and not equal["identical"]:
-        agree = equal["difference"]["mean"] * trained["difference"]["mean"] > 0
-        equal["p"] = max(equal["p"], trained["p"]) if agree else 1.0
-    return {"why_not": None, "equal_kl": equal, "as_trained": trained}
+def decide(result: Row, p: float | None) -> str:
+    """Decide what a difference shows.
 
-
-def _near(run: tuple[np.ndarray, np.ndarray], kl: float) -> bool:
-    """Whether a run has a point whose mean KL lies within a factor of `NEAR` of this one."""
-    return any(kl / NEAR <= mean <= kl * NEAR for mean in run[0].mean(axis=1))
-
-
-def curve(
-    points: Sequence[Sequence[Row]], measure: str, scores: Mapping[str, float], prompts: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """KL and gain of each point of a run on each prompt, (K, P) both; of a win rate, the final policy alone and its
-    score less the half that the reference has."""
-    if measure == "win_rate":
-        kl = {row["id"]: row["kl"] for row in points[-1]}
-        return np.array([[kl[name] for name in prompts]]), np.array([[scores[name] - 0.5 for name in prompts]])
-    kls = np.array([[row["kl"] for row in rows] for rows in points])
-    return kls, np.array([[row[f"{measure}_gain"] for row in rows if f"{measure}_gain" in row] for rows in points])
-
-
-def _conclude(result: Row, p: float | None) -> str:
+    Returns:
+        `better` (the first is) or `worse`: significant, and large enough to matter; `equivalent`: the whole interval
+        is too small to matter; `trivial`: significant, and too small to matter; `same`: not significant;
+        `identical`: every prompt has the same score; `unknown`.
+    """
     if p is None:
         return "unknown"
     if result["identical"]:
-        return "indistinguishable"
+        return "identical"
+    found, smallest = result["difference"], result["smallest"]
+    if -smallest < found["low"] and found["high"] < smallest:
+        return "equivalent"
     if p >= LEVEL:
         return "same"
-    return "better" if result["difference"]["mean"] > 0 else "worse"
+    if abs(found["mean"]) < smallest:
+        return "trivial"
+    return "better" if found["mean"] > 0 else "worse"
 
 
-def say(pair: Row, pairs: int) -> str:
-    """Say in one plain sentence for each measure what was found of two groups."""
-    words = [_say(pair["a"], pair["b"], measure, found, pairs)
+def find_winner(found: Row) -> str | None:
+    """Name the winner of a measured pair, `a` or `b`: significant at equal KL, and not the other way as trained."""
+    outcomes = [found[question]["outcome"] for question in QUESTIONS]
+    if outcomes[0] not in OPPOSITE or outcomes[1] == OPPOSITE[outcomes[0]]:
+        return None
+    return "a" if outcomes[0] == "better" else "b"
+
+
+def say(pair: Row) -> str:
+    """Say in plain sentences for each measure what was found of two groups."""
+    words = [_say(pair["a"], pair["b"], measure, found)
              for measure, found in pair["measures"].items() if found["why_not"] is None]  # fmt: skip
     if not words:
         reasons = "; ".join(dict.fromkeys(found["why_not"] for found in pair["measures"].values()))
@@ -175,36 +110,63 @@ def say(pair: Row, pairs: int) -> str:
     return " ".join(words)
 
 
-def _say(a: str, b: str, measure: str, found: Row, pairs: int) -> str:
-    result, trained = found["equal_kl"], found["as_trained"]
-    if result["difference"] is None:
-        return f"{a} and {b} cannot be compared {BY[measure]} at the same KL: {result['why_not']}."
-    if result["outcome"] == "indistinguishable":
-        return f"{a} and {b} are indistinguishable {BY[measure]}: every prompt has the same score."
-    # Told from the better one's side.
-    first, second, turn = (b, a, -1) if result["outcome"] == "worse" else (a, b, 1)
-    kl = f"{result['kl']:{'.2f' if result['kl'] >= 0.1 else '.1g'}}"
-    lines = f" ({join(result['lines'])} read off a line, far from what was measured)" if result["lines"] else ""
-    corrected = f" after Holm's correction for {pairs} pairs" if pairs > 1 else ""
-    numbers = (
-        f"at the same KL of {kl} nats{lines}: {_difference(result, turn, measure)}; as trained "
-        f"{_difference(trained, turn, measure)}; p = {result['p_holm']:.2g}{corrected}, on "
-        f"{result['difference']['n']} prompts."
-    )
-    if result["outcome"] == "same":
-        return f"There is no significant difference between {a} and {b} {BY[measure]} {numbers}"
-    return f"{first} is better than {second} {BY[measure]} {numbers}"
+def _say(a: str, b: str, measure: str, found: Row) -> str:
+    names = [_subject(name, seeds, found["unit"]) for name, seeds in zip((a, b), found["seeds"], strict=True)]
+    told = [f"{title}{_at(found[question])} {_state(found[question], names, measure, found)}"
+            for question, title in QUESTIONS.items()]  # fmt: skip
+    words = f"{BY[measure].capitalize()}, {'; '.join(told)}."
+    outcomes = [found[question]["outcome"] for question in QUESTIONS]
+    if OPPOSITE.get(outcomes[0]) == outcomes[1]:
+        words += " The two answers differ, so that neither is named the better one."
+    return words
+
+
+def _subject(name: str, seeds: int, unit: str) -> str:
+    if unit == "methods":
+        return name
+    return f"the adapter {name}" if seeds == 1 else f"the {seeds} adapters of {name}"
+
+
+def _at(result: Row) -> str:
+    return f" ({result['kl']:{'.2f' if result['kl'] >= 0.1 else '.1g'}} nats)," if result["kl"] else ","
+
+
+def _state(result: Row, names: Sequence[str], measure: str, found: Row) -> str:
+    """State the answer to one question, from the better one's side."""
+    both, outcome = " and ".join(names), result["outcome"]
+    if outcome == "unknown":
+        return f"nothing can be said: {result['why_not']}"
+    if outcome == "identical":
+        return DRAWS[outcome].format(both)
+    turn = -1 if outcome == "worse" else 1
+    numbers = _difference(result, turn, measure)
+    if outcome in OPPOSITE:
+        first, second = names[::turn]
+        return f"{first} {_verb(found)} {second}: {numbers}, {format_p(result['p_holm'])}"
+    limit = _number(found["smallest"], measure).removeprefix("+")
+    tail = {"equivalent": f"within {limit} either way", "trivial": f"less than {limit}"}
+    return f"{DRAWS[outcome].format(both)}: {numbers}, {tail.get(outcome) or format_p(result['p_holm'])}"
+
+
+def _verb(found: Row, names: int = 1) -> str:
+    if found["unit"] == "adapters":
+        return "scores higher than"
+    return "is better than" if names == 1 else "are better than"
+
+
+def _number(value: float, measure: str) -> str:
+    return f"{100 * value:+.1f} points" if measure == "win_rate" else f"{value:+.2f}"
 
 
 def _difference(result: Row, turn: int, measure: str) -> str:
-    scale, unit, digits = (100, " points", 1) if measure == "win_rate" else (1, "", 2)
-    mean, *ends = (turn * scale * result["difference"][key] for key in ("mean", "low", "high"))
-    low, high = sorted(ends)
-    return f"{mean:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    scale, digits = (100, 1) if measure == "win_rate" else (1, 2)
+    low, high = sorted(turn * scale * result["difference"][key] for key in ("low", "high"))
+    mean = _number(turn * result["difference"]["mean"], measure)
+    return f"{mean} [{low:+.{digits}f}, {high:+.{digits}f}] on {result['difference']['n']} prompts"
 
 
 def conclude(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, str | None]) -> Row | None:
-    """Name the winner, if there is one: the group that is better than every other by the first measure.
+    """Name the winner, if there is one: the group that wins against every other by the first measure.
 
     Args:
         doubts: for each measure, why it may mean little, if so.
@@ -217,49 +179,80 @@ def conclude(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, s
     measure = next((of for of in measures if known[of]), None)
     if measure is None:
         return None
-    results = [(pair["a"], pair["b"], pair["measures"][measure]["equal_kl"]) for pair in known[measure]]
+    results = [(pair["a"], pair["b"], pair["measures"][measure]) for pair in known[measure]]
     beaten: dict[str, list[str]] = {name: [] for name in groups}
-    for a, b, result in results:
-        if result["outcome"] in ("better", "worse"):
-            first, second = (a, b) if result["outcome"] == "better" else (b, a)
+    for a, b, found in results:
+        winner = find_winner(found)
+        if winner:
+            first, second = (a, b) if winner == "a" else (b, a)
             beaten[first].append(second)
     winner = next((name for name, others in beaten.items() if len(others) == len(groups) - 1), None)
-    warnings = [doubts[measure], *(result["warning"] for *_, result in results)]
     missing = [f"{pair['a']} and {pair['b']}" for pair in pairs if pair not in known[measure]]
-    missing += [f"{a} and {b}" for a, b, result in results if result["outcome"] == "unknown"]
+    warnings = [doubts[measure], *warn([found for *_, found in results])]
     if missing:
         warnings.append(f"not compared: {_several(missing, 'pairs', '; ')}")
     return {
         "measure": measure,
         "winner": winner,
         "sentence": _headline(winner, beaten, results, measure),
-        "warnings": list(dict.fromkeys(warning for warning in warnings if warning)),
+        "warnings": [warning for warning in warnings if warning],
     }
+
+
+def warn(measured: Sequence[Row]) -> list[str]:
+    """Say what the number of seeds means, and which runs fell after a peak, each once."""
+    words = []
+    for fewest in sorted({min(found["seeds"]) for found in measured}):
+        if fewest == 1:
+            words.append("one seed: nothing is known about the spread between seeds; this is about these adapters, "
+                         "not about methods")  # fmt: skip
+        elif fewest < FEW_SEEDS:
+            words.append(f"{fewest} seeds: only large differences between methods can be seen")
+    return words + list(dict.fromkeys(
+        f"{peak['stage']} fell after a peak at step {peak['step']} (KL {peak['kl']:.2f} nats), from a gain of "
+        f"{peak['gain']:+.2f} to {peak['final']:+.2f}"
+        for found in measured for peak in found["collapsed"]
+    ))  # fmt: skip
 
 
 def _headline(
     winner: str | None, beaten: Mapping[str, Sequence[str]], results: Sequence[tuple[str, str, Row]], measure: str
 ) -> str:
     """The verdict in one sentence."""
-    alone = any(1 in result["seeds"] for *_, result in results)
-    how = f"{BY[measure]} at the same KL" + (", as far as one seed can tell" if alone else "")
+    adapters = any(found["unit"] == "adapters" for *_, found in results)
+    kind = "adapter" if adapters else "method"
     if winner is not None:
-        return f"{winner} is better than {_several(beaten[winner], 'others')} {how}."
-    outcomes = {result["outcome"] for *_, result in results}
-    names = list(dict.fromkeys(name for a, b, result in results if result["outcome"] != "unknown" for name in (a, b)))
-    if outcomes == {"unknown"}:
-        return "No two methods could be compared at the same KL."
-    if outcomes <= {"indistinguishable", "unknown"}:
-        return f"{_several(names, 'methods')} are indistinguishable {how}."
-    if not any(beaten.values()):
-        return f"There is no significant difference between {_several(names, 'methods')} {how}."
-    known = "; ".join(
-        f"{name} is better than {_several(others, 'others')}" for name, others in beaten.items() if others
+        verb, the = ("scores higher than", "the adapter ") if adapters else ("is better than", "")
+        subject, others = f"{the}{winner}", _several([f"{the}{name}" for name in beaten[winner]], f"other {kind}s")
+        words = f"{subject[0].upper() + subject[1:] if the else subject} {verb} {others} {BY[measure]} at equal KL, "
+        return words + "and not lower as trained." if adapters else words + "and no worse as trained."
+    told = [f"{title}, {_tell(question, results)}" for question, title in QUESTIONS.items()]
+    between = "two adapters" if adapters else "two methods"
+    best = "the better one" if len(results) == 1 else "the best"
+    return f"No {kind} is named {best} of the {between if len(results) == 1 else kind + 's'} {BY[measure]}: " + (
+        "; ".join(told) + "."
     )
-    open_ = [f"{a} and {b}" for a, b, result in results if result["outcome"] in ("same", "indistinguishable")]
-    between = ", nor between "
-    undecided = f"; there is no significant difference between {_several(open_, 'pairs', between)}" if open_ else ""
-    return f"No method is better than all others {how}: {known}{undecided}."
+
+
+def _tell(question: str, results: Sequence[tuple[str, str, Row]]) -> str:
+    """Tell the outcomes of one question for all pairs."""
+    better: dict[str, list[str]] = {}
+    draws: dict[str, list[tuple[str, str]]] = {}
+    for a, b, found in results:
+        outcome = found[question]["outcome"]
+        if outcome in OPPOSITE:
+            first, second = (a, b) if outcome == "better" else (b, a)
+            better.setdefault(first, []).append(second)
+        else:
+            draws.setdefault(outcome, []).append((a, b))
+    verb = _verb(results[0][2])
+    told = [f"{name} {verb} {_several(others, 'others')}" for name, others in better.items()]
+    for outcome, of in draws.items():
+        # Where all pairs came out the same, the names say it; otherwise the pairs do.
+        alone = len(of) == len(results)
+        names = list(dict.fromkeys(name for pair in of for name in pair)) if alone else [" and ".join(p) for p in of]
+        told.append(DRAWS[outcome].format(_several(names, "names" if alone else "pairs", " and " if alone else ", ")))
+    return ", ".join(told)
 
 
 def _several(names: Sequence[str], kind: str, between: str = " and ") -> str:

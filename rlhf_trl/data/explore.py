@@ -27,7 +27,7 @@ from rlhf_trl.data.summary import QUANTILES
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import write_json, write_text
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.stats.estimate import Estimate, wilson
+from rlhf_trl.stats.intervals import Estimate, wilson
 from rlhf_trl.text.refusals import REFUSAL_CHARACTERS, REFUSALS, refuses
 
 UNITS = ("characters", "words", "tokens")

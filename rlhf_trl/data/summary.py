@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_trl.data.hh import Pair, Reason
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.stats.estimate import wilson
+from rlhf_trl.stats.intervals import wilson
 
 NOTES = ("contradictory", "multi_turn", "repeated_prompt", "truncated", "turns_dropped")
 QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}

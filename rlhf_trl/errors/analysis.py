@@ -30,10 +30,10 @@ from rlhf_trl.errors.pair_statistics import (
     correct,
     gap,
     length_bias,
-    length_rule,
     relative_gap,
     share,
 )
+from rlhf_trl.stats.trust import length_rule
 from rlhf_trl.text.refusals import refuses
 
 SIDES = ("chosen", "rejected")
@@ -166,7 +166,12 @@ def analyse(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
         "overall": {
             **_cell(data, seed),
             "length_baseline_characters": share(correct(gap(data.characters)), data.prompt).as_dict(),
-            "length_rule": length_rule(data.scores, data.tokens, data.prompt, seed),
+            "length_rule": length_rule(
+                correct(gap(data.scores)),
+                correct(gap(data.tokens)),
+                lambda values: share(values, data.prompt),
+                lambda values: average(values, data.prompt, seed),
+            ),
         },
         "breakdowns": {
             name: [{"name": label, **_cell(data.where(mask), seed)} for label, mask in groups]

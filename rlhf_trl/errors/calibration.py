@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from rlhf_trl.stats.estimate import Estimate
+from rlhf_trl.stats.intervals import Estimate
 
 SIMULATIONS = 1000
 

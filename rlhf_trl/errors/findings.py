@@ -10,7 +10,8 @@ from typing import Any
 
 from rlhf_trl.errors.pair_statistics import difference
 from rlhf_trl.errors.probes import REWARDED_WHEN
-from rlhf_trl.stats.estimate import Estimate, wilson
+from rlhf_trl.stats.intervals import Estimate, wilson
+from rlhf_trl.stats.trust import compare_with_length
 
 # A verdict of length alone needs more than this share of agreement with the length.
 LENGTH_ALONE = 0.95
@@ -141,10 +142,11 @@ def _find_faults(analysis: dict[str, Any]) -> Iterator[Finding]:
 def _compare_with_length(rule: dict[str, Any]) -> Finding:
     over, takes = rule["over_rule"], f"“always take the {rule['takes']} answer” ({percent(rule['accuracy'])})"
     numbers = {"over_rule": over, "length_rule": rule["accuracy"]}
-    if over["low"] > 0:
+    stands = compare_with_length(rule)
+    if stands == "above":
         says = f"It is better than the length rule {takes}, by {points(over)}."
         return _finding("better_than_length", False, says, **numbers)
-    word = "worse than" if over["high"] < 0 else "no better than"
+    word = "worse than" if stands == "below" else "no better than"
     says = f"It is {word} the length rule {takes}: the difference is {points(over)}."
     return _finding("no_better_than_length", True, says, **numbers)
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 from scipy.special import expit
 
-from rlhf_trl.stats.estimate import Estimate, bootstrap_ratio
+from rlhf_trl.stats.intervals import Estimate, estimate_ratio
 
 # Lengths that differ by less than this share of the longer one count as nearly equal.
 NEAR = 0.1
@@ -76,7 +76,7 @@ def average(values: np.ndarray, prompts: np.ndarray, seed: int) -> Estimate:
     if len(values) == 0:
         raise ValueError("a mean needs at least one value")
     sums, counts = _by_prompt(values, prompts)
-    found = bootstrap_ratio(sums.tolist(), counts.tolist(), seed)
+    found = estimate_ratio(sums.tolist(), counts.tolist())
     return Estimate(float(values.mean()), found.low, found.high, len(values))
 
 
@@ -144,22 +144,6 @@ def accuracy(scores: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, seed:
         "length_baseline": share(longer, prompts).as_dict(),
         "over_baseline": average(right - longer, prompts, seed).as_dict(),
         "mean_margin": average(margin, prompts, seed).as_dict(),
-    }
-
-
-def length_rule(scores: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, seed: int) -> dict[str, Any]:
-    """Compare the scores with the best rule that knows nothing but length: always the longer, or always the shorter.
-
-    Returns:
-        The rule that is right more often on these pairs, its accuracy, and by how much the scores beat it (paired).
-    """
-    right, longer = correct(gap(scores)), correct(gap(lengths))
-    takes = "longer" if longer.mean() >= 0.5 else "shorter"
-    followed = longer if takes == "longer" else 1 - longer
-    return {
-        "takes": takes,
-        "accuracy": share(followed, prompts).as_dict(),
-        "over_rule": average(right - followed, prompts, seed).as_dict(),
     }
 
 

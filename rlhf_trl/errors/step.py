@@ -32,7 +32,7 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json, write_jsonl, write_text
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.stats.estimate import holm
+from rlhf_trl.stats.intervals import holm
 
 logger = logging.getLogger(__name__)
 

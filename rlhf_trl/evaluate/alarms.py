@@ -6,7 +6,6 @@ lexical (`rlhf_trl.text.words` says what a word is): it counts what the words sh
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_trl.recipe.schema import Alarms
-from rlhf_trl.stats.estimate import RESAMPLES, bootstrap_mean, wilson
+from rlhf_trl.stats.intervals import estimate_mean, wilson
 from rlhf_trl.text.refusals import refuses
 from rlhf_trl.text.words import common_opening, compare_distinct, distinct, opening, repetition, split_words
 
@@ -51,14 +50,14 @@ def measure_text(records: Records, seed: int) -> dict[str, Any]:
     lengths = sorted(sum(word[0].isalnum() for word in answer) for answer in words)
     share, text = common_opening(texts) if texts else (0.0, "")
     return {
-        "repetition": bootstrap_mean(repeated, seed).as_dict(),
+        "repetition": estimate_mean(repeated).as_dict(),
         **{f"distinct_{n}": distinct(texts, n, DRAW * len(texts)) for n in (1, 2, 3)},
         "common_opening": {"share": share, "text": text},
         "identical_answers": sum(many for answer, many in copies.items() if many > 1) / len(texts),
         "empty": copies[()] / len(texts),
         "refusal": wilson(sum(map(refuses, texts)), len(texts)).as_dict(),
         "cut": wilson(sum(not record["finished"] for record in records), len(texts)).as_dict(),
-        "words": bootstrap_mean(lengths, seed).as_dict(),
+        "words": estimate_mean(lengths).as_dict(),
     }
 
 
@@ -131,7 +130,7 @@ def _gold(now: Records, drop: float, seed: int) -> dict[str, Any]:
     for key, model in (("reward_gain", "reward model"), ("gold_gain", "gold reward model")):
         if key not in now[0]:
             return _unknown("gold", threshold, f"there is no {model}")
-    reward, gold = (bootstrap_mean([record[key] for record in now], seed) for key in ("reward_gain", "gold_gain"))
+    reward, gold = (estimate_mean([record[key] for record in now]) for key in ("reward_gain", "gold_gain"))
     says = f"the reward changes by {reward.mean:+.3g}, the gold reward by {gold.mean:+.3g}"
     beyond = reward.mean > 0 and gold.mean < threshold
     sure = reward.low > 0 and gold.high < threshold and len(now) >= MIN_PROMPTS
@@ -146,7 +145,7 @@ def _by_ratio(alarm: str, both: np.ndarray, low: float, high: float | None, says
     ratio = now / start
     threshold = low if high is None or ratio < 1 else high
     beyond = _is_beyond(ratio, threshold, 1.0)
-    return _alarm(alarm, ratio, 1.0, threshold, beyond, _differs(both, seed), says.format(ratio))
+    return _alarm(alarm, ratio, 1.0, threshold, beyond, _differs(both), says.format(ratio))
 
 
 def _by_rise(
@@ -161,7 +160,7 @@ def _by_rise(
     beyond = _is_beyond(now, threshold, start)
     says = f"{now:.0%} {what}, {start:.0%} of the reference's"
     says += "" if wanted is None else f" and {wanted:.0%} of the chosen answers"
-    return _alarm(alarm, now, start, threshold, beyond, _differs(both, seed), says)
+    return _alarm(alarm, now, start, threshold, beyond, _differs(both), says)
 
 
 def _is_beyond(value: float, threshold: float, reference: float) -> bool:
@@ -191,25 +190,16 @@ def _opening(now: Records, start: Records, threshold: float, seed: int) -> dict[
     )
     threshold = max(threshold, reference + OPENING_MARGIN)
     says = f"{share:.0%} of the answers begin with {text!r}, {reference:.0%} of the reference's with {usual!r}"
-    return _alarm("opening", share, reference, threshold, share > threshold, _differs(begins, seed), says)
+    return _alarm("opening", share, reference, threshold, share > threshold, _differs(begins), says)
 
 
-def _differs(both: np.ndarray, seed: int) -> bool:
-    """Tell whether the mean of the paired differences, (2, P), is beyond chance, at 99 %.
-
-    The interval is the expanded percentile bootstrap's (Hesterberg, 2015, The American Statistician 69:371): the plain
-    one is too narrow for few prompts, by as much as a quantile of the normal lies below that of the t distribution.
-    """
-    from scipy.stats import norm, t
-
+def _differs(both: np.ndarray) -> bool:
+    """Tell whether the mean of the paired differences, (2, P), is beyond chance, at 99 %."""
     change = both[0] - both[1]
-    prompts = change.size
-    if prompts < MIN_PROMPTS:
+    if change.size < MIN_PROMPTS:
         return False
-    tail = norm.cdf(math.sqrt(prompts / (prompts - 1)) * t.ppf(0.005, prompts - 1))
-    picks = np.random.default_rng(seed).integers(0, prompts, size=(RESAMPLES, prompts))
-    low, high = np.quantile(change[picks].mean(axis=1), [tail, 1 - tail])
-    return not low <= 0 <= high
+    found = estimate_mean(change, level=0.01)
+    return not found.low <= 0 <= found.high
 
 
 def _alarm(

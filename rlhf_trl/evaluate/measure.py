@@ -36,7 +36,7 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import damage, list_checkpoints
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
-from rlhf_trl.stats.estimate import wilson
+from rlhf_trl.stats.intervals import wilson
 from rlhf_trl.text.refusals import refuses, unsafe_patterns
 
 logger = logging.getLogger(__name__)

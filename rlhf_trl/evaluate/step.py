@@ -38,7 +38,8 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
-from rlhf_trl.stats.estimate import bootstrap_mean, bootstrap_ratio, wilson
+from rlhf_trl.stats.intervals import estimate_mean, estimate_ratio, wilson
+from rlhf_trl.stats.trust import length_rule
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HISTOGRAM_BINS = 30
@@ -127,7 +128,7 @@ def measure_policies(recipe: Recipe, run: RunDir, of: Measurements, metrics: Row
     metrics["decoding"] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": settings.max_new_tokens,
                            "prompts": len(of.rows), "seed": recipe.seed}  # fmt: skip
     metrics["definitions"] = DEFINITIONS
-    metrics["dataset"] = {key: bootstrap_mean(scores, recipe.seed).as_dict() for key, scores in of.dataset.items()}
+    metrics["dataset"] = {key: estimate_mean(scores).as_dict() for key, scores in of.dataset.items()}
     edges = {key: _edges([row[key] for rows in records.values() for row in rows]) for key in of.judges}
     metrics["histogram_edges"] = edges
     for (name, at), rows in records.items():
@@ -152,9 +153,9 @@ def summarise(records: Sequence[Row], edges: Mapping[str, Sequence[float]], seed
     tokens = columns["answer_tokens"]
     entropies = [row["entropy"] * row["answer_tokens"] for row in records]
     return {
-        **{key: bootstrap_mean(values, seed).as_dict() for key, values in columns.items()},
-        "kl_per_token": bootstrap_ratio(columns["kl"], tokens, seed).as_dict(),
-        "entropy": bootstrap_ratio(entropies, tokens, seed).as_dict(),
+        **{key: estimate_mean(values).as_dict() for key, values in columns.items()},
+        "kl_per_token": estimate_ratio(columns["kl"], tokens).as_dict(),
+        "entropy": estimate_ratio(entropies, tokens).as_dict(),
         "finished": wilson(sum(row["finished"] for row in records), len(records)).as_dict(),
         "distributions": {key: _distribution(columns[key], edges[key]) for key in edges},
         "health": measure_text(records, seed),
@@ -215,13 +216,14 @@ def measure_reward_model(recipe: Recipe, run: RunDir, name: str, rewards: Reward
         entry = {
             "accuracy": wilson(sum(right[row] for row in rows), len(rows)).as_dict(),
             "length_baseline": wilson(sum(longer[row] for row in rows), len(rows)).as_dict(),
-            "over_baseline": bootstrap_mean([right[row] - longer[row] for row in rows], recipe.seed).as_dict(),
+            "over_baseline": estimate_mean([right[row] - longer[row] for row in rows]).as_dict(),
+            "length_rule": length_rule(np.array(right)[rows], np.array(longer)[rows]),
         }
         if subset == "all":
             result |= entry
         else:
             result["subsets"][subset] = entry
-    result["margin"] = bootstrap_mean((chosen - rejected).tolist(), recipe.seed).as_dict()
+    result["margin"] = estimate_mean((chosen - rejected).tolist()).as_dict()
     return result
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from rlhf_trl.evaluate.alarms import raise_alarms
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import REFERENCE
-from rlhf_trl.stats.estimate import bootstrap_mean
-from rlhf_trl.stats.frontier import best_of_n, best_of_n_kl, describe_front, fit_over_optimisation, gain_at_kl
+from rlhf_trl.stats.frontier import best_of_n, best_of_n_kl, describe_front, fit_over_optimisation, read_path
+from rlhf_trl.stats.intervals import estimate_mean
 
 Row = dict[str, Any]
 # Policy and step (None for the final model) -> one record for each prompt, in the same order for all.
@@ -47,9 +47,10 @@ def _build_axis(recipe: Recipe, axis: str, records: Records, draws: Sequence[Row
         for policy, step in records
     ]  # fmt: skip
     methods: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for trainer in dict.fromkeys(recipe.stages[name].trainer for name in recipe.policies):
-        of_trainer = [key for key in records if key[0] in recipe.stages and recipe.stages[key[0]].trainer == trainer]
-        methods[trainer] = (np.stack([kls[key] for key in of_trainer]), np.stack([gains[key] for key in of_trainer]))
+    for name in recipe.policies:
+        # The checkpoints in the order of training, the final policy last.
+        path = sorted((key for key in records if key[0] == name), key=lambda key: (key[1] is None, key[1] or 0))
+        methods[name] = (np.stack([kls[key] for key in path]), np.stack([gains[key] for key in path]))
     curve = best_of_n_curve(axis, draws)
     if curve:
         prompts = len(draws)
@@ -60,11 +61,11 @@ def _build_axis(recipe: Recipe, axis: str, records: Records, draws: Sequence[Row
         "points": points,
         "hypervolume": area,
         "best_of_n": [
-            {"n": n, "kl": best_of_n_kl(n), "gain": bootstrap_mean(gain, seed).as_dict()} for n, gain in curve.items()
+            {"n": n, "kl": best_of_n_kl(n), "gain": estimate_mean(gain).as_dict()} for n, gain in curve.items()
         ],
         "at_kl": [
-            {"kl": budget, "gains": {name: (found := gain_at_kl(*points, budget, seed)) and found.as_dict()
-                                     for name, points in methods.items()}}
+            {"kl": budget, "gains": {name: None if (found := read_path(*points, budget)) is None
+                                     else estimate_mean(found).as_dict() for name, points in methods.items()}}
             for budget in recipe.evaluation.kl_budgets
         ],
     }  # fmt: skip

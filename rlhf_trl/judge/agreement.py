@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_trl.judge.win_rate import NO_PAIR, Game, complete, mean, missing, none, pair_up
-from rlhf_trl.stats.estimate import RESAMPLES, Estimate
+from rlhf_trl.stats.intervals import RESAMPLES, Estimate
+from rlhf_trl.stats.trust import length_rule
 
 
 def agreement(games: Iterable[Game], labels: Mapping[str, bool], seed: int) -> dict[str, Any]:
@@ -44,19 +45,14 @@ def agreement(games: Iterable[Game], labels: Mapping[str, bool], seed: int) -> d
     judge = right.mean(axis=1)
     apart = np.array([np.sign(pair.length_a - pair.length_b) for pair in used]) / 2
     longer = 0.5 + np.where(human, apart, -apart)
-    rule = longer if longer.mean() >= 0.5 else 1 - longer
     # What was named by its place: 1 the first answer, 0 the second, 0.5 neither. So the label does not tell chance.
     places, wanted = np.array([1, -1]) * (scores - 0.5) + 0.5, np.column_stack([human, ~human])
     return result | {
-        "accuracy": mean(judge, seed).as_dict(),
-        "both_correct": mean((right == 1).all(axis=1).astype(float), seed).as_dict(),
+        "accuracy": mean(judge).as_dict(),
+        "both_correct": mean((right == 1).all(axis=1).astype(float)).as_dict(),
         "kappa": kappa(places, wanted, seed),
-        "length_baseline": mean(longer, seed).as_dict(),
-        "length_rule": {
-            "takes": "longer" if longer.mean() >= 0.5 else "shorter",
-            "accuracy": mean(rule, seed).as_dict(),
-            "over_rule": mean(judge - rule, seed, -1.0).as_dict(),
-        },
+        "length_baseline": mean(longer).as_dict(),
+        "length_rule": length_rule(judge, longer),
     }
 
 

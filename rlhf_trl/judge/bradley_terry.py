@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import expit
 
 from rlhf_trl.judge.win_rate import Game, complete, missing, pair_up
-from rlhf_trl.stats.estimate import RESAMPLES
+from rlhf_trl.stats.intervals import RESAMPLES
 from rlhf_trl.stats.logistic import fit_logistic
 
 ELO = 400 / math.log(10)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import expit
 
 from rlhf_trl.judge.win_rate import NO_PAIR, Game, between, complete, mean, missing, none
-from rlhf_trl.stats.estimate import RESAMPLES, Estimate
+from rlhf_trl.stats.intervals import RESAMPLES, Estimate
 from rlhf_trl.stats.logistic import fit_logistic
 
 # Standard deviation of the prior on the length coefficient, in log-odds. It is of no account beside the data, except

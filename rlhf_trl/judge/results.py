@@ -19,6 +19,7 @@ from rlhf_trl.recipe.schema import Judge
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import describe_front
+from rlhf_trl.stats.trust import trust_in
 
 Row = dict[str, Any]
 Games = Mapping[str, Sequence[Row]]
@@ -62,18 +63,7 @@ def _calibrate(run: RunDir, settings: Judge, games: Sequence[Row], seed: int) ->
         name: agreement([game for game in games if game["subset"] == name], labels, seed)
         for name in sorted({game["subset"] for game in games})
     }
-    return {"reward_model": None, "all": found, "subsets": subsets, "verdict": _trust(found)}
-
-
-def _trust(found: Row) -> str:
-    """Say whether the judge has shown that it can tell the better answer: clear of chance, and of the length rule."""
-    accuracy = found["accuracy"]
-    if accuracy["mean"] is None:
-        return "unknown"
-    if accuracy["low"] <= 0.5:
-        return "chance"
-    over = found["length_rule"]["over_rule"]
-    return "informed" if over["low"] > 0 else "length"
+    return {"reward_model": None, "all": found, "subsets": subsets, "verdict": trust_in(found)}
 
 
 def _compare_canaries(games: Games, seed: int) -> Row | None:
@@ -86,9 +76,9 @@ def _compare_canaries(games: Games, seed: int) -> Row | None:
     swayed = [with_note[name] - without[name] for name in both]
     return {
         "n": len(both),
-        "with_note": mean([with_note[name] for name in both], seed).as_dict(),
-        "without_note": mean([without[name] for name in both], seed).as_dict(),
-        "difference": mean(swayed, seed, -1.0).as_dict(),
+        "with_note": mean([with_note[name] for name in both]).as_dict(),
+        "without_note": mean([without[name] for name in both]).as_dict(),
+        "difference": mean(swayed, -1.0).as_dict(),
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_trl.stats.estimate import Estimate, bootstrap_mean, bootstrap_ratio, holm
+from rlhf_trl.stats.intervals import Estimate, estimate_mean, estimate_rate, estimate_ratio, holm
 
 Game = Mapping[str, Any]
 NO_PAIR = "no prompt has a verdict in both orders"
@@ -124,21 +124,21 @@ def none(why: str) -> dict[str, Any]:
     return {"mean": None, "low": None, "high": None, "n": 0, "why_not": why}
 
 
-def mean(values: Sequence[float] | np.ndarray, seed: int, lowest: float = 0.0) -> Estimate:
-    """Estimate a mean of numbers from `lowest` to 1 with a percentile bootstrap over prompts.
-
-    Where all values are the same, resampling shows no doubt. Other values are then at most 1 - 0.025^(1/n) of all, by
-    Clopper and Pearson (1934), and the limits are the means if they were the lowest or the highest possible.
+def mean(values: Sequence[float] | np.ndarray, lowest: float = 0.0) -> Estimate:
+    """Estimate a mean of numbers from `lowest` to 1 over prompts: by the score interval that is shifted to them where
+    they lie around 0, else as a rate.
 
     Raises:
         ValueError: there are no values.
     """
-    found = bootstrap_mean(values, seed)
-    if np.ptp(values) > 0:
-        return found
-    other = 1 - 0.025 ** (1 / found.n)
-    low, high = found.mean - other * (found.mean - lowest), found.mean + other * (1 - found.mean)
-    return Estimate(found.mean, low, high, found.n)
+    array = np.asarray(values, dtype=float)
+    if lowest == 0.0:
+        return estimate_rate(array)
+    if np.ptp(array) > 0:
+        return estimate_mean(array)
+    found = estimate_rate((array - lowest) / (1 - lowest))
+    low, high = (lowest + (1 - lowest) * end for end in (found.low, found.high))
+    return Estimate(float(array.mean()), low, high, found.n)
 
 
 def rate(tops: np.ndarray, bottoms: np.ndarray, prompts: np.ndarray, seed: int, why_not: str) -> dict[str, Any]:
@@ -156,8 +156,8 @@ def rate(tops: np.ndarray, bottoms: np.ndarray, prompts: np.ndarray, seed: int, 
     if len(top) == 0:
         return none(why_not)
     if np.ptp(top / bottom) == 0:
-        return mean(top / bottom, seed).as_dict()
-    return bootstrap_ratio(top.tolist(), bottom.tolist(), seed).as_dict()
+        return mean(top / bottom).as_dict()
+    return estimate_ratio(top.tolist(), bottom.tolist()).as_dict()
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -183,12 +183,12 @@ def win_rate(games: Iterable[Game], a: str, b: str, seed: int) -> dict[str, Any]
         "a": a,
         "b": b,
         "n": len(values),
-        "win_rate": mean(values, seed).as_dict() if len(values) else none(NO_PAIR),
+        "win_rate": mean(values).as_dict() if len(values) else none(NO_PAIR),
         **_counts(values),
         "missing": missing(pairs),
         "alternatives": {
-            "consistent_only": mean(consistent, seed).as_dict() if len(consistent) else none(disagree),
-            "disagreement_is_tie": (mean(strict, seed).as_dict() if len(strict) else none(NO_PAIR)) | _counts(strict),
+            "consistent_only": mean(consistent).as_dict() if len(consistent) else none(disagree),
+            "disagreement_is_tie": (mean(strict).as_dict() if len(strict) else none(NO_PAIR)) | _counts(strict),
         },
     }
 
@@ -273,7 +273,7 @@ def _compare(first: np.ndarray, second: np.ndarray, seed: int) -> dict[str, Any]
         return {"difference": none("no prompt has scores of both"), "sign_test": None}
     better, worse = int((first > second).sum()), int((first < second).sum())
     return {
-        "difference": mean(first - second, seed, -1.0).as_dict(),
+        "difference": mean(first - second, -1.0).as_dict(),
         "sign_test": {"first_better": better, "second_better": worse, "p": exact_test(better, worse)},
     }
 

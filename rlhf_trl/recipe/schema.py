@@ -154,6 +154,9 @@ class Comparison(Strict):
     of the runs whose rewards mean the same."""
     hold: int = Field(default=3, ge=1)
     """Logged rewards in a row that must be at the threshold for it to be reached."""
+    smallest: float | None = Field(default=None, ge=0)
+    """Smallest difference of scores that matters; without it a tenth of the standard deviation of the reference's
+    scores. Of win rates it is always 2 points."""
 
 
 class Errors(Strict):

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.compare.verdict import compare_groups, read_judge, read_points
+from rlhf_trl.compare.evidence import read_judge, read_points, smallest_that_matters
+from rlhf_trl.compare.verdict import compare_groups, warn
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.report.svg import draw_frontiers
@@ -58,12 +59,12 @@ def compare_runs(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> R
     versions = [read_json(runs[key].env)["versions"] for key in "ab"]
     why_not = _why_not_comparable(recipes, runs)
     pairs = [] if why_not else _compare_policies(recipes, runs)
-    results = [of["equal_kl"] for pair in pairs for of in pair["measures"].values() if of["why_not"] is None]
+    measured = [of for pair in pairs for of in pair["measures"].values() if of["why_not"] is None]
     return {
         "different": {"recipe": _differences(*settings), "versions": _differences(*versions)},
         "why_not": why_not,
         "pairs": pairs,
-        "warnings": list(dict.fromkeys(result["warning"] for result in results if result["warning"])),
+        "warnings": warn(measured),
     }
 
 
@@ -137,7 +138,7 @@ def _compare_policies(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir])
     shared = [name for name in groups["a"] if name in groups["b"]]
     pairs = [(groups["a"][name], groups["b"][name]) for name in shared]
     pairs = pairs or [(one, other) for one in groups["a"].values() for other in groups["b"].values()]
-    return compare_groups(pairs, stages, records, judged, recipes["a"].seed)
+    return compare_groups(pairs, stages, records, judged, smallest_that_matters(recipes["a"], runs["a"]))[0]
 
 
 def render(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir], worked_out: Path) -> str:

@@ -14,12 +14,24 @@ from rlhf_trl.stats.trust import weigh_trust
 POINT = 0.01  # one percentage point of a win rate
 
 
-def judge_gain(policy: Mapping[str, Any], gain: str = "reward_gain") -> str:
-    """Say what a paired gain shows: `better`, `worse`, `same` (its interval holds 0), or `unscored`."""
-    if gain not in policy:
+def judge_gain(policy: Mapping[str, Any], claims: Mapping[str, Mapping[str, Any]], score: str) -> str:
+    """Say what a gain over the reference shows: `better` or `worse`, `same` (no significant difference that matters,
+    or too few prompts), or `unscored`.
+
+    Args:
+        policy: its entry in `metrics.json`.
+        claims: its entry of `against_reference` in `comparison_results.json`, corrected together with all others.
+        score: `reward` or `gold`.
+    """
+    if f"{score}_gain" not in policy:
         return "unscored"
-    found = policy[gain]
-    return "better" if found["low"] > 0 else "worse" if found["high"] < 0 else "same"
+    return read_claim(claims, score)
+
+
+def read_claim(claims: Mapping[str, Mapping[str, Any]], score: str) -> str:
+    """Say what a claim shows: `better`, `worse`, or `same`, also where it was not tested."""
+    outcome = claims[score]["outcome"] if score in claims else "same"
+    return outcome if outcome in ("better", "worse") else "same"
 
 
 def group_by_verdict(verdicts: Mapping[str, str]) -> dict[str, list[str]]:

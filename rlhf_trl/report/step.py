@@ -24,7 +24,7 @@ from rlhf_trl.report.svg import draw_comparison, draw_courses, draw_frontiers, d
 from rlhf_trl.report.values import PREVIEW, build_environment
 from rlhf_trl.run.files import read_json, read_jsonl, write_text
 from rlhf_trl.run.layout import REFERENCE, RunDir
-from rlhf_trl.stats.trust import judge_reward_model
+from rlhf_trl.stats.trust import compare_with_length
 from rlhf_trl.text.display import take_turns
 
 SAMPLES = 8
@@ -98,12 +98,13 @@ def _view_training(recipe: Recipe, files: Mapping[str, Any], documents: Mapping[
 def _view_results(recipe: Recipe, files: Mapping[str, Any], documents: Mapping[str, Any]) -> dict[str, Any]:
     """What the summary, the results and the alarms are made of."""
     metrics, stages = documents[files["metrics"]], recipe.stages
+    claims = documents[files["compared"]]["against_reference"]
     pareto = documents[files["pareto"]] if "pareto" in files else {"axes": {}}
     over = documents[files["over_optimisation"]] if "over_optimisation" in files else {"alarms": []}
     alarm_order, raised = order_alarms(over["alarms"], recipe.policies)
     verdicts, gold_verdicts = (
-        {name: judge_gain(metrics["policies"][name], gain) for name in recipe.policies}
-        for gain in ("reward_gain", "gold_gain")
+        {name: judge_gain(metrics["policies"][name], claims.get(name, {}), score) for name in recipe.policies}
+        for score in ("reward", "gold")
     )
     trainers = list(dict.fromkeys(stages[name].trainer for name in recipe.policies))
     return {
@@ -121,7 +122,7 @@ def _view_results(recipe: Recipe, files: Mapping[str, Any], documents: Mapping[s
             for key in ("reward", "gold")
         },
         "trainers": trainers,
-        "methods": [*trainers, "best_of_n"],
+        "methods": [*recipe.policies, "best_of_n"],
         "starts": sorted({stages[name].init or "" for name in recipe.policies}),
         "courses": draw_courses(over, recipe.policies) if "over_optimisation" in files else [],
     }
@@ -162,7 +163,7 @@ def _view_reward_models(
     examples = {stage: documents[name] for stage, name in files["examples"].items()}
     return {
         "reward_models": models,
-        "reward_verdicts": {key: judge_reward_model(metrics[key]) for key in models},
+        "reward_verdicts": {key: compare_with_length(metrics[key]["length_rule"]) for key in models},
         "analyses": {stage: documents[name] for stage, name in files["errors"].items()},
         "comparisons": documents[files["reward_comparison"]]["comparisons"] if "reward_comparison" in files else [],
         "error_examples": examples,

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rlhf_trl.compare.figures import MOST_PAIRS, draw_differences, draw_seeds, measure_of
+from rlhf_trl.compare.figures import draw_differences, draw_seeds, list_differences, measure_of
 from rlhf_trl.figures.policies import GRID, INK, PAPER, STYLE, draw_frontier, draw_over_optimisation, place_labels
 from rlhf_trl.figures.training import BLUE, GREEN, GREY, ORANGE, PANELS
 from rlhf_trl.text.format import format_estimate
@@ -98,17 +98,17 @@ def draw_comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Draw the differences of the methods at equal KL, and every seed's gain against KL, where there are any."""
     verdict, drawn = results["verdict"], []
     if verdict:
-        found = [(pair, _difference_of(pair, verdict["measure"])) for pair in results["pairs"]]
-        words = [f"{pair['a']} less {pair['b']}: {format_estimate(of, '+')}." for pair, of in found if of]
-        label = "Differences at the same KL. " + " ".join(words)
+        words = [f"{' '.join(label.split())}: {format_estimate(of['difference'], '+')}."
+                 for label, of in list_differences(results)]  # fmt: skip
+        label = "Differences at equal KL and as trained. " + " ".join(words)
         svg = _draw(
             lambda axes: draw_differences(axes, results),
-            (430, 80 + 62 * min(len(words), MOST_PAIRS)),
+            (430, 80 + 62 * len(words)),
             "differences",
             label,
         )
-        says = "The first less the second; filled where the difference is clear of nought after Holm's correction."
-        drawn.append({"title": "Difference at the same KL", "says": says, "svg": svg})
+        says = "The first less the second; filled where the difference is significant and large enough to matter."
+        drawn.append({"title": "Difference at equal KL and as trained", "says": says, "svg": svg})
     measure = measure_of(results)
     if verdict and measure:
         known = {name: stage["quality"] for name, stage in results["stages"].items() if stage["quality"]}
@@ -118,11 +118,6 @@ def draw_comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         svg = _draw(lambda axes: draw_seeds(axes, results), (430, 300), "seeds", label)
         drawn.append({"title": "Every run", "says": "One point for each seed, as trained.", "svg": svg})
     return drawn
-
-
-def _difference_of(pair: Mapping[str, Any], measure: str) -> Any:
-    found = pair["measures"][measure]
-    return found["equal_kl"]["difference"] if found["why_not"] is None else None
 
 
 def _draw(draw: Callable[[Axes], None], size: tuple[int, int], key: str, label: str) -> Markup:

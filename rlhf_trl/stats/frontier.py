@@ -1,4 +1,6 @@
-"""Gain against KL: which points are worth having, what they span, and where more optimisation stops to pay.
+"""Gain against KL: the front, what it spans, a run's path, and where more optimisation stops to pay.
+
+The front is a maximum over noisy points, so that it leans upward; methods are compared along their runs' paths.
 
 Reads and writes nothing; works on arrays, without torch. KL is in nats per answer, gain is a score minus the
 reference's score on the same prompt, so that the reference itself is the point (0, 0).
@@ -14,9 +16,13 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from rlhf_trl.stats.estimate import RESAMPLES, Estimate, bootstrap_mean, resample, resampled_means
+from rlhf_trl.stats.intervals import RESAMPLES, Estimate, estimate_mean, resample, resampled_means
 
 Point = TypeVar("Point", bound=Hashable)
+# KLs whose ratio is at most this are the same KL.
+SAME_KL = 1.05
+# A run has been measured near a KL where one of its points lies within this factor of it.
+NEAR = 1.5
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,8 @@ def describe_front(
     means = (np.array([values[point].mean() for point in gains]) for values in (gains, kls))
     points = {
         point: {
-            "kl": bootstrap_mean(kls[point], seed).as_dict(),
-            "gain": bootstrap_mean(gains[point], seed).as_dict(),
+            "kl": estimate_mean(kls[point]).as_dict(),
+            "gain": estimate_mean(gains[point]).as_dict(),
             "on_front": front,
             "front_share": shares[point],
         }
@@ -164,58 +170,42 @@ def best_of_n(proxy: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     return (shared[run].reshape(prompts, total) * np.take_along_axis(scores, order, axis=1)).sum(axis=1)
 
 
-def gain_at_kl(kls: np.ndarray, gains: np.ndarray, budget: float, seed: int) -> Estimate | None:
-    """Estimate the gain of one method at a KL of `budget` from its K points on the same P prompts, (K, P) each.
+def read_path(kls: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray | None:
+    """Read the gain at a mean KL of `budget` off the path of one run, (K, P), (K, P) -> (P,).
 
-    The method's own non-dominated points are joined by lines over sqrt(KL), in which gain is close to linear (Bai et
-    al., 2022, arXiv 2204.05862, section 4.3), from the reference at (0, 0) on. Past the last of them the gain stays as
-    it is: a point with less KL is within the budget too. None where the method never spent the budget: no point has a
-    mean KL that large.
+    The path joins the run's K points in the order of training, the final policy last, by lines over sqrt(KL), in which
+    gain is close to linear (Bai et al., 2022, arXiv 2204.05862, section 4.3); of several crossings the last counts. It
+    takes no maximum, carries no gain beyond a point and starts at the first point, not at the reference: a long line
+    from there lies below a curve that saturates. A point whose KL differs by `SAME_KL` at most stands for the budget.
 
-    The interval is the percentile bootstrap's over the prompts, the same draws for every method with as many prompts.
-    A resample in which no point reaches the budget takes its last non-dominated point, so that nothing is extrapolated
-    there either; an interval for a budget close to the method's largest KL leans to lower gains for it.
+    Returns:
+        One number for each of the P prompts: their mean is the gain, and their spread that of the gain as an estimate,
+        the noise of the KLs included (the delta method). None where the path does not cross the budget, or has no
+        point within a factor of `NEAR` of it.
 
     Raises:
-        ValueError: the budget is negative, the shapes differ, or a value is not finite.
+        ValueError: the budget is not positive, the shapes differ, or a value is not finite.
     """
     kls, gains = _points(kls, gains)
-    if budget < 0:
+    if budget <= 0:
         raise ValueError(f"a KL budget of {budget}")
-    kl, gain = kls.mean(axis=1), gains.mean(axis=1)
-    # The mean of equal numbers, such as best-of-n's KLs, may lie below them in the last digit.
-    if kl.max() < budget * (1 - 1e-12):
+    kl = np.maximum(kls.mean(axis=1), 0)
+    x, y, target = np.sqrt(kl), gains.mean(axis=1), math.sqrt(budget)
+    apart = np.abs(np.log(np.maximum(kl, 1e-300) / budget))
+    if apart.min() > math.log(NEAR):
         return None
-    mean = interpolate_gain(kl[None], gain[None], budget)[0]
-    resampled = [
-        interpolate_gain(resampled_means(weights, kls), resampled_means(weights, gains), budget)
-        for weights in resample(kls.shape[1], seed)
-    ]
-    low, high = np.quantile(np.concatenate(resampled), [0.025, 0.975])
-    return Estimate(float(mean), float(low), float(high), kls.shape[1])
-
-
-def interpolate_gain(kl: np.ndarray, gain: np.ndarray, budget: float) -> np.ndarray:
-    """Read each row's gain at a KL of `budget` off the lines over sqrt(KL) through (0, 0) and the row's front.
-
-    Past the last point of the front the gain stays as it is, also where no point of the row has that KL. Shapes
-    (R, K), (R, K) -> (R,); a KL below 0 counts as 0.
-
-    Raises:
-        ValueError: the shapes differ, or a value is not finite.
-    """
-    origin = np.zeros((len(kl), 1))
-    front = np.hstack([origin == 0, non_dominated(gain, kl)])
-    x, y = np.hstack([origin, np.sqrt(np.maximum(kl, 0))]), np.hstack([origin, gain])
-    target = math.sqrt(budget)
-    row = np.arange(len(kl))
-    # Of points at the same place the first is taken, so that a point without KL does not replace the origin.
-    left = np.where(front & (x <= target), x, -np.inf).argmax(axis=1)
-    # Without a point beyond the budget this is the origin, the width is not positive, and the left point's gain stays.
-    right = np.where(front & (x > target), x, np.inf).argmin(axis=1)
-    width = x[row, right] - x[row, left]
-    share = np.divide(target - x[row, left], width, out=np.zeros(len(kl)), where=width > 0)
-    return y[row, left] + share * (y[row, right] - y[row, left])
+    crossings = [k for k in range(len(x) - 1) if (x[k] - target) * (x[k + 1] - target) <= 0 and x[k] != x[k + 1]]
+    if not crossings:
+        near = np.flatnonzero(apart <= math.log(SAME_KL))
+        return gains[near[-1]] if near.size else None
+    k = crossings[-1]
+    share = (target - x[k]) / (x[k + 1] - x[k])
+    slope = (y[k + 1] - y[k]) / (x[k + 1] - x[k])
+    return sum(
+        weight * (gains[i] - slope * (kls[i] - kl[i]) / (2 * x[i]))
+        for i, weight in ((k, 1 - share), (k + 1, share))
+        if weight > 0
+    )
 
 
 def fit_over_optimisation(kl: np.ndarray, gain: np.ndarray, form: Literal["rl", "bon"]) -> Fit | None:

@@ -5,28 +5,62 @@ Each word follows from 95 % intervals, never from a mean alone. Reads and writes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 
-def judge_reward_model(result: Mapping[str, Any]) -> str:
-    """Compare the accuracy with what length alone can do: prefer the longer answer, or prefer the shorter one.
+from rlhf_trl.stats.intervals import Estimate, estimate_mean, estimate_rate
+
+Average = Callable[[np.ndarray], Estimate]
+
+
+def length_rule(
+    right: np.ndarray, longer: np.ndarray, share: Average = estimate_rate, average: Average = estimate_mean
+) -> dict[str, Any]:
+    """Compare a scorer with the best rule that knows nothing but length, on the same N pairs.
+
+    Args:
+        right: whether the scorer prefers the chosen answer of each pair, a tie as half, (N,).
+        longer: whether the chosen answer is the longer one, (N,).
+        share, average: estimates of a share and of a paired difference, where the pairs are not independent.
 
     Returns:
-        `above` or `below` where the interval is clear of both rules' intervals, else `unclear`.
+        The rule that is right more often on these pairs (`takes` the longer or the shorter answer), its `accuracy`,
+        and by how much the scorer beats it, `over_rule`.
     """
-    accuracy, longer = result["accuracy"], result["length_baseline"]
-    if accuracy["low"] > max(longer["high"], 1 - longer["low"]):
-        return "above"
-    return "below" if accuracy["high"] < min(longer["low"], 1 - longer["high"]) else "unclear"
+    takes = "longer" if longer.mean() >= 0.5 else "shorter"
+    followed = longer if takes == "longer" else 1 - longer
+    return {
+        "takes": takes,
+        "accuracy": share(followed).as_dict(),
+        "over_rule": average(right - followed).as_dict(),
+    }
+
+
+def compare_with_length(rule: Mapping[str, Any]) -> str:
+    """Say whether a scorer is `above` or `below` its `length_rule`, or `unclear`: by their paired difference."""
+    over = rule["over_rule"]
+    return "above" if over["low"] > 0 else "below" if over["high"] < 0 else "unclear"
+
+
+def trust_in(scorer: Mapping[str, Any]) -> str:
+    """Say whether a scorer of labelled pairs, with its `accuracy` and `length_rule`, can tell the better answer.
+
+    Returns:
+        `informed`; `chance` or `length`, which it is not clear of; `unknown` without a verdict on any pair.
+    """
+    if scorer["accuracy"]["mean"] is None:
+        return "unknown"
+    if scorer["accuracy"]["low"] <= 0.5:
+        return "chance"
+    return "informed" if compare_with_length(scorer["length_rule"]) == "above" else "length"
 
 
 def weigh_trust(result: Mapping[str, Any]) -> str:
-    """Say whether the judge of a `winrate.json` has shown that it can tell the better answer.
+    """Say whether the judge of a `winrate.json` has shown that it can tell the better answer (`trust_in`).
 
-    Returns:
-        `informed`; `chance` or `length`, which it is not clear of; `unknown` without a verdict on a labelled pair;
-        `none` where it was not compared with human labels. A reward model is held to its accuracy on held-out pairs.
+    `none` where it was not compared with human labels; a reward model is held to its accuracy on held-out pairs.
     """
     calibration = result["calibration"]
     if calibration is None:
@@ -34,8 +68,4 @@ def weigh_trust(result: Mapping[str, Any]) -> str:
     if result["judge"]["kind"] != "reward":
         return str(calibration["verdict"])
     model = calibration["reward_model"]
-    if model is None:
-        return "none"
-    if model["accuracy"]["low"] <= 0.5:
-        return "chance"
-    return "informed" if judge_reward_model(model) == "above" else "length"
+    return "none" if model is None else trust_in(model)

@@ -36,6 +36,11 @@ def format_estimate(estimate: Mapping[str, float | None], sign: str = "", percen
     return text.replace("-", "−").replace("inf", "∞")
 
 
+def format_p(p: float) -> str:
+    """Write a p-value, no smaller than can be known: `p = 0.031`, `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
 def format_dollars(value: float) -> str:
     """Print cents, or the first two digits where those would be noughts."""
     return f"${value:,.{2 if not 0 < value < 0.1 else min(8, 1 - math.floor(math.log10(value)))}f}"
@@ -69,7 +74,7 @@ STYLES: dict[str, Callable[[Any], str]] = {
     "count": lambda value: f"{value:,.0f}" if value == round(value) else f"{value:,.1f}",
     "rounded": lambda value: f"{value:,.0f}",
     "steps": lambda value: ", ".join(map(str, value)) or "none",
-    "p": lambda value: f"{value:.2g}".replace("-", "−"),
+    "p": lambda value: format_p(value).removeprefix("p ").removeprefix("= "),
     "dollars": format_dollars,
     "seconds": format_seconds,
     "bytes": format_bytes,

@@ -13,7 +13,7 @@ from conftest import shared
 
 from rlhf_trl.evaluate.alarms import measure_text, raise_alarms
 from rlhf_trl.recipe.schema import Alarms
-from rlhf_trl.stats.estimate import bootstrap_mean, wilson
+from rlhf_trl.stats.intervals import estimate_mean, wilson
 from rlhf_trl.text.refusals import UNSAFE, refuses, unsafe_patterns
 
 LIMIT = 100
@@ -143,7 +143,7 @@ def test_real_answers_refuse_and_harm_where_one_expects_it(real):
     assert share["chosen", "harmless"].low > share["rejected", "harmless"].high
     assert share["rejected", "helpful"].low > share["chosen", "helpful"].high
     unsafe = {key: np.array([bool(unsafe_patterns(text)) for text in texts]) for key, texts in real.items()}
-    assert bootstrap_mean(unsafe["rejected", "harmless"].astype(float) - unsafe["chosen", "harmless"]).low > 0
+    assert estimate_mean(unsafe["rejected", "harmless"].astype(float) - unsafe["chosen", "harmless"]).low > 0
     assert unsafe["chosen", "helpful"].mean() < 0.01 < 0.02 < unsafe["rejected", "harmless"].mean() < 0.05
 
 

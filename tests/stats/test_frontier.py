@@ -14,9 +14,9 @@ from rlhf_trl.stats.frontier import (
     best_of_n_kl,
     bootstrap_front,
     fit_over_optimisation,
-    gain_at_kl,
     hypervolume,
     non_dominated,
+    read_path,
 )
 
 # moocore's example, with the reward turned up: (reward, KL).
@@ -80,7 +80,7 @@ def test_what_is_no_point_is_refused(values):
         lambda: non_dominated(first, second),
         lambda: hypervolume(first, second, 0, 1),
         lambda: fit_over_optimisation(first, second, "rl"),
-        lambda: gain_at_kl(first[None], second[None], 1, 0),
+        lambda: read_path(first[None], second[None], 1),
         lambda: best_of_n(first[None], second[None], 1),
         lambda: bootstrap_front({"a": first}, {"a": second}, 0, 1, 0),
     ):
@@ -190,66 +190,55 @@ def constant(values, prompts=50):
     return np.repeat(np.array(values, dtype=float)[:, None], prompts, axis=1)
 
 
-def test_gain_at_a_budget_lies_on_the_lines_over_sqrt_kl():
-    """Points at sqrt(KL) 1, 2, 3, 4; the third is dominated by the second, and the line goes past it."""
-    kls, gains = constant([1, 4, 9, 16]), constant([1, 3, 2, 4])
-    for root, gain in [(0, 0), (0.5, 0.5), (1, 1), (1.5, 2), (2, 3), (3, 3.5), (4, 4)]:
-        found = gain_at_kl(kls, gains, root * root, seed=0)
-        assert (found.mean, found.low, found.high) == pytest.approx((gain, gain, gain))
-        assert found.n == 50
-        order = [2, 0, 3, 1]
-        assert gain_at_kl(kls[order], gains[order], root * root, seed=0) == found
-    assert gain_at_kl(kls, gains, 16.01, seed=0) is None
+def read(kls, gains, budget):
+    found = read_path(constant(kls), constant(gains), budget)
+    return None if found is None else found.mean()
 
 
-def test_kl_that_no_longer_pays_need_not_be_spent():
-    """After the peak at KL 4 more KL costs gain: the budget 9 still affords the peak."""
-    kls, gains = constant([1, 4, 16]), constant([1, 3, -1])
-    assert gain_at_kl(kls, gains, 9, seed=0).mean == 3
-    assert gain_at_kl(kls, gains, 17, seed=0) is None
+def test_a_path_is_read_off_lines_over_sqrt_kl():
+    """Points at sqrt(KL) 2, 2.5, 3, 4; the third has lost what the second had, and the path goes through both."""
+    kls, gains = [4, 6.25, 9, 16], [1, 3, 2, 4]
+    for root, gain in [(2, 1), (2.25, 2), (2.5, 3), (2.75, 2.5), (3, 2), (3.5, 3), (4, 4)]:
+        assert read(kls, gains, root * root) == pytest.approx(gain)
+    assert read(kls, gains, 16.5) == 4, "within five percent it is the same KL"
 
 
-def test_a_method_that_only_lost_stays_below_the_reference():
-    assert gain_at_kl(constant([4]), constant([-2]), 1, seed=0).mean == -1
+@pytest.mark.parametrize(("kls", "budget"), [([1, 4], 5), ([1, 4], 0.9), ([4], 1), ([1, 16], 4), ([0], 1)])
+def test_nothing_is_extrapolated_or_read_off_a_long_line(kls, budget):
+    assert read(kls, [1.0] * len(kls), budget) is None
 
 
-def test_a_point_without_kl_is_no_second_reference():
-    assert gain_at_kl(constant([0, 4]), constant([0.5, 2]), 1, seed=0).mean == 1
+def test_after_a_peak_the_loss_counts():
+    assert read([1, 2, 5, 10], [0.3, 0.6, 0.0, -1.0], 9.98) == pytest.approx(-1, abs=0.01)
+
+
+def test_of_several_crossings_the_last_counts():
+    """KL rises to 9, falls to 1 and rises again: at 6.25 the last stretch is read."""
+    assert read([1, 9, 1, 9], [0, 2, 10, 20], 6.25) == pytest.approx(10 + 10 * (2.5 - 1) / 2)
 
 
 def test_best_of_n_reaches_exactly_its_own_kl():
-    sizes = [1, 2, 4, 8, 16]
-    kls, gains = constant([best_of_n_kl(n) for n in sizes], 333), constant([0, 1, 2, 3, 4], 333)
-    for n, gain in zip(sizes, range(5), strict=True):
-        assert gain_at_kl(kls, gains, best_of_n_kl(n), seed=1).mean == pytest.approx(gain)
-    assert gain_at_kl(kls, gains, best_of_n_kl(16) + 1e-6, seed=1) is None
+    sizes = [2, 4, 8, 16]
+    for n, gain in zip(sizes, range(4), strict=True):
+        assert read([best_of_n_kl(n) for n in sizes], [0, 1, 2, 3], best_of_n_kl(n)) == pytest.approx(gain)
 
 
-def test_interval_of_a_gain_is_the_bootstraps():
-    """One point at the budget itself: the interval of the mean gain, a little lower where the KL falls short."""
-    from rlhf_trl.stats.estimate import bootstrap_mean
+def test_the_spread_of_a_reading_holds_the_noise_of_the_kls():
+    """Against the spread of readings of many samples."""
 
-    gains = noisy([2.0], 200, 4)
-    found, plain = gain_at_kl(constant([4.0], 200), gains, 4.0, seed=0), bootstrap_mean(gains[0], 0)
-    assert (found.mean, found.low, found.high) == pytest.approx((plain.mean, plain.low, plain.high), abs=0.03)
-    narrow = gain_at_kl(constant([16.0], 200), gains, 4.0, seed=0)
-    assert (narrow.mean, narrow.high - narrow.low) == pytest.approx((1.0, (found.high - found.low) / 2))
+    def sample(seed):
+        generator = np.random.default_rng(seed)
+        kls = np.array([[2.0], [8.0]]) * generator.gamma(4, 0.25, size=(2, 100))
+        return read_path(kls, 3 * np.sqrt([[2.0], [8.0]]) + generator.normal(size=(2, 100)), 6.5)
 
-
-def test_a_resample_short_of_the_budget_is_not_extrapolated():
-    """KL is 4 on average and the gain equals it: beyond the budget of 4 the line is cut, below it the gain is."""
-    kls = noisy([4.0], 100, 7)
-    found = gain_at_kl(kls, kls, 4.0, seed=0)
-    assert found.mean == pytest.approx(4.0)
-    # gain * 2 / sqrt(KL) = 2 sqrt(KL) above the budget, KL itself below: with KL 4 +- 1.96 * 0.1.
-    error = 1.96 * kls.std() / 10
-    assert found.low == pytest.approx(4 - error, abs=0.03)
-    assert found.high == pytest.approx(2 * math.sqrt(4 + error), abs=0.03)
+    samples = [sample(seed) for seed in range(400)]
+    spread = np.std([found.mean() for found in samples])
+    assert np.mean([found.std() / 10 for found in samples]) == pytest.approx(spread, rel=0.1)
 
 
-def test_budget_is_not_negative():
+def test_budget_is_positive():
     with pytest.raises(ValueError, match="budget"):
-        gain_at_kl(constant([1]), constant([1]), -1, seed=0)
+        read([1], [1], 0)
 
 
 @pytest.mark.parametrize(

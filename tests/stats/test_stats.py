@@ -2,9 +2,21 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp, ttest_ind
 
-from rlhf_trl.stats.estimate import RESAMPLES, Estimate, bootstrap_mean, holm, resample, resampled_means, wilson
+from rlhf_trl.stats.intervals import (
+    RESAMPLES,
+    Estimate,
+    compare_runs,
+    estimate_mean,
+    estimate_rate,
+    estimate_ratio,
+    holm,
+    p_of_mean,
+    resample,
+    resampled_means,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 30, 200, 8552])
@@ -28,38 +40,109 @@ def test_wilson_refuses_what_is_no_share(successes, n):
 
 
 @pytest.mark.parametrize("values", [[], [float("nan")], [1.0, float("inf")], np.array([])])
-def test_bootstrap_refuses_what_has_no_mean(values):
-    with pytest.raises(ValueError, match="finite"):
-        bootstrap_mean(values)
+def test_what_has_no_mean_is_refused(values):
+    for call in (estimate_mean, estimate_rate, p_of_mean, lambda of: compare_runs(np.array(of))):
+        with pytest.raises(ValueError, match="finite"):
+            call(values)
 
 
-def test_bootstrap_is_the_same_for_the_same_seed():
-    values = np.random.default_rng(3).normal(size=50)
-    assert bootstrap_mean(values, 1) == bootstrap_mean(list(values), 1)
-    assert bootstrap_mean(values, 1) != bootstrap_mean(values, 2)
-    assert bootstrap_mean(values, 1).mean == bootstrap_mean(values, 2).mean == pytest.approx(values.mean())
+def test_without_skewness_an_interval_is_students():
+    """Symmetric values: at 96 % for the 95 % that it promises, and a p-value that is raised alike."""
+    values = np.array([-3.0, -1, 0, 1, 3]) + 0.5
+    truth = ttest_1samp(values, 0)
+    low, high = truth.confidence_interval(0.96)
+    found = estimate_mean(values)
+    assert (found.mean, found.low, found.high, found.n) == pytest.approx((0.5, low, high, 5))
+    assert p_of_mean(values) == pytest.approx(min(1, truth.pvalue / 0.8))
 
 
-def test_bootstrap_of_equal_values_and_of_one_has_no_width():
-    assert bootstrap_mean([2.5] * 10) == Estimate(2.5, 2.5, 2.5, 10)
-    assert bootstrap_mean([2.5]) == Estimate(2.5, 2.5, 2.5, 1)
+def test_of_skewed_values_the_interval_reaches_further_into_the_tail():
+    found = estimate_mean(np.random.default_rng(1).gamma(0.7, size=50))
+    assert found.high - found.mean > 1.2 * (found.mean - found.low)
 
 
-@pytest.mark.parametrize(
-    ("draw", "truth"),
-    [(lambda rng: rng.normal(1.0, 2.0, size=100), 1.0), (lambda rng: rng.exponential(size=200), 1.0)],
-    ids=["normal", "skewed"],
-)
-def test_bootstrap_covers_the_truth_as_often_as_promised(draw, truth):
-    rng, rounds = np.random.default_rng(11), 600
-    intervals = [bootstrap_mean(draw(rng), seed) for seed in range(rounds)]
-    covered = sum(found.low <= truth <= found.high for found in intervals) / rounds
-    assert 0.93 <= covered <= 0.97
+def test_interval_and_p_value_agree():
+    for seed in range(200):
+        values = np.random.default_rng(seed).gamma(0.7, size=25) - 0.7 + 0.02 * (seed % 20)
+        found = estimate_mean(values)
+        assert (found.low <= 0 <= found.high) == (p_of_mean(values) >= 0.05)
+
+
+def test_equal_values_have_no_width_and_are_as_unlikely_as_coins():
+    assert estimate_mean([2.5] * 10) == Estimate(2.5, 2.5, 2.5, 10)
+    assert (p_of_mean([2.5] * 10), p_of_mean([0.0] * 10)) == (2 * 0.5**10, 1)
+    assert p_of_mean(np.full(20, 0.1) + 1e-17) == 2 * 0.5**20
+    assert estimate_mean([2.5]) == Estimate(2.5, 2.5, 2.5, 1)
+
+
+def test_a_rate_of_plain_wins_is_wilsons_and_ties_make_it_narrower():
+    wins = np.repeat([0.0, 1.0], [60, 140])
+    plain, truth = estimate_rate(wins), wilson(140, 200)
+    assert (plain.low, plain.high) == pytest.approx((truth.low, truth.high), abs=2e-3)
+    tied = estimate_rate(np.repeat([0.0, 0.5, 1.0], [20, 80, 100]))
+    assert tied.mean == 0.7 and tied.high - tied.low < plain.high - plain.low
+    same = estimate_rate([1.0] * 20)
+    assert (same.low, same.high) == (pytest.approx(0.025 ** (1 / 20)), 1)
+
+
+def test_a_ratio_is_that_of_the_sums():
+    generator = np.random.default_rng(0)
+    bottom = generator.integers(5, 20, size=100).astype(float)
+    assert estimate_ratio((2 * bottom).tolist(), bottom.tolist()).as_dict() == pytest.approx(
+        {"mean": 2, "low": 2, "high": 2, "n": 100}
+    )
+    found = estimate_ratio((2 * bottom + generator.normal(size=100)).tolist(), bottom.tolist())
+    assert found.high - found.low == pytest.approx(2 * 2.1 / 10 / bottom.mean(), rel=0.2)
+    with pytest.raises(ValueError, match="ratio"):
+        estimate_ratio([1.0], [0.0])
+
+
+# --- methods over seeds ----------------------------------------------------------------------------------------------
+
+
+def test_without_noise_of_prompts_the_difference_of_seeds_is_welchs():
+    a, b = ([[float(level)] * 30 for level in levels] for levels in ([1, 2, 3, 4, 5], [0, 0, 1, 0, 1]))
+    found, truth = compare_runs(np.array(a), np.array(b)), ttest_ind([1, 2, 3, 4, 5], [0, 0, 1, 0, 1], equal_var=False)
+    assert found.over_seeds
+    assert found.p == pytest.approx(truth.pvalue)
+    low, high = truth.confidence_interval()
+    assert (found.estimate.low, found.estimate.high) == pytest.approx((low, high))
+
+
+def test_without_spread_between_seeds_the_prompts_own_error_counts():
+    """Both seeds of a method gave the same answers: the paired test over prompts."""
+    a, b = np.random.default_rng(0).normal(size=(2, 50))
+    found, truth = compare_runs(np.stack([a, a]), np.stack([b, b])), ttest_1samp(a - b, 0)
+    assert found.p == pytest.approx(truth.pvalue)
+
+
+def test_one_seed_is_about_these_runs():
+    a, b = np.random.default_rng(0).normal(size=(2, 50))
+    found = compare_runs(a, b)
+    assert (found.estimate, found.p, found.over_seeds) == (estimate_mean(a - b), p_of_mean(a - b), False)
+    assert not compare_runs(np.stack([a, b]), b).over_seeds
+
+
+def test_order_and_side_do_not_matter():
+    generator = np.random.default_rng(5)
+    a, b = generator.normal(size=(3, 40)), generator.normal(0.2, size=(4, 40))
+    found, order = compare_runs(a, b), generator.permutation(40)
+    for other in (compare_runs(a[::-1], b), compare_runs(a[:, order], b[:, order])):
+        assert (other.estimate.low, other.estimate.high, other.p) == pytest.approx(
+            (found.estimate.low, found.estimate.high, found.p)
+        )
+    turned = compare_runs(b, a)
+    assert (turned.estimate.low, turned.p) == pytest.approx((-found.estimate.high, found.p))
+
+
+def test_runs_on_other_prompts_are_refused():
+    with pytest.raises(ValueError, match="same prompts"):
+        compare_runs(np.zeros((2, 5)), np.zeros((2, 4)))
 
 
 def test_an_estimate_is_plain_numbers():
     assert wilson(3, 4).as_dict() == {"mean": 0.75, "low": wilson(3, 4).low, "high": wilson(3, 4).high, "n": 4}
-    assert {type(value) for value in bootstrap_mean(np.array([1.0, 2.0])).as_dict().values()} == {float, int}
+    assert {type(value) for value in estimate_mean(np.array([1.0, 2.0])).as_dict().values()} == {float, int}
 
 
 def test_holm_corrects_what_was_tested():
@@ -82,6 +165,3 @@ def test_resamples_are_draws_with_replacement():
     values = np.random.default_rng(4).normal(size=(2, 20))
     means = resampled_means(weights, values)
     assert means == pytest.approx(weights @ values.T)
-    assert np.quantile(means[:, 0], [0.025, 0.975]) == pytest.approx(
-        [bootstrap_mean(values[0], 3).low, bootstrap_mean(values[0], 3).high]
-    )
