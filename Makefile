@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test lint size bench clean
+.PHONY: demo test lint size bench simulate clean
 
 demo: .venv/.installed
 	$(BIN)/rlhf-trl run recipes/demo.yaml $(ARGS)
@@ -27,6 +27,10 @@ size: .venv/.installed
 bench: .venv/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_evaluate.py $(MODEL)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_ppo.py $(MODEL)
+
+# What the verdicts and the intervals are worth; writes docs/simulations.json and docs/simulations.md.
+simulate: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compare/simulate.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

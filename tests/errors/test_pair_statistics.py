@@ -15,7 +15,6 @@ from rlhf_trl.errors.pair_statistics import (
     correlation,
     difference,
     length_bias,
-    length_rule,
     share,
 )
 
@@ -166,15 +165,6 @@ def test_no_correlation_says_why(values, units):
     found = correlation(np.array(values), np.arange(4), units)
     assert (found["pearson"], found["spearman"]) == (None, None)
     assert found["why_not"]
-
-
-def test_the_length_rule_takes_the_better_side():
-    scores, prompts = np.array([[1.0, 0.0]] * 10), np.arange(10)
-    shorter = np.array([[1, 2]] * 7 + [[2, 1]] * 3)
-    found = length_rule(scores, shorter, prompts, 0)
-    assert (found["takes"], found["accuracy"]["mean"]) == ("shorter", 0.7)
-    assert found["over_rule"]["mean"] == pytest.approx(0.3)
-    assert length_rule(scores, shorter[:, ::-1], prompts, 0)["takes"] == "longer"
 
 
 def test_length_bias_of_a_scorer_that_is_the_length():

@@ -26,7 +26,7 @@ from rlhf_trl.report.svg import plot_frontier
 from rlhf_trl.report.values import MAX_CHARACTERS, printable
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.stats.trust import judge_reward_model, weigh_trust
+from rlhf_trl.stats.trust import weigh_trust
 from rlhf_trl.text.format import format_dollars, format_estimate
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "use"}
@@ -299,29 +299,20 @@ def test_a_number_cannot_be_printed_without_its_source() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gain", "verdict"),
-    [((0.3, 0.01, 0.6), "better"), ((0.3, 0.0, 0.6), "same"), ((-0.3, -0.6, -0.1), "worse"), (None, "unscored")],
-)
-def test_verdict_follows_the_interval_of_the_paired_gain(gain: tuple[float, ...] | None, verdict: str) -> None:
-    policy = {"reward_gain": dict(zip(("mean", "low", "high"), gain, strict=True))} if gain else {}
-    assert judge_gain(policy) == verdict
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "longer", "verdict"),
+    ("outcome", "verdict"),
     [
-        ((0.66, 0.76), (0.48, 0.62), "above"),
-        ((0.60, 0.70), (0.48, 0.62), "unclear"),
-        ((0.55, 0.62), (0.36, 0.42), "unclear"),  # the shorter answer is right in 58 to 64 of 100
-        ((0.66, 0.76), (0.36, 0.42), "above"),
-        ((0.20, 0.30), (0.48, 0.62), "below"),
+        ("better", "better"),
+        ("worse", "worse"),
+        ("trivial", "same"),
+        ("equivalent", "same"),
+        ("same", "same"),
+        (None, "same"),
     ],
 )
-def test_reward_model_is_held_against_both_length_rules(
-    accuracy: tuple[float, float], longer: tuple[float, float], verdict: str
-) -> None:
-    accuracy_estimate, baseline = ({"low": low, "high": high} for low, high in (accuracy, longer))
-    assert judge_reward_model({"accuracy": accuracy_estimate, "length_baseline": baseline}) == verdict
+def test_verdict_follows_the_claim_that_was_corrected_with_all_others(outcome: str | None, verdict: str) -> None:
+    claims = {"reward": {"outcome": outcome}} if outcome else {}
+    assert judge_gain({"reward_gain": {}}, claims, "reward") == verdict
+    assert judge_gain({}, claims, "reward") == "unscored"
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -466,7 +457,7 @@ def test_a_method_that_never_got_so_far_has_a_dash(tmp_path: Path) -> None:
     results = section(render(recipe, run), "results")
     assert results is not None
     cells = [e for e in results.all() if "/at_kl/2/gains/" in e.attrs.get("data-source", "")]
-    assert len(cells) == 2 * 4  # reward and gold; three trainers and best of n
+    assert len(cells) == 2 * 4  # reward and gold; three policies and best of n
     assert {cell.text() for cell in cells} == {"–"}
 
 
@@ -895,18 +886,14 @@ def test_the_length_controlled_figure_stands_by_when_it_says_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "longer", "trust"),
-    [
-        ((0.66, 0.76), (0.48, 0.60), "informed"),
-        ((0.55, 0.65), (0.48, 0.60), "length"),
-        ((0.5, 0.6), (0.1, 0.2), "chance"),
-    ],
+    ("low", "over", "trust"),
+    [(0.66, (0.02, 0.1), "informed"), (0.55, (-0.02, 0.1), "length"), (0.5, (0.3, 0.5), "chance")],
 )
 def test_a_reward_model_that_judges_is_held_to_chance_and_length(
-    accuracy: tuple[float, float], longer: tuple[float, float], trust: str
+    low: float, over: tuple[float, float], trust: str
 ) -> None:
-    (low, high), (least, most) = accuracy, longer
-    model = {"accuracy": {"low": low, "high": high}, "length_baseline": {"low": least, "high": most}}
+    rule = {"over_rule": {"low": over[0], "high": over[1]}}
+    model = {"accuracy": {"mean": 0.7, "low": low, "high": 0.8}, "length_rule": rule}
     result = {"judge": {"kind": "reward"}, "calibration": {"reward_model": model, "verdict": None}}
     assert weigh_trust(result) == trust
     assert weigh_trust({**result, "calibration": {"reward_model": None, "verdict": None}}) == "none"

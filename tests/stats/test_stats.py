@@ -17,6 +17,7 @@ from rlhf_trl.stats.intervals import (
     resampled_means,
     wilson,
 )
+from rlhf_trl.stats.trust import compare_with_length, length_rule
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 30, 200, 8552])
@@ -165,3 +166,15 @@ def test_resamples_are_draws_with_replacement():
     values = np.random.default_rng(4).normal(size=(2, 20))
     means = resampled_means(weights, values)
     assert means == pytest.approx(weights @ values.T)
+
+
+def test_the_length_rule_takes_the_better_side_and_is_compared_on_the_same_pairs():
+    """Right on all pairs, of which the rule gets seven in ten; the difference is paired."""
+    right, longer = np.ones(50), np.repeat([0.0, 1.0], [35, 15])
+    found = length_rule(right, longer)
+    assert (found["takes"], found["accuracy"]["mean"]) == ("shorter", 0.7)
+    assert found["over_rule"]["mean"] == pytest.approx(0.3)
+    assert length_rule(right, 1 - longer)["takes"] == "longer"
+    assert compare_with_length(found) == "above"
+    assert compare_with_length(length_rule(longer, longer)) == "below"
+    assert compare_with_length(length_rule(1 - longer, longer)) == "unclear"
