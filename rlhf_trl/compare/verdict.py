@@ -24,7 +24,7 @@ DRAWS = {
     "trivial": "there is no difference that matters between {}",
     "equivalent": "{} are equivalent",
     "same": "there is no significant difference between {}",
-    "identical": "{} have the same score on every prompt",
+    "indistinguishable": "{} have the same score on every prompt",
     "unknown": "nothing can be said about {}",
 }
 FEW_SEEDS = 5
@@ -76,12 +76,12 @@ def decide(result: Row, p: float | None) -> str:
     Returns:
         `better` (the first is) or `worse`: significant, and large enough to matter; `equivalent`: the whole interval
         is too small to matter; `trivial`: significant, and too small to matter; `same`: not significant;
-        `identical`: every prompt has the same score; `unknown`.
+        `indistinguishable`: every prompt has the same score; `unknown`.
     """
     if p is None:
         return "unknown"
     if result["identical"]:
-        return "identical"
+        return "indistinguishable"
     found, smallest = result["difference"], result["smallest"]
     if -smallest < found["low"] and found["high"] < smallest:
         return "equivalent"
@@ -136,7 +136,7 @@ def _state(result: Row, names: Sequence[str], measure: str, found: Row) -> str:
     both, outcome = " and ".join(names), result["outcome"]
     if outcome == "unknown":
         return f"nothing can be said: {result['why_not']}"
-    if outcome == "identical":
+    if outcome == "indistinguishable":
         return DRAWS[outcome].format(both)
     turn = -1 if outcome == "worse" else 1
     numbers = _difference(result, turn, measure)

@@ -350,7 +350,7 @@ def test_a_difference_too_small_to_matter_makes_no_winner() -> None:
 def test_the_same_runs_are_said_to_be_the_same() -> None:
     runs = five(4, 0.3, 0)
     pairs, verdict = judge({"dpo": runs, "again": dict(reversed(runs.items()))})
-    assert outcomes(pairs[0]) == ("identical", "identical")
+    assert outcomes(pairs[0]) == ("indistinguishable", "indistinguishable")
     assert "dpo and again have the same score on every prompt" in verdict["sentence"]
 
 

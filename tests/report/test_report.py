@@ -315,6 +315,14 @@ def test_verdict_follows_the_claim_that_was_corrected_with_all_others(outcome: s
     assert judge_gain({}, claims, "reward") == "unscored"
 
 
+def claim(run: RunDir, score: str, outcomes: dict[str, str]) -> None:
+    """Let the comparison claim these outcomes of the gains over the reference."""
+    found = read_json(run.comparison)
+    for name, outcome in outcomes.items():
+        found["against_reference"][name][score]["outcome"] = outcome
+    write_json(run.comparison, found)
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_summary_says_what_the_numbers_say(tmp_path: Path) -> None:
     recipe, run = write_run(tmp_path / "run", stages=SWEEP, steps=2, accuracy=(0.57, 0.55))
@@ -325,6 +333,9 @@ def test_summary_says_what_the_numbers_say(tmp_path: Path) -> None:
         metrics["policies"][name]["reward_gain"] = dict(zip(("mean", "low", "high"), gain, strict=True))
     metrics["policies"]["grpo"]["kl"] = {"mean": 3.1, "low": 2.83, "high": 3.36, "n": 60}
     write_json(run.metrics, metrics)
+    better, worse = (dict.fromkeys(names, word) for names, word in
+                     ((["dpo-beta=0.03", "grpo"], "better"), (["dpo-beta=0.1"], "worse")))  # fmt: skip
+    claim(run, "reward", {**dict.fromkeys(gains, "same"), **better, **worse})
     tree = Tree(render(recipe, run)).root
     short = next(e for e in tree.all() if e.tag == "section" and e.attrs["aria-labelledby"] == "short")
     text = " ".join(short.text().split())
@@ -368,6 +379,8 @@ def test_summary_says_what_the_gold_model_and_the_alarms_say(tmp_path: Path) -> 
         metrics["policies"][name]["reward_gain"] = {"mean": 0.9, "low": 0.7, "high": 1.1}
         metrics["policies"][name]["gold_gain"] = dict(zip(("mean", "low", "high"), gain, strict=True))
     write_json(run.metrics, metrics)
+    claim(run, "reward", dict.fromkeys(("dpo", "grpo", "ppo"), "better"))
+    claim(run, "gold", {"dpo": "better", "grpo": "same", "ppo": "worse"})
     text = words(section(render(recipe, run), "short"))
     assert (
         "By the gold model gold, a second reward model that no policy was trained with, dpo scores better than the "
@@ -749,7 +762,7 @@ def test_a_gold_reward_model_is_called_what_it_is(tmp_path: Path) -> None:
     assert "What it cost" not in card
     # Not clear of length by its accuracy on held-out pairs.
     result = read_json(run.winrate)
-    result["calibration"]["reward_model"] |= {"accuracy": {**around(0.57, 0.05), "n": 190}}
+    result["calibration"]["reward_model"]["length_rule"]["over_rule"] |= around(0.02, 0.05)
     write_json(run.winrate, result)
     assert "It has not shown that it can tell better answers: that is not clear of what length" in words(
         section(render(recipe, run), "short")
