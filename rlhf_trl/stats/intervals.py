@@ -73,8 +73,8 @@ def estimate_rate(values: Sequence[float] | np.ndarray) -> Estimate:
 def estimate_mean(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Estimate:
     """Estimate a mean by Student's t, with and without the correction for skewness of Hall (1992, JRSS B 54:221).
 
-    The interval reaches as far as either: t alone is too narrow for skewed values, the correction alone for values that
-    are nearly all 0, such as paired differences of two accuracies. It covers 93.4 to 96.3 % from 20 units on.
+    The interval reaches as far as either: t alone is too narrow for skewed values, the correction alone for values
+    that are nearly all 0, such as paired differences of two accuracies. It covers 93.4 to 96.3 % from 20 units on.
     For a paired comparison, give the differences. A single value has no interval: `low` and `high` are the value.
 
     Raises:
