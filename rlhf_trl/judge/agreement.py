@@ -78,7 +78,7 @@ def kappa(one: np.ndarray, other: np.ndarray, seed: int) -> dict[str, Any]:
     low, high = np.quantile(found[1:], [0.025, 0.975])
     agree = np.einsum("nkk->n", cells) / one.shape[1]
     if np.ptp(agree) == 0:  # resampling shows no doubt about the agreement, but `mean` does
-        doubt = mean(agree, seed)
+        doubt = mean(agree)
         ends = [(end - chance[0]) / (1 - chance[0]) for end in (doubt.low, doubt.high)]
         low, high = min(low, ends[0]), max(high, ends[1])
     return Estimate(float(found[0]), float(low), float(high), n).as_dict()

@@ -48,7 +48,7 @@ def length_controlled(games: Iterable[Game], a: str, b: str, seed: int) -> dict[
     if len(wins) == 0:
         return result | {name: none(NO_PAIR) for name in ("raw", "length_controlled")}
     # The smaller of the shares of prompts where `a` is not shorter and where it is not longer.
-    raw, overlap = mean(wins, seed).as_dict(), min(np.mean(apart <= 0), np.mean(apart >= 0))
+    raw, overlap = mean(wins).as_dict(), min(np.mean(apart <= 0), np.mean(apart >= 0))
     result["raw"] = raw
     if overlap < MIN_OVERLAP:
         side = "longer" if np.median(apart) < 0 else "shorter"

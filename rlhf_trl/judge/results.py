@@ -32,20 +32,20 @@ def conclude(recipe: Recipe, run: RunDir, settings: Judge, games: Games) -> Row:
     subsets = sorted({game["subset"] for game in of})
     rates = [
         {
-            **win_rate(of, a, b, seed),
+            **win_rate(of, a, b),
             "length_controlled": length_controlled(of, a, b, seed),
-            "subsets": {name: win_rate([g for g in of if g["subset"] == name], a, b, seed) for name in subsets},
+            "subsets": {name: win_rate([g for g in of if g["subset"] == name], a, b) for name in subsets},
         }
         for a, b in pairs
     ]
     return {
         "prompts": len({game["prompt_id"] for game in of}),
         "win_rates": rates,
-        "comparisons": compare_pairs(of, recipe.policies, REFERENCE, seed) if of else [],
+        "comparisons": compare_pairs(of, recipe.policies, REFERENCE) if of else [],
         "ratings": bradley_terry(of, REFERENCE, seed) if of else None,
-        "habits": consistency(of, seed),
+        "habits": consistency(of),
         "calibration": _calibrate(run, settings, games["labelled"], seed),
-        "canaries": _compare_canaries(games, seed),
+        "canaries": _compare_canaries(games),
         "pareto": _build_axis(recipe, run, of),
     }
 
@@ -66,7 +66,7 @@ def _calibrate(run: RunDir, settings: Judge, games: Sequence[Row], seed: int) ->
     return {"reward_model": None, "all": found, "subsets": subsets, "verdict": trust_in(found)}
 
 
-def _compare_canaries(games: Games, seed: int) -> Row | None:
+def _compare_canaries(games: Games) -> Row | None:
     """How much more often an answer wins with a note to the judge below it, on pairs judged with and without."""
     with_note = prompt_scores(games["canaries"], "canary", "chosen")
     without = prompt_scores(games["labelled"], "rejected", "chosen")

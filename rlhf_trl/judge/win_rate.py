@@ -5,7 +5,7 @@ verdict. `score` is 1 where policy `a` wins, 0.5 for a tie, 0 where `b` wins, No
 then says why. Lengths are in characters. The two orders in which two answers are shown are two games.
 
 A judge favours a place, and that cancels only over both orders: a prompt is used where both have a verdict, with the
-mean of the two; the others are counted. The prompt is the unit that is resampled. The order of the games does not
+mean of the two; the others are counted. The prompt is the unit. The order of the games does not
 matter. Reads and writes nothing; results are ready for JSON.
 """
 
@@ -141,13 +141,12 @@ def mean(values: Sequence[float] | np.ndarray, lowest: float = 0.0) -> Estimate:
     return Estimate(float(array.mean()), low, high, found.n)
 
 
-def rate(tops: np.ndarray, bottoms: np.ndarray, prompts: np.ndarray, seed: int, why_not: str) -> dict[str, Any]:
-    """Estimate a share over all comparisons, sum / sum, with a bootstrap over prompts.
+def rate(tops: np.ndarray, bottoms: np.ndarray, prompts: np.ndarray, why_not: str) -> dict[str, Any]:
+    """Estimate a share over all comparisons, sum / sum, with the prompts as the unit.
 
     Args:
         tops, bottoms: numerator and denominator of each comparison, such as its ties and its verdicts, shape (N,).
         prompts: the prompt of each, shape (N,).
-        seed: of the bootstrap.
         why_not: what to say where all denominators are 0.
     """
     names, codes = np.unique(prompts, return_inverse=True)
@@ -163,7 +162,7 @@ def rate(tops: np.ndarray, bottoms: np.ndarray, prompts: np.ndarray, seed: int, 
 # --- measures --------------------------------------------------------------------------------------------------------
 
 
-def win_rate(games: Iterable[Game], a: str, b: str, seed: int) -> dict[str, Any]:
+def win_rate(games: Iterable[Game], a: str, b: str) -> dict[str, Any]:
     """Estimate how often `a` beats `b`, a tie as half, over prompts with a verdict in both orders.
 
     Returns:
@@ -197,7 +196,7 @@ def _counts(values: np.ndarray) -> dict[str, int]:
     return {"wins": int((values > 0.5).sum()), "ties": int((values == 0.5).sum()), "losses": int((values < 0.5).sum())}
 
 
-def consistency(games: Iterable[Game], seed: int) -> dict[str, Any]:
+def consistency(games: Iterable[Game]) -> dict[str, Any]:
     """Measure a judge's habits: how often it contradicts itself, goes by place or by length, or says nothing.
 
     Returns:
@@ -230,19 +229,19 @@ def consistency(games: Iterable[Game], seed: int) -> dict[str, Any]:
         "n": len(np.unique(prompts)),
         "comparisons": len(used),
         "verdicts": {"first": int(first.sum()), "second": int((2 - ties - first).sum()), "tie": int(ties.sum())},
-        "consistency": rate(a_first == b_first, each, prompts, seed, NO_PAIR),
-        "first_share": rate(first, 2 - ties, prompts, seed, no_winner),
-        "tie_rate": rate(ties, 2 * each, prompts, seed, NO_PAIR),
-        "invalid_rate": rate(silent, np.ones(len(silent)), asked, seed, "no reply came"),
+        "consistency": rate(a_first == b_first, each, prompts, NO_PAIR),
+        "first_share": rate(first, 2 - ties, prompts, no_winner),
+        "tie_rate": rate(ties, 2 * each, prompts, NO_PAIR),
+        "invalid_rate": rate(silent, np.ones(len(silent)), asked, "no reply came"),
         "missing": missing(pairs),
-        "prefers_longer": rate(longer_wins, differ, prompts, seed, no_longer),
+        "prefers_longer": rate(longer_wins, differ, prompts, no_longer),
     }
 
 
 # --- two policies against one reference ------------------------------------------------------------------------------
 
 
-def compare_pairs(games: Iterable[Game], policies: Sequence[str], reference: str, seed: int) -> list[dict[str, Any]]:
+def compare_pairs(games: Iterable[Game], policies: Sequence[str], reference: str) -> list[dict[str, Any]]:
     """Compare every two policies by their scores against one reference on the prompts that both have.
 
     Returns:
@@ -260,14 +259,14 @@ def compare_pairs(games: Iterable[Game], policies: Sequence[str], reference: str
         shared = sorted(scores[first].keys() & scores[second].keys())
         row = {"first": first, "second": second, "reference": reference, "n": len(shared)}
         mine, theirs = (np.array([scores[name][prompt] for prompt in shared]) for name in (first, second))
-        rows.append(row | _compare(mine, theirs, seed))
+        rows.append(row | _compare(mine, theirs))
     tests = [row["sign_test"] for row in rows if row["sign_test"] is not None]
     for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
         test["p_holm"] = p
     return rows
 
 
-def _compare(first: np.ndarray, second: np.ndarray, seed: int) -> dict[str, Any]:
+def _compare(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     """Compare the scores of two policies on the same prompts, (N,) and (N,)."""
     if len(first) == 0:
         return {"difference": none("no prompt has scores of both"), "sign_test": None}
