@@ -17,11 +17,11 @@ from trl import ModelConfig
 from rlhf_trl.data.preprocess import prepare
 from rlhf_trl.models.base import load_causal, load_classifier, recorded_tokenizer, start_path
 from rlhf_trl.models.tiny import build_tiny
+from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.environment import environment
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.run.safetensors import hash_file
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ID, COMMIT = "owner/base", "0123456789abcdef0123456789abcdef01234567"

@@ -33,7 +33,8 @@ from rlhf_trl.adapters.files import (
 from rlhf_trl.adapters.settings import AGAIN, FETCH, check_config, check_imports, check_settings
 from rlhf_trl.adapters.shapes import check_base, check_tensors
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
-from rlhf_trl.run.safetensors import Tensor, hash_file, hash_weights, is_finite, read_header, read_weights
+from rlhf_trl.recipe.fingerprint import hash_file
+from rlhf_trl.run.safetensors import Tensor, hash_weights, is_finite, read_header, read_weights
 from rlhf_trl.text.display import visible
 
 # Suffixes of files that are never opened, and why.

@@ -12,10 +12,10 @@ from typing import Any
 from rlhf_trl.adapters.base import Base
 from rlhf_trl.adapters.evidence import without_paths
 from rlhf_trl.adapters.files import ADAPTER, CONFIG, LINEAGE, TEMPLATE, list_files
+from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.run.safetensors import hash_file
 
 FORMAT = 1
 # Keys of a `model` block that say with what precision the base was held in training.

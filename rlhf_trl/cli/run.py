@@ -20,7 +20,7 @@ from rlhf_trl.cli.tables import plan_table, show, status_end, status_table, summ
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.jobs import Launcher, find_slots, links, train_stages
+from rlhf_trl.run.jobs import Launcher, find_slots, train_stages
 from rlhf_trl.run.launch import launch_command, profile_processes, require_one_machine, run_command, shipped
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
@@ -133,7 +133,7 @@ def train_side_by_side(
     run.write_provenance(recipe)
     with contextlib.closing(Live(run, recipe.plan, sys.stdout, sys.stderr)) as live:
         slots = find_slots(launcher.jobs, processes, live.say)
-        code = train_stages(stages, links(recipe), slots, launcher.start_in(recipe, run), live)
+        code = train_stages(stages, recipe.links, slots, launcher.start_in(recipe, run), live)
     if code != 0:
         raise typer.Exit(code)
     return live.seconds

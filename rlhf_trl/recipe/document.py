@@ -1,7 +1,4 @@
-"""The YAML document of a recipe: plain values, the line of every key, overrides, and the errors that name them.
-
-Reads one file; imports neither torch nor the libraries that the recipe is for.
-"""
+"""The YAML document of a recipe: plain values, the line of every key, overrides, and the errors that name them."""
 
 from __future__ import annotations
 
@@ -17,11 +14,13 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from rlhf_trl.recipe.errors import SECRET, Kind, Problem, RecipeError, UserError
-from rlhf_trl.recipe.library import nearest, show
+from rlhf_trl.recipe.library import nearest, show, suggest
 
 MAX_BYTES = 200_000
 MAX_DEPTH = 20
 TAG = "tag:yaml.org,2002:"
+CONSTRUCTOR = YAML(typ="safe", pure=True).constructor
+TEXTS = (TAG + "str", TAG + "timestamp")  # a date is as good a name as any
 # Part of the YAML reader's message -> what to do.
 SYNTAX_REMEDIES = {
     "'\\t'": "use spaces, not tabs",
@@ -39,71 +38,106 @@ SYNTAX_REMEDIES = {
 
 @dataclass
 class Document:
-    """What a recipe file and its overrides say, before it is judged."""
+    """What a recipe file and its overrides say, before it is checked."""
 
     path: Path
     raw: dict[str, Any] = field(default_factory=dict)
-    lines: dict[str, int] = field(default_factory=dict)
-    """Dotted key -> line number."""
+    lines: dict[str, int] = field(default_factory=dict)  # of each dotted key
     problems: list[Problem] = field(default_factory=list)
     overridden: list[str] = field(default_factory=list)
-    constructor: Any = field(default_factory=lambda: YAML(typ="safe", pure=True).constructor, repr=False)
 
-    def override(self, text: str) -> None:
-        """Lay a `path.to.key=value` over the document; the value is read as YAML."""
+    # Nodes, not ruamel's round-trip loader: that stops at the first duplicate key, and follows anchors and merge keys.
+    def plain(self, node: Node | None, place: str, depth: int = 0) -> Any:
+        """Turn a YAML node into plain values, noting the line of every key and what a recipe cannot hold."""
+        if node is None:
+            return None
+        problem = f"the tag {str(node.tag).replace(TAG, '!!')} is not read", "write a plain value"
+        if node.anchor:
+            problem = "anchors (&) and aliases (*) are not read", "write the values out"
+        elif depth > MAX_DEPTH:
+            problem = f"lies more than {MAX_DEPTH} sections deep", "bring it to the depth of the README's recipe"
+        elif isinstance(node, MappingNode) and node.tag == TAG + "map":
+            return {name: self.plain(item, path, depth + 1) for name, path, item in self._items(node, place)}
+        elif isinstance(node, SequenceNode) and node.tag == TAG + "seq":
+            items = [(f"{place}.{index}", item) for index, item in enumerate(node.value)]
+            self.lines.update((path, item.start_mark.line + 1) for path, item in items)
+            return [self.plain(item, path, depth + 1) for path, item in items]
+        elif node.tag in TEXTS:
+            return node.value
+        elif node.tag in [TAG + kind for kind in ("null", "bool", "int", "float")]:
+            try:
+                value = CONSTRUCTOR.construct_object(node)
+                if not isinstance(value, float) or math.isfinite(value):
+                    return value
+                problem = f"{node.value} is not a finite number", "give a finite number"
+            except ValueError:
+                problem = f"{node.value[:40]!r} is not a number", "give a number"
+        self.problems.append(Problem(place, *problem))
+        return None
+
+    def _items(self, node: MappingNode, place: str) -> Iterator[tuple[str, str, Node]]:
+        """The name, place and value of each key that a recipe may hold."""
+        names: set[str] = set()
+        for key, item in node.value:
+            name = str(key.value) if isinstance(key, ScalarNode) else "?"
+            path = f"{place}.{name}".lstrip(".")
+            before, self.lines[path] = self.lines.get(path), key.start_mark.line + 1
+            problem: tuple[str, str] | None = None
+            if key.tag == TAG + "merge":
+                problem = "merge keys (<<) are not read", "write the values out"
+            elif node.flow_style and isinstance(item, ScalarNode) and item.tag == TAG + "null" and not item.value:
+                remedy = "write `key: value`; a list stands in brackets [a, b], a decimal number has a point"
+                problem = f"{name!r} has no value", "put a space after the colon" if ":" in name else remedy
+            elif key.tag not in TEXTS:
+                problem = f"the key {name} is not a text", "put quotes around it"
+            elif name in names:
+                problem = f"the key {name!r} stands twice, first on line {before}", "remove one of the two"
+            if problem:
+                self.problems.append(Problem(path, *problem))
+            else:
+                names.add(name)
+                yield name, path, item
+
+    def override(self, text: str) -> Problem | None:
+        """Lay a `path.to.key=value` over the document; the value is read as YAML. Returns what is wrong with it."""
         key, equals, value = text.partition("=")
         key = key.strip()
         place = f"--set {key if equals else text}"
         if not equals or not all(key.split(".")):
-            self._refuse(place, "not of the form path.to.key=value", "e.g. --set stages.dpo.args.beta=0.3")
-            return
+            return Problem(place, "not of the form path.to.key=value", "e.g. --set stages.dpo.args.beta=0.3")
         stages = self.raw.get("stages")
         names = [str(name) for name in stages] if isinstance(stages, dict) else []
         # The name of a stage may hold dots itself.
         stage = max((name for name in names if f"{key}.".startswith(f"stages.{name}.")), key=len, default=None)
         parts = key.split(".") if stage is None else ["stages", stage, *key[len(f"stages.{stage}") :].split(".")[1:]]
         if parts[0] == "stages" and len(parts) > 1 and names and stage is None:
-            near = nearest(parts[1], names)
-            remedy = f"did you mean {near!r}?" if near else f"the stages are: {', '.join(names)}"
-            self._refuse(place, f"there is no stage {parts[1]!r}", remedy)
-            return
+            remedy = suggest(parts[1], names, f"the stages are: {', '.join(names)}")
+            return Problem(place, f"there is no stage {parts[1]!r}", remedy)
         if parts[0] in names and parts[0] not in self.raw:
-            self._refuse(
-                place,
-                f"{parts[0]!r} is a stage",
-                f"begin the key with stages.{parts[0]}.args. (an option of its trainer)",
-            )
-            return
+            remedy = f"begin the key with stages.{parts[0]}.args. (an option of its trainer)"
+            return Problem(place, f"{parts[0]!r} is a stage", remedy)
         try:
-            new = _plain(self, YAML(typ="safe", pure=True).compose(value), key)
+            new = self.plain(YAML(typ="safe", pure=True).compose(value), key)
         except (YAMLError, RecursionError):
-            self._refuse(
-                place, f"{show(value)} is not valid YAML", "put quotes around the value, and around all of KEY=VALUE"
-            )
-            return
+            remedy = "put quotes around the value, and around all of KEY=VALUE"
+            return Problem(place, f"{show(value)} is not valid YAML", remedy)
         node = self.raw
         for part in parts[:-1]:
             if node.get(part) is None:
                 node[part] = {}
-            if not isinstance(node[part], dict):
-                self._refuse(
-                    place, f"{part!r} is a value, not a section", "check the path of the key; a list is given whole"
-                )
-                return
             node = node[part]
+            if not isinstance(node, dict):
+                remedy = "check the path of the key; a list is given whole"
+                return Problem(place, f"{part!r} is a value, not a section", remedy)
         node[parts[-1]] = new
         self.overridden.append(key)
+        return None
 
-    def find_secrets(self) -> None:
-        """Note every text that looks like an access token."""
-        for place, text in _texts(self.raw):
-            if SECRET.search(text):
-                self._refuse(
-                    place, "holds what looks like an access token", "keep tokens in the environment (see .env.example)"
-                )
-
-    def _refuse(self, place: str, problem: str, remedy: str) -> None:
-        self.problems.append(Problem(place, problem, remedy))
+    def secrets(self) -> list[Problem]:
+        """Every text that looks like an access token."""
+        remedy = "keep tokens in the environment (see .env.example)"
+        texts = [place for place, text in _texts(self.raw) if SECRET.search(text)]
+        return [Problem(place, "holds what looks like an access token", remedy) for place in texts]
 
     def error(self, later: Sequence[Problem]) -> RecipeError:
         """Build the error from the document's own problems and later ones, each once and with its line.
@@ -119,22 +153,23 @@ class Document:
             if problem.place not in {*own, *misspelt}
             and (problem.kind is Kind.UNKNOWN_KEY or not any(place.startswith(f"{problem.place}.") for place in own))
         ]
-        return RecipeError(self._locate(problem) for problem in dict.fromkeys([*self.problems, *rest]))
+        problems = dict.fromkeys([*self.problems, *rest])
+        return RecipeError(replace(problem, place=self._locate(problem.place)) for problem in problems)
 
-    def _locate(self, problem: Problem) -> Problem:
-        if problem.place.startswith("--set"):
-            return problem
-        if any(f"{problem.place}.".startswith(f"{key}.") for key in self.overridden):
-            return replace(problem, place=f"--set {problem.place}")
+    def _locate(self, place: str) -> str:
+        """A place with its file and line, or with the option that it comes from."""
+        if place.startswith("--set"):
+            return place
         for key in self.overridden:
-            if key.startswith(f"{problem.place}.") and problem.place not in self.lines:
-                return replace(problem, place=f"--set {key}")
-        parts = problem.place.split(".")
-        for end in range(len(parts), 0, -1):
-            key = ".".join(parts[:end])
-            if key in self.lines:
-                return replace(problem, place=f"{self.path}:{self.lines[key]}: {problem.place}")
-        return replace(problem, place=f"{self.path}: {problem.place}")
+            if f"{place}.".startswith(f"{key}."):
+                return f"--set {place}"
+        for key in self.overridden:
+            if key.startswith(f"{place}.") and place not in self.lines:
+                return f"--set {key}"
+        parts = place.split(".")
+        sections = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        line = next((f":{self.lines[key]}" for key in sections if key in self.lines), "")
+        return f"{self.path}{line}: {place}"
 
 
 def read_document(path: Path) -> Document:
@@ -143,123 +178,55 @@ def read_document(path: Path) -> Document:
     Raises:
         UserError: the file cannot be read, is not YAML, or is not a mapping.
     """
-    place = str(path)
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise UserError(place, "there is no such file", _near_file(path)) from None
-    except OSError as error:
-        raise UserError(place, f"cannot read the recipe: {error.strerror}", "give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise UserError(place, "the recipe is not UTF-8 text", "save it as UTF-8") from None
-    if len(text) > MAX_BYTES:
-        raise UserError(
-            place, f"the file is larger than {MAX_BYTES} bytes", "give the path of a recipe: a page of YAML"
-        )
-    try:
-        node = YAML(typ="safe", pure=True).compose(text)
-    except YAMLError as error:
-        raise _syntax_error(place, text, error) from None
-    except RecursionError:
-        raise UserError(
-            place, f"sections lie more than {MAX_DEPTH} deep", "bring them to the depth of the README's"
-        ) from None
-    if not isinstance(node, MappingNode):
+        node = YAML(typ="safe", pure=True).compose(text if len(text) <= MAX_BYTES else "")
         what = "is empty" if node is None else "is not made of `key: value` lines"
-        raise UserError(place, f"the recipe {what}", "begin with `name:`, `model:`, `data:` and `stages:`")
-    document = Document(path)
-    document.raw = _plain(document, node, "") or {}
-    return document
+        problem = f"the recipe {what}", "begin with `name:`, `model:`, `data:` and `stages:`"
+        if len(text) > MAX_BYTES:
+            problem = f"the file is larger than {MAX_BYTES} bytes", "give the path of a recipe: a page of YAML"
+    except FileNotFoundError:
+        others = sorted(file.name for file in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        near = nearest(path.name, others)
+        remedy = f"did you mean {str(path.parent / near)!r}?" if near else "give the path of a YAML file"
+        problem = "there is no such file", remedy
+    except OSError as error:
+        problem = f"cannot read the recipe: {error.strerror}", "give the path of a YAML file"
+    except UnicodeDecodeError:
+        problem = "the recipe is not UTF-8 text", "save it as UTF-8"
+    except YAMLError as error:
+        raise _syntax_error(path, text, error) from None
+    except RecursionError:
+        problem = f"sections lie more than {MAX_DEPTH} deep", "bring them to the depth of the README's"
+    else:
+        if isinstance(node, MappingNode):
+            document = Document(path)
+            document.raw = document.plain(node, "") or {}
+            return document
+    raise UserError(str(path), *problem)
 
 
-def _near_file(path: Path) -> str:
-    others = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    near = nearest(path.name, sorted(others))
-    return f"did you mean {str(path.parent / near)!r}?" if near else "give the path of a YAML file"
-
-
-def _syntax_error(place: str, text: str, error: YAMLError) -> UserError:
+def _syntax_error(path: Path, text: str, error: YAMLError) -> UserError:
+    line, reason = 1, str(error)
     if isinstance(error, ReaderError):
-        line, reason = (
-            text.count("\n", 0, error.position) + 1,
-            f"the character {chr(error.character)!r} is not allowed",
-        )
+        line = text.count("\n", 0, error.position) + 1
+        reason = f"the character {chr(error.character)!r} is not allowed"
     elif isinstance(error, MarkedYAMLError) and error.problem_mark:
         line, reason = error.problem_mark.line + 1, str(error.problem).removeprefix("but ")
         if error.context_mark and error.context_mark.line + 1 != line:
             reason += f" (in what begins on line {error.context_mark.line + 1})"
-    else:
-        line, reason = 1, str(error)
     remedy = next((remedy for part, remedy in SYNTAX_REMEDIES.items() if part in reason), "mend the line")
-    return UserError(f"{place}:{line}", f"not valid YAML: {reason}", remedy)
-
-
-def _plain(document: Document, node: Node | None, place: str, depth: int = 0) -> Any:
-    """Turn a YAML node into plain values, noting the line of every key and what a recipe cannot hold."""
-    if node is None:
-        return None
-    problem: tuple[str, str] | None = None
-    if node.anchor:
-        problem = ("anchors (&) and aliases (*) are not read", "write the values out")
-    elif depth > MAX_DEPTH:
-        problem = (f"lies more than {MAX_DEPTH} sections deep", "bring it to the depth of the README's recipe")
-    elif isinstance(node, MappingNode) and node.tag == TAG + "map":
-        return _plain_mapping(document, node, place, depth)
-    elif isinstance(node, SequenceNode) and node.tag == TAG + "seq":
-        items = [(f"{place}.{index}", item) for index, item in enumerate(node.value)]
-        document.lines.update((path, item.start_mark.line + 1) for path, item in items)
-        return [_plain(document, item, path, depth + 1) for path, item in items]
-    elif node.tag in (TAG + "str", TAG + "timestamp"):  # a date is as good a name as any
-        return node.value
-    elif node.tag in [TAG + kind for kind in ("null", "bool", "int", "float")]:
-        try:
-            value = document.constructor.construct_object(node)
-        except ValueError:
-            problem = (f"{node.value[:40]!r} is not a number", "give a number")
-        else:
-            if not isinstance(value, float) or math.isfinite(value):
-                return value
-            problem = (f"{node.value} is not a finite number", "give a finite number")
-    else:
-        problem = (f"the tag {str(node.tag).replace(TAG, '!!')} is not read", "write a plain value")
-    document.problems.append(Problem(place, *problem))
-    return None
-
-
-def _plain_mapping(document: Document, node: MappingNode, place: str, depth: int) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, item in node.value:
-        name = str(key.value) if isinstance(key, ScalarNode) else "?"
-        path, line = f"{place}.{name}".lstrip("."), key.start_mark.line + 1
-        before = document.lines.get(path)
-        document.lines[path] = line
-        problem: tuple[str, str] | None = None
-        if key.tag == TAG + "merge":
-            problem = ("merge keys (<<) are not read", "write the values out")
-        elif node.flow_style and isinstance(item, ScalarNode) and item.tag == TAG + "null" and not item.value:
-            remedy = "write `key: value`; a list stands in brackets [a, b], a decimal number has a point"
-            problem = (f"{name!r} has no value", "put a space after the colon" if ":" in name else remedy)
-        elif key.tag not in (TAG + "str", TAG + "timestamp"):
-            problem = (f"the key {name} is not a text", "put quotes around it")
-        elif name in values:
-            problem = (f"the key {name!r} stands twice, first on line {before}", "remove one of the two")
-        if problem:
-            document.problems.append(Problem(path, *problem))
-        else:
-            values[name] = _plain(document, item, path, depth + 1)
-    return values
+    return UserError(f"{path}:{line}", f"not valid YAML: {reason}", remedy)
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """Every key and every text below a value, each with its place."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            path = f"{place}.{key}".lstrip(".")
-            yield path, key
-            yield from _texts(item, path)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _texts(item, f"{place}.{index}")
-    elif isinstance(value, str):
+    if isinstance(value, str):
         yield place, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        path = f"{place}.{key}".lstrip(".")
+        if isinstance(key, str):
+            yield path, key
+        yield from _texts(item, path)

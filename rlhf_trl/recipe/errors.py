@@ -1,7 +1,4 @@
-"""A mistake of the user: place, problem and remedy, with secrets removed.
-
-Reads and writes nothing.
-"""
+"""A mistake of the user: place, problem and remedy, with secrets removed."""
 
 from __future__ import annotations
 
@@ -29,13 +26,12 @@ class Problem:
     problem: str
     remedy: str
     kind: Kind = field(default=Kind.OTHER, compare=False)
-    meant: str | None = field(default=None, compare=False)
-    """The key that an unknown key probably misspells."""
+    meant: str | None = field(default=None, compare=False)  # the key that an unknown key probably misspells
 
     @property
-    def meant_place(self) -> str | None:
-        """The place of the key that was meant."""
-        return f"{self.place.rpartition('.')[0]}.{self.meant}".lstrip(".") if self.meant else None
+    def meant_place(self) -> str:
+        """The place of the key that was meant, or ""."""
+        return f"{self.place.rpartition('.')[0]}.{self.meant}".lstrip(".") if self.meant else ""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.problem}\n    -> {self.remedy}"
@@ -45,23 +41,25 @@ class UserError(Exception):
     """Something that the user can mend; shown as place, problem and remedy, without a traceback."""
 
     def __init__(self, place: str, problem: str, remedy: str):
-        self.problems: tuple[Problem, ...] = (_without_secrets(Problem(place, problem, remedy)),)
-        super().__init__(str(self.problems[0]))
+        self._keep([Problem(place, problem, remedy)])
 
-
-class NotRun(Exception):
-    """A step could not do its work for want of something that lies outside the recipe, such as a server or a key.
-
-    Reported as *not run*; later steps continue.
-    """
+    def _keep(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(_without_secrets(problem) for problem in problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
 class RecipeError(UserError):
     """Every mistake of one recipe."""
 
     def __init__(self, problems: Iterable[Problem]):
-        self.problems = tuple(_without_secrets(problem) for problem in problems)
-        Exception.__init__(self, "\n".join(str(problem) for problem in self.problems))
+        self._keep(problems)
+
+
+class NotRun(Exception):
+    """A step lacks something that lies outside the recipe, such as a server or a key.
+
+    Reported as *not run*; later steps continue.
+    """
 
 
 def _without_secrets(problem: Problem) -> Problem:

@@ -1,7 +1,4 @@
-"""Every check on a recipe that needs more than its schema: the libraries' options, and the links between stages.
-
-Works on the parsed recipe before its sweeps are expanded; imports neither torch nor the libraries it checks for.
-"""
+"""Every check on a recipe that needs more than its schema: the libraries' options, and the links between stages."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from rlhf_trl.recipe.errors import Kind, Problem
-from rlhf_trl.recipe.library import CLASSES, check_value, nearest, read_options
+from rlhf_trl.recipe.library import CLASSES, check_value, nearest, read_options, suggest
 from rlhf_trl.recipe.recipe import MAX_STAGES, Recipe, combinations
 from rlhf_trl.recipe.rules import Values, check_values
 from rlhf_trl.recipe.schema import NAME, Stage
@@ -23,9 +20,7 @@ OWNED = {
     "sft_model_path": "name the stage to start from with `init:`",
     "reward_model_path": "name the reward stage with `reward:`",
     "lora_task_type": "it follows from the trainer of the stage",
-    "chat_template_path": "one tokenizer serves all stages; its template is recorded in the run",
-    "eos_token": "one tokenizer serves all stages",
-    "pad_token": "one tokenizer serves all stages",
+    **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), "one tokenizer serves all stages"),
     "trust_remote_code": "code from a model repository is not run",
     "resume_from_checkpoint": "an unfinished stage resumes by itself",
     "push_to_hub": "nothing leaves the machine while training",
@@ -37,54 +32,52 @@ OWNED = {
     "skip_memory_metrics": "peak memory is always recorded",
     "use_cpu": "an accelerator is used where there is one; to hide it, set CUDA_VISIBLE_DEVICES= in the environment",
     "logging_nan_inf_filter": "a loss that is not finite is never hidden",
+    "world_size": "the launcher sets it: `--processes`",
+    "num_total_batches": "it follows from total_episodes",
+    **dict.fromkeys(
+        ("batch_size", "mini_batch_size", "micro_batch_size", "local_batch_size", "local_mini_batch_size"),
+        "PPOTrainer computes it from per_device_train_batch_size",
+    ),
 }
-# Sizes that PPOTrainer computes from the batch and the number of processes.
-for _size in ("batch_size", "mini_batch_size", "micro_batch_size", "local_batch_size", "local_mini_batch_size"):
-    OWNED[_size] = "PPOTrainer computes it from per_device_train_batch_size"
-OWNED |= {"world_size": "the launcher sets it: `--processes`", "num_total_batches": "it follows from total_episodes"}
 
 
-def check_recipe(recipe: Recipe, known_stages: Sequence[str], wrong: Set[str], processes: int) -> list[Problem]:
+def check_recipe(recipe: Recipe, known: Sequence[str], wrong: Set[str], processes: int) -> list[Problem]:
     """Find every problem of a recipe that its schema does not.
 
     Args:
         recipe: parsed, sweeps not yet expanded; may lack keys and stages that are wrong themselves.
-        known_stages: the names of all stages, those included.
+        known: the names of all stages, those included.
         wrong: places of the problems found so far; what depends on these values is not checked.
         processes: number of training processes that the batch sizes are checked for.
     """
+    base = recipe.model.get("model_name_or_path")
     problems = list(check_block("model", "model", recipe.model))
-    if not recipe.model.get("model_name_or_path") and "model" not in wrong:
+    if not base and "model" not in wrong:
         remedy = "give a Hub id, a folder, or builtin:tiny"
         problems.append(Problem("model.model_name_or_path", "is missing", remedy))
-    problems += _check_source("model.model_name_or_path", recipe.model.get("model_name_or_path"), "builtin:tiny")
+    problems += _check_source("model.model_name_or_path", base, "builtin:tiny")
     problems += _check_source("data.source", recipe.data.source, "builtin:demo")
     for name, stage in recipe.stages.items():
         place = f"stages.{name}"
         problems += check_block(f"{place}.model", "model", stage.model)
         problems += check_block(f"{place}.args", stage.trainer, stage.args)
         for key, values in stage.sweep.items():
+            unknown = key in OWNED or key not in read_options(stage.trainer)
             for index, value in enumerate(values):
-                found = check_block(f"{place}.sweep", stage.trainer, {key: value})
-                unknown = key in OWNED or key not in read_options(stage.trainer)
-                problems += [p if unknown else replace(p, place=f"{p.place}.{index}") for p in found]
-    origins, problems_of_names = _expanded_names(recipe)
-    problems += problems_of_names
-    links = Links(recipe, known_stages, origins)
+                for problem in check_block(f"{place}.sweep", stage.trainer, {key: value}):
+                    problems.append(problem if unknown else replace(problem, place=f"{problem.place}.{index}"))
+    origins: dict[str, str] = {}
+    problems += _expand_names(recipe, origins)
+    links = Links(recipe, known, origins)
     for name, stage in recipe.stages.items():
         problems += _check_links(links, name, stage)
-    bad = {*wrong, *(problem.place for problem in problems)}
-    bad |= {problem.meant_place for problem in problems if problem.meant_place}
-    problems += _check_evaluation(links, bad)
+    bad = {*wrong, *(place for problem in problems for place in (problem.place, problem.meant_place))}
+    problems += [*_check_judges(links), *_check_starts(recipe, bad)]
     for index, name in enumerate(recipe.comparison.stages):
-        if name not in {*known_stages, *origins}:
-            near = nearest(name, [*known_stages, *origins])
-            remedy = f"did you mean {near!r}?" if near else f"the stages are: {', '.join(known_stages)}"
-            problems.append(Problem(f"comparison.stages.{index}", f"there is no stage {name!r}", remedy))
+        if name not in {*known, *origins}:
+            problems.append(Problem(f"comparison.stages.{index}", *links.unknown(name)))
     for name, stage in recipe.stages.items():
-        if f"stages.{name}.sweep" in bad:
-            continue
-        for _, args in combinations(name, stage):
+        for _, args in combinations(name, stage) if f"stages.{name}.sweep" not in bad else ():
             problems += check_values(Values(recipe, name, args, bad, processes))
     return problems
 
@@ -103,8 +96,8 @@ def check_block(place: str, kind: str, values: Mapping[str, Any]) -> Iterator[Pr
             remedy = f"did you mean {near!r}?" if near else "see the documentation of TRL 1.12 for its options"
             problem = f"unknown key {key!r}: {owner} has no such option"
             yield Problem(where, problem, elsewhere or remedy, Kind.UNKNOWN_KEY, None if elsewhere else near)
-        elif found := check_value(kind, key, value):
-            yield Problem(where, *found)
+        elif texts := check_value(kind, key, value):
+            yield Problem(where, *texts)
 
 
 def _check_source(place: str, source: Any, builtin: str) -> Iterator[Problem]:
@@ -124,29 +117,25 @@ def _elsewhere(key: str) -> str | None:
     return f"it is an option of {', '.join(kinds)}: it belongs in the `args:` of such a stage" if kinds else None
 
 
-def _expanded_names(recipe: Recipe) -> tuple[dict[str, str], list[Problem]]:
-    """Name of each stage after its sweep is expanded -> its name in the recipe."""
-    origins: dict[str, str] = {}
-    problems = []
+def _expand_names(recipe: Recipe, origins: dict[str, str]) -> Iterator[Problem]:
+    """Note in `origins`, for the name of each stage after its sweep is expanded, its name in the recipe."""
     for name, stage in recipe.stages.items():
-        place = f"stages.{name}.sweep"
+        place = f"stages.{name}.sweep" if stage.sweep else f"stages.{name}"
         count = math.prod(len(values) for values in stage.sweep.values())
         if count > MAX_STAGES:
             problem = f"expands to {count} stages, more than {MAX_STAGES}"
-            problems.append(Problem(place, problem, "sweep over fewer values"))
+            yield Problem(place, problem, "sweep over fewer values")
             continue
         for full_name, _ in combinations(name, stage):
             if full_name in origins:
                 remedy = "give each value once, and each stage a name of its own"
-                where = place if stage.sweep else f"stages.{name}"
-                problems.append(Problem(where, f"there are two stages {full_name!r}", remedy))
+                yield Problem(place, f"there are two stages {full_name!r}", remedy)
                 break
             if stage.sweep and not NAME.fullmatch(full_name):
                 remedy = "sweep over fewer options, or over values of letters, digits and . _ -"
-                problems.append(Problem(place, f"{full_name!r} cannot be the name of a stage", remedy))
+                yield Problem(place, f"{full_name!r} cannot be the name of a stage", remedy)
                 break
             origins[full_name] = name
-    return origins, problems
 
 
 class Links(NamedTuple):
@@ -154,19 +143,34 @@ class Links(NamedTuple):
 
     recipe: Recipe
     known: Sequence[str]
-    origins: Mapping[str, str]
+    origins: Mapping[str, str]  # name of each expanded stage -> its name in the recipe
+
+    def origin(self, name: str) -> str:
+        return self.origins.get(name, name)
 
     def stage(self, name: str) -> Stage | None:
         """The stage of that name, expanded or not; None where there is none or its own keys are wrong."""
-        return self.recipe.stages.get(self.origins.get(name, name))
+        return self.recipe.stages.get(self.origin(name))
 
     @property
     def rewards(self) -> list[str]:
         return [name for name, origin in self.origins.items() if self.recipe.stages[origin].trainer == "reward"]
 
+    def unknown(self, name: str) -> tuple[str, str]:
+        remedy = suggest(name, [*self.known, *self.origins], f"the stages are: {', '.join(self.known)}")
+        return f"there is no stage {name!r}", remedy
+
+    def rest_on(self, name: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
+        """The stages that a stage starts from or is scored by, at any distance; a circle holds the stage itself."""
+        stage = self.stage(name)
+        for link in (stage.init, stage.reward) if stage else ():
+            if link is not None and self.origin(link) not in seen:
+                seen = self.rest_on(self.origin(link), seen | {self.origin(link)})
+        return seen
+
 
 def _check_links(links: Links, name: str, stage: Stage) -> Iterator[Problem]:
-    place = f"stages.{name}"
+    place, online = f"stages.{name}", stage.trainer in ("grpo", "ppo")
     if stage.init is not None:
         yield from _check_link(f"{place}.init", stage.init, links, before=name)
         start = links.stage(stage.init)
@@ -174,52 +178,35 @@ def _check_links(links: Links, name: str, stage: Stage) -> Iterator[Problem]:
             remedy = "start from an sft stage or another policy"
             yield Problem(f"{place}.init", f"{stage.init!r} is a reward model", remedy)
         if "model_name_or_path" in stage.model:
-            remedy = "leave out one of the two"
-            yield Problem(f"{place}.init", "a stage cannot have both `init` and a base model of its own", remedy)
-    if stage.trainer in ("grpo", "ppo"):
-        if stage.reward is None:
-            remedy = "add a stage with `trainer: reward` and name it here"
-            remedy = f"add `reward: {links.rewards[0]}`" if links.rewards else remedy
-            yield Problem(f"{place}.reward", f"is missing: {stage.trainer} needs a reward model", remedy)
-        else:
-            yield from _check_reward(f"{place}.reward", stage.reward, links, before=name)
+            problem = "a stage cannot have both `init` and a base model of its own"
+            yield Problem(f"{place}.init", problem, "leave out one of the two")
+    if stage.reward is not None and online:
+        yield from _check_reward(f"{place}.reward", stage.reward, links, before=name)
     elif stage.reward is not None:
         yield Problem(f"{place}.reward", f"{stage.trainer} uses no reward model", "remove the key")
-    if stage.half is not None and stage.trainer in ("grpo", "ppo"):
+    elif online:
+        remedy = "add a stage with `trainer: reward` and name it here"
+        remedy = f"add `reward: {links.rewards[0]}`" if links.rewards else remedy
+        yield Problem(f"{place}.reward", f"is missing: {stage.trainer} needs a reward model", remedy)
+    if stage.half is not None and online:
         yield Problem(f"{place}.half", f"{stage.trainer} learns from prompts, not from pairs", "remove the key")
 
 
 def _check_link(place: str, target: str, links: Links, before: str | None) -> Iterator[Problem]:
-    origin = links.origins.get(target, target)
-    order = list(links.known)
+    origin, order = links.origin(target), list(links.known)
     if target in links.recipe.stages and links.recipe.stages[target].sweep:
-        options = [name for name, origin in links.origins.items() if origin == target]
-        remedy = f"name one of: {', '.join(options)}" if options else "name one of the stages it expands to"
+        options = ", ".join(name for name, origin in links.origins.items() if origin == target)
+        remedy = f"name one of: {options}" if options else "name one of the stages it expands to"
         yield Problem(place, f"{target!r} is swept, so the link is not clear", remedy)
     elif origin == before:
         yield Problem(place, "the stage links to itself", "name an earlier stage, or remove the key")
     elif origin not in order:
-        near = nearest(target, [*order, *links.origins])
-        remedy = f"did you mean {near!r}?" if near else f"the stages are: {', '.join(order)}"
-        yield Problem(place, f"there is no stage {target!r}", remedy)
-    elif before is not None and before in _ancestors(links, origin):
+        yield Problem(place, *links.unknown(target))
+    elif before in links.rest_on(origin):
         remedy = "break the circle: one of them starts without"
         yield Problem(place, f"{before!r} and {target!r} wait for each other", remedy)
     elif before is not None and order.index(origin) > order.index(before):
         yield Problem(place, f"the stage {target!r} comes later", f"move {origin!r} above {before!r}")
-
-
-def _ancestors(links: Links, name: str) -> set[str]:
-    found: set[str] = set()
-    waiting = [name]
-    while waiting:
-        stage = links.stage(waiting.pop())
-        for link in (stage.init, stage.reward) if stage else ():
-            origin = None if link is None else links.origins.get(link, link)
-            if origin is not None and origin not in found:
-                found.add(origin)
-                waiting.append(origin)
-    return found
 
 
 def _check_reward(place: str, target: str, links: Links, before: str | None = None) -> Iterator[Problem]:
@@ -230,15 +217,34 @@ def _check_reward(place: str, target: str, links: Links, before: str | None = No
         yield Problem(place, f"{target!r} is not a reward stage: its trainer is {stage.trainer}", remedy)
 
 
-def _check_evaluation(links: Links, wrong: Set[str]) -> Iterator[Problem]:
-    recipe = links.recipe
-    for key, judge in (("reward", recipe.evaluation.reward), ("gold", recipe.evaluation.gold)):
-        if judge is not None and "/" not in judge:
-            yield from _check_reward(f"evaluation.{key}", judge, links)
-    yield from _check_gold(links)
-    if recipe.judge and recipe.judge.kind == "reward" and recipe.evaluation.gold is None:
-        remedy = "set evaluation.gold; the model that the policies were trained with is no judge"
-        yield Problem("judge.kind", "there is no gold reward model", remedy)
+def _check_judges(links: Links) -> Iterator[Problem]:
+    """The evaluation's reward models; a gold one that has seen the pairs of what it measures shares its mistakes."""
+    recipe, reward, gold = links.recipe, links.recipe.evaluation.reward, links.recipe.evaluation.gold
+    for key, name in (("reward", reward), ("gold", gold)):
+        if name is not None and "/" not in name:
+            yield from _check_reward(f"evaluation.{key}", name, links)
+    if gold is None:
+        if recipe.judge and recipe.judge.kind == "reward":
+            remedy = "set evaluation.gold; the model that the policies were trained with is no judge"
+            yield Problem("judge.kind", "there is no gold reward model", remedy)
+        return
+    if reward is None:
+        remedy = "name the reward model there, or leave gold out"
+        yield Problem("evaluation.gold", "there is no evaluation.reward to compare it with", remedy)
+        return
+    own = links.stage(gold)
+    if own is not None and own is links.stage(reward):
+        yield Problem("evaluation.gold", "is the reward model itself", "train a second one with `half: second`")
+    elif own is not None and own.half is None:
+        remedy = f"add `half: second` to the stage {gold!r}"
+        yield Problem(f"stages.{gold}.half", "is missing: a gold model learns from pairs of its own", remedy)
+    for name, stage in recipe.stages.items():
+        if own and own.half and stage is not own and stage.half == own.half and stage.trainer in ("reward", "dpo"):
+            problem = f"is that of the gold model {gold!r}"
+            yield Problem(f"stages.{name}.half", problem, "give the two different halves")
+
+
+def _check_starts(recipe: Recipe, wrong: Set[str]) -> Iterator[Problem]:
     starts: dict[Any, str] = {}
     for name in recipe.policies:
         if not {f"stages.{name}.init", f"stages.{name}.model.model_name_or_path"} & wrong:
@@ -248,26 +254,3 @@ def _check_evaluation(links: Links, wrong: Set[str]) -> Iterator[Problem]:
         first, second, *_ = starts.values()
         problem = f"{first!r} and {second!r} start from different models: KL and reward gain have no common reference"
         yield Problem(f"stages.{second}.init", problem, "give all policies the same `init`")
-
-
-def _check_gold(links: Links) -> Iterator[Problem]:
-    """A gold reward model that has seen the pairs of what it measures would share its mistakes."""
-    gold, reward = links.recipe.evaluation.gold, links.recipe.evaluation.reward
-    if gold is None:
-        return
-    if reward is None:
-        remedy = "name the reward model there, or leave gold out"
-        yield Problem("evaluation.gold", "there is no evaluation.reward to compare it with", remedy)
-        return
-    own, other = (links.stage(name) for name in (gold, reward))
-    if own is not None and own is other:
-        yield Problem("evaluation.gold", "is the reward model itself", "train a second one with `half: second`")
-    elif own is not None and own.half is None:
-        remedy = f"add `half: second` to the stage {gold!r}"
-        yield Problem(f"stages.{gold}.half", "is missing: a gold model learns from pairs of its own", remedy)
-    if own is None or own.half is None:
-        return
-    for name, stage in links.recipe.stages.items():
-        if stage is not own and stage.half == own.half and stage.trainer in ("reward", "dpo"):
-            remedy = "give the two different halves"
-            yield Problem(f"stages.{name}.half", f"is that of the gold model {gold!r}", remedy)

@@ -1,7 +1,4 @@
-"""Load a recipe: read the YAML, lay the overrides over it, parse it, check it whole, expand its sweeps.
-
-recipe = load_recipe(Path("recipes/demo.yaml"), ["stages.dpo.args.beta=0.3"])
-"""
+"""Load a recipe: read the YAML, lay the overrides over it, parse it, check it whole, expand its sweeps."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf_trl.recipe.document import read_document
 from rlhf_trl.recipe.errors import Kind, Problem
-from rlhf_trl.recipe.library import nearest, show
+from rlhf_trl.recipe.library import nearest, show, suggest
 from rlhf_trl.recipe.links import check_block, check_recipe
 from rlhf_trl.recipe.recipe import RESERVED, Recipe, expand_sweeps
 from rlhf_trl.recipe.schema import Stage, Trainer
@@ -33,45 +30,39 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -
         RecipeError: with every problem found, each with its place (file, line and key).
     """
     document = read_document(path)
-    for override in overrides:
-        document.override(override)
-    document.find_secrets()
+    overrides_refused = [document.override(override) for override in overrides]
+    document.problems += [*filter(None, overrides_refused), *document.secrets()]
     recipe, problems = _parse(document.raw)
     if recipe is not None:
-        wrong = {problem.place for problem in (*document.problems, *problems)}
-        wrong |= {problem.meant_place for problem in problems if problem.meant_place}
+        wrong = {place for p in (*document.problems, *problems) for place in (p.place, p.meant_place)}
         problems += check_recipe(recipe, list(document.raw["stages"]), wrong, processes)
     elif isinstance(document.raw.get("model"), dict):
         problems += check_block("model", "model", document.raw["model"])
-    if problems or document.problems:
+    if problems or document.problems or recipe is None:
         raise document.error(problems)
-    assert recipe is not None
     return expand_sweeps(recipe)
 
 
 def _parse(raw: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """Parse the document; on mistakes, also try it without them so that the later checks can find more."""
-    try:
-        return Recipe.model_validate(raw), _reserved_names(raw)
-    except ValidationError as error:
-        rest = copy.deepcopy(raw)
-        problems = _reserved_names(raw)
-        for item in error.errors():
-            problems.append(_describe(item))
-            _remove(rest, [str(part) for part in item["loc"]])
-        try:
-            return Recipe.model_validate({"name": "unnamed", "model": {}, **rest}), problems
-        except ValidationError:
-            return None, problems
-
-
-def _reserved_names(raw: dict[str, Any]) -> list[Problem]:
     stages = raw.get("stages")
-    return [
+    problems = [
         Problem(f"stages.{name}", f"{name!r} is the name of another part of a run", f"call the stage {name}_stage")
         for name in (stages if isinstance(stages, dict) else ())
         if str(name) in RESERVED
     ]
+    try:
+        return Recipe.model_validate(raw), problems
+    except ValidationError as error:
+        rest = copy.deepcopy(raw)
+        for item in error.errors():
+            loc = [str(part) for part in item["loc"] if part != "[key]"]
+            problems.append(_describe(item, loc))
+            _remove(rest, loc)
+        try:
+            return Recipe.model_validate({"name": "unnamed", "model": {}, **rest}), problems
+        except ValidationError:
+            return None, problems
 
 
 EXAMPLES = {
@@ -80,42 +71,35 @@ EXAMPLES = {
     "stages": "`stages:` with at least one stage below it",
     "trainer": f"`trainer:` (one of {', '.join(get_args(Trainer))})",
 }
-
-
 # Kind of pydantic's error -> what to do.
 TYPE_REMEDIES = {
     "string_type": "give a text; put quotes around it",
     "int_type": "give a whole number",
     "float_type": "give a number",
     "list_type": "give a list, such as [a, b]",
-    "dict_type": "write `key: value` lines here, or remove the key",
-    "model_type": "write `key: value` lines here, or remove the key",
+    **dict.fromkeys(("dict_type", "model_type"), "write `key: value` lines here, or remove the key"),
     "string_too_short": "give a text",
     "too_short": "give at least one value",
 }
 
 
-def _describe(error: Any) -> Problem:
-    loc = [str(part) for part in error["loc"] if part != "[key]"]
-    place = ".".join(loc)
-    if error["type"] == "extra_forbidden":
+def _describe(error: Any, loc: list[str]) -> Problem:
+    place, value, kind = ".".join(loc), show(error["input"]), error["type"]
+    if kind == "extra_forbidden":
         return _unknown_key(place, loc)
-    if error["type"] == "missing":
+    if kind == "missing":
         return Problem(place, "is missing", f"add {EXAMPLES[loc[-1]]}")
-    value = show(error["input"])
-    if error["type"] == "literal_error":
+    if kind == "literal_error":
         choices = re.findall(r"'([^']+)'", error["ctx"]["expected"])  # 'a', 'b' or 'c'
-        near = nearest(str(error["input"]), choices)
-        remedy = f"did you mean {near!r}?" if near else f"choose one of: {', '.join(choices)}"
         problem = f"{value} is not a trainer" if loc[-1] == "trainer" else f"{value} is not valid"
-        return Problem(place, problem, remedy)
-    if error["type"] == "value_error":
+        return Problem(place, problem, suggest(error["input"], choices, f"choose one of: {', '.join(choices)}"))
+    if kind == "value_error":
         return Problem(place, f"{value} is not valid", error["msg"].removeprefix("Value error, "))
     if error["input"] in (None, {}) and place in EXAMPLES:
         return Problem(place, "is empty", f"add {EXAMPLES[place]}")
-    if error["type"] in TYPE_REMEDIES:
+    if kind in TYPE_REMEDIES:
         problem = "is empty" if error["input"] in (None, "", [], {}) else f"{value} is not valid"
-        remedy = f"write {EXAMPLES[place]}" if place in ("model", "stages") else TYPE_REMEDIES[error["type"]]
+        remedy = f"write {EXAMPLES[place]}" if place in ("model", "stages") else TYPE_REMEDIES[kind]
         return Problem(place, problem, remedy)
     return Problem(place, f"{value} is not valid", f"it {error['msg'].removeprefix('Input ')}")
 
@@ -127,16 +111,14 @@ def _unknown_key(place: str, loc: list[str]) -> Problem:
             annotation = section.model_fields[part].annotation  # such as Data, Judge | None, dict[Name, Stage]
             types = (annotation, *get_args(annotation))
             section = next((item for item in types if isinstance(item, type(BaseModel))), section)
-    known = list(section.model_fields)
-    near = nearest(loc[-1], known)
+    near = nearest(loc[-1], section.model_fields)
     hint = "; options of the trainer go under `args:`" if section is Stage else ""
-    remedy = f"did you mean {near!r}?" if near else f"the keys here are: {', '.join(known)}{hint}"
+    remedy = f"did you mean {near!r}?" if near else f"the keys here are: {', '.join(section.model_fields)}{hint}"
     return Problem(place, f"unknown key {loc[-1]!r}", remedy, Kind.UNKNOWN_KEY, near)
 
 
 def _remove(raw: Any, loc: list[str]) -> None:
     """Delete the offending key, with it a whole list, or the whole stage where its trainer is the offence."""
-    loc = [part for part in loc if part != "[key]"]
     if loc[0] == "stages" and loc[2:] == ["trainer"]:
         loc = loc[:2]
     for part in loc[:-1]:

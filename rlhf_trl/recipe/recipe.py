@@ -1,10 +1,7 @@
-"""The recipe: one YAML file that describes one experiment.
+"""The recipe: one experiment, what each of its steps depends on, and the stages that its sweeps stand for.
 
-Reads the file and the `--set` overrides, expands sweeps and finds every problem at once, without importing torch.
 What the libraries own (`model:` and every stage's `args:`) stays verbatim; `rlhf_trl.recipe.links` checks it against
 their source.
-
-    recipe = load_recipe(Path("recipes/demo.yaml"), ["stages.dpo.args.beta=0.3"])
 """
 
 from __future__ import annotations
@@ -15,23 +12,13 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr
 
 from rlhf_trl.recipe.fingerprint import source_hash
-from rlhf_trl.recipe.schema import (
-    Comparison,
-    Data,
-    Errors,
-    Evaluation,
-    Judge,
-    Name,
-    Samples,
-    Stage,
-    Strict,
-)
+from rlhf_trl.recipe.schema import Comparison, Data, Errors, Evaluation, Judge, Name, Samples, Stage, Strict
 
 POLICY_TRAINERS = ("dpo", "grpo", "ppo")
 # The steps that are not stages; training comes after `prepare`.
@@ -81,16 +68,21 @@ class Recipe(Strict):
         return self.comparison.stages or self.policies or list(self.stages)
 
     @property
+    def links(self) -> dict[str, set[str]]:
+        """The stages that each stage starts from or is scored by."""
+        return {name: {link for link in (stage.init, stage.reward) if link} for name, stage in self.stages.items()}
+
+    @property
     def groups(self) -> dict[str, list[str]]:
         """The stages that differ in their seed alone, under what their names have in common, in recipe order."""
         alike: dict[tuple[str, int], list[str]] = {}
         seen: Counter[str] = Counter()
         for name, stage in self.stages.items():
-            args = {key: value for key, value in self.args_of(name).items() if key != "seed"}
+            args = self.args_of(name)
+            seed = args.pop("seed")
             settings = json.dumps([stage.model_dump(exclude={"args"}), args], sort_keys=True)
-            own = f"{settings} {self.args_of(name)['seed']}"
-            alike.setdefault((settings, seen[own]), []).append(name)  # one seed twice is not two seeds
-            seen[own] += 1
+            alike.setdefault((settings, seen[f"{settings} {seed}"]), []).append(name)  # one seed twice: two groups
+            seen[f"{settings} {seed}"] += 1
         groups: dict[str, list[str]] = {}
         for names in alike.values():
             common = re.sub(r"-seed=\d+", "", names[0])
@@ -99,14 +91,12 @@ class Recipe(Strict):
         return groups
 
     def parents(self, stage: str) -> dict[str, str]:
-        """The stages that a stage rests on, each after its own, and how: one it starts from (`init`), or its
-        `reward`."""
-        found: dict[str, str] = {}
+        """The stages that a stage rests on, each after its own, and how: by its `init` or its `reward`."""
+        parents: dict[str, str] = {}
         for relation, name in (("init", self.stages[stage].init), ("reward", self.stages[stage].reward)):
             if name is not None:
-                for parent, how in {**self.parents(name), name: relation}.items():
-                    found.setdefault(parent, how)
-        return found
+                parents = {**parents, **self.parents(name), name: relation, **parents}
+        return parents
 
     def half_of(self, stage: str) -> str | None:
         """The half of the training prompts that a stage learns from; None is all of them.
@@ -127,30 +117,14 @@ class Recipe(Strict):
         """The trainer options of a stage; the recipe's seed is the default."""
         return {"seed": self.seed, **self.stages[stage].args}
 
-    def fingerprint(self, step: str) -> str:
-        """Hash exactly what a step depends on.
-
-        Args:
-            step: one of `STEPS`, or the name of a stage.
-
-        Returns:
-            64 hexadecimal digits (SHA-256).
-        """
-        return self._fingerprint(step, {})
-
-    def _fingerprint(self, step: str, known: dict[str, str]) -> str:
-        """Compute a fingerprint; `known` holds those that this call has computed, so that each is computed once."""
-        if step not in known:
-            text = json.dumps(
-                self._dependencies(step, functools.partial(self._fingerprint, known=known)), sort_keys=True
-            )
-            known[step] = hashlib.sha256(text.encode()).hexdigest()
-        return known[step]
+    @property
+    def _judges(self) -> list[str]:
+        return [name for name in (self.evaluation.reward, self.evaluation.gold) if name]
 
     @property
     def sources(self) -> dict[str, str]:
         """The hash of the content of every source outside the run: data, base model, reward models."""
-        judges = [name for name in (self.evaluation.reward, self.evaluation.gold) if name and name not in self.stages]
+        judges = [name for name in self._judges if name not in self.stages]
         names = (self.data.source, str(self.model.get("model_name_or_path")), *judges)
         return {name: self._hash(name) for name in names}
 
@@ -159,35 +133,47 @@ class Recipe(Strict):
         self._hashes.update(sources)
         return self
 
+    def _hash(self, source: str) -> str:
+        # Once for each loaded recipe: a source that changes while a step reads it is not taken for what was read.
+        if source not in self._hashes:
+            self._hashes[source] = source_hash(source)
+        return self._hashes[source]
+
+    def fingerprint(self, step: str) -> str:
+        """Hash (SHA-256, hexadecimal) exactly what one of the `STEPS` or a stage depends on."""
+
+        @functools.cache
+        def fingerprint(name: str) -> str:
+            text = json.dumps(self._dependencies(name, fingerprint), sort_keys=True)
+            return hashlib.sha256(text.encode()).hexdigest()
+
+        return fingerprint(step)
+
     def _dependencies(self, step: str, fingerprint: Callable[[str], str]) -> dict[str, Any]:
-        base = {key: self.model.get(key) for key in ("model_name_or_path", "model_revision")}
+        def fingerprints(names: Iterable[str]) -> dict[str, str]:
+            return {name: fingerprint(name) if name in {*self.stages, *STEPS} else self._hash(name) for name in names}
+
+        seeded = {"step": step, "seed": self.seed}
         if step in ("explore", "prepare"):
+            base = {key: self.model.get(key) for key in ("model_name_or_path", "model_revision")}
             hashes = [self._hash(self.data.source), self._hash(str(base["model_name_or_path"]))]
-            return {"step": step, "seed": self.seed, "data": self.data.model_dump(), "base": base, "hashes": hashes}
+            return {**seeded, "data": self.data.model_dump(), "base": base, "hashes": hashes}
         if step == "evaluate":
-            judges = [name for name in (self.evaluation.reward, self.evaluation.gold) if name]
-            inputs = {
-                name: fingerprint(name) if name in self.stages else self._hash(name)
-                for name in (*self.policies, *judges)
-            }
-            return {"step": step, "seed": self.seed, "evaluation": self.evaluation.model_dump(),
-                    "data": fingerprint("prepare"), "inputs": inputs}  # fmt: skip
+            inputs = fingerprints([*self.policies, *self._judges])
+            own = self.evaluation.model_dump()
+            return {**seeded, "evaluation": own, "data": fingerprint("prepare"), "inputs": inputs}
         if step == "judge":
-            judge = self.judge and self.judge.model_dump()
-            return {"step": step, "seed": self.seed, "judge": judge, "inputs": fingerprint("evaluate")}
+            return {**seeded, "judge": self.judge and self.judge.model_dump(), "inputs": fingerprint("evaluate")}
         if step == "compare":
-            inputs = {name: fingerprint(name) for name in self.compared}
-            return {"step": step, "seed": self.seed, "comparison": self.comparison.model_dump(), "inputs": inputs,
-                    "evaluation": fingerprint("evaluate"), "judge": fingerprint("judge")}  # fmt: skip
+            own = {"comparison": self.comparison.model_dump(), "inputs": fingerprints(self.compared)}
+            return {**seeded, **own, "evaluation": fingerprint("evaluate"), "judge": fingerprint("judge")}
         if step == "errors":
-            inputs = {name: fingerprint(name) for name in self.reward_stages}
-            return {"step": step, "seed": self.seed, "errors": self.errors.model_dump(),
-                    "data": fingerprint("prepare"), "inputs": inputs}  # fmt: skip
+            own = {"errors": self.errors.model_dump(), "inputs": fingerprints(self.reward_stages)}
+            return {**seeded, **own, "data": fingerprint("prepare")}
         if step == "samples":
             return {"step": step, "samples": self.samples.model_dump(), "inputs": fingerprint("evaluate")}
         if step == "report":
-            inputs = {name: fingerprint(name) for name in self.plan[:-1]}
-            return {"step": step, "name": self.name, "inputs": inputs}
+            return {"step": step, "name": self.name, "inputs": fingerprints(self.plan[:-1])}
         stage = self.stages[step]
         return {
             "trainer": stage.trainer,
@@ -199,12 +185,6 @@ class Recipe(Strict):
             "half": self.half_of(step),
         }
 
-    def _hash(self, source: str) -> str:
-        # Once for each loaded recipe: a source that changes while a step reads it is not taken for what was read.
-        if source not in self._hashes:
-            self._hashes[source] = source_hash(source)
-        return self._hashes[source]
-
 
 def combinations(name: str, stage: Stage) -> Iterator[tuple[str, dict[str, Any]]]:
     """The name and the options of each stage that a swept stage stands for."""
@@ -215,13 +195,12 @@ def combinations(name: str, stage: Stage) -> Iterator[tuple[str, dict[str, Any]]
 
 def expand_sweeps(recipe: Recipe) -> Recipe:
     """Turn every swept stage into one ordinary stage for each combination: `dpo` -> `dpo-beta=0.1`, `dpo-beta=0.3`."""
-    stages = {
-        full_name: stage.model_copy(update={"args": args, "sweep": {}})
-        for name, stage in recipe.stages.items()
-        for full_name, args in combinations(name, stage)
-    }
-    asked = recipe.comparison.stages
-    swept = {name: [full_name for full_name, _ in combinations(name, recipe.stages[name])] for name in recipe.stages}
-    compared = dict.fromkeys(full_name for name in asked for full_name in swept.get(name, [name]))
+    stages: dict[str, Stage] = {}
+    swept: dict[str, list[str]] = {}
+    for name, stage in recipe.stages.items():
+        args_of = dict(combinations(name, stage))
+        stages |= {full: stage.model_copy(update={"args": args, "sweep": {}}) for full, args in args_of.items()}
+        swept[name] = list(args_of)
+    compared = dict.fromkeys(full for name in recipe.comparison.stages for full in swept.get(name, [name]))
     comparison = recipe.comparison.model_copy(update={"stages": list(compared)})
     return recipe.model_copy(update={"stages": stages, "comparison": comparison})

@@ -1,28 +1,33 @@
 """Rules about several values of one stage: sizes that must fit, options that exclude each other.
 
-Each rule sees one stage, its sweep expanded, and is silent where a value that it needs is wrong itself. Imports
-neither torch nor the libraries it checks for.
+Each rule sees one stage, its sweep expanded, and is silent where a value that it needs is wrong itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rlhf_trl.recipe.errors import Problem
 from rlhf_trl.recipe.library import value_of
 from rlhf_trl.recipe.recipe import POLICY_TRAINERS, Recipe
+
+Found = Iterator[tuple[str, str, str]]
+"""Key, problem and remedy; the key is one of the trainer's options, or that of another section, with its name."""
+EVERY = ("sft", "reward", *POLICY_TRAINERS)
 
 
 class _Unusable(Exception):
     """A value that a rule needs is wrong itself, and that has been told."""
 
 
-class Values(NamedTuple):
-    """What the rules see of one stage."""
+@dataclass(frozen=True)
+class Values:
+    """The resolved options of one stage: `values["beta"]` is what its training will see."""
 
     recipe: Recipe
     name: str
@@ -34,8 +39,7 @@ class Values(NamedTuple):
     def trainer(self) -> str:
         return self.recipe.stages[self.name].trainer
 
-    def option(self, key: str) -> Any:
-        """The value of a trainer's option that training will see."""
+    def __getitem__(self, key: str) -> Any:
         self._require(f"stages.{self.name}.args.{key}", f"stages.{self.name}.sweep.{key}")
         return value_of(self.trainer, self.args, key)
 
@@ -55,172 +59,150 @@ class Values(NamedTuple):
                 raise _Unusable
 
     def place(self, key: str) -> str:
-        return f"stages.{self.name}.args.{key}"
-
-    def model_place(self, key: str) -> str:
-        return f"stages.{self.name}.model.{key}" if key in self.recipe.stages[self.name].model else f"model.{key}"
+        section, dot, rest = key.partition(".")
+        if not dot:
+            return f"stages.{self.name}.args.{key}"
+        own = section == "model" and rest in self.recipe.stages[self.name].model
+        return f"stages.{self.name}.{key}" if own else key
 
 
 def check_values(values: Values) -> list[Problem]:
     """Apply every rule to one stage."""
     problems: list[Problem] = []
-    for rule in RULES:
-        with contextlib.suppress(_Unusable):
-            problems += rule(values)
+    for trainers, rule in RULES:
+        if values.trainer in trainers:
+            with contextlib.suppress(_Unusable):
+                problems += [Problem(values.place(key), problem, remedy) for key, problem, remedy in rule(values)]
+    for trainers, key, breaks, problem, remedy in CONDITIONS:
+        if values.trainer in trainers:
+            with contextlib.suppress(_Unusable):
+                if breaks(values):
+                    stage = f" for the stage {values.name}"
+                    own = stage if "use_peft" in values.recipe.stages[values.name].model else ""
+                    problems.append(Problem(values.place(key), problem, remedy.format(stage=stage, own=own)))
     return problems
 
 
-def _check_rollout(of: Values) -> Iterator[Problem]:
-    if of.trainer != "grpo":
-        return
-    batch, group = of.option("per_device_train_batch_size"), of.option("num_generations")
-    given, steps = of.option("generation_batch_size"), of.option("steps_per_generation")
+# Trainers, key, when it is wrong, problem, remedy.
+Condition = tuple[tuple[str, ...], str, Callable[[Values], Any], str, str]
+CONDITIONS: tuple[Condition, ...] = (
+    (("ppo",), "model.use_peft", lambda of: not of.model("use_peft"),
+     "PPO holds its policy, value model and reference as adapters on one base",
+     "set use_peft: true{stage}"),
+    (("ppo",), "fp16", lambda of: of["fp16"], "has no effect in PPO's loop", "set bf16: true"),
+    (("ppo",), "max_steps", lambda of: of["max_steps"] not in (-1, None), "has no effect in PPO's loop",
+     "set total_episodes: steps times batch"),
+    (("ppo",), "data_seed", lambda of: of["data_seed"] is not None, "has no effect in PPO's loop", "set seed"),
+    (("ppo",), "eval_strategy", lambda of: of["eval_strategy"] not in ("no", None), "has no effect in PPO's loop",
+     "leave it out: `evaluate` measures the checkpoints"),
+    (("ppo",), "save_strategy", lambda of: of["save_strategy"] not in ("no", "steps"),
+     "PPO's loop knows steps alone", "set save_strategy: steps"),
+    (("ppo",), "gradient_checkpointing_kwargs",
+     lambda of: (of["gradient_checkpointing_kwargs"] or {}).get("use_reentrant"),
+     "use_reentrant: true would recompute the value model under the policy's adapter", "leave it out"),
+    (("dpo",), "label_smoothing", lambda of: "exo_pair" in of["loss_type"] and of["label_smoothing"] <= 0,
+     "the loss exo_pair needs it above 0", "set label_smoothing: 0.001"),
+    (("dpo",), "beta", lambda of: of["beta"] <= 0, "is not above 0: nothing would be learned",
+     "give a positive number, such as 0.1"),
+    *((EVERY, f"model.{key}", lambda of, key=key: of.model(key) and not of.model("use_peft"),
+       "a quantised model can be trained only through an adapter", "set use_peft: true{own}")
+      for key in ("load_in_4bit", "load_in_8bit")),
+    (EVERY, "model.load_in_8bit", lambda of: of.model("load_in_8bit") and of.model("load_in_4bit"),
+     "cannot stand beside load_in_4bit", "choose one of the two"),
+    (POLICY_TRAINERS, "save_strategy",
+     lambda of: of.own("evaluation", "checkpoints") and of["save_strategy"] == "no",
+     "keeps no checkpoint, and evaluation.checkpoints asks for some",
+     "set save_strategy: steps with a save_steps, or evaluation.checkpoints: 0"),
+)  # fmt: skip
+
+
+def _check_rollout(of: Values) -> Found:
+    batch, group = of["per_device_train_batch_size"], of["num_generations"]
+    given, steps = of["generation_batch_size"], of["steps_per_generation"]
     whole = batch * of.processes
     if given and steps:
-        remedy = "leave out one of the two"
-        yield Problem(of.place("steps_per_generation"), "cannot stand beside generation_batch_size", remedy)
+        yield "steps_per_generation", "cannot stand beside generation_batch_size", "leave out one of the two"
     elif given and given % whole:
         problem = f"{given} is not a multiple of the {whole} answers of a batch"
-        yield Problem(of.place("generation_batch_size"), problem, f"set it to a multiple of {whole}")
-    steps = steps or of.option("gradient_accumulation_steps")
+        yield "generation_batch_size", problem, f"set it to a multiple of {whole}"
+    steps = steps or of["gradient_accumulation_steps"]
     rollout = given or whole * steps
     if group is None:
-        yield Problem(of.place("num_generations"), "is empty", "give a number of 2 or more")
+        yield "num_generations", "is empty", "give a number of 2 or more"
     elif rollout % group:
         divisors = [size for size in range(2, min(rollout, 1024) + 1) if rollout % size == 0]
         best = min(divisors, key=lambda size: abs(size - group), default=None)
-        made = f"batch {batch} x {steps} steps x {of.processes} process{'es'[: 2 * (of.processes > 1)]}"
+        made = f"batch {batch} x {steps} steps x {of.processes} process{'es' if of.processes > 1 else ''}"
         problem = f"{group} does not divide the {rollout} answers of a rollout"
         remedy = "set per_device_train_batch_size or gradient_accumulation_steps to a multiple of it"
-        yield Problem(of.place("num_generations"), f"{problem} ({'generation_batch_size' if given else made})",
-                      f"use num_generations: {best}, or {remedy}" if best else remedy)  # fmt: skip
+        remedy = f"use num_generations: {best}, or {remedy}" if best else remedy
+        yield "num_generations", f"{problem} ({'generation_batch_size' if given else made})", remedy
 
 
-def _check_evaluation_batch(of: Values) -> Iterator[Problem]:
-    if of.trainer == "grpo" and of.option("eval_strategy") != "no":
-        batch = of.option("per_device_eval_batch_size") * of.processes
-        group = of.option("num_generations_eval") or of.option("num_generations")
+def _check_evaluation_batch(of: Values) -> Found:
+    if of["eval_strategy"] != "no":
+        batch = of["per_device_eval_batch_size"] * of.processes
+        group = of["num_generations_eval"] or of["num_generations"]
         if group is not None and batch % group:
             problem = f"the {batch} answers of an evaluation batch are not whole groups of {group}"
-            remedy = f"set it to a multiple of {group}, or eval_strategy: 'no'"
-            yield Problem(of.place("per_device_eval_batch_size"), problem, remedy)
+            yield "per_device_eval_batch_size", problem, f"set it to a multiple of {group}, or eval_strategy: 'no'"
 
 
-def _check_mini_batches(of: Values) -> Iterator[Problem]:
-    if of.trainer != "ppo":
-        return
-    steps, parts = of.option("gradient_accumulation_steps"), of.option("num_mini_batches")
-    size = of.option("per_device_train_batch_size") * steps // parts
+def _check_mini_batches(of: Values) -> Found:
+    steps, parts = of["gradient_accumulation_steps"], of["num_mini_batches"]
+    size = of["per_device_train_batch_size"] * steps // parts
     if steps % parts:
         problem = f"{parts} does not divide gradient_accumulation_steps, which is {steps}"
-        remedy = f"set gradient_accumulation_steps to {parts}, or another multiple of it"
-        yield Problem(of.place("num_mini_batches"), problem, remedy)
-    elif of.option("whiten_rewards") and size < 8:
+        yield "num_mini_batches", problem, f"set gradient_accumulation_steps to {parts}, or another multiple of it"
+    elif of["whiten_rewards"] and size < 8:
         remedy = "raise per_device_train_batch_size or gradient_accumulation_steps, or turn it off"
-        yield Problem(of.place("whiten_rewards"), f"needs mini-batches of at least 8 answers, not {size}", remedy)
+        yield "whiten_rewards", f"needs mini-batches of at least 8 answers, not {size}", remedy
 
 
-# Option -> the value at which PPO's loop, which does not read it, does what it says; and what to use instead.
-UNREAD_BY_PPO = {
-    "fp16": (False, "set bf16: true"),
-    "max_steps": (-1, "set total_episodes: steps times batch"),
-    "data_seed": (None, "set seed"),
-    "eval_strategy": ("no", "leave it out: `evaluate` measures the checkpoints"),
-}
-
-
-def _check_shared_base(of: Values) -> Iterator[Problem]:
-    if of.trainer != "ppo":
-        return
-    if not of.model("use_peft"):
-        problem = "PPO holds its policy, value model and reference as adapters on one base"
-        yield Problem(of.model_place("use_peft"), problem, f"set use_peft: true for the stage {of.name}")
-    for key, (default, remedy) in UNREAD_BY_PPO.items():
-        if of.option(key) not in (default, None):
-            yield Problem(of.place(key), "has no effect in PPO's loop", remedy)
-    if of.option("save_strategy") not in ("no", "steps"):
-        yield Problem(of.place("save_strategy"), "PPO's loop knows steps alone", "set save_strategy: steps")
-    if (of.option("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
-        problem = "would recompute the value model under the policy's adapter"
-        yield Problem(of.place("gradient_checkpointing_kwargs"), f"use_reentrant: true {problem}", "leave it out")
-
-
-def _check_dpo_loss(of: Values) -> Iterator[Problem]:
-    if of.trainer != "dpo":
-        return
-    if "exo_pair" in of.option("loss_type") and of.option("label_smoothing") <= 0:
-        yield Problem(of.place("label_smoothing"), "the loss exo_pair needs it above 0", "set label_smoothing: 0.001")
-    if of.option("beta") <= 0:
-        remedy = "give a positive number, such as 0.1"
-        yield Problem(of.place("beta"), "is not above 0: nothing would be learned", remedy)
-
-
-def _check_quantisation(of: Values) -> Iterator[Problem]:
-    quantised = [key for key in ("load_in_4bit", "load_in_8bit") if of.model(key)]
-    if quantised and not of.model("use_peft"):
-        stage = f" for the stage {of.name}" if "use_peft" in of.recipe.stages[of.name].model else ""
-        remedy = f"set use_peft: true{stage}"
-        yield Problem(of.model_place(quantised[0]), "a quantised model can be trained only through an adapter", remedy)
-    if len(quantised) == 2:
-        yield Problem(of.model_place("load_in_8bit"), "cannot stand beside load_in_4bit", "choose one of the two")
-
-
-def _check_dropout(of: Values) -> Iterator[Problem]:
-    if of.trainer == "sft" or (of.trainer != "ppo" and not of.option("disable_dropout")):
-        return
-    if of.model("use_peft") and (of.model("lora_dropout") or 0) > 0:
+def _check_dropout(of: Values) -> Found:
+    turned_off = of.trainer == "ppo" or of["disable_dropout"]
+    if turned_off and of.model("use_peft") and (of.model("lora_dropout") or 0) > 0:
         remedy = "" if of.trainer == "ppo" else f", or disable_dropout: false in the args of {of.name}"
         problem = f"{of.trainer} turns every dropout off, LoRA's too"
-        yield Problem(of.model_place("lora_dropout"), problem, f"set lora_dropout: 0.0{remedy}")
+        yield "model.lora_dropout", problem, f"set lora_dropout: 0.0{remedy}"
 
 
-def _check_cut(of: Values) -> Iterator[Problem]:
-    limit = of.option("max_length") if of.trainer in ("sft", "reward", "dpo") else None
-    longest = of.own("data", "max_length")
-    if limit is not None and limit < longest <= (_positions(of) or longest):
+def _check_cut(of: Values) -> Found:
+    limit, longest = of["max_length"], of.own("data", "max_length")
+    positions = max_positions(str(of.model("model_name_or_path"))) or longest
+    if limit is not None and limit < longest <= positions:
         given = "" if "max_length" in of.args else ", TRL's default,"
         problem = f"{limit}{given} is below data.max_length {longest}: rows would be cut or dropped without a word"
-        yield Problem(of.place("max_length"), problem, f"set it to {longest}")
+        yield "max_length", problem, f"set it to {longest}"
 
 
-def _check_checkpoints(of: Values) -> Iterator[Problem]:
-    wanted = of.own("evaluation", "checkpoints") if of.trainer in POLICY_TRAINERS else 0
-    if wanted and of.option("save_strategy") == "no":
-        remedy = "set save_strategy: steps with a save_steps, or evaluation.checkpoints: 0"
-        yield Problem(of.place("save_strategy"), f"keeps no checkpoint, and {wanted} are to be evaluated", remedy)
-    limit = of.option("save_total_limit") if wanted else None
-    if limit is not None and limit <= wanted:
+def _check_kept(of: Values) -> Found:
+    wanted, limit = of.own("evaluation", "checkpoints"), of["save_total_limit"]
+    if wanted and limit is not None and limit <= wanted:
         problem = f"keeps {limit} checkpoints, the last one among them, and {wanted} earlier ones are to be evaluated"
-        yield Problem(of.place("save_total_limit"), problem, f"set it to {wanted + 1} or more, or leave it out")
+        yield "save_total_limit", problem, f"set it to {wanted + 1} or more, or leave it out"
 
 
-def _positions(of: Values) -> int | None:
-    return max_positions(str(of.model("model_name_or_path")))
-
-
-def _check_positions(of: Values) -> Iterator[Problem]:
-    positions = _positions(of)
+def _check_positions(of: Values) -> Found:
+    positions = max_positions(str(of.model("model_name_or_path")))
     longest = of.own("data", "max_length")
     if positions is None:
         return
     if longest > positions:
         problem = f"{longest} tokens are more than the {positions} positions of the model"
-        yield Problem("data.max_length", problem, f"set it to {positions} or less")
+        yield "data.max_length", problem, f"set it to {positions} or less"
         return
     answers = {}
-    if of.trainer in ("grpo", "ppo"):
-        option = {"grpo": "max_completion_length", "ppo": "response_length"}[of.trainer]
-        answers[of.place(option)] = of.option(option) or 0
+    if option := {"grpo": "max_completion_length", "ppo": "response_length"}.get(of.trainer):
+        answers[option] = of[option] or 0
     if of.trainer in POLICY_TRAINERS:
         answers["evaluation.max_new_tokens"] = of.own("evaluation", "max_new_tokens")
-    for place, tokens in answers.items():
+    for key, tokens in answers.items():
         if longest + tokens > positions:
             room = positions - longest
             remedy = f"set it to {room} or less, or lower data.max_length" if room > 0 else "lower data.max_length"
-            problem = (
-                f"{tokens} tokens after a prompt of up to {longest} (data.max_length) are more than the {positions}"
-            )
-            yield Problem(place, f"{problem} positions of the model", remedy)
+            prompt = f"after a prompt of up to {longest} (data.max_length)"
+            yield key, f"{tokens} tokens {prompt} are more than the {positions} positions of the model", remedy
 
 
 def max_positions(model: str) -> int | None:
@@ -239,11 +221,16 @@ def max_positions(model: str) -> int | None:
         values = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # no model's name, or no JSON: loading the model will say so
         return None
-    found = [values.get(key) for key in ("max_position_embeddings", "n_positions")] if isinstance(values, dict) else []
-    return next((value for value in found if isinstance(value, int)), None)
+    keys = ("max_position_embeddings", "n_positions") if isinstance(values, dict) else ()
+    return next((values[key] for key in keys if isinstance(values.get(key), int)), None)
 
 
-RULES = (
-    *(_check_rollout, _check_evaluation_batch, _check_mini_batches, _check_shared_base, _check_dpo_loss),
-    *(_check_quantisation, _check_dropout, _check_cut, _check_checkpoints, _check_positions),
+RULES: tuple[tuple[tuple[str, ...], Callable[[Values], Found]], ...] = (
+    (("grpo",), _check_rollout),
+    (("grpo",), _check_evaluation_batch),
+    (("ppo",), _check_mini_batches),
+    (("reward", *POLICY_TRAINERS), _check_dropout),
+    (("sft", "reward", "dpo"), _check_cut),
+    (POLICY_TRAINERS, _check_kept),
+    (EVERY, _check_positions),
 )

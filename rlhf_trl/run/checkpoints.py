@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.files import read_json, write_json
-from rlhf_trl.run.safetensors import hash_file
 
 
 def seal(folder: Path) -> None:
@@ -27,11 +27,7 @@ def sync(path: Path) -> None:
 
 
 def last_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint whose files are what its manifest says.
-
-    Returns:
-        The checkpoint, or None, and one sentence on each newer one that was passed over.
-    """
+    """Return the newest checkpoint whose files match its manifest, and why each newer one was passed over."""
     rejected: list[str] = []
     for _, path in sorted(list_checkpoints(folder).items(), reverse=True):
         reason = damage(path)
@@ -50,8 +46,7 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
 def damage(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint, or None."""
     try:
-        manifest = read_json(checkpoint / "manifest.json")
-        for name, digest in manifest.items():
+        for name, digest in read_json(checkpoint / "manifest.json").items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
             if hash_file(checkpoint / name) != digest:

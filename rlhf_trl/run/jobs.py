@@ -20,6 +20,8 @@ from rlhf_trl.run.layout import RunDir
 POLL = 0.1
 Slot = Mapping[str, str]
 """Environment variables of one stage's processes."""
+Start = Callable[[str, Slot], "subprocess.Popen[bytes]"]
+"""Starts the process of a stage in a slot."""
 
 
 class Watcher(Protocol):
@@ -29,11 +31,6 @@ class Watcher(Protocol):
     def update(self) -> None: ...
     def end(self, stage: str, status: int) -> None: ...
     def conclude(self, failed: Mapping[str, int], left: Sequence[str]) -> None: ...
-
-
-def links(recipe: Recipe) -> dict[str, set[str]]:
-    """The stages that each stage starts from or is scored by."""
-    return {name: {link for link in (stage.init, stage.reward) if link} for name, stage in recipe.stages.items()}
 
 
 # --- device slots ----------------------------------------------------------------------------------------------------
@@ -60,22 +57,20 @@ def visible_gpus(listing: str, visible: str | None) -> list[str]:
     count = sum(line.startswith("GPU ") for line in listing.splitlines())
     if visible is None or count == 0:
         return [str(index) for index in range(count)]
-    found: list[str] = []
+    gpus: list[str] = []
     for name in visible.replace(" ", "").split(","):
-        if name in ("", *found) or name.startswith("-") or (name.isdigit() and int(name) >= count):
+        if name in ("", *gpus) or name.startswith("-") or (name.isdigit() and int(name) >= count):
             break
-        found.append(name)
-    return found
+        gpus.append(name)
+    return gpus
 
 
 def plan_slots(
     jobs: int, processes: int, gpus: Sequence[str], cores: int, threads: str | None
 ) -> tuple[list[Slot], str]:
-    """Divide the machine among stages that train at once.
+    """Divide the machine among `jobs` stages; on GPUs, each of a stage's training processes takes one.
 
     Args:
-        jobs: how many are asked for.
-        processes: training processes of each stage; on GPUs, each takes one.
         threads: OMP_NUM_THREADS where the user has set it.
 
     Returns:
@@ -106,11 +101,8 @@ class Launcher:
     processes: int | None
     jobs: int
 
-    def start_in(self, recipe: Recipe, run: RunDir) -> Callable[[str, Slot], subprocess.Popen[bytes]]:
-        """Return the function that starts a stage in a slot; its output goes to the log of the run.
-
-        The stages read the recipe that is recorded in the run.
-        """
+    def start_in(self, recipe: Recipe, run: RunDir) -> Start:
+        """Return the function that starts a stage, which reads the recipe recorded in the run and writes its log."""
         port = 0 if self.jobs > 1 else None  # a free port for each launch
 
         def start(stage: str, slot: Slot) -> subprocess.Popen[bytes]:
@@ -122,9 +114,9 @@ class Launcher:
 
 
 def start_logged(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a process whose whole output is appended to a log.
+    """Start a process whose whole output is appended to a log, without progress bars.
 
-    A file, not a pipe: a stage may outlive this process and lose no output. Progress bars are off.
+    A file, not a pipe: a stage may outlive this process and lose no output.
     """
     quiet = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -135,20 +127,15 @@ def start_logged(command: Sequence[str], environment: Mapping[str, str], log: Pa
 
 
 def train_stages(
-    stages: Sequence[str],
-    needs: Mapping[str, set[str]],
-    slots: Sequence[Slot],
-    start: Callable[[str, Slot], subprocess.Popen[bytes]],
-    watcher: Watcher,
+    stages: Sequence[str], needs: Mapping[str, set[str]], slots: Sequence[Slot], start: Start, watcher: Watcher
 ) -> int:
-    """Train stages in order, each as soon as its parents are done and a slot is free.
+    """Train stages in order, each as soon as the stages that it needs are done and a slot is free.
 
     After a failure or a signal nothing new starts; what is running comes to its own end. SIGTERM is passed on; a
     Ctrl-C reaches the processes by itself. Both make them save a checkpoint.
 
     Args:
-        needs: stage -> the stages it starts from; those that are not in `stages` are there.
-        start: starts the process of a stage in a slot.
+        needs: stage -> the stages it starts from; those that are not in `stages` are done.
 
     Returns:
         0, or the exit status of the first stage that failed, or 128 and the number of the signal that came.

@@ -79,10 +79,7 @@ def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
 
 @contextlib.contextmanager
 def outlive_signals(child: subprocess.Popen[bytes] | None = None) -> Iterator[list[int]]:
-    """Go on at SIGINT, which a terminal sends to the children, too, and at SIGTERM.
-
-    Args:
-        child: gets SIGTERM at once.
+    """Go on at SIGINT, which a terminal sends to the children, too, and at SIGTERM, which is passed on to `child`.
 
     Returns:
         The signals that came, a list that grows.
@@ -112,9 +109,6 @@ def require_processes() -> None:
     """Refuse to train in fewer processes than were asked for.
 
     `accelerate launch --cpu --num_processes 2` runs one process without a word (huggingface/accelerate#2741).
-
-    Raises:
-        UserError: with both numbers.
     """
     asked = int(os.environ[ASKED]) if ASKED in os.environ else _launcher_processes()
     running = int(os.environ.get("WORLD_SIZE", "1"))
@@ -131,15 +125,14 @@ def _launcher_processes() -> int | None:
     except psutil.Error:  # it has ended, or belongs to somebody else
         return None
     for index, word in enumerate(words):
-        if Path(word).name in ("accelerate-launch", "accelerate.commands.launch") or (
-            Path(word).name == "accelerate" and words[index + 1 : index + 2] == ["launch"]
-        ):
+        name = Path(word).name
+        short = name == "accelerate" and words[index + 1 : index + 2] == ["launch"]
+        if short or name in ("accelerate-launch", "accelerate.commands.launch"):
             from accelerate.commands.launch import launch_command_parser
 
-            args, _ = launch_command_parser().parse_known_args(words[index + 1 + (Path(word).name == "accelerate") :])
-            if args.num_processes is not None:
-                return args.num_processes
-            return profile_processes(Path(args.config_file)) if args.config_file else None
+            args, _ = launch_command_parser().parse_known_args(words[index + 1 + short :])
+            config = profile_processes(Path(args.config_file)) if args.config_file else None
+            return config if args.num_processes is None else args.num_processes
     return None
 
 
@@ -148,24 +141,20 @@ def profile_processes(config: Path) -> int | None:
 
 
 def require_one_machine(config: Path) -> None:
-    """Refuse to train several stages at once on several machines: their ports would not agree.
-
-    Raises:
-        UserError: the profile names more than one machine.
-    """
+    """Refuse to train several stages at once on several machines: their ports would not agree."""
     machines = _read_profile(config).get("num_machines", 1)
     if machines > 1:
         raise UserError("--jobs", f"{config.stem} is a profile of {machines} machines", "leave --jobs out")
 
 
 def _read_profile(config: Path) -> dict[str, Any]:
-    remedy = "give a file or a name of accelerate_configs/"
     try:
         profile = YAML(typ="safe", pure=True).load(config.read_text(encoding="utf-8"))
+        problem = "" if isinstance(profile, dict) else "is not a profile of accelerate"
     except OSError as error:
-        raise UserError(str(config), f"cannot read the profile: {error.strerror}", remedy) from None
+        problem = f"cannot read the profile: {error.strerror}"
     except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(str(config), f"not valid YAML: {' '.join(str(error).split())}", remedy) from None
-    if not isinstance(profile, dict):
-        raise UserError(str(config), "is not a profile of accelerate", remedy)
+        problem = f"not valid YAML: {' '.join(str(error).split())}"
+    if problem:
+        raise UserError(str(config), problem, "give a file or a name of accelerate_configs/")
     return profile

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,185 +31,94 @@ STEP_DIRS = dict.fromkeys(STEPS, ".") | {
 REFERENCE = "reference"
 
 
+class _Place:
+    """A file or folder of a run: where it lies below the run's root, and what it holds."""
+
+    def __init__(self, path: str, holds: str):
+        self.path, self.holds = path, holds
+
+
+class _One(_Place):
+    def __get__(self, run: RunDir, _: type[RunDir]) -> Path:
+        return run.root / self.path
+
+
+class _Each(_Place):
+    """One for each stage, split, policy, judge or step; its name stands in the place of `{}`."""
+
+    def __get__(self, run: RunDir, _: type[RunDir]) -> Callable[[str], Path]:
+        return lambda name: run.root / self.path.format(name)
+
+
 class RunDir:
-    """The paths of one run, `<root>/<recipe name>/`."""
+    """The paths of one run, `<root>/<recipe name>/`; `docs/files.md` is the same table."""
+
+    report = _One("report.html", "the page to read: one file, no script")
+    recipe = _One("recipe.json", "the resolved recipe")
+    env = _One("env.json", "versions, git state, hardware, order of the steps, hashes of outside data and models")
+    base = _One("base", "the tiny model, where the recipe asks for `builtin:tiny`")
+    exploration = _One("exploration", "`statistics.json`, figures, `samples.md`: lengths, depth, biases of the pairs")
+    data = _One("data", "everything that `prepare` writes")
+    pairs = _Each("data/{}.jsonl", "`train`, `test`: pairs as `prompt`, `chosen`, `rejected`, `subset`, `row`")
+    prompts = _Each("data/prompts_{}.jsonl", "`train`, `test`: every prompt once, as `prompt`, `subset`, `id`")
+    summary = _One("data/summary.json", "counts of kept and dropped rows, lengths, the split")
+    quarantine = _One("data/quarantine.jsonl", "rows that were dropped, each with its reason")
+    tokenizer = _One("data/tokenizer", "the tokenizer of all stages")
+    adapter = _Each("{}/adapter", "the LoRA adapter of a stage (safetensors) with its tokenizer")
+    model = _Each("{}/model", "the full model of a stage: fine-tuned whole, or merged for stages that start from it")
+    checkpoints = _Each("{}/checkpoints", "whole checkpoints of a stage, each with a manifest of hashes")
+    training_stats = _Each("{}/training_stats.json", "a stage's every logged value, what each means, time and memory")
+    training_curves = _Each("{}/training_curves.png", "the same as curves")
+    reward_scale = _Each("{}/reward_scale.json", "mean and spread that PPO normalised the reward with")
+    started = _Each("{}/started.json", "the fingerprint that the checkpoints of an unfinished stage belong to")
+    log = _Each("logs/{}.log", "what a stage's processes printed under `run`, one attempt after the other")
+    logs = _One("logs", "the logs of all stages")
+    evaluation = _One("evaluation", "everything that `evaluate` writes")
+    metrics = _One("evaluation/metrics.json", "every policy, checkpoint and the reference: rewards, gains, KL, length")
+    final_results = _One("evaluation/final_results.json", "the main numbers of each policy in one small file")
+    answers = _Each("evaluation/completions-{}.jsonl", "the answers, with rewards and KL of each")
+    judge_answers = _Each("evaluation/judge-answers-{}.jsonl", "answers of the second decoding, for the judge")
+    best_of_n = _One("evaluation/best_of_n.jsonl", "the reference's many answers to each prompt, scored")
+    pareto = _One("evaluation/pareto.json", "frontier, hypervolume, best-of-n, gains at equal KL")
+    over_optimisation = _One("evaluation/over_optimisation.json", "curves over checkpoints, alarms")
+    adversarial = _One("evaluation/adversarial.json", "refusals and unsafe patterns by category")
+    adversarial_answers = _One("evaluation/adversarial.jsonl", "the adversarial prompts with all answers")
+    figure = _Each("evaluation/{}.png", "figures: scores, KL, Pareto front, over-optimisation, training, trade-off")
+    winrate = _One("judge/winrate.json", "win rates and all that qualifies them")
+    prompt_scores = _One("judge/prompt_scores.json", "each policy's score against the reference, by prompt")
+    judge_replies = _Each("judge/{}.jsonl", "every raw reply of a judge; paid for, so kept when the step runs again")
+    comparison = _One("comparison/comparison_results.json", "the methods and the training runs compared")
+    comparison_report = _One("comparison/comparison_report.txt", "the same as text")
+    comparison_figure = _One("comparison/comparison.png", "the same as a figure")
+    error_analysis = _Each("{}/evaluation/error_analysis.json", "the error analysis of a reward stage")
+    error_report = _Each("{}/evaluation/error_analysis_report.txt", "the same as text")
+    error_plots = _Each("{}/evaluation/error_analysis_plots.png", "the same as figures")
+    error_examples = _Each("{}/evaluation/error_examples.jsonl", "the pairs that it shows in full")
+    scores = _Each("{}/evaluation/scores.jsonl", "every analysed pair with its scores, lengths and margin")
+    errors_folder = _One("errors", "the error analyses of all reward models together")
+    reward_comparison = _One("errors/comparison.json", "the reward models side by side")
+    samples = _One("samples", "prompts with the answers of each model, JSONL and Markdown")
+    holder = _Each(".locks/{}", "who holds a step; left behind by a process that was killed")
 
     def __init__(self, root: Path):
         self.root = root
-        self.recipe = root / "recipe.json"
-        self.env = root / "env.json"
-        self.report = root / "report.html"
-        self.base = root / "base"  # the tiny model of `builtin:tiny`
-        self.exploration = root / "exploration"
-        self.data = root / "data"
-        self.summary = self.data / "summary.json"
-        self.quarantine = self.data / "quarantine.jsonl"
-        self.tokenizer = self.data / "tokenizer"
-        self.evaluation = root / "evaluation"
-        self.metrics = self.evaluation / "metrics.json"
-        self.best_of_n = self.evaluation / "best_of_n.jsonl"
-        self.pareto = self.evaluation / "pareto.json"
-        self.over_optimisation = self.evaluation / "over_optimisation.json"
-        self.adversarial = self.evaluation / "adversarial.json"
-        self.adversarial_answers = self.evaluation / "adversarial.jsonl"
-        self.final_results = self.evaluation / "final_results.json"
-        self.winrate = root / "judge" / "winrate.json"
-        self.prompt_scores = root / "judge" / "prompt_scores.json"
-        self.comparison_folder = root / "comparison"
-        self.comparison = self.comparison_folder / "comparison_results.json"
-        self.comparison_report = self.comparison_folder / "comparison_report.txt"
-        self.comparison_figure = self.comparison_folder / "comparison.png"
-        self.errors_folder = root / "errors"
-        self.reward_comparison = self.errors_folder / "comparison.json"
-        self.samples = root / "samples"
-        self.logs = root / "logs"
-
-    def pairs(self, split: str) -> Path:
-        """Preference view (`prompt`, `chosen`, `rejected`, `subset`, `row`) of `train` or `test`."""
-        return self.data / f"{split}.jsonl"
-
-    def prompts(self, split: str) -> Path:
-        """Prompt view (`prompt`, `subset`, `id`) of `train` or `test`: every prompt once."""
-        return self.data / f"prompts_{split}.jsonl"
 
     def completions(self, policy: str, step: int | None = None) -> Path:
         """Answers of one policy or of `reference` to the held-out prompts; of its checkpoint at `step`."""
-        return self.evaluation / f"completions-{policy}{'' if step is None else f'-step-{step}'}.jsonl"
-
-    def judge_replies(self, judge: str) -> Path:
-        """Every reply of a judge; kept when the step is run again, since it was paid for."""
-        return self.root / "judge" / f"{judge}.jsonl"
-
-    def judge_answers(self, policy: str) -> Path:
-        """Answers with the second decoding."""
-        return self.evaluation / f"judge-answers-{policy}.jsonl"
-
-    def figure(self, name: str) -> Path:
-        """A figure of the evaluation."""
-        return self.evaluation / f"{name}.png"
-
-    def error_analysis(self, stage: str) -> Path:
-        """What the error analysis of a reward stage found; beside it a report, figures, examples and all scores."""
-        return self.root / stage / "evaluation" / "error_analysis.json"
-
-    def error_report(self, stage: str) -> Path:
-        return self.root / stage / "evaluation" / "error_analysis_report.txt"
-
-    def error_plots(self, stage: str) -> Path:
-        return self.root / stage / "evaluation" / "error_analysis_plots.png"
-
-    def error_examples(self, stage: str) -> Path:
-        return self.root / stage / "evaluation" / "error_examples.jsonl"
-
-    def scores(self, stage: str) -> Path:
-        """Every analysed pair with its scores, lengths and margin."""
-        return self.root / stage / "evaluation" / "scores.jsonl"
+        return self.answers(policy if step is None else f"{policy}-step-{step}")
 
     def step(self, step: str) -> Path:
         """The directory that a step owns."""
         return self.root / STEP_DIRS.get(step, step)
 
-    def adapter(self, stage: str) -> Path:
-        """The LoRA adapter of a stage."""
-        return self.root / stage / "adapter"
-
-    def model(self, stage: str) -> Path:
-        """The full model of a stage: fine-tuned whole, or its adapter merged for the stages that start from it."""
-        return self.root / stage / "model"
-
-    def checkpoints(self, stage: str) -> Path:
-        return self.root / stage / "checkpoints"
-
-    def training_stats(self, stage: str) -> Path:
-        return self.root / stage / "training_stats.json"
-
-    def training_curves(self, stage: str) -> Path:
-        return self.root / stage / "training_curves.png"
-
-    def reward_scale(self, stage: str) -> Path:
-        """Mean and spread of the reward model's scores, which PPO normalised them with."""
-        return self.root / stage / "reward_scale.json"
-
-    def started(self, stage: str) -> Path:
-        """Marks the fingerprint that the checkpoints of an unfinished stage belong to."""
-        return self.root / stage / "started.json"
-
-    def log(self, stage: str) -> Path:
-        """Everything that a stage has printed under `run`, one attempt after the other."""
-        return self.logs / f"{stage}.log"
-
-    def holder(self, step: str) -> Path:
-        """Says who holds the step; left behind by a process that was killed."""
-        return self.root / ".locks" / step
-
-    def model_lock(self, stage: str) -> FileLock:
-        """Held while the adapter of a stage is merged, or `base` is built; no step has an @ in its name."""
-        path = self.root / ".locks" / f"{stage}@model.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path)
-
     def done(self, step: str) -> Path:
         return self.step(step) / "done.json"
 
-    def is_done(self, recipe: Recipe, step: str) -> bool:
-        """Tell whether the step has finished with exactly what it depends on now."""
-        return self.fingerprint_of(step) == recipe.fingerprint(step)
-
-    def fingerprint_of(self, step: str) -> str | None:
-        """The fingerprint that the step last finished with, or None."""
-        return _read_marker(self.done(step), step).get("fingerprint")
-
-    def last_seconds(self, step: str) -> float | None:
-        """Tell how long the step took when it last finished here, with whatever settings, or None."""
-        kept = (self.root / "replaced").glob(f"{step}-*/done.json")
-        for path in (self.done(step), *sorted(kept, key=lambda path: path.stat().st_mtime_ns, reverse=True)):
-            marker = _read_marker(path, step)
-            if marker:
-                # Of a stage that was interrupted, the marker has the seconds since it went on alone.
-                stats = path.with_name(self.training_stats(step).name)
-                trained = read_json(stats)["summary"]["seconds"] if step not in STEPS and stats.exists() else 0.0
-                return max(marker["seconds"], trained)
-        return None
-
-    def finished(self, step: str) -> datetime:
-        """When a step that is done was finished."""
-        return datetime.strptime(read_json(self.done(step))["finished"], MOMENT)
-
-    def mark_done(self, recipe: Recipe, step: str, seconds: float) -> None:
-        """Write the step's `done.json`; the step's last act."""
-        marker = {
-            "step": step,
-            "fingerprint": recipe.fingerprint(step),
-            "seconds": round(seconds, 3),
-            "finished": now(),
-        }
-        write_json(self.done(step), marker)
-
-    def require(self, recipe: Recipe, step: str, command: str) -> None:
-        """Refuse to go on without an earlier step that is finished and current.
-
-        Raises:
-            UserError: naming the command that runs the missing step.
-        """
-        if not self.is_done(recipe, step):
-            state = "is not finished" if self.fingerprint_of(step) is None else "was made with other settings"
-            raise UserError(str(self.step(step)), f"the step {step!r} {state}", f"run `rlhf-trl {command}` first")
-
-    def replace(self, step: str) -> Path:
-        """Give a step an empty directory; what a finished stage left there is kept under `replaced/`."""
-        path = self.step(step)
-        if step in STEPS:
-            self.done(step).unlink(missing_ok=True)
-            if step != "judge" and path != self.root and path.exists():
-                shutil.rmtree(path)
-        elif self.done(step).exists():
-            (self.root / "replaced").mkdir(exist_ok=True)
-            moment = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
-            path.rename(self.root / "replaced" / f"{step}-{moment}")
-        elif path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+    def model_lock(self, stage: str) -> FileLock:
+        """Held while the adapter of a stage is merged, or `base` is built; no step has an @ in its name."""
+        path = self.holder(f"{stage}@model.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
 
     def lock(self, step: str) -> contextlib.AbstractContextManager[None]:
         """Hold a step for this process; raises UserError where another process holds it."""
@@ -218,14 +128,60 @@ class RunDir:
         """Return whether a process holds the step."""
         return locks.is_held(self.holder(step))
 
+    def is_done(self, recipe: Recipe, step: str) -> bool:
+        """Return whether the step has finished with exactly what it depends on now."""
+        return self.fingerprint_of(step) == recipe.fingerprint(step)
+
+    def fingerprint_of(self, step: str) -> str | None:
+        """The fingerprint that the step last finished with, or None."""
+        return _read_marker(self.done(step), step).get("fingerprint")
+
+    def finished(self, step: str) -> datetime:
+        """When a step that is done was finished."""
+        return datetime.strptime(read_json(self.done(step))["finished"], MOMENT)
+
+    def last_seconds(self, step: str) -> float | None:
+        """How long the step took when it last finished here, with whatever settings, or None."""
+        kept = (self.root / "replaced").glob(f"{step}-*/done.json")
+        for path in (self.done(step), *sorted(kept, key=lambda path: path.stat().st_mtime_ns, reverse=True)):
+            if marker := _read_marker(path, step):
+                # Of a stage that was interrupted, the marker has the seconds since it went on alone.
+                stats = path.with_name(self.training_stats(step).name)
+                trained = read_json(stats)["summary"]["seconds"] if step not in STEPS and stats.exists() else 0.0
+                return max(marker["seconds"], trained)
+        return None
+
+    def mark_done(self, recipe: Recipe, step: str, seconds: float) -> None:
+        """Write the step's `done.json`; the step's last act."""
+        marker = {"step": step, "fingerprint": recipe.fingerprint(step), "seconds": round(seconds, 3)}
+        write_json(self.done(step), {**marker, "finished": now()})
+
+    def require(self, recipe: Recipe, step: str, command: str) -> None:
+        """Refuse (UserError) to go on without an earlier step that is finished and current; `command` runs it."""
+        if not self.is_done(recipe, step):
+            state = "is not finished" if self.fingerprint_of(step) is None else "was made with other settings"
+            raise UserError(str(self.step(step)), f"the step {step!r} {state}", f"run `rlhf-trl {command}` first")
+
+    def replace(self, step: str) -> Path:
+        """Give a step an empty directory; what a finished stage left there is kept under `replaced/`."""
+        path = self.step(step)
+        if step not in STEPS and self.done(step).exists():
+            (self.root / "replaced").mkdir(exist_ok=True)
+            moment = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
+            path.rename(self.root / "replaced" / f"{step}-{moment}")
+        self.done(step).unlink(missing_ok=True)
+        if step != "judge" and path != self.root and path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
     def write_provenance(self, recipe: Recipe) -> None:
-        """Write the resolved recipe, and beside it the environment, the order of the steps and the hashes of the
-        sources."""
+        """Write the resolved recipe, the environment, the order of the steps and the hashes of the sources."""
         write_json(self.recipe, recipe.model_dump())
         write_json(self.env, {**environment(), "plan": recipe.plan, "sources": recipe.sources})
 
     def recorded_recipe(self) -> Recipe:
-        """Read the recipe that the run was made with, as `write_provenance` left it.
+        """Read the recipe that the run was made with.
 
         Its fingerprints come from the recorded hashes: they do not depend on the current folder, nor on what has
         become of the sources.

@@ -20,12 +20,12 @@ def hold(holder: Path, folder: Path) -> Iterator[None]:
     """Hold the step that owns `folder` for this process.
 
     Args:
-        holder: the file that names the process while it holds the step; the lock lies beside it, as `<step>.lock`.
+        holder: names the process while it holds the step; the lock is beside it, as `<step>.lock`.
 
     Raises:
         UserError: another process holds the step, or the run's folder cannot be written to.
     """
-    lock = FileLock(lock_file(holder))
+    lock = FileLock(f"{holder}.lock")
     try:
         holder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0.3, poll_interval=0.05)  # longer than the instant for which `is_held` has it
@@ -36,9 +36,9 @@ def hold(holder: Path, folder: Path) -> Iterator[None]:
         problem = f"the step {holder.name!r} is held by {other}"
         raise UserError(str(folder), problem, "wait for it, or stop it") from None
     except OSError as error:
+        problem = f"cannot write here: {error.strerror}"
         remedy = "choose a folder that you may write to with --runs"
-        root = str(holder.parent.parent)
-        raise UserError(root, f"cannot write here: {error.strerror}", remedy) from None
+        raise UserError(str(holder.parent.parent), problem, remedy) from None
     try:
         holder.write_text(f"process {os.getpid()} on {platform.node()} since {now()}", encoding="utf-8")
         yield
@@ -48,20 +48,15 @@ def hold(holder: Path, folder: Path) -> Iterator[None]:
 
 
 def is_held(holder: Path) -> bool:
-    """Return whether a process holds the step, without disturbing it.
+    """Return whether a process holds the step: try a shared lock, which does not block another reader.
 
-    Takes a shared lock without waiting and releases it at once, so that two readers do not block each other. A
-    process id would not do: it may belong to another machine, or have been reused.
+    A process id would not do: it may belong to another machine, or have been reused.
     """
     try:
-        with lock_file(holder).open("rb") as file:
+        with Path(f"{holder}.lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
         return True
     return False
-
-
-def lock_file(holder: Path) -> Path:
-    return holder.with_name(f"{holder.name}.lock")

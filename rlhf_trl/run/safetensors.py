@@ -16,10 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import CHUNK
-from rlhf_trl.recipe.fingerprint import hash_file as hash_file  # the one definition; imported from here, too
 
-# Dtype of a tensor of floats -> bytes of a number, and the bits of its exponent, all of which are set in NaN and
-# infinity.
+# Dtype of floats -> bytes of a number, and the bits of its exponent, all of which are set in NaN and infinity.
 FLOATS = {"F64": (8, 0x7FF0 << 48), "F32": (4, 0x7F80 << 16), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
 
 
@@ -39,7 +37,7 @@ class Tensor:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """Read what a file holds, without a tensor of it; the names are sorted.
+    """Read what a file holds, sorted by name, without any tensor.
 
     Raises:
         UserError: the header is cut off, or does not describe the file that follows it.
@@ -69,16 +67,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(str(folder), "there are no weights in safetensors here", "use a base that has them")
-    found = {name: tensor for file in files for name, tensor in read_header(file).items()}
-    return dict(sorted(found.items()))
+    tensors = {name: tensor for file in files for name, tensor in read_header(file).items()}
+    return dict(sorted(tensors.items()))
 
 
 def hash_weights(tensors: dict[str, Tensor]) -> str:
-    """Hash names, dtypes, shapes and every byte; how the tensors are spread over files does not matter.
-
-    Returns:
-        64 hexadecimal digits (SHA-256).
-    """
+    """Hash (SHA-256) names, dtypes, shapes and every byte; how tensors are spread over files does not matter."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,9 @@ class Progress:
 
     step: int
     max_steps: int
-    seconds: float
-    """Of training up to `step`, that before an interruption included."""
-    values: dict[str, float]
-    """The last of each of `SHOWN` that was logged."""
-    log_age: float
-    """Seconds since the last log, or since training began."""
+    seconds: float  # of training up to `step`, that before an interruption included
+    values: dict[str, float]  # the last of each of `SHOWN` that was logged
+    log_age: float  # seconds since the last log, or since training began
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -51,36 +48,26 @@ class StepState:
     step: str
     trainer: str | None
     state: Literal["done", "running", "stopped", "changed", "to do"]
-    last_seconds: float | None
-    """What the step took when it last finished in this directory, with whatever settings."""
-    progress: Progress | None = None
-    """Of a stage that is running or stopped, once training has begun."""
-    checkpoint: int | None = None
-    """The step of the newest checkpoint of an unfinished stage."""
-    holder: str | None = None
-    """Who runs the step; where it does not run, who was killed while running it."""
-    note: str | None = None
-    """Why a judge has not finished."""
+    last_seconds: float | None  # when it last finished in this directory, with whatever settings
+    progress: Progress | None = None  # of a stage that is running or stopped, once training has begun
+    checkpoint: int | None = None  # the step of the newest checkpoint of an unfinished stage
+    holder: str | None = None  # who runs the step; where it does not run, who was killed while running it
+    note: str | None = None  # why a judge has not finished
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimate what is left to do, in seconds; None where nothing was measured.
-
-        The remaining steps at the pace of this training run so far, else what the step took the last time.
-        """
+        """Estimate the seconds that are left: the remaining steps at the pace of this training run, else the time that
+        the step took the last time; None where nothing was measured."""
         if self.state == "done":
             return 0.0
-        if self.progress is not None:
-            start = self.progress.step if self.state == "running" else self.checkpoint or 0
-            left = self.progress.seconds_from(start)
-            if left is not None:
-                return left
+        if self.progress is not None and self.progress.seconds_per_step is not None:
+            return self.progress.seconds_from(self.progress.step if self.state == "running" else self.checkpoint or 0)
         return self.last_seconds
 
     def as_dict(self) -> dict[str, Any]:
         """The state for machines: times in seconds."""
         pace = None if self.progress is None else self.progress.seconds_per_step
-        return {**dataclasses.asdict(self), "seconds_per_step": pace, "seconds_left": self.seconds_left}
+        return {**asdict(self), "seconds_per_step": pace, "seconds_left": self.seconds_left}
 
 
 def step_states(recipe: Recipe, run: RunDir) -> list[StepState]:
@@ -88,51 +75,43 @@ def step_states(recipe: Recipe, run: RunDir) -> list[StepState]:
     return [_step_state(recipe, run, step) for step in recipe.plan]
 
 
+# A step that starts or ends at this moment may remove its files between two reads: a file that is gone is no error.
+
+
 def _step_state(recipe: Recipe, run: RunDir, step: str) -> StepState:
     trainer = recipe.stages[step].trainer if step in recipe.stages else None
-    before, held, after = _holder(run.holder(step)), run.is_held(step), _holder(run.holder(step))
+    before, held, holder = _holder(run, step), run.is_held(step), _holder(run, step)
     finished, fingerprint = run.fingerprint_of(step), recipe.fingerprint(step)
-    begun = _read_or_empty(run.started(step)).get("fingerprint") if trainer and finished is None else None
-    state: Literal["done", "running", "stopped", "changed", "to do"]
+    begun = _read(run.started(step)).get("fingerprint") if trainer and finished is None else None
+    state: Literal["done", "running", "stopped", "changed", "to do"] = "changed" if finished or begun else "to do"
     if held:
         state = "running"
-    elif finished == fingerprint:
-        state = "done"
-    elif begun == fingerprint:
-        state = "stopped"
-    else:
-        state = "changed" if finished or begun else "to do"
+    elif fingerprint in (finished, begun):
+        state = "done" if finished else "stopped"
     progress = None
     if begun and state in ("running", "stopped"):
         # A stage that goes on has the statistics of its last attempt until training begins.
         since = _modified(run.holder(step)) if held else 0
         progress = read_progress(run.training_stats(step), since or 0)
-    return StepState(
-        step,
-        trainer,
-        state,
-        run.last_seconds(step),
-        progress,
-        max(list_checkpoints(run.checkpoints(step)), default=None) if begun else None,
-        after if held or after == before else None,  # neither begun nor ended between the looks
-        _judge_note(recipe, run) if step == "judge" and state != "done" else None,
-    )
+    checkpoint = max(list_checkpoints(run.checkpoints(step)), default=None) if begun else None
+    holder = holder if held or holder == before else None  # neither begun nor ended between the two reads
+    note = None
+    if step == "judge" and state != "done":
+        result = _read(run.winrate)
+        if result.get("evaluation") == recipe.fingerprint("evaluate") and result["status"] != "complete":
+            note = f"{result['status']}: {result['reason']}"
+    return StepState(step, trainer, state, run.last_seconds(step), progress, checkpoint, holder, note)
 
 
 def read_progress(path: Path, since: int = 0) -> Progress | None:
-    """Read how far a stage has come from its `training_stats.json`.
+    """Read how far a stage has come from its `training_stats.json`; None while there is no file that counts.
 
     Args:
         since: nanoseconds of the clock of the file system; a file that was written before them does not count.
-
-    Returns:
-        None while there is no file that counts.
     """
     written = _modified(path)
-    if written is None or written < since:
-        return None
-    stats = _read_or_empty(path)
-    if "max_steps" not in stats:  # gone since, or of a version that did not write it
+    stats = _read(path)
+    if written is None or written < since or "max_steps" not in stats:  # an older version wrote no `max_steps`
         return None
     history = stats["history"]
     values = {key: row[key] for row in history for key in SHOWN if key in row}
@@ -140,31 +119,19 @@ def read_progress(path: Path, since: int = 0) -> Progress | None:
     return Progress(step, stats["max_steps"], seconds, values, max(time.time() - written / 1e9, 0.0))
 
 
-def _judge_note(recipe: Recipe, run: RunDir) -> str | None:
-    result = _read_or_empty(run.winrate)
-    current = result.get("evaluation") == recipe.fingerprint("evaluate")
-    return f"{result['status']}: {result['reason']}" if current and result["status"] != "complete" else None
+def _holder(run: RunDir, step: str) -> str | None:
+    with contextlib.suppress(FileNotFoundError):
+        return run.holder(step).read_text(encoding="utf-8")
+    return None
 
 
-def _holder(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-
-
-# A step that starts or ends at this moment may remove its files between two reads.
-
-
-def _read_or_empty(path: Path) -> dict[str, Any]:
-    try:
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(FileNotFoundError):
         return read_json(path)
-    except FileNotFoundError:
-        return {}
+    return {}
 
 
 def _modified(path: Path) -> int | None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
+    return None

@@ -12,7 +12,7 @@ from conftest import reset_accelerate, small_recipe
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json
-from rlhf_trl.run.jobs import Launcher, links, plan_slots, start_logged, train_stages, visible_gpus
+from rlhf_trl.run.jobs import Launcher, plan_slots, start_logged, train_stages, visible_gpus
 from rlhf_trl.run.launch import launch_command, require_one_machine, shipped
 from rlhf_trl.run.layout import RunDir
 
@@ -254,7 +254,7 @@ def test_two_stages_train_at_the_same_time_to_the_weights_that_one_after_the_oth
     launcher = Launcher(None, None, 2)
     slots = [{"OMP_NUM_THREADS": str(threads)}] * 2
     story = Story()
-    assert train_stages([*recipe.stages], links(recipe), slots, launcher.start_in(recipe, run), story) == 0, [
+    assert train_stages([*recipe.stages], recipe.links, slots, launcher.start_in(recipe, run), story) == 0, [
         run.log(stage).read_text() for stage in recipe.stages
     ]
     assert story.told[:2] == ["+one-seed=1", "+one-seed=2"]
