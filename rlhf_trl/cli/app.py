@@ -12,34 +12,17 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from rlhf_trl import __version__
+from rlhf_trl.cli import options
 from rlhf_trl.cli.adapters import adapter_app, chat, score
-from rlhf_trl.cli.run import (
-    RUNS,
-    AccelerateOption,
-    EnvFileOption,
-    ProcessesOption,
-    RecipeArg,
-    RecordedOption,
-    RunsOption,
-    SetOption,
-    as_options,
-    load_env,
-    open_recorded,
-    open_run,
-    planned_processes,
-    run,
-    run_child,
-    run_step,
-    status,
-    timed,
-)
+from rlhf_trl.cli.options import RUNS
+from rlhf_trl.cli.run import find_run, launch, load_env, open_run, planned_processes, run, run_step, status, timed
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.recipe.library import nearest
+from rlhf_trl.recipe.library import suggest
 from rlhf_trl.run.launch import require_processes
 from rlhf_trl.run.layout import RunDir
 
@@ -50,7 +33,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="From preference pairs to shared LoRA adapters with the evidence attached.",
 )
-
 app.add_typer(adapter_app, name="adapter")
 
 
@@ -103,13 +85,13 @@ def show_version(
 
 @app.command()
 def validate(
-    recipe: RecipeArg = "demo",
-    overrides: SetOption = None,
-    processes: ProcessesOption = None,
+    recipe: options.Recipe = "demo",
+    overrides: options.Overrides = None,
+    processes: options.Processes = None,
     show: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as JSON.")] = False,
 ) -> None:
     """Check a recipe and report every problem. Nothing is run or written."""
-    loaded, directory = open_run(recipe, overrides, RUNS, processes)
+    loaded, directory = open_run(recipe, overrides, RUNS, processes or 1)
     if (processes or 1) == 1:  # the libraries check batch sizes for the processes that are running
         from rlhf_trl.train.step import build_configs
 
@@ -123,7 +105,9 @@ def validate(
 def add_step(step: str, purpose: str) -> None:
     """Register the command of a step that has no options of its own."""
 
-    def command(recipe: RecipeArg = "demo", overrides: SetOption = None, runs: RunsOption = RUNS) -> None:
+    def command(
+        recipe: options.Recipe = "demo", overrides: options.Overrides = None, runs: options.Runs = RUNS
+    ) -> None:
         run_step(*open_run(recipe, overrides, runs), step)
 
     app.command(step, help=purpose)(command)
@@ -135,28 +119,24 @@ add_step("prepare", "Clean the pairs, split them by prompt, write the training d
 
 @app.command()
 def train(
-    recipe: RecipeArg,
+    recipe: options.Recipe,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="The name of a stage.")],
-    overrides: SetOption = None,
-    runs: RunsOption = RUNS,
-    accelerate: AccelerateOption = None,
-    processes: ProcessesOption = None,
-    recorded: RecordedOption = None,
+    overrides: options.Overrides = None,
+    runs: options.Runs = RUNS,
+    accelerate: options.Accelerate = None,
+    processes: options.Processes = None,
+    recorded: options.Recorded = None,
 ) -> None:
     """Train one stage. Also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
     planned_processes(accelerate, processes)
     if accelerate:
         with timed(stage):
-            run_child(["train", recipe, stage, "--runs", str(runs), *as_options(overrides)], accelerate, processes)
+            launch(["train", recipe, stage, "--runs", str(runs)], overrides, accelerate, processes)
         return
     require_processes()
-    if recorded:
-        loaded, run = open_recorded(Path(recipe), stage, recorded)
-    else:
-        loaded, run = open_run(recipe, overrides, runs, int(os.environ.get("WORLD_SIZE", "1")))
+    loaded, run = find_run(recipe, overrides, runs, stage, recorded)
     if stage not in loaded.stages:
-        near = nearest(stage, loaded.stages)
-        remedy = f"did you mean {near!r}?" if near else f"the stages are: {', '.join(loaded.stages)}"
+        remedy = suggest(stage, loaded.stages, f"the stages are: {', '.join(loaded.stages)}")
         raise UserError(recipe, f"there is no stage {stage!r}", remedy)
     if run.is_done(loaded, stage):
         print(f"{stage}: done already, nothing to do")
@@ -169,31 +149,30 @@ def train(
 
 @app.command()
 def evaluate(
-    recipe: RecipeArg = "demo",
-    overrides: SetOption = None,
-    runs: RunsOption = RUNS,
-    accelerate: AccelerateOption = None,
-    processes: ProcessesOption = None,
-    recorded: RecordedOption = None,
+    recipe: options.Recipe = "demo",
+    overrides: options.Overrides = None,
+    runs: options.Runs = RUNS,
+    accelerate: options.Accelerate = None,
+    processes: options.Processes = None,
+    recorded: options.Recorded = None,
 ) -> None:
     """Measure reward, KL and alarms on held-out prompts. Also under `accelerate launch`."""
     planned_processes(accelerate, processes)
     if accelerate:
-        run_child(["evaluate", recipe, "--runs", str(runs), *as_options(overrides)], accelerate, processes)
+        launch(["evaluate", recipe, "--runs", str(runs)], overrides, accelerate, processes)
         return
     require_processes()
-    opened = open_recorded(Path(recipe), "evaluate", recorded) if recorded else open_run(recipe, overrides, runs)
-    run_step(*opened, "evaluate")
+    run_step(*find_run(recipe, overrides, runs, "evaluate", recorded), "evaluate")
 
 
 @app.command()
 def judge(
-    recipe: RecipeArg = "demo",
-    overrides: SetOption = None,
-    runs: RunsOption = RUNS,
-    env_file: EnvFileOption = None,
+    recipe: options.Recipe = "demo",
+    overrides: options.Overrides = None,
+    runs: options.Runs = RUNS,
+    env_file: options.EnvFile = None,
     calibrate: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=0, help="Labelled pairs of each subset to check the judge on, instead of judge.calibrate."),
     ] = None,
 ) -> None:
@@ -209,11 +188,11 @@ def judge(
 
 @app.command()
 def compare(
-    recipe: RecipeArg = "demo",
-    overrides: SetOption = None,
-    runs: RunsOption = RUNS,
+    recipe: options.Recipe = "demo",
+    overrides: options.Overrides = None,
+    runs: options.Runs = RUNS,
     stages: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option("--stages", metavar="A,B,...", help="Compare these stages, instead of comparison.stages."),
     ] = None,
 ) -> None:
@@ -231,12 +210,11 @@ add_step("errors", "Analyse the errors of every reward model, with examples.")
 
 @app.command()
 def samples(
-    recipe: RecipeArg = "demo",
-    overrides: SetOption = None,
-    runs: RunsOption = RUNS,
+    recipe: options.Recipe = "demo",
+    overrides: options.Overrides = None,
+    runs: options.Runs = RUNS,
     per_model: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--per-model", min=1, help="Pairs of each model, instead of samples.per_model."),
+        int | None, typer.Option("--per-model", min=1, help="Pairs of each model, instead of samples.per_model.")
     ] = None,
 ) -> None:
     """Export prompt/response pairs as JSONL and Markdown."""
@@ -248,21 +226,21 @@ def samples(
 
 @app.command()
 def report(
-    recipe: RecipeArg = "demo",
+    recipe: options.Recipe = "demo",
     beside: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Argument(metavar="RUN", help="Another run: both are directories, and one page holds the two."),
     ] = None,
-    overrides: SetOption = None,
-    runs: RunsOption = RUNS,
+    overrides: options.Overrides = None,
+    runs: options.Runs = RUNS,
 ) -> None:
     """Write report.html of a run, or of two finished runs."""
-    if beside is not None:
-        from rlhf_trl.report.beside import lay_beside
-
-        print(lay_beside(RunDir(Path(recipe)), RunDir(beside)))
+    if beside is None:
+        run_step(*open_run(recipe, overrides, runs), "report")
         return
-    run_step(*open_run(recipe, overrides, runs), "report")
+    from rlhf_trl.report.beside import lay_beside
+
+    print(lay_beside(RunDir(Path(recipe)), RunDir(beside)))
 
 
 for command in (run, status, chat, score):

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from rich import live as rich_live
-from rich.text import Text
-
 from rlhf_trl.cli.tables import console, duration, ending, progress_words
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import read_progress
@@ -22,15 +19,12 @@ LAST_LINES = 20
 
 @dataclass
 class Attempt:
-    """A stage whose process is running."""
+    """A stage whose process is running; times are of the monotonic clock."""
 
     began: float
-    """Of the monotonic clock, like `spoke`."""
     spoke: float
-    since: int
-    """Statistics that are not newer are an earlier attempt's (nanoseconds)."""
-    offset: int
-    """Where its output begins in the log, in bytes."""
+    since: int  # statistics that are not newer are an earlier attempt's (nanoseconds)
+    offset: int  # where its output begins in the log, in bytes
 
 
 class Live:
@@ -40,6 +34,8 @@ class Live:
     """
 
     def __init__(self, run: RunDir, plan: Sequence[str], stream: TextIO, errors: TextIO):
+        from rich.live import Live as RichLive
+
         self.run, self.plan, self.stream, self.errors = run, plan, stream, errors
         self.running: dict[str, Attempt] = {}
         self.seconds: dict[str, float] = {}
@@ -47,8 +43,8 @@ class Live:
         self.looked = 0.0
         terminal = console(stream)
         self.redraws = terminal.is_terminal and not terminal.is_dumb_terminal
-        self.lines = rich_live.Live(console=terminal, auto_refresh=False, transient=True, redirect_stdout=False,
-                                    redirect_stderr=False)  # fmt: skip
+        self.lines = RichLive(console=terminal, auto_refresh=False, transient=True, redirect_stdout=False,
+                              redirect_stderr=False)  # fmt: skip
 
     def begin(self, stage: str) -> None:
         """Announce a stage; call it before its process starts."""
@@ -56,8 +52,7 @@ class Live:
         self.say(f"\n=== {stage} ({number} of {len(self.plan)}), its output: {log}")
         stats = self.run.training_stats(stage)
         since = stats.stat().st_mtime_ns + 1 if stats.exists() else 0
-        offset = log.stat().st_size if log.exists() else 0
-        self.running[stage] = Attempt(now, now, since, offset)
+        self.running[stage] = Attempt(now, now, since, log.stat().st_size if log.exists() else 0)
 
     def update(self) -> None:
         """Look at the stages that are running, at most once a second."""
@@ -66,6 +61,8 @@ class Live:
             return
         self.looked = now
         if self.redraws:
+            from rich.text import Text
+
             lines = "\n".join(self._line(*item) for item in self.running.items())
             self.lines.start()
             self.lines.update(Text(lines, no_wrap=True, overflow="crop"), refresh=True)
@@ -85,9 +82,8 @@ class Live:
         self.say(f"{stage}: {outcome}{self.seconds[stage]:.1f} s{reached}")
         log = self.run.log(stage)
         said = messages(log.read_bytes()[attempt.offset :].decode(errors="replace"))
-        if len(said) > LAST_LINES:
-            self.say(f"  ({len(said) - LAST_LINES} lines more in {log})", self.errors)
-        for line in said[-LAST_LINES:]:
+        more = [f"({len(said) - LAST_LINES} lines more in {log})"] if len(said) > LAST_LINES else []
+        for line in [*more, *said[-LAST_LINES:]]:
             self.say(f"  {line}", self.errors)
 
     def conclude(self, failed: Mapping[str, int], left: Sequence[str]) -> None:
@@ -115,6 +111,5 @@ class Live:
 
 
 def messages(output: str) -> list[str]:
-    """Pick from the output of a stage what is neither a heading nor the library's log, whose every number is in the
-    statistics."""
+    """What a stage said besides headings and the library's log, whose every number is in the statistics."""
     return [line for line in output.splitlines() if line.strip() and not line.startswith(("{'", "==="))]

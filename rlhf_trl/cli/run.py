@@ -11,61 +11,36 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
+from rlhf_trl.cli import options
 from rlhf_trl.cli.live import Live
+from rlhf_trl.cli.options import RUNS
 from rlhf_trl.cli.tables import plan_table, show, status_end, status_table, summary_table
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
-from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.recipe.recipe import STEPS, Recipe
 from rlhf_trl.run.jobs import Launcher, find_slots, train_stages
 from rlhf_trl.run.launch import launch_command, profile_processes, require_one_machine, run_command, shipped
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
 
-RecipeArg = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships (demo).")
-]
-SetOption = Annotated[
-    Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a key, e.g. --set stages.dpo.args.beta=0.3. Repeatable."
-    ),
-]
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
-AccelerateOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--accelerate", metavar="PROFILE", help="Launch training with a profile of accelerate_configs/, e.g. ddp."
-    ),
-]
-ProcessesOption = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--processes", min=1, help="Number of training processes; overrides the profile's."),
-]
-RecordedOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--recorded", hidden=True, help="RECIPE is a run, whose recorded recipe has this fingerprint."),
-]
-RUNS = Path("runs")
-EnvFileOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--env-file", exists=True, dir_okay=False, help="File with OPENAI_API_KEY and the like."),
-]
+# The room and module of each step whose name is not that of its room.
+MODULES = {"explore": "data.explore", "prepare": "data.preprocess", "samples": "evaluate.samples"}
 
 
 def run(
-    recipe: RecipeArg = "demo",
-    overrides: SetOption = None,
-    runs: RunsOption = RUNS,
-    accelerate: AccelerateOption = None,
-    processes: ProcessesOption = None,
+    recipe: options.Recipe = "demo",
+    overrides: options.Overrides = None,
+    runs: options.Runs = RUNS,
+    accelerate: options.Accelerate = None,
+    processes: options.Processes = None,
     jobs: Annotated[
         int, typer.Option("--jobs", min=1, help="Stages that train at the same time, each on its own GPUs or cores.")
     ] = 1,
-    env_file: EnvFileOption = None,
+    env_file: options.EnvFile = None,
 ) -> None:
     """Run every step of a recipe; finished steps are skipped."""
     load_env(env_file)
@@ -76,20 +51,20 @@ def run(
     waiting = steps_to_run(loaded, directory)
     print(f"run {directory.root}: {len(loaded.plan)} steps, {len(loaded.plan) - len(waiting)} done already")
     show(*plan_table(step_states(loaded, directory), waiting))
-    began = time.perf_counter()
-    seconds: dict[str, float] = {}
     if waiting:
+        began = time.perf_counter()
         with directory.lock("run"):
             if any(step in loaded.stages for step in waiting):
                 # In a process of its own, so that this one holds no memory of the GPU.
-                run_child(["validate", recipe, "--processes", str(planned), *as_options(overrides)])
+                launch(["validate", recipe, "--processes", str(planned)], overrides)
             seconds = execute(loaded, directory, waiting, Launcher(accelerate, processes, jobs), planned)
-    if seconds:
         print()
         show(summary_table(seconds, time.perf_counter() - began))
-    looks = {"report": directory.report, "samples": directory.samples, "alarms": directory.over_optimisation,
-             "logs": directory.logs}  # fmt: skip
-    print("\n" + "\n".join(f"{name}: {path}" for name, path in looks.items() if path.exists()))
+    print()
+    for name, path in (("report", directory.report), ("samples", directory.samples),
+                       ("alarms", directory.over_optimisation), ("logs", directory.logs)):  # fmt: skip
+        if path.exists():
+            print(f"{name}: {path}")
 
 
 def steps_to_run(recipe: Recipe, run: RunDir) -> list[str]:
@@ -101,10 +76,7 @@ def steps_to_run(recipe: Recipe, run: RunDir) -> list[str]:
 
 
 def execute(recipe: Recipe, run: RunDir, waiting: list[str], launcher: Launcher, processes: int) -> dict[str, float]:
-    """Run steps and stages in the order of the plan.
-
-    Returns:
-        The seconds that each took.
+    """Run steps and stages in the order of the plan; return the seconds that each took.
 
     Raises:
         typer.Exit: with the status of a stage that failed.
@@ -112,7 +84,13 @@ def execute(recipe: Recipe, run: RunDir, waiting: list[str], launcher: Launcher,
     seconds: dict[str, float] = {}
     for trained, steps in itertools.groupby(waiting, key=recipe.stages.__contains__):
         if trained:
-            seconds |= train_side_by_side(recipe, run, [*steps], launcher, processes)
+            run.write_provenance(recipe)
+            with contextlib.closing(Live(run, recipe.plan, sys.stdout, sys.stderr)) as live:
+                slots = find_slots(launcher.jobs, processes, live.say)
+                code = train_stages(list(steps), recipe.links, slots, launcher.start_in(recipe, run), live)
+            if code != 0:
+                raise typer.Exit(code)
+            seconds |= live.seconds
             continue
         for step in steps:
             print(f"\n=== {step} ({recipe.plan.index(step) + 1} of {len(recipe.plan)})", flush=True)
@@ -120,33 +98,22 @@ def execute(recipe: Recipe, run: RunDir, waiting: list[str], launcher: Launcher,
             if step == "evaluate" and processes > 1:
                 run.write_provenance(recipe)
                 # Each process holds whole models, whatever profile sharded them in training.
-                run_child(["evaluate", str(run.root), "--recorded", recipe.fingerprint(step)], "ddp", processes)
+                launch(["evaluate", str(run.root), "--recorded", recipe.fingerprint(step)], None, "ddp", processes)
             else:
                 run_step(recipe, run, step)
             seconds[step] = time.perf_counter() - start
     return seconds
 
 
-def train_side_by_side(
-    recipe: Recipe, run: RunDir, stages: list[str], launcher: Launcher, processes: int
-) -> dict[str, float]:
-    run.write_provenance(recipe)
-    with contextlib.closing(Live(run, recipe.plan, sys.stdout, sys.stderr)) as live:
-        slots = find_slots(launcher.jobs, processes, live.say)
-        code = train_stages(stages, recipe.links, slots, launcher.start_in(recipe, run), live)
-    if code != 0:
-        raise typer.Exit(code)
-    return live.seconds
-
-
 def status(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run, or its name.")],
-    runs: RunsOption = RUNS,
+    runs: options.Runs = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the states as JSON.")] = False,
 ) -> None:
     """Show which steps of a run are done, running or stopped."""
-    named = RunDir(runs / run)
-    directory = named if named.recipe.exists() and not RunDir(Path(run)).recipe.exists() else RunDir(Path(run))
+    named, directory = RunDir(runs / run), RunDir(Path(run))
+    if named.recipe.exists() and not directory.recipe.exists():
+        directory = named
     states = step_states(directory.recorded_recipe(), directory)
     if as_json:
         print(json.dumps({"run": str(directory.root), "steps": [state.as_dict() for state in states]}, indent=2))
@@ -155,11 +122,28 @@ def status(
         show(status_table(states), status_end(states, directory.is_held("run")))
 
 
-def open_run(
-    recipe: str, overrides: list[str] | None, runs: Path, processes: int | None = None
-) -> tuple[Recipe, RunDir]:
-    loaded = load_recipe(shipped("recipes", recipe), overrides or [], processes or 1)
+def open_run(recipe: str, overrides: list[str] | None, runs: Path, processes: int = 1) -> tuple[Recipe, RunDir]:
+    loaded = load_recipe(shipped("recipes", recipe), overrides or [], processes)
     return loaded, RunDir(runs / loaded.name)
+
+
+def find_run(
+    recipe: str, overrides: list[str] | None, runs: Path, step: str, recorded: str | None
+) -> tuple[Recipe, RunDir]:
+    """Load a recipe; or read the one that `run` recorded for the processes that it starts, where `recorded` is given.
+
+    Raises:
+        UserError: another command has replaced the recorded one since: the step's fingerprint is another.
+    """
+    if recorded is None:
+        processes = 1 if step in STEPS else int(os.environ.get("WORLD_SIZE", "1"))
+        return open_run(recipe, overrides, runs, processes)
+    run = RunDir(Path(recipe))
+    loaded = run.recorded_recipe()
+    if step not in loaded.plan or loaded.fingerprint(step) != recorded:
+        problem = "was replaced by another command while `run` was at work"
+        raise UserError(str(run.recipe), problem, "start `run` again")
+    return loaded, run
 
 
 def planned_processes(accelerate: str | None, processes: int | None) -> int:
@@ -173,20 +157,6 @@ def planned_processes(accelerate: str | None, processes: int | None) -> int:
     if processes is not None:
         raise UserError("--processes", "needs a profile to launch with", "add --accelerate ddp")
     return 1
-
-
-def open_recorded(folder: Path, step: str, fingerprint: str) -> tuple[Recipe, RunDir]:
-    """Read the recipe that `run` recorded for the processes that it starts, instead of loading and hashing again.
-
-    Raises:
-        UserError: another command has replaced it since.
-    """
-    run = RunDir(folder)
-    recipe = run.recorded_recipe()
-    if step not in recipe.plan or recipe.fingerprint(step) != fingerprint:
-        problem = "was replaced by another command while `run` was at work"
-        raise UserError(str(run.recipe), problem, "start `run` again")
-    return recipe, run
 
 
 @contextlib.contextmanager
@@ -225,6 +195,10 @@ def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None
         return True
 
 
+def _load_step(step: str) -> Any:
+    return getattr(importlib.import_module(f"rlhf_trl.{MODULES.get(step, f'{step}.step')}"), step)
+
+
 def load_env(path: Path | None) -> None:
     """Set what an env file holds, where the environment does not have it already."""
     if path is not None:
@@ -233,21 +207,15 @@ def load_env(path: Path | None) -> None:
         load_dotenv(path)
 
 
-def _load_step(step: str) -> Any:
-    module = {"explore": "data.explore", "prepare": "data.preprocess", "samples": "evaluate.samples"}
-    return getattr(importlib.import_module(f"rlhf_trl.{module.get(step, f'{step}.step')}"), step)
-
-
-def as_options(overrides: list[str] | None) -> list[str]:
-    return [word for override in overrides or [] for word in ("--set", override)]
-
-
-def run_child(arguments: list[str], accelerate: str | None = None, processes: int | None = None) -> None:
+def launch(
+    arguments: list[str], overrides: list[str] | None, accelerate: str | None = None, processes: int | None = None
+) -> None:
     """Run a command of this program in processes of its own.
 
     Raises:
         typer.Exit: with the status of a child that failed; it has said why.
     """
-    code = run_command(*launch_command(arguments, accelerate, processes))
+    sets = [word for override in overrides or [] for word in ("--set", override)]
+    code = run_command(*launch_command([*arguments, *sets], accelerate, processes))
     if code != 0:
         raise typer.Exit(code)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TextIO
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, TextIO
 
 from rlhf_trl.run.states import Progress, StepState
+
+if TYPE_CHECKING:  # imported where something is printed: `--help` starts without it
+    from rich.console import Console
+    from rich.table import Table
 
 LABELS = {"loss": "loss", "reward": "reward", "kl": "KL"}
 
@@ -29,15 +30,15 @@ def progress_words(progress: Progress) -> str:
     """Say how far a stage has come, how long the rest takes at this pace, and what it logged last."""
     words = [f"step {progress.step} of {progress.max_steps}"]
     pace, left = progress.seconds_per_step, progress.seconds_from(progress.step)
-    if pace is not None:
-        words.append(f"{pace:.3g} s a step")
-    if left:
-        words.append(f"{duration(left)} left")
+    words += [] if pace is None else [f"{pace:.3g} s a step"]
+    words += [f"{duration(left)} left"] if left else []
     return ", ".join([*words, *(f"{LABELS[key]} {value:.4g}" for key, value in progress.values.items())])
 
 
 def console(stream: TextIO) -> Console:
     """A console that writes text as it is: as wide as the terminal, or without a limit where there is none."""
+    from rich.console import Console
+
     return Console(file=stream, width=None if stream.isatty() else 10_000, highlight=False, markup=False, emoji=False)
 
 
@@ -49,21 +50,24 @@ def show(*parts: Table | str) -> None:
     sys.stdout.flush()
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbered: bool = False) -> Table:
-    """Lay out rows below a head; an empty head leaves its line out.
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Lay out rows below a head; an empty head leaves its line out."""
+    from rich.table import Table
 
-    Args:
-        numbered: count the rows in a first column.
-    """
-    laid_out = Table(box=None, show_header=any(head), header_style="", pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("", *head) if numbered else head:
-        laid_out.add_column(name)
-    for number, row in enumerate(rows, 1):
-        laid_out.add_row(*([f"{number:2}"] if numbered else []), *row)
+    laid_out = Table(*head, box=None, show_header=any(head), header_style="", pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        laid_out.add_row(*row)
     return laid_out
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+def _steps_table(states: Sequence[StepState], last: str, cells: Sequence[tuple[str, str]]) -> Table:
+    """One numbered row for each step: its name and trainer, what its state is in words, and a time."""
+    numbered = enumerate(zip(states, cells, strict=True), 1)
+    rows = [(f"{number:2}", state.step, state.trainer or "", *words) for number, (state, words) in numbered]
+    return table(("", "step", "trainer", "state", last), rows)
+
+
+# --- what a run is about to do ---------------------------------------------------------------------------------------
 
 
 def plan_table(states: Sequence[StepState], waiting: Sequence[str]) -> list[Table | str]:
@@ -72,15 +76,13 @@ def plan_table(states: Sequence[StepState], waiting: Sequence[str]) -> list[Tabl
     Args:
         waiting: the steps that will run.
     """
-    rows = [(state.step, state.trainer or "", _plan_words(state, waiting), _estimate(state, waiting))
-            for state in states]  # fmt: skip
-    seconds = [_seconds_to_run(state) for state in states if state.step in waiting]
-    known = [value for value in seconds if value is not None]
+    plan = _steps_table(states, "time", [(_plan_words(state, waiting), _estimate(state, waiting)) for state in states])
+    known = [seconds for state in states if state.step in waiting and (seconds := _seconds_to_run(state)) is not None]
+    if not known:
+        return [plan]
     new = len(waiting) - len(known)
-    total = f"about {duration(sum(known))} for the {_steps(len(known))} that were timed before"
     rest = f"; {new} {'is' if new == 1 else 'are'} new" if new else ""
-    plan = table(("step", "trainer", "state", "time"), rows, numbered=True)
-    return [plan, total + rest] if known else [plan]
+    return [plan, f"about {duration(sum(known))} for the {_steps(len(known))} that were timed before{rest}"]
 
 
 def _steps(count: int) -> str:
@@ -88,11 +90,10 @@ def _steps(count: int) -> str:
 
 
 def _plan_words(state: StepState, waiting: Sequence[str]) -> str:
-    if state.state == "stopped":
-        steps = f" of {state.progress.max_steps}" if state.progress else ""
-        if state.checkpoint is not None:
-            return f"goes on at step {state.checkpoint}{steps}"
+    if state.state == "stopped" and state.checkpoint is None:
         return "to do again: stopped before its first checkpoint"
+    if state.state == "stopped":
+        return f"goes on at step {state.checkpoint}" + (f" of {state.progress.max_steps}" if state.progress else "")
     if state.state == "changed":
         lost = "" if state.checkpoint is None else f"; checkpoint {state.checkpoint} is discarded"
         return f"to do again: settings changed{lost}"
@@ -113,23 +114,22 @@ def _seconds_to_run(state: StepState) -> float | None:
     return state.last_seconds if state.state == "done" else state.seconds_left
 
 
+# --- where it stands, and how it ended -------------------------------------------------------------------------------
+
+
 def status_table(states: Sequence[StepState]) -> Table:
     """Lay out the state of every step of a run."""
-    rows = [
-        (state.step, state.trainer or "", _status_words(state),
-         "" if state.last_seconds is None or state.state not in ("done", "changed") else duration(state.last_seconds))
-        for state in states
-    ]  # fmt: skip
-    return table(("step", "trainer", "state", "took"), rows, numbered=True)
+    times = [state.last_seconds if state.state in ("done", "changed") else None for state in states]
+    took = ["" if seconds is None else duration(seconds) for seconds in times]
+    return _steps_table(states, "took", list(zip(map(_status_words, states), took, strict=True)))
 
 
 def _status_words(state: StepState) -> str:
     progress, killed = state.progress, f" ({state.holder} was killed)" if state.holder else ""
-    if state.state == "running":
-        if progress is None:
-            begins = " and has not begun to train" if state.trainer else ""
-            return f"running: {state.holder or 'a process'}{begins}"
+    if state.state == "running" and progress is not None:
         return f"running: {progress_words(progress)}; last log {duration(progress.log_age)} ago"
+    if state.state == "running":
+        return f"running: {state.holder or 'a process'}" + (" and has not begun to train" if state.trainer else "")
     if state.state == "stopped":
         where = "" if progress is None else f" at step {progress.step} of {progress.max_steps}"
         saved = "no checkpoint" if state.checkpoint is None else f"checkpoint at {state.checkpoint}"

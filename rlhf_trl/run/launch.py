@@ -15,7 +15,7 @@ import psutil
 from ruamel.yaml import YAML, YAMLError
 
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.recipe.library import nearest
+from rlhf_trl.recipe.library import suggest
 
 PACKAGE = Path(__file__).parent.parent
 ASKED = "RLHF_TRL_PROCESSES"
@@ -37,10 +37,9 @@ def shipped(kind: str, name: str) -> Path:
     if path.exists() and not path.is_dir():  # a pipe, such as /dev/stdin
         return path
     here = {str(file): file for file in sorted(path.parent.glob("*.y*ml"))} if path.parent.is_dir() else {}
-    near = nearest(name, [*here, *known]) or nearest(path.stem, known)
-    remedy = f"did you mean {near!r}?" if near else f"give a path, or one of: {', '.join(known)}"
+    otherwise = suggest(path.stem, known, f"give a path, or one of: {', '.join(known)}")
     problem = "is a folder" if path.is_dir() else f"there is no such file, and none of that name ships in {kind}/"
-    raise UserError(name, problem, remedy)
+    raise UserError(name, problem, suggest(name, [*here, *known], otherwise))
 
 
 def launch_command(

@@ -302,7 +302,7 @@ def stub(monkeypatch, recipe_file, tmp_path):
         return start
 
     monkeypatch.setattr(run_cli, "run_step", step)
-    monkeypatch.setattr(run_cli, "run_child", lambda *_: None)
+    monkeypatch.setattr(run_cli, "launch", lambda *_: None)
     monkeypatch.setattr(run_cli.Launcher, "start_in", start_in)
     return SimpleNamespace(bad=bad, ran=ran, run=RunDir(Path("runs") / "cli"))
 
