@@ -202,6 +202,10 @@ class RunDir:
             raise UserError(str(self.root), "was made by another version of rlhf-trl", remedy) from None
 
 
+PLACES = {name: place for name, place in vars(RunDir).items() if isinstance(place, _Place)}
+"""Every path of a run, with what it holds."""
+
+
 def _read_marker(path: Path, step: str) -> dict[str, Any]:
     try:
         marker = read_json(path)

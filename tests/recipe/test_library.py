@@ -1,4 +1,4 @@
-"""What `options` reads from the libraries' source is what the libraries have; this test may import them."""
+"""What `library` reads from the libraries' source is what the libraries have; this test may import them."""
 
 import ast
 import dataclasses
@@ -28,66 +28,48 @@ def classes():
 
     from rlhf_trl.train.ppo.config import PPOConfig
 
-    return {
-        "model": trl.ModelConfig,
-        "sft": trl.SFTConfig,
-        "reward": trl.RewardConfig,
-        "dpo": trl.DPOConfig,
-        "grpo": trl.GRPOConfig,
-        "ppo": PPOConfig,
-    }
-
-
-def fields_of(cls) -> dict[str, dataclasses.Field]:
-    return {item.name: item for item in dataclasses.fields(cls) if item.init}
+    return {"model": trl.ModelConfig, "sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig,
+            "grpo": trl.GRPOConfig, "ppo": PPOConfig}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_names_are_those_of_the_class(kind, classes):
-    assert set(read_options(kind)) == set(fields_of(classes[kind]))
+def test_names_defaults_and_choices_are_those_of_the_class(kind, classes):
+    from transformers import trainer_utils, training_args
 
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_defaults_are_those_of_the_class(kind, classes):
     options, unread = read_options(kind), set()
-    for name, item in fields_of(classes[kind]).items():
+    fields = {item.name: item for item in dataclasses.fields(classes[kind]) if item.init}
+    assert set(options) == set(fields)
+    for name, item in fields.items():
         truth = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        choices = options[name].choices
         if options[name].default is UNREAD:
             unread.add(name)
         else:
             assert options[name].default == getattr(truth, "value", truth), name
-    assert unread <= {"optim"}
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_choices_that_the_class_declares_are_known(kind, classes):
-    from transformers import trainer_utils, training_args
-
-    for name, item in fields_of(classes[kind]).items():
-        choices = read_options(kind)[name].choices
         if "choices" in item.metadata:
             assert set(choices) == set(item.metadata["choices"]), name
-        enums = [enum for enum in (*vars(trainer_utils).values(), *vars(training_args).values())
-                 if inspect.isclass(enum) and issubclass(enum, trainer_utils.ExplicitEnum)
-                 and enum.__name__ in str(item.type)]  # fmt: skip
-        for enum in enums if name != "debug" else ():  # several words in one text
-            assert set(choices) == {member.value for member in enum}, name
+        for enum in (*vars(trainer_utils).values(), *vars(training_args).values()):
+            is_enum = inspect.isclass(enum) and issubclass(enum, trainer_utils.ExplicitEnum)
+            if is_enum and enum.__name__ in str(item.type) and name != "debug":  # several words in one text
+                assert set(choices) == {member.value for member in enum}, name
         if "Literal[" in str(item.type):
             assert choices and all(repr(choice) in str(item.type) for choice in choices), name
+    assert unread <= {"optim"}
 
 
 def compared_with(path: str, word: str) -> set[str]:
     """The texts that a library's source compares the value `word`, or an attribute of that name, with."""
     package, _, inside = path.partition("/")
     root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
-    found = set()
-    for node in ast.walk(ast.parse((root / inside).read_text())):
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.In):
-            name = getattr(node.left, "attr", getattr(node.left, "id", None))
-            if name == word:
-                constants = [item for item in ast.walk(node.comparators[0]) if isinstance(item, ast.Constant)]
-                found |= {item.value for item in constants if isinstance(item.value, str)}
-    return found
+    texts = set()
+    compares = [node for node in ast.walk(ast.parse((root / inside).read_text())) if isinstance(node, ast.Compare)]
+    for node in compares:
+        if isinstance(node.ops[0], ast.Eq | ast.In) and word == getattr(
+            node.left, "attr", getattr(node.left, "id", "")
+        ):
+            constants = [item for item in ast.walk(node.comparators[0]) if isinstance(item, ast.Constant)]
+            texts |= {item.value for item in constants if isinstance(item.value, str)}
+    return texts
 
 
 @pytest.mark.parametrize(("kind", "name"), [key for key in LATE_CHOICES if "log_level" not in key[1]])
@@ -96,17 +78,12 @@ def test_late_choices_are_what_the_trainer_handles(kind, name):
     assert compared_with(f"trl/trainer/{kind}_trainer.py", name) == texts
 
 
-def test_boolean_late_choices_are_what_the_config_maps():
+def test_boolean_choices_and_log_levels_are_those_of_the_libraries():
+    from transformers.training_args import trainer_log_levels
     from trl.trainer import grpo_config
 
-    booleans = {choice for choice in LATE_CHOICES["grpo", "scale_rewards"] if isinstance(choice, bool)}
-    assert booleans == {True, False}
+    assert {choice for choice in LATE_CHOICES["grpo", "scale_rewards"] if isinstance(choice, bool)} == {True, False}
     assert '{True: "group", False: "none"}.get(self.scale_rewards' in inspect.getsource(grpo_config)
-
-
-def test_log_levels_are_those_of_transformers():
-    from transformers.training_args import trainer_log_levels
-
     assert set(read_options("dpo")["log_level"].choices) == set(trainer_log_levels)
 
 
@@ -119,14 +96,8 @@ def test_the_defaults_and_every_choice_pass_the_check(kind):
             assert check_value(kind, name, choice) is None, (name, choice)
 
 
-def test_ranges_name_options_that_exist():
-    names = {name for kind in CLASSES for name in read_options(kind)}
-    assert names >= POSITIVE
-    assert names >= set(RANGES)
-
-
-def test_the_owned_options_exist():
-    assert {name for kind in CLASSES for name in read_options(kind)} >= set(OWNED)
+def test_ranges_and_owned_options_name_options_that_exist():
+    assert {name for kind in CLASSES for name in read_options(kind)} >= {*POSITIVE, *RANGES, *OWNED}
 
 
 def test_values_that_pass_build_the_config(classes):
@@ -164,8 +135,7 @@ def test_what_the_libraries_would_take_in_silence_is_refused(kind, name, value):
 
 def test_value_of_is_the_given_value_or_the_default_of_the_library():
     assert value_of("dpo", {"beta": 0.5}, "beta") == 0.5
-    assert value_of("dpo", {}, "loss_type") == ["sigmoid"]
-    assert value_of("grpo", {}, "num_generations") == 8
+    assert (value_of("dpo", {}, "loss_type"), value_of("grpo", {}, "num_generations")) == (["sigmoid"], 8)
 
 
 @pytest.mark.parametrize(
