@@ -64,9 +64,8 @@ def compared_with(path: str, word: str) -> set[str]:
     texts = set()
     compares = [node for node in ast.walk(ast.parse((root / inside).read_text())) if isinstance(node, ast.Compare)]
     for node in compares:
-        if isinstance(node.ops[0], ast.Eq | ast.In) and word == getattr(
-            node.left, "attr", getattr(node.left, "id", "")
-        ):
+        name = getattr(node.left, "attr", getattr(node.left, "id", None))
+        if isinstance(node.ops[0], ast.Eq | ast.In) and name == word:
             constants = [item for item in ast.walk(node.comparators[0]) if isinstance(item, ast.Constant)]
             texts |= {item.value for item in constants if isinstance(item.value, str)}
     return texts
