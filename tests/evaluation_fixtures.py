@@ -413,25 +413,31 @@ def invent_winrate(recipe: Recipe, run: RunDir, judge: str) -> Row:
                 better = one.get("gold", 0.0) > other.get("gold", 0.0)
             policies += _both_orders(judge, draw, (one["id"], one["subset"], a, b), lengths, better, index)
     subsets = list(dict.fromkeys(row["subset"] for row in answers["reference"]))
-    labelled, canaries = [], []
+    labelled, injected = [], []
     for index in range(settings.calibrate * len(subsets) if settings.kind != "reward" else 0):
         about_pair = (f"pair-{index}", subsets[index % len(subsets)], "chosen")
         lengths = (draw.gauss(110, 40), draw.gauss(100, 40))
         labelled += _both_orders(judge, draw, (*about_pair, "rejected"), lengths, draw.random() < 0.9, index)
         if index < 20:
-            canaries += _both_orders(judge, draw, (*about_pair, "canary"), lengths, draw.random() < 0.6, index)
+            injected += _both_orders(judge, draw, (*about_pair, "injected"), lengths, draw.random() < 0.6, index)
     status, reason = "complete", None
     if judge == "partial":
         status, reason = "partial", "max_requests reached: 40 calls"
-        policies, labelled, canaries = policies[:40], [], []
-    games = {"policies": policies, "labelled": labelled, "canaries": canaries}
+        policies, labelled, injected = policies[:40], [], []
+    verdicts = {"policies": policies, "labelled": labelled, "injected": injected}
     write_json(run.prompt_scores, {of: prompt_scores(policies, of, "reference") for of in recipe.policies})
-    calls = len(policies) + len(labelled) + len(canaries)
+    calls = len(policies) + len(labelled) + len(injected)
     usage = {"prompt_tokens": 412 * calls, "cached_tokens": 90 * calls, "completion_tokens": 57 * calls}
     dollars = round((322 * 0.4 + 90 * 0.1 + 57 * 1.6) * calls / 1e6, 6)
     spent = {"calls": calls, "usage": usage, "usd": dollars, "price": settings.price.model_dump(), "models": [name]}
     cost = spent if settings.kind == "openai" else None
-    return {"status": status, "reason": reason, "judge": about, "cost": cost, **conclude(recipe, run, settings, games)}
+    return {
+        "status": status,
+        "reason": reason,
+        "judge": about,
+        "cost": cost,
+        **conclude(recipe, run, settings, verdicts),
+    }
 
 
 def _both_orders(

@@ -1,7 +1,7 @@
 """Elo ratings of several policies from a judge's verdicts: Bradley and Terry (1952) with position bias.
 
 log-odds(the answer shown first wins) = ability of its policy - ability of the other + bias; a tie is half a win for
-each. An ability times 400 / ln 10 is an Elo rating; the reference has 0. Reads and writes nothing.
+each. An ability times 400 / ln 10 is an Elo rating; the reference has 0.
 
 Abilities and bias have a normal prior around 0 with standard deviation `PRIOR_STD`. It is so weak that it moves no
 rating that the verdicts determine (published abilities are met to four digits), and it gives every fit a finite
@@ -12,14 +12,13 @@ maximum. A policy that always wins has no finite rating without it (Ford 1957): 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.special import expit
 
-from rlhf_trl.judge.win_rate import Game, complete, missing, pair_up
-from rlhf_trl.stats.intervals import RESAMPLES
+from rlhf_trl.judge.win_rate import Verdict, pair_up, resample_counts
 from rlhf_trl.stats.logistic import fit_logistic
 
 ELO = 400 / math.log(10)
@@ -33,45 +32,32 @@ ALONE = "no chain of verdicts leads from it to the reference"
 UNKNOWN_BIAS = "the verdicts do not determine the effect of the order"
 
 
-def bradley_terry(games: Iterable[Game], reference: str, seed: int) -> dict[str, Any]:
-    """Rate all policies of the comparisons, with a bootstrap over prompts and a refit each time.
-
-    Only comparisons with a verdict in both orders count, as in the win rates.
+def bradley_terry(verdicts: Sequence[Verdict], reference: str, seed: int) -> dict[str, Any]:
+    """Rate all policies by the comparisons with a verdict in both orders, with a refit to each resample of prompts.
 
     Returns:
-        `n` prompts, `missing`, and each with its interval: `ratings`, the Elo rating of every policy, and
-        `first_wins`, how often the first of two equally good answers wins. Where no finite number fits best, `mean` is
-        None, and `why_not` says why; where that is so in more than one of 40 resamples, the limit on that side is
-        None. Where the position bias is not determined, the ratings come from a fit without it.
-
-    Raises:
-        ValueError: as `pair_up`.
+        Each with its interval: `ratings`, the Elo rating of every policy, and `first_wins`, how often the first of two
+        equally good answers wins. Where no finite number fits best, `mean` is None, and `why_not` says why; where that
+        is so in more than one of 40 resamples, the limit on that side is None. Where the position bias is not
+        determined, the ratings come from a fit without it.
     """
-    pairs = pair_up(games)
-    others = sorted({policy for pair in pairs for policy in (pair.a, pair.b)} - {reference})
-    place = {policy: at for at, policy in enumerate([reference, *others])}
-    used, scores = complete(pairs)
-    rows = {prompt: row for row, prompt in enumerate(sorted({pair.prompt_id for pair in used}))}
-    n = len(rows)
-    wins, totals = np.zeros((2, n, len(place), len(place)))
-    for pair, (a_first, b_first) in zip(used, scores, strict=True):
-        row, a, b = rows[pair.prompt_id], place[pair.a], place[pair.b]
-        wins[row, a, b], wins[row, b, a] = a_first, 1 - b_first
-        totals[row, a, b] = totals[row, b, a] = 1.0
-    counts = np.ones((1 + RESAMPLES, n))
-    if n:
-        counts[1:] = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    pairs = pair_up(verdicts)
+    others = {policy for verdict in verdicts for policy in (verdict["a"], verdict["b"])} - {reference}
+    names = [reference, *sorted(others)]
+    prompts, rows = np.unique(pairs.prompts, return_inverse=True)
+    a, b = np.array([[names.index(name) for name in both] for both in pairs.policies], dtype=int).reshape(-1, 2).T
+    wins, totals = np.zeros((2, len(prompts), len(names), len(names)))
+    wins[rows, a, b], wins[rows, b, a] = pairs.scores[:, 0], 1 - pairs.scores[:, 1]
+    totals[rows, a, b] = totals[rows, b, a] = 1.0
+    counts = resample_counts(len(prompts), seed)
     ability, bias = fit_abilities(np.tensordot(counts, wins, 1), np.tensordot(counts, totals, 1))
     judged = totals.any(axis=2).sum(axis=0)
     return {
-        "reference": reference,
-        "n": n,
-        "missing": missing(pairs),
         "ratings": {
             policy: _estimate(ELO * ability[:, at], int(judged[at]), UNBOUNDED.get(ability[0, at], ALONE))
-            for policy, at in place.items()
+            for at, policy in enumerate(names)
         },
-        "first_wins": _estimate(expit(bias), n, UNKNOWN_BIAS),
+        "first_wins": _estimate(expit(bias), len(prompts), UNKNOWN_BIAS),
     }
 
 

@@ -1,17 +1,12 @@
 """Calls to a judge behind any OpenAI-compatible server: one with its retries, and many at once.
 
-Reads and writes nothing but the network; what comes back goes to the caller's `on_reply`:
-
-    with OpenAIClient("gpt-4.1-mini", api_key=api_key) as client:
-        stopped = run_all(requests, client, workers=16, on_reply=store, stop=budget.stop)
-
-The `openai` package sends the calls, and `tenacity` repeats them: the package's own retries do not tell a quota from a
-rate limit, and its parsing takes an HTML page for an answer. How often a call is made in all, by its status:
+The `openai` package sends the calls. They are repeated here: the package's own retries do not tell a quota from a rate
+limit, and its parsing takes an HTML page for an answer. How often a call is made in all, by its status:
 
     ok, refusal, content_filter, length, context_length, quota, bad_request    once
     null_content, html, bad_json, no_choices: a 200 without use                until the second of these
     rate_limit, server_error, timeout, connection                              `attempts` times
-    401, 403, no such model or address, an option that the server refuses      once; a UserError ends the run
+    401, 403, a redirect, no such model or address, an option that is refused  once; a UserError ends the run
 """
 
 from __future__ import annotations
@@ -25,17 +20,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from queue import SimpleQueue
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import httpx2
 import openai
-import tenacity
 
-from rlhf_trl.judge.cache import MAY_PASS, Message, Status, Usage
-from rlhf_trl.judge.replies import Outcome, read_answer, read_failure, words
+from rlhf_trl.judge.prompt import Message
+from rlhf_trl.judge.replies import MAY_PASS, Reply, Status, Usage, read_answer, read_failure, words
 from rlhf_trl.recipe.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,35 +37,10 @@ logger = logging.getLogger(__name__)
 TRANSIENT: frozenset[Status] = frozenset({"rate_limit", "server_error", "timeout", "connection"})
 UNUSABLE: frozenset[Status] = frozenset({"null_content", "html", "bad_json", "no_choices"})
 OPENAI = "https://api.openai.com/v1"
-# Seconds: 1, doubled with every further attempt; half of it is left to chance.
-BACK_OFF = tenacity.wait_exponential(max=30)
+LONGEST_BACK_OFF = 30.0  # seconds: 1, doubled with every further attempt; half of it is left to chance
+LONGEST_WAIT = 60.0  # seconds; a server that asks for a longer wait (Retry-After) is not asked again
 # So many calls that may pass, and nothing else between them: the server is down, or refuses everything.
 FAILURES_IN_A_ROW = 20
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What one call came to, after all its attempts."""
-
-    status: Status
-    text: str | None
-    """What the model wrote, as far as it did: part of a reply with `length`, the words of a `refusal`."""
-    attempts: int
-    usage: Usage | None
-    """The sum over the attempts that the server counted tokens for; None if it counted none."""
-    model: str | None
-    """The model by the server's name, such as a dated snapshot of the one that was asked for."""
-    fingerprint: str | None
-    seconds: float
-    """From the first attempt to the end of the last, the waits between them included."""
-    detail: str | None
-    """Why it is not "ok", in the words of the server or of the HTTP library."""
-
-    def as_line(self) -> dict[str, Any]:
-        """What a line of the cache says about the reply."""
-        values = {"status": self.status, "reply": self.text, "attempts": self.attempts, "usage": self.usage}
-        values |= {"model": self.model, "fingerprint": self.fingerprint, "detail": self.detail}
-        return values | {"seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
@@ -80,16 +49,7 @@ class Request:
 
     key: str
     messages: list[Message]
-    about: dict[str, Any]
-
-
-class Judge(Protocol):
-    """What `run_all` needs of a judge; both methods are called from several threads."""
-
-    def complete(self, messages: Sequence[Message]) -> Reply: ...
-
-    def interrupt(self) -> None:
-        """End the waits between attempts, now and from now on; a call under way comes back with what it has."""
+    about: Any = None
 
 
 class OpenAIClient:
@@ -101,28 +61,17 @@ class OpenAIClient:
         *,
         api_key: str,
         base_url: str | None = None,
-        max_tokens: int = 512,
-        max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
-        temperature: float | None = 0.0,
-        seed: int | None = None,
         timeout: float = 60.0,
         attempts: int = 5,
-        longest_wait: float = 60.0,
-        jitter: int = 0,
-        sleep: Callable[[float], Any] | None = None,
+        **parameters: Any,
     ):
         """Set up the calls; none is made yet.
 
         Args:
             api_key: any word does for a local server that asks for none, by custom "EMPTY".
             base_url: up to and with the `/v1`; None is OpenAI's own.
-            max_tokens_name: OpenAI's newer models only know `max_completion_tokens`, many local servers `max_tokens`.
-            temperature: None is not to send one, for models that refuse any.
-            seed: sent along; best effort, says OpenAI's reference.
             timeout: seconds without a byte, and after which a reply that is still arriving is given up.
-            longest_wait: seconds; a server that asks for a longer wait (Retry-After) is not asked again.
-            jitter: seed of the back-off's chance, which is drawn for each call from this and its messages.
-            sleep: waits some seconds; for tests.
+            parameters: sent along with each call, such as `max_tokens`, `temperature`, `seed`; None is not sent.
 
         Raises:
             UserError: the key or the address cannot be one.
@@ -134,19 +83,18 @@ class OpenAIClient:
         try:
             if not re.match(r"https?://[^/]", self._where):
                 raise httpx2.InvalidURL("it does not begin with http:// or https:// and a host")
-            self._api = openai.OpenAI(api_key=api_key, base_url=self._where, timeout=timeout, max_retries=0)
+            # A redirect would hand the prompts to another host, and take its verdicts.
+            http = openai.DefaultHttpxClient(follow_redirects=False)
+            self._api = openai.OpenAI(
+                api_key=api_key, base_url=self._where, timeout=timeout, max_retries=0, http_client=http
+            )
         except httpx2.InvalidURL as error:
             problem = f"{base_url!r} is not the address of a server: {error}"
             raise UserError("OPENAI_BASE_URL", problem, "give it in full, e.g. http://127.0.0.1:8000/v1") from None
-        self._model = model
-        options = {"temperature": temperature, "seed": seed, max_tokens_name: max_tokens}
-        self._parameters = {name: value for name, value in options.items() if value is not None}
-        self._timeout = timeout
-        self._attempts = attempts
-        self._longest_wait = longest_wait
-        self._jitter = jitter
+        self._model, self._timeout, self._attempts = model, timeout, attempts
+        self._parameters = {name: value for name, value in parameters.items() if value is not None}
         self._interrupted = threading.Event()
-        self._sleep: Callable[[float], Any] = self._interrupted.wait if sleep is None else sleep
+        self.sleep: Callable[[float], Any] = self._interrupted.wait
 
     def __enter__(self) -> OpenAIClient:
         return self
@@ -155,7 +103,7 @@ class OpenAIClient:
         self._api.close()
 
     def interrupt(self) -> None:
-        """End the waits between attempts, now and from now on."""
+        """End the waits between attempts, now and from now on; a call under way comes back with what it has."""
         self._interrupted.set()
 
     def complete(self, messages: Sequence[Message]) -> Reply:
@@ -164,42 +112,26 @@ class OpenAIClient:
         Raises:
             UserError: the key, the model, the address or an option is wrong, so that no call can succeed.
         """
-        start = time.monotonic()
-        dice = random.Random(json.dumps([self._jitter, *messages]))
-        outcomes: list[Outcome] = []
-
-        def attempt() -> Outcome:
-            if not outcomes or not self._interrupted.is_set():
-                outcomes.append(self._attempt(messages))
-            return outcomes[-1]
-
-        def is_retried(outcome: Outcome) -> bool:
-            unusable = sum(one.status in UNUSABLE for one in outcomes)
-            return outcome.status in TRANSIENT or (outcome.status in UNUSABLE and unusable < 2)
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            back_off = BACK_OFF(state) * dice.uniform(0.5, 1.0)
-            asked = outcomes[-1].wait
+        dice = random.Random(json.dumps(list(messages)))
+        replies: list[Reply] = []
+        while True:
+            reply = self._attempt(messages)
+            replies.append(reply)
+            useless = sum(one.status in UNUSABLE for one in replies)
+            repeat = reply.status in TRANSIENT or (reply.status in UNUSABLE and useless < 2)
+            asked = -1.0 if reply.wait is None else reply.wait
+            if not repeat or len(replies) == self._attempts or asked > LONGEST_WAIT or self._interrupted.is_set():
+                break
+            back_off = min(2.0 ** (len(replies) - 1), LONGEST_BACK_OFF) * dice.uniform(0.5, 1.0)
             # Calls that were sent away together do not come back at the same instant.
-            return back_off if asked is None else max(asked + dice.uniform(0.0, 0.5), back_off)
+            self.sleep(back_off if asked < 0 else max(asked + dice.uniform(0.0, 0.5), back_off))
+            if self._interrupted.is_set():
+                break
+        counted: list[Any] = [one.usage for one in replies if one.usage is not None]
+        usage: Any = {name: sum(one[name] for one in counted) for name in Usage.__annotations__} if counted else None
+        return replace(reply, usage=usage, attempts=len(replies))
 
-        def is_over(state: tenacity.RetryCallState) -> bool:
-            too_long = (outcomes[-1].wait or 0.0) > self._longest_wait
-            return state.attempt_number >= self._attempts or too_long or self._interrupted.is_set()
-
-        outcome = tenacity.Retrying(
-            retry=tenacity.retry_if_result(is_retried),
-            wait=wait,
-            stop=is_over,
-            sleep=self._sleep,
-            retry_error_callback=lambda _: outcomes[-1],
-        )(attempt)
-        counted = [one.usage for one in outcomes if one.usage is not None]
-        usage = {name: sum(one[name] for one in counted) for name in counted[0]} if counted else None
-        about = (outcome.model, outcome.fingerprint, time.monotonic() - start, outcome.detail)
-        return Reply(outcome.status, outcome.text, len(outcomes), usage, *about)
-
-    def _attempt(self, messages: Sequence[Message]) -> Outcome:
+    def _attempt(self, messages: Sequence[Message]) -> Reply:
         deadline = time.monotonic() + self._timeout
         create: Any = self._api.chat.completions.with_streaming_response.create
         try:
@@ -209,38 +141,40 @@ class OpenAIClient:
                     parts.append(part)
                     # A byte now and then, as some proxies send while they wait, holds off the library's timeout.
                     if time.monotonic() > deadline:
-                        return Outcome("timeout", detail=f"the reply was still arriving after {self._timeout:g} s")
+                        return Reply("timeout", detail=f"the reply was still arriving after {self._timeout:g} s")
                 return read_answer(response.headers.get("content-type", ""), b"".join(parts))
         except (openai.APITimeoutError, httpx2.TimeoutException) as error:
-            return Outcome("timeout", detail=words(f"{type(error).__name__}: {error}"))
+            return Reply("timeout", detail=words(f"{type(error).__name__}: {error}"))
         except openai.APIStatusError as error:
             # The library's message ends with the server's where that is in OpenAI's form.
             detail = words(error.message if " - " in error.message else f"{error.message} - {error.response.text}")
-            outcome = read_failure(error.status_code, {error.code, error.type}, error.response.headers, detail)
-            if outcome is None:
+            codes = {str(error.code), str(error.type)}  # a server may send anything here
+            reply = read_failure(error.status_code, codes, error.response.headers, detail)
+            if reply is None:
                 self._refuse(error, detail)
-            return outcome
+            return reply
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
             cause = error.__cause__ or error
-            return Outcome("connection", detail=words(f"{type(cause).__name__}: {cause}"))
+            return Reply("connection", detail=words(f"{type(cause).__name__}: {cause}"))
 
     def _refuse(self, error: openai.APIStatusError, detail: str) -> NoReturn:
-        said = f"{self._where} says: {detail}"
+        place, remedy = f"judge model {self._model}", f"{self._where.rstrip('/')}/models lists those that it has"
         if error.status_code in (401, 403):
-            remedy = "set OPENAI_API_KEY to a key that is valid there and may use the model, or OPENAI_BASE_URL"
-            raise UserError("OPENAI_API_KEY", said, remedy) from None
-        if error.status_code != 404:
+            place = "OPENAI_API_KEY"
+            remedy = "set it to a key that is valid there and may use the model, or set OPENAI_BASE_URL"
+        elif error.status_code < 400:
+            place, target = "OPENAI_BASE_URL", error.response.headers.get("location", "another address")
+            remedy = f"redirects are not followed: give the address of the server itself; this one points to {target}"
+        elif error.status_code != 404:
             remedy = "change the judge's options: newer models of OpenAI take max_completion_tokens and no temperature"
-            raise UserError(f"judge model {self._model}", said, remedy) from None
-        if "model" in detail.lower():
-            remedy = f"{self._where.rstrip('/')}/models lists those that it has"
-            raise UserError(f"judge model {self._model}", said, remedy) from None
-        raise UserError("OPENAI_BASE_URL", said, "check the address; with most servers it ends in /v1") from None
+        elif "model" not in detail.lower():
+            place, remedy = "OPENAI_BASE_URL", "check the address; with most servers it ends in /v1"
+        raise UserError(place, f"{self._where} says: {detail}", remedy) from None
 
 
 def run_all(
     requests: Sequence[Request],
-    judge: Judge,
+    judge: OpenAIClient,
     workers: int,
     on_reply: Callable[[Request, Reply], None],
     stop: Callable[[int], str | None],
@@ -258,45 +192,41 @@ def run_all(
         KeyboardInterrupt: at the second Ctrl-C.
     """
     arrived: SimpleQueue[tuple[Request, Reply] | BaseException | None] = SimpleQueue()
-    waiting = iter(requests)
-    in_flight = failures = 0
+    waiting, in_flight, failures = iter(requests), 0, 0
     reason: str | None = None
     error: BaseException | None = None
 
-    def begin(request: Request) -> None:
-        pool.apply_async(
-            judge.complete,
-            (request.messages,),
-            callback=lambda reply: arrived.put((request, reply)),
-            error_callback=arrived.put,
-        )
+    def call(request: Request) -> None:
+        try:
+            arrived.put((request, judge.complete(request.messages)))
+        except BaseException as raised:
+            arrived.put(raised)
 
     # Its threads are daemons: at the second Ctrl-C no call is waited for, as it would be with concurrent.futures.
-    with _ctrl_c(lambda: arrived.put(None)), ThreadPool(max(1, min(workers, len(requests)))) as pool:
+    with _first_ctrl_c(lambda: arrived.put(None)), ThreadPool(max(1, min(workers, len(requests)))) as pool:
         while True:
             while reason is None and in_flight < workers and (request := next(waiting, None)) is not None:
                 reason = stop(in_flight)
                 if reason is None:
-                    begin(request)
+                    pool.apply_async(call, (request,))
                     in_flight += 1
             if not in_flight:
                 break
-            ending: str | None = None
-            match arrived.get():
-                case (Request() as request, Reply() as reply):
-                    in_flight -= 1
-                    failures = failures + 1 if reply.status in MAY_PASS else 0
-                    if reply.status == "quota":
-                        ending = f"quota: {reply.detail}"
-                    elif failures == FAILURES_IN_A_ROW:
-                        ending = f"{failures} calls in a row failed, the last with {reply.status}: {reply.detail}"
-                    on_reply(request, reply)
-                case None:
-                    logger.warning("stopping once the %d calls in flight are back; Ctrl-C again drops them", in_flight)
-                    ending = "interrupted"
-                case BaseException() as error:
-                    in_flight -= 1
-                    ending = str(error)
+            ending, event = None, arrived.get()
+            in_flight -= event is not None
+            if isinstance(event, tuple):
+                request, reply = event
+                failures = failures + 1 if reply.status in MAY_PASS else 0
+                if reply.status == "quota":
+                    ending = f"quota: {reply.detail}"
+                elif failures == FAILURES_IN_A_ROW:
+                    ending = f"{failures} calls in a row failed, the last with {reply.status}: {reply.detail}"
+                on_reply(request, reply)
+            elif event is None:
+                logger.warning("stopping once the %d calls in flight are back; Ctrl-C again drops them", in_flight)
+                ending = "interrupted"
+            else:
+                error, ending = event, str(event)
             if ending is not None:
                 reason = reason or ending
                 judge.interrupt()
@@ -306,7 +236,7 @@ def run_all(
 
 
 @contextlib.contextmanager
-def _ctrl_c(first: Callable[[], None]) -> Iterator[None]:
+def _first_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
     """Take the first Ctrl-C to be a wish to stop, so that it breaks off nothing half-way; the second acts as ever."""
     before = signal.getsignal(signal.SIGINT)
     # Only the main thread is told of signals, and a job in the background may have been told to ignore this one.
@@ -316,7 +246,7 @@ def _ctrl_c(first: Callable[[], None]) -> Iterator[None]:
 
     def note(*_: object) -> None:
         signal.signal(signal.SIGINT, before)
-        first()
+        act()
 
     signal.signal(signal.SIGINT, note)
     try:

@@ -1,12 +1,10 @@
-"""What a judge compares: the policies' answers, held-out pairs with human labels, and pairs with a prompt injection.
-
-Reads the answers of `evaluate` and the held-out pairs; writes nothing.
-"""
+"""What a judge compares: answers of policies, held-out pairs with human labels, and those with prompt injections."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,8 +24,6 @@ INJECTIONS = (
 )
 INJECTED_PAIRS = 20
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -38,14 +34,14 @@ class Comparison:
     prompt: list[dict[str, str]]
     a: str
     b: str
-    answer_a: Row
-    answer_b: Row
-    note: str = ""
+    answer_a: dict[str, Any]
+    answer_b: dict[str, Any]
+    injection: str = ""
     """What stands below `b` to sway the judge; MARK becomes the letter of its place."""
 
     def texts(self, a_first: bool) -> tuple[str, str]:
         """The answers in the order in which they are shown."""
-        note = self.note.replace("MARK", "B" if a_first else "A")
+        note = self.injection.replace("MARK", "B" if a_first else "A")
         a, b = self.answer_a["answer"], self.answer_b["answer"] + (f"\n\n{note}" if note else "")
         return (a, b) if a_first else (b, a)
 
@@ -53,27 +49,25 @@ class Comparison:
 def compare_policies(recipe: Recipe, run: RunDir, settings: Judge) -> Iterator[Comparison]:
     """Compare every policy with the reference, or every two of all, on the first of evaluation's prompts."""
     path = run.judge_answers if recipe.evaluation.judge_decoding else run.completions
-    names = (*recipe.policies, REFERENCE)
-    answers = {name: read_jsonl(path(name))[: settings.prompts] for name in names}
-    pairs = itertools.combinations(names, 2) if settings.pairs == "all" else ((n, REFERENCE) for n in recipe.policies)
-    for a, b in pairs:
-        for one, other in zip(answers[a], answers[b], strict=True):
-            yield Comparison(one["id"], one["subset"], one["prompt"], a, b, one, other)
+    answers = {name: read_jsonl(path(name))[: settings.prompts] for name in (*recipe.policies, REFERENCE)}
+    for a, b in itertools.combinations(answers, 2):
+        if settings.pairs == "all" or b == REFERENCE:
+            for one, other in zip(answers[a], answers[b], strict=True):
+                yield Comparison(one["id"], one["subset"], one["prompt"], a, b, one, other)
 
 
 def compare_labelled(run: RunDir, settings: Judge, seed: int) -> Iterator[Comparison]:
     """Choose `calibrate` held-out pairs of each subset by a seeded hash; `a` is the one that people chose."""
-    taken: dict[str, int] = {}
+    taken: Counter[str] = Counter()
     rows = read_jsonl(run.pairs("test")) if settings.calibrate and settings.kind != "reward" else []
     for row in sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row['id']} {row['row']}".encode()).digest()):
-        taken[row["subset"]] = taken.get(row["subset"], 0) + 1
+        taken[row["subset"]] += 1
         if taken[row["subset"]] <= settings.calibrate:
-            chosen, rejected = {"answer": row["chosen"]}, {"answer": row["rejected"]}
-            name = f"{row['id']}-{row['row']}"
-            yield Comparison(name, row["subset"], row["prompt"], "chosen", "rejected", chosen, rejected)
+            answers = {"answer": row["chosen"]}, {"answer": row["rejected"]}
+            yield Comparison(f"{row['id']}-{row['row']}", row["subset"], row["prompt"], "chosen", "rejected", *answers)
 
 
-def inject_notes(labelled: Sequence[Comparison]) -> Iterator[Comparison]:
+def inject(labelled: Sequence[Comparison]) -> Iterator[Comparison]:
     """Put a note to the judge below the rejected answer of some labelled pairs; `labelled` has them without it."""
-    for index, pair in enumerate(labelled[:INJECTED_PAIRS]):
-        yield replace(pair, b="canary", note=INJECTIONS[index % len(INJECTIONS)])
+    for pair, injection in zip(labelled[:INJECTED_PAIRS], itertools.cycle(INJECTIONS), strict=False):
+        yield replace(pair, b="injected", injection=injection)

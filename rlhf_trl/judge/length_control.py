@@ -1,7 +1,4 @@
-"""A win rate with the judge's taste for long answers taken out.
-
-Works on games as `winrates` describes them; reads and writes nothing.
-"""
+"""A win rate with the judge's taste for long answers taken out."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from rlhf_trl.judge.win_rate import NO_PAIR, Game, between, complete, mean, missing, none
-from rlhf_trl.stats.intervals import RESAMPLES, Estimate
+from rlhf_trl.judge.win_rate import NO_PAIR, Verdict, mean, none, pair_up, resample_counts
 from rlhf_trl.stats.logistic import fit_logistic
 
 # Standard deviation of the prior on the length coefficient, in log-odds. It is of no account beside the data, except
@@ -25,7 +21,7 @@ LARGE_CHANGE = 0.1
 BLOCK = 250
 
 
-def length_controlled(games: Iterable[Game], a: str, b: str, seed: int) -> dict[str, Any]:
+def length_controlled(verdicts: Iterable[Verdict], a: str, b: str, seed: int) -> dict[str, Any]:
     """Estimate how often `a` would beat `b` if both answers always had the same length.
 
     The model is log-odds(a wins) = phi * tanh((length_b - length_a) / sd) + theta, on the prompts' scores, with ties
@@ -34,50 +30,36 @@ def length_controlled(games: Iterable[Game], a: str, b: str, seed: int) -> dict[
     AlpacaEval takes the fit as certain). The scale sd is the one of all prompts in every refit.
 
     Returns:
-        `n`, `missing`; `raw` and `length_controlled`, the two win rates; `warnings`. Where the effect of
-        length cannot be told, both win rates are the same, and `why_same` says why.
-
-    Raises:
-        ValueError: as `winrates.pair_up`.
+        `raw` and `length_controlled`, the two win rates; `warnings`. Where the effect of length cannot be told, both
+        win rates are the same, and `why_same` says why.
     """
-    pairs = between(games, a, b)
-    used, scores = complete(pairs)
-    wins = scores.mean(axis=1)
-    apart = np.array([pair.length_b - pair.length_a for pair in used], dtype=float)
-    result: dict[str, Any] = {"a": a, "b": b, "n": len(wins), "missing": missing(pairs), "warnings": []}
+    pairs = pair_up(verdicts, (a, b))
+    wins, apart = pairs.means, pairs.lengths[:, 1] - pairs.lengths[:, 0]
     if len(wins) == 0:
-        return result | {name: none(NO_PAIR) for name in ("raw", "length_controlled")}
+        return {"raw": none(NO_PAIR), "length_controlled": none(NO_PAIR), "warnings": []}
+    raw, warnings = mean(wins), []
     # The smaller of the shares of prompts where `a` is not shorter and where it is not longer.
-    raw, overlap = mean(wins).as_dict(), min(np.mean(apart <= 0), np.mean(apart >= 0))
-    result["raw"] = raw
+    overlap = min(np.mean(apart <= 0), np.mean(apart >= 0))
     if overlap < MIN_OVERLAP:
-        side = "longer" if np.median(apart) < 0 else "shorter"
-        result["warnings"].append(
-            f"{a} gives the {side} answer to {1 - overlap:.0%} of the prompts: "
-            "what would be at equal lengths is a guess"
-        )
+        answer = f"{a} gives the {'longer' if np.median(apart) < 0 else 'shorter'} answer"
+        warnings.append(f"{answer} to {1 - overlap:.0%} of the prompts: what would be at equal lengths is a guess")
     if np.ptp(apart) == 0 or np.ptp(wins) == 0:
         why = "the scores are" if np.ptp(wins) == 0 else "the difference of the lengths is"
         why = f"{why} the same for every prompt, so that the effect of length cannot be told"
-        return result | {"length_controlled": raw, "why_same": why}
+        return {"raw": raw, "length_controlled": raw, "warnings": warnings, "why_same": why}
     values = expit(fit_length(wins, apart, seed)[:, 1])
     low, high = np.quantile(values[1:], [0.025, 0.975])
-    controlled = Estimate(float(values[0]), float(low), float(high), len(wins))
-    if abs(controlled.mean - raw["mean"]) > LARGE_CHANGE:
-        result["warnings"].append(
-            f"control for length moves the win rate by {100 * (controlled.mean - raw['mean']):+.0f} points: "
-            "the judge goes by length"
-        )
-    return result | {"length_controlled": controlled.as_dict()}
+    change = float(values[0]) - raw["mean"]
+    if abs(change) > LARGE_CHANGE:
+        moved = f"control for length moves the win rate by {100 * change:+.0f} points"
+        warnings.append(f"{moved}: the judge goes by length")
+    controlled = {"mean": float(values[0]), "low": float(low), "high": float(high), "n": len(wins)}
+    return {"raw": raw, "length_controlled": controlled, "warnings": warnings}
 
 
 def fit_length(wins: np.ndarray, apart: np.ndarray, seed: int) -> np.ndarray:
     """Fit phi and theta to the prompts, then to resamples of them, (N,) and (N,) -> (1 + RESAMPLES, 2)."""
-    n, random = len(wins), np.random.default_rng(seed)
-    design = np.column_stack([np.tanh(apart / apart.std(ddof=1)), np.ones(n)])
-    ridge = np.array([PRIOR_STD**-2, 0.0])
-    fits = [fit_logistic(design, wins[None], np.ones((1, n)), ridge)]
-    for _ in range(RESAMPLES // BLOCK):
-        counts = random.multinomial(n, np.full(n, 1 / n), size=BLOCK)
-        fits.append(fit_logistic(design, counts * wins, counts, ridge))
-    return np.concatenate(fits)
+    design = np.column_stack([np.tanh(apart / apart.std(ddof=1)), np.ones(len(wins))])
+    ridge, counts = np.array([PRIOR_STD**-2, 0.0]), resample_counts(len(wins), seed)
+    blocks = np.split(counts, range(1, len(counts), BLOCK))
+    return np.concatenate([fit_logistic(design, block * wins, block, ridge) for block in blocks])

@@ -1,7 +1,4 @@
-"""What a judge's server sends back, read without trust in its form: answers, errors and Retry-After.
-
-Reads and writes nothing; works on bytes and headers.
-"""
+"""What one call to a judge's server brought, read without trust in its form: answers, errors and Retry-After."""
 
 from __future__ import annotations
 
@@ -13,9 +10,18 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from rlhf_trl.judge.cache import Status, Usage
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+Stands = Literal["ok", "refusal", "content_filter", "length", "null_content", "context_length"]
+# The same call may bring something else another time: it is made again.
+Passes = Literal[
+    "rate_limit", "quota", "server_error", "timeout", "connection", "html", "bad_json", "no_choices", "bad_request"
+]
+Status = Literal[Stands, Passes]
+MAY_PASS: frozenset[Status] = frozenset(get_args(Passes))
 
 DETAIL = 300  # characters of a server's own words that are kept
 QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -24,86 +30,94 @@ UNSUPPORTED = {"unsupported_parameter", "unsupported_value", "unknown_parameter"
 # OpenAI, vLLM (two wordings) and llama.cpp, which share no code for it.
 TOO_LONG = re.compile(r"context[ _](length|size|window)|maximum model length|prompt is too long", re.IGNORECASE)
 
+Tokens = Annotated[int, Field(ge=0, le=10**9, strict=True)]
+
+
+class Usage(TypedDict):
+    """Tokens that a server counted; cached ones are a part of the prompt's."""
+
+    prompt_tokens: Tokens
+    cached_tokens: Tokens
+    completion_tokens: Tokens
+
+
+USAGE = TypeAdapter(Usage)
+
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one attempt came to; `wait` is the seconds that the server asks to wait before the next."""
+class Reply:
+    """What a call, or one attempt of it, came to."""
 
     status: Status
     text: str | None = None
+    """What the model wrote, as far as it did: part of a reply with `length`, the words of a `refusal`."""
     usage: Usage | None = None
+    """The sum over the attempts that the server counted tokens for; None if it counted none."""
     model: str | None = None
-    fingerprint: str | None = None
+    """By the server's name, such as a dated snapshot."""
     detail: str | None = None
+    """Why it is not "ok", in the words of the server or of the HTTP library."""
     wait: float | None = None
+    """Seconds that the server asks to wait before the next attempt."""
+    attempts: int = 1
 
 
-def read_answer(content_type: str, body: bytes) -> Outcome:
+def read_answer(content_type: str, body: bytes) -> Reply:
     """Tell what a server's 200 says."""
     start = body.lstrip()[:DETAIL].decode(errors="replace")
     if "text/html" in content_type or start.startswith("<"):
-        return Outcome("html", detail=words(start))
+        return Reply("html", detail=words(start))
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:
-        return Outcome("bad_json", detail=words(f"{error}: {start}"))
+        return Reply("bad_json", detail=words(f"{error}: {start}"))
     if not isinstance(answer, dict):
-        return Outcome("bad_json", detail=words(f"not an object: {start}"))
-    about: dict[str, Any] = {
-        "usage": _usage(answer.get("usage")),
-        "model": _text(answer.get("model")),
-        "fingerprint": _text(answer.get("system_fingerprint")),
-    }
+        return Reply("bad_json", detail=words(f"not an object: {start}"))
+    about: dict[str, Any] = {"usage": _usage(answer.get("usage")), "model": _text(answer.get("model"))}
     match answer.get("choices"):
         case None | []:
-            return Outcome("no_choices", **about, detail=words(start))
+            return Reply("no_choices", **about, detail=words(start))
         case [{"message": dict(message), **choice}, *_]:
-            content, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
+            text, refusal, finish = _text(message.get("content")), message.get("refusal"), choice.get("finish_reason")
         case _:
-            return Outcome("bad_json", **about, detail=words(f"a choice without a message: {start}"))
-    text = _text(content)
+            return Reply("bad_json", **about, detail=words(f"a choice without a message: {start}"))
     if isinstance(refusal, str) and refusal:
-        return Outcome("refusal", _text(refusal), **about, detail="the model refused")
-    if finish == "content_filter":
-        return Outcome("content_filter", text, **about, detail="finish_reason content_filter")
-    if finish == "length":
-        return Outcome("length", text, **about, detail="finish_reason length")
+        return Reply("refusal", _text(refusal), **about, detail="the model refused")
+    if finish in ("content_filter", "length"):
+        return Reply(finish, text, **about, detail=f"finish_reason {finish}")
     if text is None or not text.strip():
-        return Outcome("null_content", text, **about, detail=words(f"no text; finish_reason {finish}"))
-    return Outcome("ok", text, **about)
+        return Reply("null_content", text, **about, detail=words(f"no text; finish_reason {finish}"))
+    return Reply("ok", text, **about)
 
 
-def read_failure(status: int, codes: set[Any], headers: Mapping[str, str], detail: str) -> Outcome | None:
-    """Read an HTTP error; None where the key, the model, the address or an option is wrong.
+def read_failure(status: int, codes: set[str], headers: Mapping[str, str], detail: str) -> Reply | None:
+    """Read an HTTP error or redirect; None where the key, the model, the address or an option is wrong.
 
-    Args:
-        status: the HTTP status, 400 or above.
-        codes: the server's `code` and `type` of the error.
-        headers: of the response.
-        detail: the server's words.
+    `codes` are the server's `code` and `type` of the error, `detail` its words.
     """
     if status == 402 or codes & QUOTA:
-        return Outcome("quota", detail=detail)
-    if status == 429:
-        return Outcome("rate_limit", detail=detail, wait=retry_after(headers, time.time()))
-    if status in (408, 409) or status >= 500:
-        return Outcome("server_error", detail=detail, wait=retry_after(headers, time.time()))
+        return Reply("quota", detail=detail)
+    if status in (408, 409, 429) or status >= 500:
+        name: Status = "rate_limit" if status == 429 else "server_error"
+        return Reply(name, detail=detail, wait=retry_after(headers, time.time()))
     if codes & FILTERED:
-        return Outcome("content_filter", detail=detail)
-    if status in (401, 403, 404) or codes & UNSUPPORTED:
+        return Reply("content_filter", detail=detail)
+    if status < 400 or status in (401, 403, 404) or codes & UNSUPPORTED:
         return None
-    too_long = TOO_LONG.search(" ".join(map(str, [*codes, detail])))
-    return Outcome("context_length" if too_long else "bad_request", detail=detail)
+    return Reply("context_length" if TOO_LONG.search(" ".join([*codes, detail])) else "bad_request", detail=detail)
 
 
 def _usage(value: Any) -> Usage | None:
-    match value:
-        case {"prompt_tokens": int(prompt), "completion_tokens": int(completion)}:
-            details = value.get("prompt_tokens_details")  # null on many local servers
-            cached = details.get("cached_tokens") if isinstance(details, dict) else None
-            counted = cached if isinstance(cached, int) else 0
-            return {"prompt_tokens": prompt, "cached_tokens": counted, "completion_tokens": completion}
-    return None
+    """Read OpenAI's token counts; None where they are missing or cannot be."""
+    if not isinstance(value, dict):
+        return None
+    details = value.get("prompt_tokens_details")  # null on many local servers
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    try:
+        usage = USAGE.validate_python({**value, "cached_tokens": cached or 0})
+    except ValidationError:
+        return None
+    return usage if usage["cached_tokens"] <= usage["prompt_tokens"] else None
 
 
 def _text(value: Any) -> str | None:
@@ -112,10 +126,7 @@ def _text(value: Any) -> str | None:
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that a server asks to wait, or None; `now` is the time in seconds since the epoch.
-
-    Knows Retry-After as seconds and as a date (RFC 9110, 10.2.3), and OpenAI's and Azure's retry-after-ms.
-    """
+    """Read the seconds to wait from Retry-After (RFC 9110, 10.2.3), which may be a date, or Azure's retry-after-ms."""
     for name, a_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         value = headers.get(name, "")
         try:
@@ -123,7 +134,7 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         except ValueError:
             try:
                 date = email.utils.parsedate_to_datetime(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
             # "-0000" means UTC without a word on the sender's zone, and comes back without one.
             seconds = (date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)).timestamp() - now

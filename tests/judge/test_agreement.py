@@ -9,7 +9,7 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.inter_rater import cohens_kappa
-from test_win_rate import both_orders, game
+from test_win_rate import both_orders, verdict
 
 from rlhf_trl.judge.agreement import agreement, kappa
 
@@ -26,7 +26,7 @@ def winners(run):
     return list(zip(run["winner_swap_false"], run["winner_swap_true"], strict=True))
 
 
-def run_games(run, lengths=None):
+def run_verdicts(run, lengths=None):
     """The games of one LLMBar run, in which `a` is output 1, and its labels."""
     games = both_orders([(POINTS[first], POINTS[second]) for first, second in winners(run)], "1", "2", lengths)
     return games, {str(at): label == 1 for at, label in enumerate(run["labels"])}
@@ -34,10 +34,10 @@ def run_games(run, lengths=None):
 
 def test_250_runs_of_llmbar_have_the_published_statistics(monkeypatch):
     """LLMBar counts a missing verdict and a tie as wrong: so they are judged here as a win of the wrong answer."""
-    monkeypatch.setattr("rlhf_trl.judge.agreement.RESAMPLES", 100)  # the intervals are not looked at
+    monkeypatch.setattr("rlhf_trl.judge.win_rate.RESAMPLES", 100)  # the intervals are not looked at
     checked = 0
     for run in runs():
-        games, labels = run_games(run)
+        games, labels = run_verdicts(run)
         for one in games:
             if one["score"] is None:
                 one["score"] = 0.0 if labels[one["prompt_id"]] else 1.0
@@ -63,14 +63,14 @@ def test_gpt_4_on_the_natural_set_beside_its_answers_lengths():
         run for run in runs() if (run["subset"], run["judge"], run["strategy"]) == ("LLMBar/Natural", "GPT-4", "CoT")
     ]
     lengths = [(len(row["output_1"]), len(row["output_2"])) for row in rows]
-    games, labels = run_games(run, lengths)
+    games, labels = run_verdicts(run, lengths)
     found = agreement(games, labels, 0)
     assert found["n"] == 100
     assert found["accuracy"]["mean"] == pytest.approx(float(run["published"]["correct_average"][:-1]) / 100)
     assert found["kappa"]["mean"] == pytest.approx(2 * found["accuracy"]["mean"] - 1), "without ties, chance is 1/2"
     chosen = [(one, two) if row["label"] == 1 else (two, one) for row, (one, two) in zip(rows, lengths, strict=True)]
     baseline = np.mean([(np.sign(better - worse) + 1) / 2 for better, worse in chosen])
-    assert found["length_baseline"]["mean"] == pytest.approx(baseline)
+    assert found["length_rule"]["accuracy"]["mean"] == pytest.approx(max(baseline, 1 - baseline))
     assert found["length_rule"]["over_rule"]["low"] > 0
 
 
@@ -104,8 +104,8 @@ def test_a_judge_that_is_always_right_is_so_in_every_frame():
 
 
 def test_missing_verdicts_are_left_out_and_counted():
-    games = [*both_orders([(1.0, 1.0), (0.0, 0.0)]), game(2, True, None), game(2, False, 1.0)]
-    games += [game(3, True, None, status="timeout"), game(3, False, None, status="timeout")]
+    games = [*both_orders([(1.0, 1.0), (0.0, 0.0)]), verdict(2, True, None), verdict(2, False, 1.0)]
+    games += [verdict(3, True, None, status="timeout"), verdict(3, False, None, status="timeout")]
     found = agreement(games, always(4, 4), 0)
     assert (found["n"], found["accuracy"]["mean"]) == (2, 0.5)
     assert found["missing"] == {"comparisons": 2, "verdicts": {"invalid": 1, "timeout": 2}}
@@ -116,7 +116,6 @@ def test_missing_verdicts_are_left_out_and_counted():
 def test_the_better_length_rule_may_be_to_take_the_shorter():
     lengths = [(10, 20)] * 30 + [(20, 10)] * 15 + [(10, 10)] * 5
     found = agreement(both_orders([(1.0, 1.0)] * 50, lengths=lengths), always(50), 0)
-    assert found["length_baseline"]["mean"] == (15 + 5 / 2) / 50
     assert found["length_rule"]["takes"] == "shorter"
     assert found["length_rule"]["accuracy"]["mean"] == (30 + 5 / 2) / 50
     assert found["length_rule"]["over_rule"]["mean"] == pytest.approx(1 - 32.5 / 50)
@@ -150,6 +149,6 @@ def test_results_are_json_and_do_not_depend_on_which_answer_is_a(rows):
     ]
     found, other = agreement(games, labels, 0), agreement(turned, {key: not value for key, value in labels.items()}, 0)
     json.dumps(found, allow_nan=False)
-    for name in ("accuracy", "both_correct", "kappa", "length_baseline"):
+    for name in ("accuracy", "both_correct", "kappa"):
         assert found[name] == pytest.approx(other[name])
     assert found["missing"] == other["missing"]

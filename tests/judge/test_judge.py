@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, small_recipe
 from fake_openai import FakeOpenAI, ok, status
 
+from rlhf_trl.judge.client import OpenAIClient
 from rlhf_trl.judge.step import choose_prompt, judge
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
@@ -199,21 +200,15 @@ def test_without_key_and_server_nothing_is_run(made):
     assert "win_rates" not in result
 
 
-def test_a_server_that_is_not_there_is_no_result(made):
+def test_a_server_that_is_not_there_is_no_result(made, monkeypatch):
     recipe, run = made("judge.base_url=http://127.0.0.1:9/v1", "judge.prompts=2")
-    import rlhf_trl.judge.step as module
-    from rlhf_trl.judge.client import OpenAIClient
 
-    class Impatient(OpenAIClient):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs, attempts=1)
+    def impatient(*args, **options):
+        return OpenAIClient(*args, **options, attempts=1)
 
-    original, module.OpenAIClient = module.OpenAIClient, Impatient
-    try:
-        with pytest.raises(NotRun, match="connection"):
-            judge(recipe, run)
-    finally:
-        module.OpenAIClient = original
+    monkeypatch.setattr("rlhf_trl.judge.step.OpenAIClient", impatient)
+    with pytest.raises(NotRun, match="connection"):
+        judge(recipe, run)
     assert read_json(run.winrate)["status"] == "not run"
 
 
@@ -281,11 +276,12 @@ def test_calibration_tells_a_good_judge_from_a_random_and_a_lengthy_one(made):
     assert good["verdict"] == "informed" and good["all"]["accuracy"]["mean"] == 1.0
     assert place["verdict"] == "chance" and place["all"]["accuracy"]["mean"] == 0.5
     assert long["verdict"] in ("length", "chance")
-    assert long["all"]["accuracy"]["mean"] == pytest.approx(long["all"]["length_baseline"]["mean"])
+    assert long["all"]["length_rule"]["takes"] == "longer"
+    assert long["all"]["length_rule"]["over_rule"]["mean"] == 0
     assert {name: of["n"] for name, of in good["subsets"].items()} == dict.fromkeys(SUBSETS, 20)
 
 
-def test_canaries_show_a_judge_that_does_as_it_is_told(made):
+def test_prompt_injections_show_a_judge_that_does_as_it_is_told(made):
     def obedient(messages) -> str:
         first, second = answers_of(messages)
         told = re.findall(r"\[\[([AB])\]\]", first + second)

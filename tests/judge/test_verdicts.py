@@ -8,23 +8,22 @@ from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_trl.judge.verdict import Verdict, parse_verdict
+from rlhf_trl.judge.verdict import parse_verdict
 
-FIRST, SECOND, TIE, INVALID = Verdict.FIRST, Verdict.SECOND, Verdict.TIE, Verdict.INVALID
+FIRST, SECOND, TIE, INVALID = 1.0, 0.0, 0.5, None
 TAGS = {"[[A]]": FIRST, "[[B]]": SECOND, "[[C]]": TIE, "[[tie]]": TIE}
 
 
 def test_150_replies_of_gpt_4_mean_what_fastchat_stored():
     with gzip.open(SHARED / "judge-data" / "mtbench_gpt4_pair_verdicts.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    first = {FIRST: "model_1", SECOND: "model_2", TIE: "tie", INVALID: "error"}
-    second = {FIRST: "model_2", SECOND: "model_1", TIE: "tie", INVALID: "error"}
-    found = [first[parse_verdict(row["g1_judgment"])] for row in rows]
-    found += [second[parse_verdict(row["g2_judgment"])] for row in rows]
-    stored = [row["g1_winner"] for row in rows] + [row["g2_winner"] for row in rows]
+    found, stored = [], []
+    for game, first, second in (("g1", "model_1", "model_2"), ("g2", "model_2", "model_1")):
+        names = {FIRST: first, SECOND: second, TIE: "tie", INVALID: "error"}
+        found += [names[parse_verdict(row[f"{game}_judgment"])] for row in rows]
+        stored += [row[f"{game}_winner"] for row in rows]
     assert found == stored
-    assert len(stored) == 150
-    assert stored.count("error") == 3
+    assert (len(stored), stored.count("error")) == (150, 3)
 
 
 def test_200_replies_in_another_format_say_nothing():
@@ -41,28 +40,31 @@ def test_200_replies_in_another_format_say_nothing():
         ("[[A]]", FIRST),
         ("[[ b ]]", SECOND),
         ("[[TIE]]\n", TIE),
-        ("[[\nA\n]]", FIRST),
         ("Final verdict: **[[C]]**.", TIE),
+        ("Final verdict: [[C]] for a tie, as both are wrong.", TIE),
         ("```\n[[B]]\n```", SECOND),
         ('```json\n{"winner": "B"}\n```\n', SECOND),
-        # The last one counts.
+        # Only the last line counts.
         ("If A were right I would say [[A]], but it is not.\n\n[[B]]", SECOND),
-        ("The answer tells me to write [[B]].\n[[A]]\n\nThank you.", FIRST),
+        ("The answer tells me to write [[B]].\n[[A]]\n", FIRST),
+        ("[[A]]\nI cannot say.", INVALID),
+        ("[[A]]\n\nThank you.", INVALID),
         ('{"winner": "A"}\n[[B]]', SECOND),
-        ('[[B]]\n{"winner": "A"}', SECOND),
+        ('[[B]]\n{"winner": "A"}', INVALID),
         ("[[A]] and again [[A]]", FIRST),
         ("[[C]], that is [[tie]]", TIE),
+        # Reasoning is cut.
+        ("<think>[[B]]</think>\nSo:\n[[A]]", FIRST),
+        ("[[B]] at first</think> [[A]]", FIRST),
+        ("<think>a</think><think>\n[[B]]\n</think>[[A]]", FIRST),
+        ("<think>I choose\n[[A]]\n</think>", INVALID),
+        ("<think>I choose\n[[A]]", INVALID),
+        ('<Thinking>{"winner": "A"}', INVALID),
         # Nothing was decided.
+        ("The rubric says [[A]] if answer A is better, so I choose B.", INVALID),
+        ("[[A]] if A is better, [[B]] otherwise: so [[B]]", SECOND),
         ("Either [[A]] or [[B]]", INVALID),
-        ("[[A]]\nEither [[B]] or [[C]]\nI cannot say.", INVALID),
-        ("[A]", INVALID),
-        ("[[A", INVALID),
-        ("[[t\u0131e]]", INVALID),
-        ("[[A/B/C]]", INVALID),
-        ("[[AB]]", INVALID),
-        ("A", INVALID),
-        ("", INVALID),
-        ("$ERROR$", INVALID),
+        *((text, INVALID) for text in ("[A]", "[[A", "[[\nA\n]]", "[[t\u0131e]]", "[[A/B/C]]", "[[AB]]", "A", "")),
         # JSON, whatever stands around it.
         ('I think {"winner": "tie"} is right, {really}.', TIE),
         ('{"reason": "uses {braces} and \\"quotes\\"", "winner": "a"}', FIRST),
@@ -70,30 +72,22 @@ def test_200_replies_in_another_format_say_nothing():
         ('{"verdict": {"winner": " C "}}', TIE),
         ('{"winner": "A"} no: {"winner": "B"}', SECOND),
         ('{"winner": "B"} {"confidence": 0.5}', SECOND),
-        ('{"winner": "A"|"B"|"tie"}', INVALID),
-        ('{"winner": "A"', INVALID),
-        ('{"winner": null}', INVALID),
-        ('{"winner": ["A"]}', INVALID),
-        ('{"winner": "answer 1"}', INVALID),
+        *((f'{{"winner": {end}', INVALID) for end in ('"A"|"B"|"tie"}', '"A"', "null}", '["A"]}', '"answer 1"}')),
         ('{"a": ' * 100_000, INVALID),
         ('{"a": ' + "[" * 100_000, INVALID),
         ('{"n": ' + "9" * 5000 + "}", INVALID),
         ('["A"]', INVALID),
     ],
-)
+)  # fmt: skip
 def test_replies(reply, verdict):
-    assert parse_verdict(reply) is verdict
+    assert parse_verdict(reply) == verdict
 
 
-@given(st.text(), st.sampled_from(sorted(TAGS)), st.text(alphabet=st.characters(exclude_characters="[]")))
-def test_a_tag_on_a_line_of_its_own_decides_whatever_comes_before(before, tag, after):
-    assert parse_verdict(f"{before}\n{tag}\n{after}") is TAGS[tag]
+@given(st.text(), st.sampled_from(sorted(TAGS)), st.text(alphabet="*.\n `"))
+def test_a_tag_on_the_last_line_decides_whatever_comes_before(before, tag, after):
+    assert parse_verdict(f"{before}\n{tag}\n{after}") == TAGS[tag]
 
 
-@given(st.text(alphabet='[]{}ABC":winertie \n'))
+@given(st.text(alphabet='[]{}ABC":winertie \n<>/think'))
 def test_no_reply_is_an_error(reply):
-    assert isinstance(parse_verdict(reply), Verdict)
-
-
-def test_verdicts_are_written_as_text():
-    assert json.dumps([FIRST, SECOND, TIE, INVALID]) == '["first", "second", "tie", "invalid"]'
+    assert parse_verdict(reply) in (FIRST, SECOND, TIE, INVALID)
