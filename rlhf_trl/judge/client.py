@@ -197,10 +197,7 @@ def run_all(
     error: BaseException | None = None
 
     def call(request: Request) -> None:
-        try:
-            arrived.put((request, judge.complete(request.messages)))
-        except BaseException as raised:
-            arrived.put(raised)
+        arrived.put((request, judge.complete(request.messages)))
 
     # Its threads are daemons: at the second Ctrl-C no call is waited for, as it would be with concurrent.futures.
     with _first_ctrl_c(lambda: arrived.put(None)), ThreadPool(max(1, min(workers, len(requests)))) as pool:
@@ -208,7 +205,7 @@ def run_all(
             while reason is None and in_flight < workers and (request := next(waiting, None)) is not None:
                 reason = stop(in_flight)
                 if reason is None:
-                    pool.apply_async(call, (request,))
+                    pool.apply_async(call, (request,), error_callback=arrived.put)
                     in_flight += 1
             if not in_flight:
                 break
