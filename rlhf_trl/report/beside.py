@@ -19,7 +19,7 @@ from rlhf_trl.compare.verdict import compare_groups, warn
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.report.svg import draw_frontiers
-from rlhf_trl.report.values import build_environment
+from rlhf_trl.report.values import Node, build_environment
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_text
 from rlhf_trl.run.layout import REFERENCE, RunDir
 
@@ -59,7 +59,7 @@ def compare_runs(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> R
     versions = [read_json(runs[key].env)["versions"] for key in "ab"]
     why_not = _why_not_comparable(recipes, runs)
     pairs = [] if why_not else _compare_policies(recipes, runs)
-    measured = [of for pair in pairs for of in pair["measures"].values() if of["why_not"] is None]
+    measured = [one for pair in pairs for one in pair["measures"].values() if one["why_not"] is None]
     return {
         "different": {"recipe": _differences(*settings), "versions": _differences(*versions)},
         "why_not": why_not,
@@ -88,17 +88,21 @@ def _why_not_comparable(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir
     """Say why gains of the two runs are not of one kind, or None where they are."""
     if not all(recipe.policies for recipe in recipes.values()):
         return "one of the runs has no policy"
-    prompts = [[row["id"] for row in read_jsonl(runs[key].completions(REFERENCE))] for key in "ab"]
-    if prompts[0] != prompts[1]:
-        return "their held-out prompts differ"
-    starts = [{_identity(recipe, recipe.stages[name].init) for name in recipe.policies} for recipe in recipes.values()]
-    if starts[0] != starts[1]:
-        return "their policies start from different references"
-    judges = [_identity(recipe, recipe.evaluation.gold or recipe.evaluation.reward) for recipe in recipes.values()]
-    if judges[0] != judges[1]:
-        return "their answers are scored by different reward models"
-    decodings = [recipe.evaluation.max_new_tokens for recipe in recipes.values()]
-    return None if decodings[0] == decodings[1] else "their answers have different longest lengths"
+    kinds: dict[str, list[Any]] = {
+        "their held-out prompts differ": [
+            [row["id"] for row in read_jsonl(run.completions(REFERENCE))] for run in runs.values()
+        ],
+        "their policies start from different references": [
+            {_identity(recipe, recipe.stages[name].init) for name in recipe.policies} for recipe in recipes.values()
+        ],
+        "their answers are scored by different reward models": [
+            _identity(recipe, recipe.evaluation.gold or recipe.evaluation.reward) for recipe in recipes.values()
+        ],
+        "their answers have different longest lengths": [
+            recipe.evaluation.max_new_tokens for recipe in recipes.values()
+        ],
+    }
+    return next((why for why, (one, other) in kinds.items() if one != other), None)
 
 
 def _identity(recipe: Recipe, name: str | None) -> str:
@@ -143,29 +147,36 @@ def _compare_policies(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir])
 
 def render(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir], worked_out: Path) -> str:
     """Render the page from the files of both runs and what was worked out."""
-    files: dict[str, dict[str, str]] = {}
-    documents: dict[str, Any] = {worked_out.name: read_json(worked_out)}
-    frontiers = {}
+    names = _name(runs)
+
+    def node(path: Path) -> Node:
+        return Node(read_json(path), os.path.relpath(path.resolve(), worked_out.parent))
+
+    def two(title: str, style: str, path: str) -> list[tuple[str, str, str]]:
+        return [(f"{title}|{name}", style, f"{key}.{path}.?") for key, name in names.items()]
+
+    views, policies = {}, {}
     for key, run in runs.items():
-        paths = {"metrics": run.metrics, "compared": run.comparison, "env": run.env, "recipe": run.recipe}
-        paths |= {f"stats/{name}": run.training_stats(name) for name in recipes[key].stages}
-        some = {"pareto": run.pareto, "winrate": run.winrate, "over_optimisation": run.over_optimisation}
-        paths |= {name: path for name, path in some.items() if path.exists()}
-        files[key] = {name: os.path.relpath(path.resolve(), worked_out.parent) for name, path in paths.items()}
-        documents |= {files[key][name]: read_json(path) for name, path in paths.items()}
-        frontiers[key] = draw_frontiers(documents[files[key]["pareto"]], prefix=key) if "pareto" in files[key] else []
-    environment = build_environment(documents)
-    return environment.get_template("beside.html.j2").render(
-        recipes=recipes,
-        names=_name(runs),
+        metrics = node(run.metrics)
+        views[key] = {
+            "metrics": metrics,
+            "comparison": node(run.comparison),
+            "alarms": [alarm for alarm in node(run.over_optimisation)["alarms"] if alarm["raised"]]
+            if run.over_optimisation.exists() else [],
+            "frontiers": draw_frontiers(read_json(run.pareto), prefix=key) if run.pareto.exists() else [],
+        }  # fmt: skip
+        for name in recipes[key].policies:
+            row = {"measured": metrics["policies"][name], "training": node(run.training_stats(name))["summary"]}
+            policies.setdefault(name, {"a": {}, "b": {}})[key] = row
+    models = {
+        part: {key: view["metrics"][part] for key, view in views.items()} for part in ("reward_model", "gold_model")
+    }
+    return build_environment().get_template("beside.html.j2").render(
+        names=names,
         pages={key: os.path.relpath(run.report.resolve(), worked_out.parent) for key, run in runs.items()},
-        files=files,
-        worked_out=worked_out.name,
-        found=documents[worked_out.name],
-        metrics={key: documents[files[key]["metrics"]] for key in runs},
-        compared={key: documents[files[key]["compared"]] for key in runs},
-        alarms={key: documents[files[key]["over_optimisation"]]["alarms"] if "over_optimisation" in files[key] else []
-                for key in runs},
-        policies=list(dict.fromkeys(name for recipe in recipes.values() for name in recipe.policies)),
-        frontiers=frontiers,
+        runs=views,
+        result=node(worked_out),
+        policies=list(policies.items()),
+        reward_models=[(part.replace("_", " "), row) for part, row in models.items() if any(row.values())],
+        two=two,
     ).lstrip()  # fmt: skip

@@ -24,12 +24,16 @@ SIGNS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
 LETTERS = rf"(?:[^\W{NO_SPACES}]|[{SIGNS}])+"
 WORD = re.compile(rf"{LETTERS}(?:['’]{LETTERS})*|\S")
 
-Ngrams = Counter[tuple[str, ...]]
-
 
 def split_words(text: str) -> list[str]:
     """Split a text into words; case and the form of the apostrophe are set aside."""
     return [word.casefold().replace("’", "'") for word in WORD.findall(text)]
+
+
+def count_ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
+    """Count the runs of `n` words in a text."""
+    words = split_words(text)
+    return Counter(zip(*(words[start:] for start in range(n)), strict=False))
 
 
 def repetition(text: str, n: int = 4) -> float:
@@ -39,14 +43,13 @@ def repetition(text: str, n: int = 4) -> float:
 
 
 def distinct(texts: Sequence[str], n: int, draw: int) -> float | None:
-    """Measure the share of different ones among `draw` word n-grams drawn at random from all texts.
+    """Measure the share of different ones among `draw` word n-grams drawn at random from all texts: its expected value.
 
-    The expected value, without drawing any: rarefaction (Hurlbert, 1971, Ecology 52:577). Plain distinct-n (Li et al.,
-    2016, arXiv 1510.03055), unique / total, falls with every further word, so that shorter answers look more diverse;
-    at the same `draw` they do not. With a `draw` of all n-grams, the two are the same. None where the texts hold
-    fewer than `draw`.
+    Rarefaction (Hurlbert, 1971, Ecology 52:577). Plain distinct-n (Li et al., 2016, arXiv 1510.03055), unique / total,
+    falls with every further word, so that shorter answers look more diverse; at the same `draw` they do not. None where
+    the texts hold fewer n-grams than `draw`.
     """
-    ngrams = _pool([count_ngrams(text, n) for text in texts])
+    ngrams = Counter(itertools.chain.from_iterable(count_ngrams(text, n).elements() for text in texts))
     return _rarefy(Counter(ngrams.values()), draw) if 0 < draw <= ngrams.total() else None
 
 
@@ -76,10 +79,9 @@ def opening(text: str, words: int = 5) -> str:
 
 
 def common_opening(texts: Sequence[str], words: int = 5) -> tuple[float, str]:
-    """Find the share of the texts that begin with the most common opening, and that opening.
+    """Find the share of the texts that begin with the most common opening, and that opening; ties go by the alphabet.
 
     Openings are the same when their words are. Texts without words have none, and count in the share's denominator.
-    Of equally common openings, and of the ways to write one, the first in the order of characters is told.
     """
     written: dict[tuple[str, ...], list[str]] = {}
     for text in texts:
@@ -89,19 +91,6 @@ def common_opening(texts: Sequence[str], words: int = 5) -> tuple[float, str]:
         return 0.0, ""
     most = min(written, key=lambda begin: (-len(written[begin]), begin))
     return len(written[most]) / len(texts), min(written[most])
-
-
-def count_ngrams(text: str, n: int) -> Ngrams:
-    """Count the runs of `n` words in a text."""
-    words = split_words(text)
-    return Counter(zip(*(words[start:] for start in range(n)), strict=False))
-
-
-def _pool(texts: Sequence[Ngrams]) -> Ngrams:
-    ngrams = Ngrams()
-    for text in texts:
-        ngrams.update(text)
-    return ngrams
 
 
 def _rarefy(spectrum: Counter[int], draw: int) -> float:
@@ -116,9 +105,9 @@ def _rarefy(spectrum: Counter[int], draw: int) -> float:
     return sum(many * (1 - absent[c]) for c, many in sorted(spectrum.items())) / draw
 
 
-def _leave_one_out(texts: Sequence[Ngrams], draw: int) -> tuple[float, np.ndarray]:
+def _leave_one_out(texts: Sequence[Counter[tuple[str, ...]]], draw: int) -> tuple[float, np.ndarray]:
     """`distinct` of all texts, and of all but each: a float and (texts,)."""
-    ngrams = _pool(texts)
+    ngrams = Counter(itertools.chain.from_iterable(text.elements() for text in texts))
     whole = Counter(ngrams.values())
     rest = []
     for text in texts:

@@ -3,6 +3,8 @@
 import functools
 import itertools
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +12,6 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from jinja2 import DictLoader, Environment
 from matplotlib.figure import Figure
 from report_fixtures import GOLD, PROMPTS, STAGES, SWEEP, write_run
 from ruamel.yaml import YAML
@@ -23,7 +24,7 @@ from rlhf_trl.report.beside import compare_runs, lay_beside
 from rlhf_trl.report.sentences import judge_gain, judge_share, order_alarms, read_habits, shows_length
 from rlhf_trl.report.step import choose_samples, list_contents, render, report
 from rlhf_trl.report.svg import plot_frontier
-from rlhf_trl.report.values import MAX_CHARACTERS, printable
+from rlhf_trl.report.values import MAX_CHARACTERS, Node, build_environment, printable, show_cell
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.trust import weigh_trust
@@ -261,23 +262,276 @@ def test_every_figure_can_be_read_aloud_and_headings_descend(page: tuple[Path, E
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 
 
+# --- what the page says ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Page:
+    recipe: Recipe
+    run: RunDir
+    html: str
+
+    @functools.cached_property
+    def root(self) -> Element:
+        return Tree(self.html).root
+
+    def section(self, name: str) -> Element | None:
+        found = [e for e in self.root.all() if e.tag == "section" and e.attrs["aria-labelledby"] == name]
+        return found[0] if found else None
+
+    def words(self, name: str) -> str:
+        section = self.section(name)
+        assert section is not None
+        return words(section)
+
+
+def words(element: Element) -> str:
+    return " ".join(element.text().split())
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out of a test of the words: drawing takes most of the time."""
+    for name in ("plot_curves", "plot_frontier", "plot_over_optimisation"):
+        svg = '<svg role="img" aria-label="a figure that this test does not need"></svg>'
+        monkeypatch.setattr(report_figures, name, lambda *_, svg=svg: svg)
+
+
+@pytest.fixture
+def show(tmp_path: Path, undrawn: None) -> Callable[..., Page]:
+    """Write a run with a gold model, change its files, and render its page."""
+    folders = (tmp_path / str(number) / "run" for number in itertools.count())
+
+    def show(change: Callable[[RunDir], None] | None = None, policies: Sequence[str] = (), **options: Any) -> Page:
+        stages = {**STAGES, **GOLD}
+        if policies:
+            stages = {name: stages[name] for name in ("sft", "rm", "gold", *policies)}
+        evaluation = {"gold": "gold"} if "judge" in options else {"gold": "gold", "checkpoints": 4}
+        base = {"stages": stages, "evaluation": evaluation, "count": 60 if "judge" in options else 12, "steps": 2}
+        recipe, run = write_run(next(folders), **{**base, **options})
+        if change:
+            change(run)
+        return Page(recipe, run, render(recipe, run))
+
+    return show
+
+
+@contextmanager
+def edited(path: Path) -> Iterator[Any]:
+    content = read_json(path)
+    yield content
+    write_json(path, content)
+
+
+def around(mean: float, half: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def say(estimate: dict[str, Any]) -> str:
+    return format_estimate(estimate, percent=True).replace("\u00a0", " ")
+
+
+def rate_of(run: RunDir, policy: str) -> dict[str, Any]:
+    rates = read_json(run.winrate)["win_rates"]
+    return next(rate for rate in rates if (rate["a"], rate["b"]) == (policy, "reference"))
+
+
+def set_gains(score: str, gains: dict[str, float]) -> Callable[[RunDir], None]:
+    def change(run: RunDir) -> None:
+        with edited(run.metrics) as metrics:
+            for name, gain in gains.items():
+                metrics["policies"][name][f"{score}_gain"] = around(gain, 0.2)
+        with edited(run.comparison) as compared:
+            for name, gain in gains.items():
+                outcome = "better" if gain > 0.2 else "worse" if gain < -0.2 else "trivial"
+                compared["against_reference"][name].setdefault(score, {})["outcome"] = outcome
+
+    return change
+
+
+def test_summary_says_what_the_numbers_say(show: Callable[..., Page]) -> None:
+    gains = {"dpo-beta=0.03": 0.9, "dpo-beta=0.1": -0.5, "dpo-beta=0.3": 0.1, "grpo": 1.23, "ppo": 0.0}
+    page = show(set_gains("reward", gains), stages=SWEEP, evaluation={}, accuracy=(0.56, 0.55))
+    text = page.words("short")
+    assert "grpo better than the reference by the reward model: +1.23 [+1.03, +1.43] at " in text
+    assert "dpo-beta=0.1 worse than the reference by the reward model" in text
+    assert "dpo-beta=0.3 no significant difference from the reference" in text
+    assert "It has not shown that it can tell better answers: that is not clear of what length alone can do" in text
+    assert "grpo and ppo were trained to raise this very score" in text
+    assert "A win rate by an independent judge is not part of this run" in text
+
+
+def test_summary_says_what_the_gold_model_and_the_alarms_say(show: Callable[..., Page]) -> None:
+    text = show(set_gains("gold", {"dpo": 0.4, "grpo": 0.1, "ppo": -0.42})).words("short")
+    worse = (
+        "worse than the reference by the gold model: −0.42 [−0.62, −0.22] alarm raised: gold, length (what was seen)"
+    )
+    assert worse in text
+    assert "better than the reference by the gold model: +0.40" in text
+    assert "no significant difference from the reference by the gold model: +0.10 [−0.10, +0.30]" in text
+    assert "No policy was trained to please the gold model" in text
+    assert text.count("alarm raised") == 1 and "None of the alarms" not in text
+
+
+def test_a_gold_model_that_a_policy_was_trained_with_is_not_called_independent(show: Callable[..., Page]) -> None:
+    page = show(stages={**STAGES, **GOLD, "ppo": {**STAGES["ppo"], "reward": "gold"}})
+    assert "no policy was trained" not in page.words("short").lower()
+
+
+def test_raised_alarms_stand_alone_and_all_of_them_in_a_fold(show: Callable[..., Page]) -> None:
+    page = show()
+    found = page.section("alarms")
+    assert found is not None
+    tables = [element for element in found.all() if element.tag == "tbody"]
+    (fold,) = [element for element in found.all() if element.tag == "details"]
+    assert tables[1] in fold.all() and tables[0] not in fold.all()
+    rows = [[e for e in row.children if isinstance(e, Element)] for row in tables[0].all() if row.tag == "tr"]
+    assert [[words(cell) for cell in row[:2]] for row in rows] == [["ppo", "gold"], ["ppo", "length"]]
+    assert words(rows[1][2]) == "answers are 1.70 times as long as the reference's"
+    alarms = read_json(page.run.over_optimisation)["alarms"]
+    assert len([row for row in tables[1].all() if row.tag == "tr"]) == len(alarms)
+
+
+def test_without_an_alarm_the_page_says_so(show: Callable[..., Page]) -> None:
+    def quiet(run: RunDir) -> None:
+        with edited(run.over_optimisation) as over:
+            over["alarms"] = [{**alarm, "raised": False} for alarm in over["alarms"]]
+
+    page = show(quiet)
+    assert "None of the alarms for over-optimisation was raised." in page.words("short")
+    assert "No alarm was raised." in page.words("alarms")
+
+
+def test_sections_stand_only_where_their_data_exist(show: Callable[..., Page]) -> None:
+    plain = show(stages=STAGES, evaluation={"best_of_n": 0, "adversarial": False})
+    assert plain.section("adversarial") is None
+    assert "gold" not in plain.words("results").replace("Gold gain", "")
+    for absent in ("picked by the reward model", "Along the training", 'href="#adversarial"'):
+        assert absent not in plain.html
+    full = show()
+    assert "The same by the gold model" in full.words("results")
+    assert "picked by the reward model" in full.words("results")
+    for name in ("reference", "dpo", "grpo", "ppo"):
+        assert name in full.words("adversarial")
+    assert "Along the training" in full.words("alarms")
+    unscored = show(reward=None, stages={"dpo": STAGES["dpo"] | {"init": None}}, evaluation={})
+    assert "Gain at the same KL" not in unscored.html and unscored.section("reward_models") is None
+
+
+def test_a_method_that_never_got_so_far_has_a_dash(show: Callable[..., Page]) -> None:
+    page = show()
+    last = read_json(page.run.pareto)["axes"]["reward"]["at_kl"][-1]
+    assert last["kl"] == 20.0 and set(last["gains"].values()) == {None}
+    cells = [e for e in page.root.all() if "/at_kl/2/gains/" in e.attrs.get("data-source", "")]
+    assert len(cells) == 2 * 4  # reward and gold; three trainers and best of n
+    assert {cell.text() for cell in cells} == {"–"}
+
+
+def test_courses_say_where_the_measured_peak_is(show: Callable[..., Page]) -> None:
+    def fit(run: RunDir) -> None:
+        inside = {"alpha": 1.0, "beta": 0.5, "peak_sqrt_kl": 1.5, "peak_kl": 2.25, "r2": 0.9}
+        beyond = {**inside, "peak_sqrt_kl": 30.0, "peak_kl": 900.0}
+        with edited(run.over_optimisation) as over:
+            over["stages"]["ppo"]["fit"] = {"proxy": beyond, "gold": inside}
+            over["stages"]["dpo"]["fit"] = {"proxy": None, "gold": None}
+
+    figures = [words(e) for e in show(fit).root.all() if e.tag == "figcaption"]
+    captions = {text.split()[0]: text for text in figures if "gold model" in text}
+    assert captions["ppo"] == "ppo reward model, no peak within the points gold model, peak at 2.25 nats"
+    assert captions["dpo"] == "dpo reward model gold model"
+
+
+def test_findings_of_the_error_analysis_are_on_the_page_with_their_files(show: Callable[..., Page]) -> None:
+    found = show().section("reward_models")
+    assert found is not None
+    text = words(found)
+    for stage in ("rm", "gold"):
+        assert f"Where {stage} is wrong It is better than a coin" in text
+        assert f"Attention: {stage} prefers longer answers more than the humans do." in text
+    assert "No difference is seen between rm and gold." in text
+    assert text.count("Attention") == 2  # the other findings are no alarms
+
+
+def test_contents_name_what_the_evaluation_wrote_and_nothing_else(show: Callable[..., Page]) -> None:
+    page = show(lambda run: run.figure("pareto").touch())
+    paths = [path for path, _ in list_contents(page.recipe, page.run)]
+    assert len(paths) == len(set(paths))
+    there = {"pareto.png", "adversarial.json", "over_optimisation.json"}
+    assert {f"evaluation/{name}" for name in there} | {"errors/comparison.json", "samples"} <= set(paths)
+    names = {"error_analysis_report.txt", "error_analysis_plots.png", "error_examples.jsonl", "error_analysis.json"}
+    assert {f"rm/evaluation/{name}" for name in names} | {"gold/evaluation/scores.jsonl"} <= set(paths)
+    assert not {"evaluation/kl_drift.png", "evaluation/final_results.json"} & set(paths)
+    assert set(paths) <= {unquote(e.attrs["href"]) for e in page.root.all() if "href" in e.attrs}
+
+
+def test_recipe_on_the_page_is_a_recipe_again(show: Callable[..., Page]) -> None:
+    page = show(policies=["dpo"])
+    shown = next(element for element in page.root.all() if element.tag == "pre").text()
+    again = Recipe.model_validate(YAML(typ="safe", pure=True).load(shown))
+    assert again.model_dump() == page.recipe.model_dump()
+    assert list(again.stages) == ["sft", "rm", "gold", "dpo"]
+    assert shown.startswith("name: run\n")
+
+
+def test_missing_exploration_and_null_values_are_no_obstacle(show: Callable[..., Page]) -> None:
+    def bare(run: RunDir) -> None:
+        run.done("explore").unlink()
+        with edited(run.summary) as summary, edited(run.env) as env:
+            summary["longer_is_chosen"] = None
+            env |= {"git": "", "gpus": []}
+
+    page = show(bare, stages={"sft": STAGES["sft"]}, reward=None, evaluation={})
+    assert "not run from a git checkout" in page.html
+    assert re.search(r'data-source="data/summary.json#/longer_is_chosen"[^>]*>–<', page.html)
+
+
+@pytest.mark.parametrize(("step", "judge"), [("grpo", None), ("judge", "good")])
+def test_report_refuses_an_unfinished_run(show: Callable[..., Page], step: str, judge: str | None) -> None:
+    page = show(judge=judge)
+    page.run.done(step).unlink()
+    with pytest.raises(UserError, match="train RECIPE grpo" if step == "grpo" else "judge RECIPE"):
+        report(page.recipe, page.run)
+    assert not page.run.report.exists()
+
+
 def test_same_files_give_the_same_bytes(tmp_path: Path) -> None:
-    stages = {name: STAGES[name] for name in ("sft", "rm", "dpo")}
-    recipe, run = write_run(tmp_path / "run", stages=stages, count=12, steps=4)
+    recipe, run = write_run(tmp_path / "run", stages={name: STAGES[name] for name in ("sft", "rm", "dpo")}, count=12)
     assert render(recipe, run) == render(recipe, run)
 
 
-def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
-    recipe, run = write_run(tmp_path / "hostile", count=4, steps=2, **RUNS["hostile"])
-    page = render(recipe, run)
-    assert "alert(1)" in page
-    assert not re.search(r"<script|<b>sub|\[/b\] \x1b|[\x00\x1b\u202e\u202c]", page)
-    assert "{{7*7}}" in page
-    assert "[/b] ⟨U+001B⟩[31m ⟨U+202E⟩gpj.exe⟨U+202C⟩ ⟨U+0000⟩" in page
-    assert "&lt;b&gt;sub&lt;/b&gt;" in page
-    assert "1,000,000 characters in all" in page
-    assert "an empty text" in page
-    assert len(page) < 1_000_000
+# --- hostile texts ---------------------------------------------------------------------------------------------------
+
+
+def check_inert(page: Page) -> None:
+    assert "{{7*7}}" in page.html and "alert(1)" in page.html
+    assert not re.search(r"<script|<b>sub|\[/b\] \x1b|[\x00\x1b\u202e\u202c]", page.html)
+    assert not [e for e in page.root.all() if any(name.startswith("on") for name in e.attrs)]
+
+
+def test_hostile_text_is_shown_and_does_nothing(show: Callable[..., Page]) -> None:
+    page = show(**{"evaluation": {}, **RUNS["hostile"], "count": 4})
+    check_inert(page)
+    assert "[/b] ⟨U+001B⟩[31m ⟨U+202E⟩gpj.exe⟨U+202C⟩ ⟨U+0000⟩" in page.html
+    for shown in ("&lt;b&gt;sub&lt;/b&gt;", "1,000,000 characters in all", "an empty text"):
+        assert shown in page.html
+    assert len(page.html) < 1_000_000
+
+
+def test_hostile_texts_of_every_file_are_inert(show: Callable[..., Page]) -> None:
+    def attack(run: RunDir) -> None:
+        with edited(run.over_optimisation) as over:
+            over["alarms"][0] |= {"alarm": f"refusal:{HOSTILE}", "says": HOSTILE, "raised": True}
+        with edited(run.error_analysis("rm")) as analysis:
+            analysis["findings"][0]["says"] = HOSTILE
+        with edited(run.metrics) as metrics:
+            metrics["policies"]["dpo"]["health"]["common_opening"]["text"] = HOSTILE
+        with edited(run.winrate) as result:
+            result["reason"] = result["judge"]["name"] = result["judge"]["id"] = result["cost"]["models"][0] = HOSTILE
+            result["win_rates"][0]["length_controlled"]["warnings"] = [HOSTILE]
+            result["win_rates"][0]["missing"] = {"comparisons": 1, "verdicts": {HOSTILE: 2}}
+
+    options = {"judge": "partial", "subsets": ("<b>sub</b>", "a/b~c d"), "answers": [HOSTILE, "fine"]}
+    check_inert(show(attack, policies=["dpo"], **options))
 
 
 @pytest.mark.parametrize(
@@ -292,396 +546,54 @@ def test_text_of_all_scripts_is_left_alone() -> None:
     assert printable(text) == text
 
 
-def test_a_number_cannot_be_printed_without_its_source() -> None:
-    environment = Environment(loader=DictLoader({"page": "{{ number }}"}), autoescape=True, finalize=printable)
+@pytest.mark.parametrize("template", ["{{ number }}", "{{ node.kl }}", "{{ node.kl ~ '' }}", "{{ node }}"])
+def test_a_number_cannot_be_printed_without_its_source(template: str) -> None:
     with pytest.raises(TypeError, match="without its source"):
-        environment.get_template("page").render(number=0.93)
+        build_environment().from_string(template).render(number=0.93, node=Node({"kl": 0.93}, "metrics.json"))
 
 
-@pytest.mark.parametrize(
-    ("outcome", "verdict"),
-    [
-        ("better", "better"),
-        ("worse", "worse"),
-        ("trivial", "same"),
-        ("equivalent", "same"),
-        ("same", "same"),
-        (None, "same"),
-    ],
-)
-def test_verdict_follows_the_claim_that_was_corrected_with_all_others(outcome: str | None, verdict: str) -> None:
-    claims = {"reward": {"outcome": outcome}} if outcome else {}
-    assert judge_gain({"reward_gain": {}}, claims, "reward") == verdict
-    assert judge_gain({}, claims, "reward") == "unscored"
-
-
-def claim(run: RunDir, score: str, outcomes: dict[str, str]) -> None:
-    """Let the comparison claim these outcomes of the gains over the reference."""
-    found = read_json(run.comparison)
-    for name, outcome in outcomes.items():
-        found["against_reference"][name].setdefault(score, {})["outcome"] = outcome
-    write_json(run.comparison, found)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_summary_says_what_the_numbers_say(tmp_path: Path) -> None:
-    recipe, run = write_run(tmp_path / "run", stages=SWEEP, steps=2, accuracy=(0.56, 0.55))
-    gains = {"dpo-beta=0.03": (0.9, 0.7, 1.1), "dpo-beta=0.1": (-0.5, -0.7, -0.3), "dpo-beta=0.3": (0.1, -0.1, 0.3),
-             "grpo": (1.23, 1.01, 1.45), "ppo": (0.0, -0.2, 0.2)}  # fmt: skip
-    metrics = read_json(run.metrics)
-    for name, gain in gains.items():
-        metrics["policies"][name]["reward_gain"] = dict(zip(("mean", "low", "high"), gain, strict=True))
-    metrics["policies"]["grpo"]["kl"] = {"mean": 3.1, "low": 2.83, "high": 3.36, "n": 60}
-    write_json(run.metrics, metrics)
-    better, worse = (dict.fromkeys(names, word) for names, word in
-                     ((["dpo-beta=0.03", "grpo"], "better"), (["dpo-beta=0.1"], "worse")))  # fmt: skip
-    claim(run, "reward", {**dict.fromkeys(gains, "same"), **better, **worse})
-    tree = Tree(render(recipe, run)).root
-    short = next(e for e in tree.all() if e.tag == "section" and e.attrs["aria-labelledby"] == "short")
-    text = " ".join(short.text().split())
-    assert "dpo-beta=0.03 and grpo score better than the reference; dpo-beta=0.1, dpo-beta=0.3 and ppo do not." in text
-    assert "grpo better than the reference by the reward model: +1.23 [+1.01, +1.45] at 3.10 [2.83, 3.36] nats" in text
-    assert "dpo-beta=0.1 worse than the reference" in text
-    assert "dpo-beta=0.3 no significant difference from the reference" in text
-    assert "That is not clear of what length alone can do" in text
-    assert "grpo and ppo were trained to raise this very score" in text
-    assert "A win rate by an independent judge is not part of this run" in text
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figures out of a test of the words: drawing takes most of the time."""
-    for name in ("plot_curves", "plot_frontier", "plot_over_optimisation"):
-        svg = '<svg role="img" aria-label="a figure that this test does not need"></svg>'
-        monkeypatch.setattr(report_figures, name, lambda *_, svg=svg: svg)
-
-
-def section(page: str, name: str) -> Element | None:
-    found = [e for e in Tree(page).root.all() if e.tag == "section" and e.attrs["aria-labelledby"] == name]
-    return found[0] if found else None
-
-
-def words(element: Element | None) -> str:
-    assert element is not None
-    return " ".join(element.text().split())
-
-
-def gold_run(folder: Path, **changes: Any) -> tuple[Recipe, RunDir]:
-    options = {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold", "checkpoints": 4}, "count": 12, "steps": 2}
-    return write_run(folder / "run", **{**options, **changes})
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_summary_says_what_the_gold_model_and_the_alarms_say(tmp_path: Path) -> None:
-    recipe, run = gold_run(tmp_path)
-    metrics = read_json(run.metrics)
-    for name, gain in {"dpo": (0.4, 0.2, 0.6), "grpo": (0.1, -0.1, 0.3), "ppo": (-0.42, -0.61, -0.22)}.items():
-        metrics["policies"][name]["reward_gain"] = {"mean": 0.9, "low": 0.7, "high": 1.1}
-        metrics["policies"][name]["gold_gain"] = dict(zip(("mean", "low", "high"), gain, strict=True))
-    write_json(run.metrics, metrics)
-    claim(run, "reward", dict.fromkeys(("dpo", "grpo", "ppo"), "better"))
-    claim(run, "gold", {"dpo": "better", "grpo": "same", "ppo": "worse"})
-    text = words(section(render(recipe, run), "short"))
-    assert (
-        "By the gold model gold, a second reward model that no policy was trained with, dpo scores better than the "
-        "reference; ppo scores worse; for grpo there is no significant difference." in text
-    )
-    assert "worse than it by the gold model: −0.42 [−0.61, −0.22] alarm raised: gold, length (what was seen)" in text
-    assert "no significant difference from it by the gold model: +0.10 [−0.10, +0.30]" in text
-    assert "No policy was trained to please the gold model" in text
-    assert text.count("alarm raised") == 1
-    assert "None of the alarms" not in text
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_gold_model_that_a_policy_was_trained_with_is_not_called_independent(tmp_path: Path) -> None:
-    stages = {**STAGES, **GOLD, "ppo": {**STAGES["ppo"], "reward": "gold"}}
-    recipe, run = gold_run(tmp_path, stages=stages)
-    text = words(section(render(recipe, run), "short"))
-    assert "By the gold model gold, a second reward model, " in text
-    assert "no policy was trained" not in text.lower()
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_raised_alarms_stand_alone_and_all_of_them_in_a_fold(tmp_path: Path) -> None:
-    recipe, run = gold_run(tmp_path)
-    alarms = read_json(run.over_optimisation)["alarms"]
-    found = section(render(recipe, run), "alarms")
-    assert found is not None
-    tables = [element for element in found.all() if element.tag == "tbody"]
-    (fold,) = [element for element in found.all() if element.tag == "details"]
-    assert tables[1] in fold.all() and tables[0] not in fold.all()
-    rows = [
-        [words(cell) for cell in row.children if isinstance(cell, Element)]
-        for row in tables[0].all()
-        if row.tag == "tr"
-    ]
-    assert [row[:2] for row in rows] == [["ppo", "gold"], ["ppo", "length"]]
-    assert rows[1][2] == "answers are 1.70 times as long as the reference's"
-    assert len([row for row in tables[1].all() if row.tag == "tr"]) == len(alarms)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_without_an_alarm_the_page_says_so(tmp_path: Path) -> None:
-    recipe, run = gold_run(tmp_path)
-    over = read_json(run.over_optimisation)
-    write_json(run.over_optimisation, {**over, "alarms": [{**alarm, "raised": False} for alarm in over["alarms"]]})
-    page = render(recipe, run)
-    assert "None of the alarms for over-optimisation was raised." in words(section(page, "short"))
-    assert "No alarm was raised." in words(section(page, "alarms"))
-
-
-def test_alarms_are_ordered_by_raised_then_policy() -> None:
-    alarms = [
-        {"policy": policy, "raised": raised}
-        for policy, raised in (("b", False), ("b", True), ("a", True), ("a", False))
-    ]
-    assert order_alarms(alarms, ["a", "b", "c"]) == ([2, 1, 3, 0], {"a": [2], "b": [1]})
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_sections_stand_only_where_their_data_exist(tmp_path: Path) -> None:
-    plain = render(*write_run(tmp_path / "plain", count=8, steps=2, evaluation={"best_of_n": 0, "adversarial": False}))
-    assert section(plain, "adversarial") is None
-    assert "gold" not in words(section(plain, "results"))
-    assert "picked by the reward model" not in plain
-    assert "Along the training" not in plain  # no checkpoints
-    assert 'href="#adversarial"' not in plain
-    full = render(*gold_run(tmp_path))
-    assert "The same by the gold model" in words(section(full, "results"))
-    assert "picked by the reward model" in words(section(full, "results"))
-    for name in ("reference", "dpo", "grpo", "ppo"):
-        assert name in words(section(full, "adversarial"))
-    assert "Along the training" in words(section(full, "alarms"))
-    unscored = render(
-        *write_run(
-            tmp_path / "unscored", reward=None, stages={"dpo": STAGES["dpo"] | {"init": None}}, count=8, steps=2
-        )
-    )
-    assert "Gain at the same KL" not in unscored
-    assert section(unscored, "reward-model") is None
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_method_that_never_got_so_far_has_a_dash(tmp_path: Path) -> None:
-    recipe, run = gold_run(tmp_path)
-    last = read_json(run.pareto)["axes"]["reward"]["at_kl"][-1]
-    assert last["kl"] == 20.0 and set(last["gains"].values()) == {None}
-    results = section(render(recipe, run), "results")
-    assert results is not None
-    cells = [e for e in results.all() if "/at_kl/2/gains/" in e.attrs.get("data-source", "")]
-    assert len(cells) == 2 * 4  # reward and gold; three policies and best of n
-    assert {cell.text() for cell in cells} == {"–"}
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_courses_say_where_the_measured_peak_is(tmp_path: Path) -> None:
-    recipe, run = gold_run(tmp_path)
-    over = read_json(run.over_optimisation)
-    fit = {"alpha": 1.0, "beta": 0.5, "peak_sqrt_kl": 1.5, "peak_kl": 2.25, "r2": 0.9}
-    furthest = {"peak_sqrt_kl": 30.0, "peak_kl": 900.0}
-    over["stages"]["ppo"]["fit"] = {"proxy": {**fit, **furthest}, "gold": fit}
-    over["stages"]["dpo"]["fit"] = {"proxy": None, "gold": None}
-    write_json(run.over_optimisation, over)
-    figures = [e for e in Tree(render(recipe, run)).root.all() if e.tag == "figcaption"]
-    captions = {words(e).split()[0]: words(e) for e in figures if "gold model" in words(e)}
-    assert captions["ppo"] == "ppo reward model, no peak within the points gold model, peak at 2.25 nats"
-    assert captions["dpo"] == "dpo reward model gold model"
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_findings_of_the_error_analysis_are_on_the_page_with_their_files(tmp_path: Path) -> None:
-    recipe, run = gold_run(tmp_path)
-    found = section(render(recipe, run), "reward-model")
-    text = words(found)
-    assert found is not None
-    for stage in ("rm", "gold"):
-        assert f"Where {stage} is wrong It is better than a coin" in text
-        assert f"Attention: {stage} prefers longer answers more than the humans do." in text
-    assert "No difference is seen between rm and gold." in text
-    assert text.count("Attention") == 2  # the other findings are no alarms
-    links = {unquote(e.attrs["href"]) for e in found.all() if e.tag == "a"}
-    names = {"error_analysis_report.txt", "error_analysis_plots.png", "error_examples.jsonl", "error_analysis.json"}
-    assert {f"rm/evaluation/{name}" for name in names} <= links
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_contents_name_what_the_evaluation_wrote_and_nothing_else(tmp_path: Path) -> None:
-    recipe, run = gold_run(tmp_path)
-    run.figure("pareto").touch()
-    paths = [path for path, _ in list_contents(recipe, run)]
-    assert len(paths) == len(set(paths))
-    assert "evaluation/pareto.png" in paths
-    assert "evaluation/kl_drift.png" not in paths
-    assert "evaluation/final_results.json" not in paths
-    assert {"evaluation/adversarial.json", "evaluation/over_optimisation.json", "errors/comparison.json"} <= set(paths)
-    assert {"samples", "rm/evaluation/error_analysis.json", "gold/evaluation/scores.jsonl"} <= set(paths)
-    links = {e.attrs.get("href") for e in Tree(render(recipe, run)).root.all() if e.tag == "a"}
-    assert "evaluation/pareto.png" in links
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_hostile_texts_of_the_new_files_are_inert(tmp_path: Path) -> None:
-    recipe, run = gold_run(tmp_path, answers=[HOSTILE, "fine"])
-    over = read_json(run.over_optimisation)
-    over["alarms"][0] |= {"alarm": f"refusal:{HOSTILE}", "says": HOSTILE, "raised": True}
-    write_json(run.over_optimisation, over)
-    analysis = read_json(run.error_analysis("rm"))
-    analysis["findings"][0]["says"] = HOSTILE
-    write_json(run.error_analysis("rm"), analysis)
-    metrics = read_json(run.metrics)
-    metrics["policies"]["dpo"]["health"]["common_opening"]["text"] = HOSTILE
-    write_json(run.metrics, metrics)
-    page = render(recipe, run)
-    assert Tree(page)
-    assert not re.search(r"<script|[\x00\x1b\u202e\u202c]", page)
-    assert not [e for e in Tree(page).root.all() if any(name.startswith("on") for name in e.attrs)]
-
-
-def test_samples_alternate_between_subsets_and_show_one_prompt_in_every_file() -> None:
-    rows = [{"id": str(index), "subset": "ab"[index >= 6]} for index in range(9)]
-    samples = choose_samples([rows, rows[::-1]])
-    assert [line for line, _ in samples] == [0, 6, 1, 7, 2, 8, 3, 4]
-    assert all(rows[line]["id"] == rows[::-1][other]["id"] for line, other in samples)
-
-
-@pytest.mark.parametrize(
-    ("estimate", "text"),
-    [
-        ((1.234, 1.012, 1.449), "1.23 [1.01, 1.45]"),
-        ((-0.0004, -0.21, 0.2), "0.00 [−0.21, 0.20]"),
-        ((412.4, 388.0, 431.0), "412 [388, 431]"),
-        ((0.0123, 0.0119, 0.0127), "0.01230 [0.01190, 0.01270]"),
-        ((0.0, 0.0, 0.0), "0"),
-        ((212.4, 96.0, None), "212 [96, ∞]"),
-        ((212.4, None, 388.0), "212 [−∞, 388]"),
-        ((212.4, None, None), "212 [−∞, ∞]"),
-    ],
-)
-def test_estimates_are_printed_to_the_precision_they_have(estimate: tuple[float | None, ...], text: str) -> None:
-    assert format_estimate(dict(zip(("mean", "low", "high"), estimate, strict=True))) == text
-
-
-def around(mean: float, half: float) -> dict[str, float]:
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-@pytest.mark.parametrize("width", [360, 900])
-def test_names_of_nearby_policies_do_not_cover_each_other(width: int) -> None:
-    places = (("dpo", 4.0, 1.0), ("grpo", 4.2, 1.02), ("ppo", 4.4, 0.98))
-    points = [
-        {
-            "policy": name,
-            "trainer": name,
-            "step": None,
-            "on_front": True,
-            "kl": around(kl, 0.3),
-            "gain": around(gain, 0.1),
-        }
-        for name, kl, gain in places
-    ]
-    origin = {"policy": "reference", "trainer": None, "step": None, "on_front": True}
-    points.append({**origin, "kl": around(0, 0), "gain": around(0, 0)})
-    svg = Tree(plot_frontier({"points": points, "best_of_n": []}, "reward", width, 380, "key", "label")).root
-    labels = {element.text(): element.attrs for element in svg.all() if element.tag == "text"}
-    boxes = []
-    for name in ("reference", "dpo", "grpo", "ppo"):
-        x, y = float(labels[name]["x"]), float(labels[name]["y"])
-        assert 0 < x < width and 0 < y < 380
-        boxes.append((x, y, 3.3 * len(name)))
-    for index, (x, y, half) in enumerate(boxes):
-        for other_x, other_y, other_half in boxes[index + 1 :]:
-            assert abs(x - other_x) >= half + other_half or abs(y - other_y) >= 10
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_recipe_on_the_page_is_a_recipe_again(tmp_path: Path) -> None:
-    stages = {name: STAGES[name] for name in ("sft", "rm", "dpo")}
-    recipe, run = write_run(tmp_path / "run", stages=stages, count=4, steps=1)
-    shown = next(element for element in Tree(render(recipe, run)).root.all() if element.tag == "pre").text()
-    again = Recipe.model_validate(YAML(typ="safe", pure=True).load(shown))
-    assert again.model_dump() == recipe.model_dump()
-    assert list(again.stages) == ["sft", "rm", "dpo"]
-    assert shown.startswith("name: run\n")
-
-
-def test_report_refuses_an_unfinished_run(tmp_path: Path) -> None:
-    recipe, run = write_run(tmp_path / "run", count=4, steps=2)
-    run.done("grpo").unlink()
-    with pytest.raises(UserError, match="train RECIPE grpo"):
-        report(recipe, run)
-    assert not run.report.exists()
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_missing_exploration_and_null_values_are_no_obstacle(tmp_path: Path) -> None:
-    recipe, run = write_run(tmp_path / "run", stages={"sft": STAGES["sft"]}, reward=None, steps=1)
-    run.done("explore").unlink()
-    summary = read_json(run.summary)
-    summary["longer_is_chosen"] = None
-    write_json(run.summary, summary)
-    write_json(run.env, {**read_json(run.env), "git": "", "gpus": []})
-    page = render(recipe, run)
-    assert "not run from a git checkout" in page
-    assert re.search(r'data-source="data/summary.json#/longer_is_chosen"[^>]*>–<', page)
+def test_a_cell_has_a_dash_only_where_its_path_allows_one() -> None:
+    row = Node({"kl": 0.5, "gold": None}, "metrics.json")
+    assert show_cell(row, "number", "gain.mean.?") == show_cell(row, "number", "gold.mean.?") == "–"
+    assert 'data-source="metrics.json#/kl"' in show_cell(row, "number", "kl")
+    with pytest.raises(KeyError):
+        show_cell(row, "number", "gain")
 
 
 # --- the judge -------------------------------------------------------------------------------------------------------
 
 
-def judged_run(folder: Path, judge: str, *policies: str, **changes: Any) -> tuple[Recipe, RunDir]:
-    names = ("sft", "rm", "gold", *(policies or ("dpo", "grpo")))
-    stages = {name: {**STAGES, **GOLD}[name] for name in names}
-    options = {"stages": stages, "evaluation": {"gold": "gold"}, "count": 60, "steps": 2, "judge": judge}
-    return write_run(folder / "run", **{**options, **changes})
+def test_win_rates_of_a_judge_that_has_shown_its_worth(show: Callable[..., Page]) -> None:
+    def control(run: RunDir) -> None:
+        with edited(run.winrate) as result:
+            for rate in result["win_rates"]:
+                if (rate["a"], rate["b"]) == ("dpo", "reference"):
+                    rate["length_controlled"]["length_controlled"] = around(0.61, 0.04)
+                    rate["length_controlled"]["warnings"] = ["the judge goes by length"]
+                elif rate["b"] == "reference":
+                    rate["length_controlled"]["length_controlled"]["mean"] = rate["win_rate"]["mean"] + 0.009
 
-
-def say(estimate: dict[str, Any]) -> str:
-    return format_estimate(estimate, percent=True).replace("\u00a0", " ")
-
-
-def rate_of(run: RunDir, policy: str) -> dict[str, Any]:
-    rates = read_json(run.winrate)["win_rates"]
-    return next(rate for rate in rates if (rate["a"], rate["b"]) == (policy, "reference"))
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_win_rates_of_a_judge_that_has_shown_its_worth(tmp_path: Path) -> None:
-    recipe, run = judged_run(tmp_path, "good", "dpo", "ppo")
-    result = read_json(run.winrate)
-    dpo, ppo = rate_of(run, "dpo"), rate_of(run, "ppo")
+    page = show(control, judge="good", policies=["dpo", "ppo"])
+    dpo, ppo = rate_of(page.run, "dpo"), rate_of(page.run, "ppo")
     assert dpo["win_rate"]["low"] > 0.5 > ppo["win_rate"]["high"]
-    dpo["length_controlled"]["length_controlled"] = around(0.61, 0.04)
-    dpo["length_controlled"]["warnings"] = ["the judge goes by length"]
-    ppo["length_controlled"]["length_controlled"]["mean"] = ppo["win_rate"]["mean"] + 0.009
-    write_json(run.winrate, {**result, "win_rates": [result["win_rates"][0], dpo, ppo]})
-    page = render(recipe, run)
-    short, text = section(page, "short"), words(section(page, "short"))
-    rate = f"wins {say(dpo['win_rate'])} against the reference by the language model gpt-4.1-mini, more than half; "
-    assert rate + "61.0 % [57.0, 65.0] at equal length (with a warning)" in text
-    assert (
-        f"wins {say(ppo['win_rate'])} against the reference by the language model gpt-4.1-mini, less than half" in text
-    )
+    text, card, short = page.words("short"), page.words("judge"), page.section("short")
+    by = "against the reference by the language model gpt-4.1-mini"
+    assert f"wins {say(dpo['win_rate'])} {by}, more than half; 61.0 % [57.0, 65.0] at equal length (with a w" in text
+    assert f"wins {say(ppo['win_rate'])} {by}, less than half" in text
     assert text.count("at equal length") == 1
-    assert short is not None
-    found = {words(e) for e in short.all() if e.tag == "strong"}
-    assert {"more than half", "less than half"} <= found
-    accuracy = result["calibration"]["all"]["accuracy"]
-    assert f"the language model gpt-4.1-mini finds the answer that people preferred in {say(accuracy)}" in text
-    assert "clear of chance and of length alone" in text
-    assert "has not shown" not in words(Tree(page).root)
-    assert "independent judge is not part" not in text
-    card = words(section(page, "judge"))
+    assert short and {"more than half", "less than half"} <= {words(e) for e in short.all() if e.tag == "strong"}
+    accuracy = read_json(page.run.winrate)["calibration"]["all"]["accuracy"]
+    assert f"The language model gpt-4.1-mini finds the preferred answer in {say(accuracy)}" in text
+    assert "clear of chance and of length alone" in text and "independent judge is not part" not in text
+    assert "has not shown" not in words(page.root)
     assert "Attention: dpo against reference, at equal length: the judge goes by length" in card
     for cause, count in dpo["missing"]["verdicts"].items():
         assert f"{count} {cause}" in card
-    assert "Win rate by the judge" in words(section(page, "results"))
+    assert "Win rate by the judge" in page.words("results")
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_the_card_has_every_number_of_the_judge(tmp_path: Path) -> None:
-    recipe, run = judged_run(tmp_path, "good", "dpo", "grpo")
-    found = section(render(recipe, run), "judge")
+def test_the_section_has_every_number_of_the_judge(show: Callable[..., Page]) -> None:
+    found = show(judge="good", policies=["dpo", "grpo"]).section("judge")
     assert found is not None
     addresses = {e.attrs["data-source"].partition("#")[2] for e in found.all() if "data-source" in e.attrs}
     numbers = {
@@ -708,34 +620,34 @@ def test_the_card_has_every_number_of_the_judge(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_one_policy_is_compared_with_no_other(tmp_path: Path) -> None:
-    text = words(section(render(*judged_run(tmp_path, "unlabelled", "dpo")), "judge"))
-    assert "Win rates" in text
-    assert "Elo" not in text and "Policies beside each other" not in text
+def test_one_policy_is_compared_with_no_other(show: Callable[..., Page]) -> None:
+    text = show(judge="unlabelled", policies=["dpo"]).words("judge")
+    assert "Win rates" in text and "Elo" not in text and "Policies beside each other" not in text
+
+
+NOT_SHOWN = "has not shown that it can tell better answers: "
 
 
 @pytest.mark.parametrize(
     ("judge", "why"),
     [
-        ("chance", "It has not shown that it can tell better answers: that is not clear of a coin"),
-        ("length", "It has not shown that it can tell better answers: that is not clear of what length alone can do"),
-        ("unlabelled", "has not shown that it can tell better answers: nothing here holds it against human labels"),
-        ("silent", "has not shown that it can tell better answers: it gave no verdict in both orders on any pair"),
+        ("chance", "that is not clear of a coin"),
+        ("length", "that is not clear of what length alone can do"),
+        ("unlabelled", "nothing here holds it against human labels"),
+        ("silent", "it gave no verdict in both orders on any pair"),
     ],
 )
-@pytest.mark.usefixtures("undrawn")
-def test_a_judge_that_has_not_shown_its_worth_is_not_believed(tmp_path: Path, judge: str, why: str) -> None:
-    recipe, run = judged_run(tmp_path, judge, "grpo")
-    result = read_json(run.winrate)
-    if judge == "length":  # beyond chance, as a longer answer is the better one more often than not
-        result["calibration"]["all"]["accuracy"] = around(0.6, 0.05)
-        write_json(run.winrate, {**result, "calibration": {**result["calibration"], "verdict": "length"}})
-    page = render(recipe, run)
-    for name in ("short", "judge"):
-        assert why in words(section(page, name))
-    short = section(page, "short")
+def test_a_judge_that_has_not_shown_its_worth_is_not_believed(show: Callable[..., Page], judge: str, why: str) -> None:
+    def beat_chance(run: RunDir) -> None:
+        with edited(run.winrate) as result:
+            result["calibration"]["all"]["accuracy"] = {**around(0.6, 0.05), "n": 71}
+            result["calibration"]["verdict"] = "length"
+
+    page = show(beat_chance if judge == "length" else None, judge=judge, policies=["grpo"])
+    short = page.section("short")
     assert short is not None
+    for name in ("short", "judge"):
+        assert NOT_SHOWN + why in page.words(name)
     lines = [e for e in short.all() if e.tag == "span" and "line" in e.attrs.get("class", "").split()]
     line = next(e for e in lines if "language model" in words(e))
     assert line.attrs["class"].split() == ["line"]
@@ -743,141 +655,83 @@ def test_a_judge_that_has_not_shown_its_worth_is_not_believed(tmp_path: Path, ju
     if judge == "silent":
         assert words(line) == "no win rate by the language model gpt-4.1-mini: no prompt has a verdict in both orders"
     elif judge != "unlabelled":
-        assert "The judge has not shown that it can tell better answers." in words(section(page, "results"))
+        assert "The judge has not shown that it can tell better answers." in page.words("results")
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_gold_reward_model_is_called_what_it_is(tmp_path: Path) -> None:
-    recipe, run = judged_run(tmp_path, "gold", "dpo")
-    page = render(recipe, run)
-    short, card = words(section(page, "short")), words(section(page, "judge"))
+def test_a_gold_reward_model_is_called_what_it_is(show: Callable[..., Page]) -> None:
+    def doubt(run: RunDir) -> None:  # not clear of length by its accuracy on held-out pairs
+        with edited(run.winrate) as result:
+            result["calibration"]["reward_model"]["length_rule"]["over_rule"] |= around(0.02, 0.05)
+
+    page = show(doubt, judge="gold", policies=["dpo"])
+    short, card = page.words("short"), page.words("judge")
     assert "against the reference by the gold reward model gold, " in short
     assert "The win rates are a reward model's, too: they are no person's opinion, and no language model's." in short
+    assert NOT_SHOWN + "that is not clear of what length" in short
     assert "The judge is gold reward model gold: a reward model, not a person and not a language model." in card
     for text in (short, card):
         said = text.replace("not a language model", "").replace("no language model's", "")
-        assert "language model" not in said
-        assert "independent judge" not in said
-    assert "Same verdict in both orders" not in card  # it has no order
-    assert "What it cost" not in card
-    # Not clear of length by its accuracy on held-out pairs.
-    result = read_json(run.winrate)
-    result["calibration"]["reward_model"]["length_rule"]["over_rule"] |= around(0.02, 0.05)
-    write_json(run.winrate, result)
-    assert "It has not shown that it can tell better answers: that is not clear of what length" in words(
-        section(render(recipe, run), "short")
-    )
+        assert "language model" not in said and "independent judge" not in said
+    assert "Same verdict in both orders" not in card and "What it cost" not in card  # it knows no order
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_rule_for_tests_is_called_one(tmp_path: Path) -> None:
-    text = words(section(render(*judged_run(tmp_path, "offline", "dpo")), "short"))
+def test_a_rule_for_tests_is_called_one(show: Callable[..., Page]) -> None:
+    text = show(judge="offline", policies=["dpo"]).words("short")
     assert "against the reference by the rule offline" in text
     assert "a rule for tests, which says nothing about how good an answer is" in text
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_judge_that_was_not_run_gives_no_number(tmp_path: Path) -> None:
-    recipe, run = judged_run(tmp_path, "not run", "dpo")
-    report(recipe, run)  # although the step is not finished
-    page = run.report.read_text(encoding="utf-8")
-    assert "The judge, the language model gpt-4.1-mini, was not run: OPENAI_API_KEY is not set" in words(
-        section(page, "short")
-    )
-    assert "A win rate by an independent judge is not part of this run" in words(section(page, "short"))
-    assert "was not run: OPENAI_API_KEY is not set" in words(section(page, "judge"))
-    marked = [e for e in Tree(page).root.all() if e.attrs.get("data-source", "").startswith("judge/")]
+def test_a_judge_that_was_not_run_gives_no_number(show: Callable[..., Page]) -> None:
+    page = show(judge="not run", policies=["dpo"])
+    report(page.recipe, page.run)  # although the step is not finished
+    short = page.words("short")
+    assert "The judge, the language model gpt-4.1-mini, was not run: OPENAI_API_KEY is not set" in short
+    assert "A win rate by an independent judge is not part of this run" in short
+    assert "was not run: OPENAI_API_KEY is not set" in page.words("judge")
+    marked = [e for e in page.root.all() if e.attrs.get("data-source", "").startswith("judge/")]
     assert marked and {e.attrs["class"] for e in marked} == {"text"}
-    assert "Win rate by the judge" not in page and "more than half" not in page
+    assert "Win rate by the judge" not in page.html and "more than half" not in page.html
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_partial_judging_says_so_and_why(tmp_path: Path) -> None:
-    recipe, run = judged_run(tmp_path, "partial")
-    report(recipe, run)
-    page = run.report.read_text(encoding="utf-8")
-    short = words(section(page, "short"))
+def test_a_partial_judging_says_so_and_why(show: Callable[..., Page]) -> None:
+    page = show(judge="partial", policies=["dpo", "grpo"])
+    report(page.recipe, page.run)
+    short = page.words("short")
     assert "The judging is not finished: max_requests reached: 40 calls." in short
-    assert f"wins {say(rate_of(run, 'dpo')['win_rate'])} against the reference" in short
+    assert f"wins {say(rate_of(page.run, 'dpo')['win_rate'])} against the reference" in short
     assert "not yet compared with the reference by the language model gpt-4.1-mini" in short
-    assert "It is not finished: max_requests reached: 40 calls." in words(section(page, "judge"))
-    # Stopped before the first comparison of policies.
-    result = read_json(run.winrate)
-    nothing = {"prompts": 0, "win_rates": [], "comparisons": [], "ratings": None, "pareto": None}
-    write_json(run.winrate, {**result, **nothing})
-    page = render(recipe, run)
-    assert "No comparison was made." in words(section(page, "judge"))
-    assert words(section(page, "short")).count("not yet compared") == 2
+    assert "It is not finished: max_requests reached: 40 calls." in page.words("judge")
+    with edited(page.run.winrate) as result:  # stopped before the first comparison of policies
+        result |= {"prompts": 0, "win_rates": [], "comparisons": [], "ratings": None, "pareto": None}
+    page = Page(page.recipe, page.run, render(page.recipe, page.run))
+    assert "No comparison was made." in page.words("judge")
+    assert page.words("short").count("not yet compared") == 2
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_without_a_reward_model_the_win_rate_is_what_there_is(tmp_path: Path) -> None:
-    stages = {name: STAGES[name] for name in ("sft", "dpo")}
-    options = {"stages": stages, "reward": None, "evaluation": {}}
-    page = render(*judged_run(tmp_path, "good", **options))
-    assert "and only by the judge's win rates whether it became better" in words(section(page, "short"))
-    assert words(section(page, "results")).startswith(
-        "Win rate against distance from the reference Win rate by the judge"
-    )
+def test_without_a_reward_model_the_win_rate_is_what_there_is(show: Callable[..., Page]) -> None:
+    page = show(judge="good", stages={name: STAGES[name] for name in ("sft", "dpo")}, reward=None, evaluation={})
+    assert "and only by the judge's win rates whether it became better" in page.words("short")
+    assert page.words("results").startswith("Win rate against distance from the reference Win rate by the judge")
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_judge_that_the_recipe_does_not_name_is_not_on_the_page(tmp_path: Path) -> None:
-    recipe, run = judged_run(tmp_path, "good", "dpo")
-    assert "judge/winrate.json" in [path for path, _ in list_contents(recipe, run)]
-    assert "judge/gpt-4.1-mini@0f4a3c2b1d5e.jsonl" in [path for path, _ in list_contents(recipe, run)]
-    recipe = recipe.model_copy(update={"judge": None})
-    page = render(recipe, run)
-    assert section(page, "judge") is None and 'href="#judge"' not in page
-    assert "A win rate by an independent judge is not part of this run" in words(section(page, "short"))
-    assert not [path for path, _ in list_contents(recipe, run) if path.startswith("judge/")]
+def test_a_judge_that_the_recipe_does_not_name_is_not_on_the_page(show: Callable[..., Page]) -> None:
+    page = show(judge="good", policies=["dpo"])
+    paths = [path for path, _ in list_contents(page.recipe, page.run)]
+    assert {"judge/winrate.json", "judge/gpt-4.1-mini@0f4a3c2b1d5e.jsonl"} <= set(paths)
+    recipe = page.recipe.model_copy(update={"judge": None})
+    page = Page(recipe, page.run, render(recipe, page.run))
+    assert page.section("judge") is None and 'href="#judge"' not in page.html
+    assert "A win rate by an independent judge is not part of this run" in page.words("short")
+    assert not [path for path, _ in list_contents(recipe, page.run) if path.startswith("judge/")]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_finished_judging_of_other_settings_is_refused(tmp_path: Path) -> None:
-    recipe, run = judged_run(tmp_path, "good", "dpo")
-    run.done("judge").unlink()
-    with pytest.raises(UserError, match="judge RECIPE"):
-        report(recipe, run)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_second_decoding_is_said(tmp_path: Path) -> None:
+def test_a_second_decoding_is_said(show: Callable[..., Page]) -> None:
     decoding = {"gold": "gold", "judge_decoding": {"temperature": 0.7, "top_p": 0.9}}
-    text = words(section(render(*judged_run(tmp_path, "good", "dpo", evaluation=decoding)), "judge"))
+    text = show(judge="good", policies=["dpo"], evaluation=decoding).words("judge")
     assert "The answers are a second set, sampled at temperature 0.7 with top-p 0.9" in text
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_hostile_texts_of_the_judge_are_inert(tmp_path: Path) -> None:
-    recipe, run = judged_run(tmp_path, "partial", "dpo", subsets=("<b>sub</b>", "a/b~c d"))
-    result = read_json(run.winrate)
-    result["reason"] = result["judge"]["name"] = result["judge"]["id"] = result["cost"]["models"][0] = HOSTILE
-    result["win_rates"][0]["length_controlled"]["warnings"] = [HOSTILE]
-    result["win_rates"][0]["missing"] = {"comparisons": 1, "verdicts": {HOSTILE: 2}}
-    write_json(run.winrate, result)
-    page = render(recipe, run)
-    assert Tree(page)
-    assert not re.search(r"<script|<b>sub|[\x00\x1b\u202e\u202c]", page)
-
-
-def test_the_figure_of_win_rates_is_about_half() -> None:
-    points = [
-        {"policy": name, "trainer": trainer, "step": None, "on_front": True, "kl": around(kl, half), "gain": gain}
-        for name, trainer, kl, half, gain in (
-            ("reference", None, 0, 0, around(0.5, 0)), ("dpo", "dpo", 4.0, 0.3, around(0.93, 0.1)),
-            ("ppo", "ppo", 9.0, 0.3, around(0.52, 0.1)))
-    ]  # fmt: skip
-    frontier = {"points": points, "best_of_n": []}
-    svg = Tree(plot_frontier(frontier, "win_rate", 900, 380, "key", "label")).root
-    texts = [e.text() for e in svg.all() if e.tag == "text"]
-    ticks = [float(text.removesuffix(" %")) for text in texts if text.endswith(" %")]
-    assert len(ticks) > 2 and min(ticks) >= 0 and max(ticks) <= 100
-    assert "win rate against the reference" in texts
-    axes = Figure().add_subplot()
-    draw_frontier(axes, frontier, 0.5)
-    assert list(axes.get_lines()[0].get_ydata()) == [0.5, 0.5]
-    assert 0.3 < axes.get_ylim()[0] < 0.42  # the lowest interval ends at 0.42
+# --- sentences and formats -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -888,14 +742,11 @@ def test_a_share_is_held_against_half_by_its_interval(share: tuple[float | None,
     assert judge_share(dict(zip(("mean", "low", "high"), share, strict=True))) == verdict
 
 
-def test_the_length_controlled_figure_stands_by_when_it_says_more() -> None:
-    def found(controlled: float | None, raw: float | None, *warnings: str) -> dict[str, Any]:
-        return {"raw": {"mean": raw}, "length_controlled": {"mean": controlled}, "warnings": list(warnings)}
-
-    assert not shows_length(found(0.605, 0.6))
-    assert shows_length(found(0.62, 0.6)) and shows_length(found(0.58, 0.6))
-    assert shows_length(found(0.6, 0.6, "no overlap"))
-    assert not shows_length(found(None, None))
+@pytest.mark.parametrize("outcome", ["better", "worse", "trivial", "equivalent", "same", None])
+def test_verdict_follows_the_claim_that_was_corrected_with_all_others(outcome: str | None) -> None:
+    claims = {"reward": {"outcome": outcome}} if outcome else {}
+    assert judge_gain({"reward_gain": {}}, claims, "reward") == (outcome if outcome in ("better", "worse") else "same")
+    assert judge_gain({}, claims, "reward") == "unscored"
 
 
 @pytest.mark.parametrize(
@@ -912,17 +763,25 @@ def test_a_reward_model_that_judges_is_held_to_chance_and_length(
     assert weigh_trust({**result, "calibration": {"reward_model": None, "verdict": None}}) == "none"
 
 
+@pytest.mark.parametrize(
+    ("controlled", "plain", "warnings", "shown"),
+    [(0.605, 0.6, 0, False), (0.62, 0.6, 0, True), (0.58, 0.6, 0, True), (0.6, 0.6, 1, True), (None, None, 0, False)],
+)
+def test_the_length_controlled_figure_stands_by_when_it_says_more(
+    controlled: float | None, plain: float | None, warnings: int, shown: bool
+) -> None:
+    rate = {"raw": {"mean": plain}, "length_controlled": {"mean": controlled}, "warnings": ["no overlap"] * warnings}
+    assert shows_length(rate) == shown
+
+
 def test_habits_are_read_from_their_intervals() -> None:
     def read(kind: str, share: dict[str, Any], note: dict[str, Any] | None = None) -> dict[str, str]:
         names = ("consistency", "first_share", "invalid_rate", "tie_rate", "prefers_longer")
         canaries = note and {"difference": note}
         result = {"judge": {"kind": kind}, "habits": dict.fromkeys(names, share), "canaries": canaries}
-        return {row["keys"][-1]: row["says"] for row in read_habits(result)}
+        return {row["key"]: row["says"] for row in read_habits(result)}
 
-    high, half = (
-        read("openai", around(0.9, 0.05), around(0.3, 0.1)),
-        read("openai", around(0.5, 0.1), around(0.1, 0.2)),
-    )
+    high, half = (read("openai", around(mean, 0.05), around(mean - 0.6, 0.2)) for mean in (0.9, 0.5))
     low, none = (
         read("openai", around(0.0, 0.0), around(-0.3, 0.1)),
         read("openai", dict.fromkeys(("mean", "low", "high"))),
@@ -939,12 +798,77 @@ def test_habits_are_read_from_their_intervals() -> None:
     assert list(read("reward", around(0.9, 0.05))) == ["tie_rate", "prefers_longer"]
 
 
+def test_alarms_are_ordered_by_raised_then_policy() -> None:
+    alarms = [{"policy": policy, "raised": raised} for policy, raised in (("b", 0), ("b", 1), ("a", 1), ("a", 0))]
+    assert order_alarms(alarms, ["a", "b", "c"]) == [2, 1, 3, 0]
+
+
+def test_samples_alternate_between_subsets_and_show_one_prompt_in_every_file() -> None:
+    rows = [{"id": str(index), "subset": "ab"[index >= 6]} for index in range(9)]
+    samples = choose_samples([rows, rows[::-1]])
+    assert [line for line, _ in samples] == [0, 6, 1, 7, 2, 8, 3, 4]
+    assert all(rows[line]["id"] == rows[::-1][other]["id"] for line, other in samples)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        ((1.234, 1.012, 1.449), "1.23 [1.01, 1.45]"),
+        ((-0.0004, -0.21, 0.2), "0.00 [−0.21, 0.20]"),
+        ((412.4, 388.0, 431.0), "412 [388, 431]"),
+        ((0.0123, 0.0119, 0.0127), "0.01230 [0.01190, 0.01270]"),
+        ((0.0, 0.0, 0.0), "0"),
+        ((212.4, 96.0, None), "212 [96, ∞]"),
+        ((212.4, None, 388.0), "212 [−∞, 388]"),
+        ((212.4, None, None), "212 [−∞, ∞]"),
+    ],
+)
+def test_estimates_are_printed_to_the_precision_they_have(estimate: tuple[float | None, ...], text: str) -> None:
+    assert format_estimate(dict(zip(("mean", "low", "high"), estimate, strict=True))) == text
+
+
 @pytest.mark.parametrize(
     ("dollars", "text"),
     [(0.0, "$0.00"), (0.4, "$0.40"), (12.344, "$12.34"), (0.0312, "$0.031"), (0.00004, "$0.000040")],
 )
 def test_dollars_are_not_rounded_to_nothing(dollars: float, text: str) -> None:
     assert format_dollars(dollars) == text
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def frontier(*places: tuple[str, float, float], origin: float = 0.0, half: float = 0.1) -> dict[str, Any]:
+    points = [("reference", None, around(0, 0), around(origin, 0))]
+    points += [(name, name, around(kl, 0.3), around(gain, half)) for name, kl, gain in places]
+    keys = ("policy", "trainer", "kl", "gain")
+    rows = [{**dict(zip(keys, point, strict=True)), "step": None, "on_front": True} for point in points]
+    return {"points": rows, "best_of_n": []}
+
+
+@pytest.mark.parametrize("width", [360, 900])
+def test_names_of_nearby_policies_do_not_cover_each_other(width: int) -> None:
+    drawn = frontier(("dpo", 4.0, 1.0), ("grpo", 4.2, 1.02), ("ppo", 4.4, 0.98))
+    svg = Tree(plot_frontier(drawn, "reward", width, 380, "key", "label")).root
+    labels = {element.text(): element.attrs for element in svg.all() if element.tag == "text"}
+    boxes = [(float(labels[name]["x"]), float(labels[name]["y"]), 3.3 * len(name))
+             for name in ("reference", "dpo", "grpo", "ppo")]  # fmt: skip
+    assert all(0 < x < width and 0 < y < 380 for x, y, _ in boxes)
+    for (x, y, half), (other_x, other_y, other_half) in itertools.combinations(boxes, 2):
+        assert abs(x - other_x) >= half + other_half or abs(y - other_y) >= 10
+
+
+def test_the_figure_of_win_rates_is_about_half() -> None:
+    drawn = frontier(("dpo", 4.0, 0.93), ("ppo", 9.0, 0.52), origin=0.5)
+    svg = Tree(plot_frontier(drawn, "win_rate", 900, 380, "key", "label")).root
+    texts = [e.text() for e in svg.all() if e.tag == "text"]
+    ticks = [float(text.removesuffix(" %")) for text in texts if text.endswith(" %")]
+    assert len(ticks) > 2 and min(ticks) >= 0 and max(ticks) <= 100
+    assert "win rate against the reference" in texts
+    axes = Figure().add_subplot()
+    draw_frontier(axes, drawn, 0.5)
+    assert list(axes.get_lines()[0].get_ydata()) == [0.5, 0.5]
+    assert 0.3 < axes.get_ylim()[0] < 0.42  # the lowest interval ends at 0.42
 
 
 # --- two runs beside each other --------------------------------------------------------------------------------------
