@@ -59,8 +59,8 @@ def judge_share(share: Mapping[str, Any], level: float = 0.5) -> str:
 
 
 def judge_gain(policy: Mapping[str, Any], claims: Mapping[str, Mapping[str, Any]], score: str) -> str:
-    """Say what a gain over the reference shows: `better`, `worse`, or `same` (no significant difference that matters, or
-    not tested); `unscored` without a gain.
+    """Say what a gain over the reference shows: `better`, `worse`, or `same` (no significant difference that matters,
+    or not tested); `unscored` without a gain.
 
     Args:
         policy: its entry in `metrics.json`.

@@ -43,11 +43,11 @@ def repetition(text: str, n: int = 4) -> float:
 
 
 def distinct(texts: Sequence[str], n: int, draw: int) -> float | None:
-    """Measure the share of different ones among `draw` word n-grams drawn at random from all texts: its expected value.
+    """Measure the share of different ones among `draw` word n-grams drawn from all texts, its expected value.
 
     Rarefaction (Hurlbert, 1971, Ecology 52:577). Plain distinct-n (Li et al., 2016, arXiv 1510.03055), unique / total,
-    falls with every further word, so that shorter answers look more diverse; at the same `draw` they do not. None where
-    the texts hold fewer n-grams than `draw`.
+    falls with every further word, so that shorter answers look more diverse; at the same `draw` they do not. None
+    where the texts hold fewer n-grams than `draw`.
     """
     ngrams = Counter(itertools.chain.from_iterable(count_ngrams(text, n).elements() for text in texts))
     return _rarefy(Counter(ngrams.values()), draw) if 0 < draw <= ngrams.total() else None
