@@ -88,21 +88,20 @@ def _why_not_comparable(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir
     """Say why gains of the two runs are not of one kind, or None where they are."""
     if not all(recipe.policies for recipe in recipes.values()):
         return "one of the runs has no policy"
-    kinds: dict[str, list[Any]] = {
-        "their held-out prompts differ": [
-            [row["id"] for row in read_jsonl(run.completions(REFERENCE))] for run in runs.values()
-        ],
-        "their policies start from different references": [
-            {_identity(recipe, recipe.stages[name].init) for name in recipe.policies} for recipe in recipes.values()
-        ],
-        "their answers are scored by different reward models": [
-            _identity(recipe, recipe.evaluation.gold or recipe.evaluation.reward) for recipe in recipes.values()
-        ],
-        "their answers have different longest lengths": [
-            recipe.evaluation.max_new_tokens for recipe in recipes.values()
-        ],
-    }
-    return next((why for why, (one, other) in kinds.items() if one != other), None)
+    kinds = [
+        {
+            "their held-out prompts differ": [row["id"] for row in read_jsonl(runs[key].completions(REFERENCE))],
+            "their policies start from different references": {
+                _identity(recipe, recipe.stages[name].init) for name in recipe.policies
+            },
+            "their answers are scored by different reward models": _identity(
+                recipe, recipe.evaluation.gold or recipe.evaluation.reward
+            ),
+            "their answers have different longest lengths": recipe.evaluation.max_new_tokens,
+        }
+        for key, recipe in recipes.items()
+    ]
+    return next((why for why, kind in kinds[0].items() if kind != kinds[1][why]), None)
 
 
 def _identity(recipe: Recipe, name: str | None) -> str:
@@ -113,11 +112,9 @@ def _identity(recipe: Recipe, name: str | None) -> str:
 
 
 def _name(runs: Mapping[str, RunDir]) -> dict[str, str]:
-    """Name the runs after their folders; where these have one name, with the folders above them."""
+    """Name the runs after their folders, from the folder on that holds both."""
     roots = {key: run.root.resolve() for key, run in runs.items()}
-    if roots["a"].name != roots["b"].name:
-        return {key: root.name for key, root in roots.items()}
-    return {key: f"{root.parent.name}/{root.name}" for key, root in roots.items()}
+    return {key: os.path.relpath(root, os.path.commonpath(roots.values())) for key, root in roots.items()}
 
 
 def _compare_policies(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir]) -> list[Row]:
@@ -139,8 +136,7 @@ def _compare_policies(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir])
     judged = replace(judges["a"], scores=scores)
     if judges["a"].who != judges["b"].who:
         judged = replace(judged, why_not="the runs have different judges")
-    shared = [name for name in groups["a"] if name in groups["b"]]
-    pairs = [(groups["a"][name], groups["b"][name]) for name in shared]
+    pairs = [(title, groups["b"][name]) for name, title in groups["a"].items() if name in groups["b"]]
     pairs = pairs or [(one, other) for one in groups["a"].values() for other in groups["b"].values()]
     return compare_groups(pairs, stages, records, judged, smallest_that_matters(recipes["a"], runs["a"]))[0]
 
@@ -153,30 +149,30 @@ def render(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir], worked_out
         return Node(read_json(path), os.path.relpath(path.resolve(), worked_out.parent))
 
     def two(title: str, style: str, path: str) -> list[tuple[str, str, str]]:
+        """The columns of a quantity, one for each run."""
         return [(f"{title}|{name}", style, f"{key}.{path}.?") for key, name in names.items()]
 
-    views, policies = {}, {}
+    views: dict[str, dict[str, Any]] = {}
+    policies: dict[str, dict[str, Any]] = {}
     for key, run in runs.items():
+        alarms: Any = node(run.over_optimisation)["alarms"] if run.over_optimisation.exists() else []
+        frontiers = draw_frontiers(read_json(run.pareto), prefix=key) if run.pareto.exists() else []
         metrics = node(run.metrics)
-        views[key] = {
-            "metrics": metrics,
-            "comparison": node(run.comparison),
-            "alarms": [alarm for alarm in node(run.over_optimisation)["alarms"] if alarm["raised"]]
-            if run.over_optimisation.exists() else [],
-            "frontiers": draw_frontiers(read_json(run.pareto), prefix=key) if run.pareto.exists() else [],
-        }  # fmt: skip
+        raised = [alarm for alarm in alarms if alarm["raised"]]
+        shown = {"comparison": node(run.comparison), "alarms": raised, "frontiers": frontiers}
+        views[key] = {"metrics": metrics, **shown}
         for name in recipes[key].policies:
             row = {"measured": metrics["policies"][name], "training": node(run.training_stats(name))["summary"]}
             policies.setdefault(name, {"a": {}, "b": {}})[key] = row
-    models = {
-        part: {key: view["metrics"][part] for key, view in views.items()} for part in ("reward_model", "gold_model")
-    }
-    return build_environment().get_template("beside.html.j2").render(
+    parts = ("reward_model", "gold_model")
+    models = [(part.replace("_", " "), {key: views[key]["metrics"][part] for key in views}) for part in parts]
+    template = build_environment().get_template("beside.html.j2")
+    return template.render(
         names=names,
         pages={key: os.path.relpath(run.report.resolve(), worked_out.parent) for key, run in runs.items()},
         runs=views,
         result=node(worked_out),
         policies=list(policies.items()),
-        reward_models=[(part.replace("_", " "), row) for part, row in models.items() if any(row.values())],
+        reward_models=[(name, row) for name, row in models if any(row.values())],
         two=two,
-    ).lstrip()  # fmt: skip
+    ).lstrip()
