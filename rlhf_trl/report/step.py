@@ -22,20 +22,13 @@ from rlhf_trl.report.sentences import judge_gain, order_alarms, view_judge
 from rlhf_trl.report.svg import draw_comparison, draw_courses, draw_frontiers, draw_panels
 from rlhf_trl.report.values import Node, build_environment, raw
 from rlhf_trl.run.files import read_json, read_jsonl, write_text
-from rlhf_trl.run.layout import REFERENCE, RunDir
+from rlhf_trl.run.layout import PLACES, REFERENCE, RunDir
 from rlhf_trl.stats.trust import compare_with_length
 from rlhf_trl.text.display import take_turns
 
 SAMPLES = 8
 WORST = 3
-FIGURES = {
-    "pareto": "gain against KL, with the front and best-of-n",
-    "reward_distributions": "how each policy's scores are spread",
-    "kl_drift": "exact KL beside the sampled estimators",
-    "over_optimisation": "proxy and gold score along the checkpoints",
-    "training_curves": "the training curves of all stages",
-    "reward_kl_tradeoff": "logged reward against logged KL during training",
-}
+NOT_LISTED = {"report", "data", "evaluation", "log", "holder"}  # the page itself, and folders whose files are listed
 
 
 def report(recipe: Recipe, run: RunDir) -> None:
@@ -173,60 +166,16 @@ def _as_yaml(recipe: dict[str, Any], order: Sequence[str]) -> str:
 
 
 def list_contents(recipe: Recipe, run: RunDir) -> list[tuple[str, str]]:
-    """List what lies where in the run directory: path and content."""
-    rows = [
-        (run.recipe, "the resolved recipe"),
-        (run.env, "versions, git state and hardware"),
-        (run.exploration, "statistics, figures and samples of the raw data"),
-        (run.summary, "what became of every row of the source"),
-        (run.quarantine, "the dropped rows, each with its reasons"),
-        *((run.pairs(split), f"preference pairs ({split})") for split in ("train", "test")),
-        *((run.prompts(split), f"prompts ({split})") for split in ("train", "test")),
-        (run.tokenizer, "the tokenizer, as every stage used it"),
-    ]
-    for stage in recipe.stages:
-        adapted = recipe.model_block(stage).get("use_peft")
-        weights = (run.adapter(stage), "LoRA adapter") if adapted else (run.model(stage), "full model")
-        rows += [weights, (run.training_stats(stage), "every logged step"), (run.training_curves(stage), "its curves")]
-    rows += [(run.metrics, "the numbers of this page's results")]
-    rows += [(run.completions(name), "every answer, with its scores and KL") for name in _answering(recipe)]
-    if recipe.evaluation.judge_decoding:
-        rows += [
-            (run.judge_answers(name), "a second answer to each prompt, for a judge") for name in _answering(recipe)
-        ]
-    rows += [
-        (run.pareto, "gain against KL: front, hypervolume, best-of-n, gains at equal KL"),
-        (run.best_of_n, "the scores of several answers of the reference to each prompt"),
-        (run.over_optimisation, "proxy and gold score along the checkpoints, and all alarms"),
-        (run.adversarial, "shares of refusals and of unsafe patterns by category"),
-        (run.adversarial_answers, "every answer to the adversarial prompts"),
-        (run.final_results, "what each policy comes to, in short"),
-        *((run.figure(name), content) for name, content in FIGURES.items()),
-    ]
-    if "judge" in recipe.plan and run.winrate.exists():
-        rows += [(run.winrate, "win rates, and how good the judge is")]
-        rows += [(path, "every reply of a judge, as it came") for path in sorted(run.winrate.parent.glob("*.jsonl"))]
-    rows += [
-        (run.comparison_report, "the comparison of the training runs and of the methods, to read"),
-        (run.comparison, "its numbers"),
-        (run.comparison_figure, "its figures"),
-    ]
-    for stage in recipe.reward_stages:
-        rows += [
-            (run.error_report(stage), "the error analysis of the reward model, to read"),
-            (run.error_analysis(stage), "its numbers"),
-            (run.error_plots(stage), "its figures"),
-            (run.error_examples(stage), "pairs that it gets most wrong, hardly tells apart, and gets right"),
-            (run.scores(stage), "the scores of every analysed pair"),
-        ]
-    rows += [(run.reward_comparison, "the reward models beside each other")] if recipe.reward_stages else []
-    rows += [(run.samples, "prompts and responses of every model, as JSONL and to read")] if recipe.policies else []
-    # The files of the earlier steps are always there; what the evaluation writes depends on the recipe.
-    return [
-        (_relative(run, path), content)
-        for path, content in rows
-        if path.exists() or path.parent not in (run.evaluation, run.errors_folder)
-    ]
+    """List the files and folders that the recipe's steps have written: path and content."""
+    own = {run.step(step).name for step in recipe.plan}
+    found = {
+        path.relative_to(run.root): place.holds.replace("`", "")
+        for name, place in PLACES.items()
+        if name not in NOT_LISTED
+        for path in sorted(run.root.glob(place.path.replace("{}", "*")))
+    }
+    kept = {path: holds for path, holds in found.items() if len(path.parts) == 1 or path.parts[0] in own}
+    return [(path.as_posix(), holds) for path, holds in kept.items()]
 
 
 def choose_samples(completions: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:

@@ -452,16 +452,21 @@ def test_findings_of_the_error_analysis_are_on_the_page_with_their_files(show: C
     assert text.count("Attention") == 2  # the other findings are no alarms
 
 
-def test_contents_name_what_the_evaluation_wrote_and_nothing_else(show: Callable[..., Page]) -> None:
-    page = show(lambda run: run.figure("pareto").touch())
-    paths = [path for path, _ in list_contents(page.recipe, page.run)]
-    assert len(paths) == len(set(paths))
-    there = {"pareto.png", "adversarial.json", "over_optimisation.json"}
-    assert {f"evaluation/{name}" for name in there} | {"errors/comparison.json", "samples"} <= set(paths)
-    names = {"error_analysis_report.txt", "error_analysis_plots.png", "error_examples.jsonl", "error_analysis.json"}
-    assert {f"rm/evaluation/{name}" for name in names} | {"gold/evaluation/scores.jsonl"} <= set(paths)
-    assert not {"evaluation/kl_drift.png", "evaluation/final_results.json"} & set(paths)
-    assert set(paths) <= {unquote(e.attrs["href"]) for e in page.root.all() if "href" in e.attrs}
+def test_contents_name_what_the_steps_wrote_and_nothing_else(show: Callable[..., Page]) -> None:
+    def more(run: RunDir) -> None:
+        for path in (run.figure("pareto"), run.root / "other" / "adapter" / "file", run.holder("sft")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    page = show(more)
+    contents = dict(list_contents(page.recipe, page.run))
+    there = {"pareto.png", "adversarial.json", "over_optimisation.json", "completions-dpo.jsonl"}
+    assert {f"evaluation/{name}" for name in there} <= set(contents)
+    files = ("error_analysis.json", "error_examples.jsonl")
+    assert {f"{stage}/evaluation/{name}" for stage in ("rm", "gold") for name in files} <= set(contents)
+    assert {"recipe.json", "sft/training_stats.json", "errors/comparison.json"} <= set(contents)
+    assert not {"evaluation/kl_drift.png", "other/adapter", ".locks/sft", "judge/winrate.json"} & set(contents)
+    assert set(contents) <= {unquote(e.attrs["href"]) for e in page.root.all() if "href" in e.attrs}
 
 
 def test_recipe_on_the_page_is_a_recipe_again(show: Callable[..., Page]) -> None:
