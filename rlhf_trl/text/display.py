@@ -17,13 +17,10 @@ HARMLESS = "\n\t\u200c\u200d"
 
 
 def take_turns(groups: Sequence[str], count: int) -> list[int]:
-    """Choose the first row of each group in turn, then the second of each, until there are `count`.
+    """Choose the first row of each group in turn, then the second of each, until there are `count`: their indices.
 
     Args:
         groups: the group of each row, in an order that does not depend on what is to be shown.
-
-    Returns:
-        Indices of rows; all of them where there are fewer than `count`.
     """
     seen: Counter[str] = Counter()
     order = []

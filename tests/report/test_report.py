@@ -32,40 +32,31 @@ from rlhf_trl.text.format import format_dollars, format_estimate
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "use"}
 HOSTILE = "<script>alert(1)</script> {{7*7}} {% raw %} [/b] \x1b[31m \u202egpj.exe\u202c \x00 &lt; \"' onload=x </div>"
+WITH_GOLD = {**STAGES, **GOLD}
+
+
+def only(*names: str) -> dict[str, Any]:
+    return {name: WITH_GOLD[name] for name in names}
+
+
+JUDGED_BY_GOLD: dict[str, Any] = {"evaluation": {"gold": "gold"}}
+HUB = {"gold": "org/gold-70b", "best_of_n": 0, "adversarial": False}
+SEEDS = {**WITH_GOLD, "dpo": {**STAGES["dpo"], "sweep": {"seed": [1, 2, 3, 4, 5]}}}
+ATTACK = {"prompts": [[{"role": "user", "content": HOSTILE}]], "answers": [HOSTILE, "x" * 1_000_000, ""]}
 RUNS: dict[str, dict[str, Any]] = {
     "sweep": {"stages": SWEEP},
-    "gold": {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold", "checkpoints": 4}},
-    "seeds": {
-        "stages": {**STAGES, **GOLD, "dpo": {**STAGES["dpo"], "sweep": {"seed": [1, 2, 3, 4, 5]}}},
-        "evaluation": {"gold": "gold"},
-    },
-    "hub-judges": {
-        "stages": {name: STAGES[name] for name in ("sft", "dpo")},
-        "reward": "org/rm-7b",
-        "evaluation": {"gold": "org/gold-70b", "best_of_n": 0, "adversarial": False},
-    },
-    "no-judge": {"stages": {name: STAGES[name] for name in ("sft", "dpo")}, "reward": None},
-    "reward-model-only": {"stages": {name: STAGES[name] for name in ("sft", "rm")}, "accuracy": (0.58, 0.55)},
-    "judged": {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold"}, "judge": "good"},
-    "judged-by-chance": {"stages": {name: STAGES[name] for name in ("sft", "rm", "dpo", "grpo")}, "judge": "chance"},
-    "judged-by-gold": {
-        "stages": {name: {**STAGES, **GOLD}[name] for name in ("sft", "rm", "gold", "dpo")},
-        "evaluation": {"gold": "gold"},
-        "judge": "gold",
-    },
-    "judged-in-part": {
-        "stages": {**{name: STAGES[name] for name in ("sft", "dpo")}, "dpo-2": STAGES["dpo"]},
-        "reward": None,
-        "judge": "partial",
-    },
-    "judged-in-silence": {"stages": {name: STAGES[name] for name in ("sft", "rm", "dpo", "grpo")}, "judge": "silent"},
-    "not-judged": {"stages": {name: STAGES[name] for name in ("sft", "rm", "dpo")}, "judge": "not run"},
-    "hostile": {
-        "stages": {name: STAGES[name] for name in ("sft", "rm", "dpo")},
-        "prompts": [[{"role": "user", "content": HOSTILE}]],
-        "answers": [HOSTILE, "x" * 1_000_000, ""],
-        "subsets": ("<b>sub</b>", "a/b~c d"),
-    },
+    "gold": {"stages": WITH_GOLD, "evaluation": {"gold": "gold", "checkpoints": 4}},
+    "seeds": {"stages": SEEDS, **JUDGED_BY_GOLD},
+    "hub-judges": {"stages": only("sft", "dpo"), "reward": "org/rm-7b", "evaluation": HUB},
+    "no-judge": {"stages": only("sft", "dpo"), "reward": None},
+    "reward-model-only": {"stages": only("sft", "rm"), "accuracy": (0.58, 0.55)},
+    "judged": {"stages": WITH_GOLD, **JUDGED_BY_GOLD, "judge": "good"},
+    "judged-by-chance": {"stages": only("sft", "rm", "dpo", "grpo"), "judge": "chance"},
+    "judged-by-gold": {"stages": only("sft", "rm", "gold", "dpo"), **JUDGED_BY_GOLD, "judge": "gold"},
+    "judged-in-part": {"stages": {**only("sft", "dpo"), "dpo-2": STAGES["dpo"]}, "reward": None, "judge": "partial"},
+    "judged-in-silence": {"stages": only("sft", "rm", "dpo", "grpo"), "judge": "silent"},
+    "not-judged": {"stages": only("sft", "rm", "dpo"), "judge": "not run"},
+    "hostile": {"stages": only("sft", "rm", "dpo"), **ATTACK, "subsets": ("<b>sub</b>", "a/b~c d")},
 }
 
 
@@ -303,9 +294,7 @@ def show(tmp_path: Path, undrawn: None) -> Callable[..., Page]:
     folders = (tmp_path / str(number) / "run" for number in itertools.count())
 
     def show(change: Callable[[RunDir], None] | None = None, policies: Sequence[str] = (), **options: Any) -> Page:
-        stages = {**STAGES, **GOLD}
-        if policies:
-            stages = {name: stages[name] for name in ("sft", "rm", "gold", *policies)}
+        stages = only("sft", "rm", "gold", *policies) if policies else WITH_GOLD
         evaluation = {"gold": "gold"} if "judge" in options else {"gold": "gold", "checkpoints": 4}
         base = {"stages": stages, "evaluation": evaluation, "count": 60 if "judge" in options else 12, "steps": 2}
         recipe, run = write_run(next(folders), **{**base, **options})
@@ -374,7 +363,7 @@ def test_summary_says_what_the_gold_model_and_the_alarms_say(show: Callable[...,
 
 
 def test_a_gold_model_that_a_policy_was_trained_with_is_not_called_independent(show: Callable[..., Page]) -> None:
-    page = show(stages={**STAGES, **GOLD, "ppo": {**STAGES["ppo"], "reward": "gold"}})
+    page = show(stages={**WITH_GOLD, "ppo": {**STAGES["ppo"], "reward": "gold"}})
     assert "no policy was trained" not in page.words("short").lower()
 
 
@@ -500,7 +489,7 @@ def test_report_refuses_an_unfinished_run(show: Callable[..., Page], step: str, 
 
 
 def test_same_files_give_the_same_bytes(tmp_path: Path) -> None:
-    recipe, run = write_run(tmp_path / "run", stages={name: STAGES[name] for name in ("sft", "rm", "dpo")}, count=12)
+    recipe, run = write_run(tmp_path / "run", stages=only("sft", "rm", "dpo"), count=12)
     assert render(recipe, run) == render(recipe, run)
 
 
@@ -601,22 +590,20 @@ def test_the_section_has_every_number_of_the_judge(show: Callable[..., Page]) ->
     found = show(judge="good", policies=["dpo", "grpo"]).section("judge")
     assert found is not None
     addresses = {e.attrs["data-source"].partition("#")[2] for e in found.all() if "data-source" in e.attrs}
-    numbers = {
-        f"/habits/{name}" for name in ("consistency", "first_share", "tie_rate", "invalid_rate", "prefers_longer")
+    groups = {
+        "/habits": ("consistency", "first_share", "tie_rate", "invalid_rate", "prefers_longer"),
+        "/canaries": ("difference", "with_note", "without_note", "n"),
+        "/cost": ("calls", "usd", "price/input", "price/cached", "price/output", "models/0"),
+        "/ratings/ratings": ("reference", "dpo", "grpo"),
+        "/comparisons/0": ("difference", "sign_test/p_holm"),
+        "/judge": ("id", "is"),
     }
-    numbers |= {f"/canaries/{name}" for name in ("difference", "with_note", "without_note", "n")}
-    numbers |= {
-        f"/cost/{name}" for name in ("calls", "usd", "price/input", "price/cached", "price/output", "models/0")
-    }
-    for at, subset in enumerate(("", "/subsets/harmless-base", "/subsets/helpful-base")):
-        of = f"/calibration{subset or '/all'}"
-        numbers |= {f"{of}/{name}" for name in ("accuracy", "kappa", "both_correct", "length_rule/accuracy", "n")}
-        numbers |= {
-            f"/win_rates/{rate}{subset}/{name}" for rate in range(3) for name in ("win_rate", "wins", "ties", "n")
-        }
-        numbers.add(f"/win_rates/{at}/length_controlled/length_controlled")
-    numbers |= {f"/ratings/ratings/{name}" for name in ("reference", "dpo", "grpo")}
-    numbers |= {"/comparisons/0/difference", "/comparisons/0/sign_test/p_holm", "/judge/id", "/judge/is", "/prompts"}
+    for subset in ("", "/subsets/harmless-base", "/subsets/helpful-base"):
+        calibrated = ("accuracy", "kappa", "both_correct", "length_rule/accuracy", "n")
+        groups |= {f"/calibration{subset or '/all'}": calibrated}
+        groups |= {f"/win_rates/{rate}{subset}": ("win_rate", "wins", "ties", "n") for rate in range(3)}
+    numbers = {f"{group}/{name}" for group, names in groups.items() for name in names} | {"/prompts"}
+    numbers |= {f"/win_rates/{rate}/length_controlled/length_controlled" for rate in range(3)}
     assert numbers <= addresses
     fold = next(e for e in found.all() if e.tag == "details")
     inside = {e.attrs["data-source"].partition("#")[2] for e in fold.all() if "data-source" in e.attrs}
@@ -714,7 +701,7 @@ def test_a_partial_judging_says_so_and_why(show: Callable[..., Page]) -> None:
 
 
 def test_without_a_reward_model_the_win_rate_is_what_there_is(show: Callable[..., Page]) -> None:
-    page = show(judge="good", stages={name: STAGES[name] for name in ("sft", "dpo")}, reward=None, evaluation={})
+    page = show(judge="good", stages=only("sft", "dpo"), reward=None, evaluation={})
     assert "and only by the judge's win rates whether it became better" in page.words("short")
     assert page.words("results").startswith("Win rate against distance from the reference Win rate by the judge")
 
@@ -878,7 +865,7 @@ def test_the_figure_of_win_rates_is_about_half() -> None:
 
 # --- two runs beside each other --------------------------------------------------------------------------------------
 
-TWO = {"stages": {**STAGES, **GOLD}, "evaluation": {"gold": "gold"}, "judge": "good", "count": 24, "steps": 6}
+TWO = {"stages": WITH_GOLD, "evaluation": {"gold": "gold"}, "judge": "good", "count": 24, "steps": 6}
 
 
 def two_runs(folder: Path, **changes: Any) -> dict[str, tuple[Recipe, RunDir]]:
@@ -912,10 +899,10 @@ def test_the_policies_of_one_name_are_compared_prompt_by_prompt(tmp_path: Path) 
     ("changes", "why"),
     [
         ({"prompts": PROMPTS[:2], "count": 23}, "their held-out prompts differ"),
-        ({"stages": {**STAGES, **GOLD, "gold": {**GOLD["gold"], "args": {"seed": 9}}}}, "scored by different reward"),
-        ({"stages": {**STAGES, **GOLD, "sft": {**STAGES["sft"], "args": {"seed": 9}}}}, "start from different refer"),
+        ({"stages": {**WITH_GOLD, "gold": {**GOLD["gold"], "args": {"seed": 9}}}}, "scored by different reward"),
+        ({"stages": {**WITH_GOLD, "sft": {**STAGES["sft"], "args": {"seed": 9}}}}, "start from different refer"),
         ({"evaluation": {"gold": "gold", "max_new_tokens": 9}}, "different longest lengths"),
-        ({"stages": {name: STAGES[name] for name in ("sft", "rm")}, "evaluation": {}, "judge": None}, "has no policy"),
+        ({"stages": only("sft", "rm"), "evaluation": {}, "judge": None}, "has no policy"),
     ],
 )
 def test_gains_of_different_kinds_are_not_compared(tmp_path: Path, changes: Any, why: str) -> None:
