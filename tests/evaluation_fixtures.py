@@ -186,7 +186,7 @@ def pair_accuracy(stage: str, subsets: Sequence[str], accuracy: tuple[float, flo
     }
     draw = random.Random(stage)
     margin = estimate([draw.gauss(0.6, 1) for _ in range(pairs)])
-    return {"stage": stage, "ties": 1, **entry, "subsets": dict.fromkeys(subsets, entry), "margin": margin}
+    return {"stage": stage, "ties": 1, **entry, "subsets": dict.fromkeys(subsets, entry), "mean_margin": margin}
 
 
 def invent_pareto(recipe: Recipe, records: dict[Any, list[Row]], scores: list[str]) -> Row:

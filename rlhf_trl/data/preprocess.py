@@ -28,6 +28,7 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Data
 from rlhf_trl.run.files import write_json, write_jsonl, write_text
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.text.names import prompt_id
 
 # Marks that may differ between two copies of one text; not those that carry meaning, such as the minus of a number.
 ROUGH = re.compile(r"[\s.,;:!?'\"“”‘’…()\[\]{}–—]+")
@@ -93,11 +94,6 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
         _write_split(run, name, items, half_of)
     tokenizer.save_pretrained(run.tokenizer)
     write_json(run.summary, summarise(recipe, tokenizer, tallies, splits))
-
-
-def prompt_id(prompt: list[Message]) -> str:
-    """Name a prompt by its content: 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _write_split(run: RunDir, name: str, items: list[Kept], half_of: dict[int, str]) -> None:

@@ -1,12 +1,10 @@
-"""How far the confidence of a reward model can be believed.
+"""How far the confidence of a reward model can be believed, from arrays alone.
 
 A margin d (score of the chosen answer minus score of the rejected one) says, by Bradley and Terry, that the chosen
-answer wins with probability sigma(d) (Bai et al. 2022, section 3.3). Works on arrays, reads and writes nothing.
-
-The order of the two answers matters: with the chosen answer always first, the outcome is always 1, and "calibration
-error" is nothing but 1 minus the mean probability. So either the order is drawn, or each pair is counted in both
-orders; the latter is the same as comparing the confidence sigma(|d|) with how often the preferred answer is the chosen
-one.
+answer wins with probability sigma(d) (Bai et al. 2022, section 3.3). With the chosen answer always first, the outcome
+is always 1, and "calibration error" is nothing but 1 minus the mean probability. So either the order is drawn, or each
+pair is counted in both orders; the latter is the same as comparing the confidence sigma(|d|) with how often the
+preferred answer is the chosen one.
 """
 
 from __future__ import annotations
@@ -35,11 +33,6 @@ def brier(margins: np.ndarray) -> np.ndarray:
     return expit(-margins) ** 2
 
 
-def equal_width(bins: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """Edges of bins of one width, shape (bins + 1,)."""
-    return np.linspace(low, high, bins + 1)
-
-
 def equal_mass(predicted: np.ndarray, bins: int) -> np.ndarray:
     """Edges of bins with about as many predictions each; fewer bins where many predictions are the same."""
     edges = np.unique(np.quantile(predicted, np.linspace(0, 1, bins + 1)))
@@ -52,12 +45,7 @@ def bin_of(predicted: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def calibration_errors(predicted: np.ndarray, outcome: np.ndarray, edges: np.ndarray) -> dict[str, float]:
-    """Compare the mean prediction with the mean outcome in each bin.
-
-    Args:
-        predicted: probabilities, shape (N,).
-        outcome: what happened, 0 to 1, shape (N,).
-        edges: of the bins, ascending.
+    """Compare the mean predicted probability, (N,), with the mean outcome, 0 to 1, (N,), in each bin.
 
     Returns:
         `ece`, `rmsce` and `mce`: the mean, root mean square and maximum of the gap, weighted by the bins' sizes
@@ -73,21 +61,14 @@ def calibration_errors(predicted: np.ndarray, outcome: np.ndarray, edges: np.nda
     used = sizes > 0
     gaps = np.abs(np.bincount(bins, predicted - outcome, count)[used]) / sizes[used]
     weights = sizes[used] / len(predicted)
-    return {
-        "ece": float(weights @ gaps),
-        "rmsce": float(np.sqrt(weights @ gaps**2)),
-        "mce": float(gaps.max()),
-    }
+    return {"ece": float(weights @ gaps), "rmsce": float(np.sqrt(weights @ gaps**2)), "mce": float(gaps.max())}
 
 
 def ece_if_calibrated(predicted: np.ndarray, edges: np.ndarray, seed: int) -> Estimate:
-    """Simulate the calibration error that these predictions would show if they were right.
+    """Simulate the ECE that these predictions would show if they were right: mean and range of 95 % of the draws.
 
     It is above 0 by chance, the more so the fewer predictions; outcomes are drawn from the predictions (Bröcker and
     Smith 2007, consistency resampling).
-
-    Returns:
-        The mean, and the range of 95 % of the draws.
     """
     n, bins, random = len(predicted), bin_of(predicted, edges), np.random.default_rng(seed)
     errors = [
@@ -121,6 +102,5 @@ def fit_temperature(margins: np.ndarray) -> Estimate:
         high *= 2
     sharpness = float(brentq(slope, 0.0, high, xtol=1e-12 * high, rtol=1e-12))
     right = expit(sharpness * margins)
-    information = float(np.sum(margins**2 * right * (1 - right)))
-    spread = np.exp(1.96 / (sharpness * np.sqrt(information)))
-    return Estimate(1 / sharpness, float(1 / sharpness / spread), float(spread / sharpness), len(margins))
+    spread = float(np.exp(1.96 / (sharpness * np.sqrt(np.sum(margins**2 * right * (1 - right))))))
+    return Estimate(1 / sharpness, 1 / sharpness / spread, spread / sharpness, len(margins))

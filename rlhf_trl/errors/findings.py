@@ -1,15 +1,20 @@
 """What the numbers of an error analysis say, in plain sentences.
 
-Each sentence follows from a rule on a 95 % interval, never from a point estimate alone. Works on values in memory.
+Each finding follows from a rule on a 95 % interval, never from a point estimate alone; its sentence is in
+findings.yaml. Works on values in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from rlhf_trl.errors.pair_statistics import difference
-from rlhf_trl.errors.probes import REWARDED_WHEN
+from rlhf_trl.errors.probes import EDITS
+from rlhf_trl.errors.text import ENVIRONMENT
 from rlhf_trl.stats.intervals import Estimate, wilson
 from rlhf_trl.stats.trust import compare_with_length
 
@@ -25,14 +30,17 @@ BLIND = 0.1
 # An edit is rewarded when it raises the score in more than this share of the cases.
 REWARDED = 0.55
 FEW_PROMPTS = 100
-Finding = dict[str, Any]
+_WORDS = YAML(typ="safe", pure=True).load(Path(__file__).with_suffix(".yaml"))
+
+Row = dict[str, Any]
+Sign = tuple[str, Row]  # the name of a finding and the numbers that it rests on
 
 
-def find(analysis: dict[str, Any]) -> list[Finding]:
+def find(analysis: Row) -> list[Row]:
     """Say what the analysis shows; the first finding is a verdict on the whole.
 
     Args:
-        analysis: of `error_analysis.analyse`, with `probes`.
+        analysis: of `analysis.analyse`, with `probes`.
 
     Returns:
         `name`, `alarm` (it needs attention), `says` and `rests_on` (the numbers behind it) of each finding.
@@ -40,197 +48,100 @@ def find(analysis: dict[str, Any]) -> list[Finding]:
     verdict = _judge(analysis)
     signs = [
         *_find_length_bias(analysis["length"]["tokens"]),
-        *_find_calibration(analysis["calibration"], verdict["name"]),
+        *_find_calibration(analysis["calibration"], verdict[0]),
         *_find_groups(analysis),
         *_find_probes(analysis["probes"]),
     ]
-    if not signs:
-        says = (
-            "Nothing else is significant: no sign of a length bias, of a wrong confidence, of a weak subset, of a "
-            "blind eye for the prompt or of a reward for empty changes."
-        )
-        signs = [_finding("nothing_else", False, says)]
-    return [verdict, *_find_faults(analysis), _compare_with_length(analysis["overall"]["length_rule"]), *signs]
+    signs = [verdict, *_find_faults(analysis), *(signs or [("nothing_else", {})])]
+    return [
+        {"name": name, "alarm": _WORDS[name]["alarm"], "rests_on": numbers,
+         "says": ENVIRONMENT.from_string(_WORDS[name]["says"]).render(numbers)} for name, numbers in signs
+    ]  # fmt: skip
 
 
-def percent(estimate: dict[str, float]) -> str:
-    """Write a share with its interval: `67.5 % [64.7, 70.3]`."""
-    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
-    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
+def _side(estimate: dict[str, float], least: float = 0.0) -> int:
+    """Whether the interval lies above `least` (1), below minus `least` (-1), or neither (0)."""
+    return (estimate["low"] > least) - (estimate["high"] < -least)
 
 
-def points(estimate: dict[str, float]) -> str:
-    """Write a difference of shares with its interval: `+2.0 points [-0.5, +4.5]`."""
-    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
-
-
-def _finding(name: str, alarm: bool, says: str, **rests_on: Any) -> Finding:
-    return {"name": name, "alarm": alarm, "says": says, "rests_on": rests_on}
-
-
-def _judge(analysis: dict[str, Any]) -> Finding:
+def _judge(analysis: Row) -> Sign:
     """Name the scorer for what it is; the first rule that applies."""
-    overall, gap = analysis["overall"], analysis["calibration"]["gap"]
-    found = overall["accuracy"]
-    accuracy = percent(found)
-    prefers = analysis["length"]["tokens"]["prefers_longer"]
-    model = prefers["model"] if prefers else None
+    accuracy, prefers = analysis["overall"]["accuracy"], analysis["length"]["tokens"]["prefers_longer"]
+    numbers = {"accuracy": accuracy}
+    model = prefers and prefers["model"]
     if model and (model["low"] > LENGTH_ALONE or model["high"] < 1 - LENGTH_ALONE):
         takes = "longer" if model["low"] > LENGTH_ALONE else "shorter"
-        says = (
-            f"It decides by length alone: the {takes} answer gets the higher score (the longer one does in "
-            f"{percent(model)} of the pairs that differ in length). Its accuracy, {accuracy}, is that of a ruler."
-        )
-        return _finding("length_only", True, says, model_prefers_longer=model, accuracy=found)
-    if found["mean"] >= LEAK and found["low"] > LEAK_LOW:
-        says = (
-            f"Its accuracy is suspiciously high: {accuracy}. People do not agree that often: look for a leak "
-            "(held-out pairs among the training pairs, or a mark in the text that gives the chosen answer away)."
-        )
-        return _finding("perfect", True, says, accuracy=found)
-    if found["high"] < 0.5:
-        says = f"It is worse than a coin: accuracy {accuracy}. It prefers the rejected answers; are the sides swapped?"
-        return _finding("reversed", True, says, accuracy=found)
-    if found["low"] <= 0.5:
-        says = (
-            f"It is not seen to be better than a coin: accuracy {accuracy}, and the interval holds 50 %. On these "
-            f"{found['n']:,} pairs, its order of the answers may be random."
-        )
-        return _finding("random", True, says, accuracy=found)
-    better = f"It is better than a coin: accuracy {accuracy}."
-    if _is_off(gap):
-        name = "over_confident" if gap["low"] > 0 else "under_confident"
-        says = f"{better} But {_confidence(analysis['calibration'])}"
-        return _finding(name, True, says, accuracy=found, gap=gap)
-    says = f"{better} No sign of a wrong confidence: mean confidence minus accuracy is {points(gap)}."
-    return _finding("sound", False, says, accuracy=found, gap=gap)
+        return "length_only", numbers | {"model_prefers_longer": model, "takes": takes}
+    if accuracy["mean"] >= LEAK and accuracy["low"] > LEAK_LOW:
+        return "perfect", numbers
+    if accuracy["low"] <= 0.5:
+        return "reversed" if accuracy["high"] < 0.5 else "random", numbers
+    name, confidence = _judge_confidence(analysis["calibration"])
+    return name, numbers | confidence
 
 
-def _is_off(gap: dict[str, float]) -> bool:
-    return gap["low"] > MATTERS or gap["high"] < -MATTERS
+def _judge_confidence(calibration: Row) -> Sign:
+    names = {1: "over_confident", -1: "under_confident", 0: "sound"}
+    return names[_side(calibration["gap"], MATTERS)], {key: calibration[key] for key in ("gap", "confidence")}
 
 
-def _confidence(found: dict[str, Any]) -> str:
-    word = "over-confident" if found["gap"]["low"] > 0 else "under-confident"
-    return (
-        f"it is {word}: if its probabilities were right, {100 * found['confidence']['mean']:.1f} % of its preferences "
-        f"would be; the difference to its accuracy is {points(found['gap'])}."
-    )
-
-
-def _find_faults(analysis: dict[str, Any]) -> Iterator[Finding]:
-    pairs, overall = analysis["pairs"], analysis["overall"]
+def _find_faults(analysis: Row) -> Iterator[Sign]:
+    """Faults of the scores and the data; and what is always said, whether the scores beat the length rule."""
+    pairs, overall, rule = analysis["pairs"], analysis["overall"], analysis["overall"]["length_rule"]
     if pairs["not_finite"]:
-        says = (
-            f"{pairs['not_finite']:,} of {pairs['given']:,} pairs have a score that is not a finite number. They are "
-            "in none of the numbers here; scores.jsonl has them."
-        )
-        yield _finding("not_finite", True, says, not_finite=pairs["not_finite"], given=pairs["given"])
+        yield "not_finite", {"not_finite": pairs["not_finite"], "given": pairs["given"]}
     ties = wilson(overall["ties"], overall["n"]).as_dict()
     if ties["low"] > MANY_TIES:
-        says = (
-            f"The scores are not fine enough: {percent(ties)} of the pairs are exact ties. Is the reward head in half "
-            f"precision? With ties counted as wrong, the accuracy is {percent(overall['strict'])}."
-        )
-        yield _finding("ties", True, says, ties=ties, strict=overall["strict"])
+        yield "ties", {"ties": ties, "strict": overall["strict"]}
     if pairs["prompts"] < FEW_PROMPTS:
-        says = f"There are only {pairs['prompts']} prompts: the intervals are wide, and much cannot be seen."
-        yield _finding("few_prompts", False, says, prompts=pairs["prompts"])
+        yield "few_prompts", {"prompts": pairs["prompts"]}
+    name = "better_than_length" if compare_with_length(rule) == "above" else "no_better_than_length"
+    yield name, {"over_rule": rule["over_rule"], "length_rule": rule["accuracy"], "takes": rule["takes"]}
 
 
-def _compare_with_length(rule: dict[str, Any]) -> Finding:
-    over, takes = rule["over_rule"], f"“always take the {rule['takes']} answer” ({percent(rule['accuracy'])})"
-    numbers = {"over_rule": over, "length_rule": rule["accuracy"]}
-    stands = compare_with_length(rule)
-    if stands == "above":
-        says = f"It is better than the length rule {takes}, by {points(over)}."
-        return _finding("better_than_length", False, says, **numbers)
-    word = "worse than" if stands == "below" else "no better than"
-    says = f"It is {word} the length rule {takes}: the difference is {points(over)}."
-    return _finding("no_better_than_length", True, says, **numbers)
+def _find_length_bias(bias: Row) -> Iterator[Sign]:
+    prefers, split = bias["prefers_longer"], bias["longer_minus_shorter"]
+    if prefers and (side := _side(prefers["difference"])):
+        yield "prefers_longer" if side > 0 else "prefers_longer_less", prefers
+    if split and _side(split):
+        yield "accuracy_depends_on_length", {"longer_minus_shorter": split}
 
 
-def _find_length_bias(bias: dict[str, Any]) -> Iterator[Finding]:
-    prefers = bias["prefers_longer"]
-    if prefers and (prefers["difference"]["low"] > 0 or prefers["difference"]["high"] < 0):
-        more = prefers["difference"]["low"] > 0
-        says = (
-            f"It prefers longer answers {'more' if more else 'less'} than the humans do: in "
-            f"{percent(prefers['model'])} of the pairs, the humans in {percent(prefers['humans'])}."
-        )
-        yield _finding("prefers_longer" if more else "prefers_longer_less", more, says, **prefers)
-    split = bias["longer_minus_shorter"]
-    if split and (split["low"] > 0 or split["high"] < 0):
-        word = "more" if split["low"] > 0 else "less"
-        says = (
-            f"It is {word} often right where the chosen answer is the longer one: "
-            f"{points(split)} than where it is the shorter one."
-        )
-        yield _finding("accuracy_depends_on_length", False, says, longer_minus_shorter=split)
-
-
-def _find_calibration(found: dict[str, Any], verdict: str) -> Iterator[Finding]:
-    gap, errors, fitted = found["gap"], found["errors"]["equal_mass"], found["temperature"]
-    off = _is_off(gap)
-    if off and verdict not in ("over_confident", "under_confident"):
-        name = "over_confident" if gap["low"] > 0 else "under_confident"
-        sentence = _confidence(found)
-        yield _finding(name, True, sentence[0].upper() + sentence[1:], gap=gap)
-    by_chance = errors["if_calibrated"]
-    if not off and errors["ece"] > by_chance["high"]:
-        says = (
-            f"Its confidence is right on average but not everywhere: the calibration error is {errors['ece']:.3f}, "
-            f"and a calibrated model would stay below {by_chance['high']:.3f}."
-        )
-        yield _finding("uneven_confidence", True, says, ece=errors["ece"], if_calibrated=by_chance)
+def _find_calibration(calibration: Row, verdict: str) -> Iterator[Sign]:
+    name, numbers = _judge_confidence(calibration)
+    errors, fitted = calibration["errors"]["equal_mass"], calibration["temperature"]
+    if name not in ("sound", verdict):
+        yield name, numbers
+    if name == "sound" and errors["ece"] > errors["if_calibrated"]["high"]:
+        yield "uneven_confidence", {"ece": errors["ece"], "if_calibrated": errors["if_calibrated"]}
     scale = fitted["temperature"]
-    if scale and (scale["low"] > 1 or scale["high"] < 1) and fitted["nll_change"]["high"] < 0:
-        says = (
-            f"Dividing the scores by {scale['mean']:.2f} mends part of it: on pairs that this was not fitted on, the "
-            f"loss goes from {fitted['before']['nll']['mean']:.3f} to {fitted['after']['nll']['mean']:.3f}."
-        )
-        yield _finding("temperature_helps", False, says, temperature=scale, nll_change=fitted["nll_change"])
+    if scale and (scale["low"] > 1 or scale["high"] < 1) and _side(fitted["nll_change"]) < 0:
+        losses = {when: fitted[when]["nll"] for when in ("before", "after")}
+        yield "temperature_helps", {"temperature": scale, "nll_change": fitted["nll_change"], **losses}
 
 
-def _find_groups(analysis: dict[str, Any]) -> Iterator[Finding]:
-    parts = analysis["breakdowns"]
-    if analysis["overall"]["accuracy"]["low"] > 0.5:
-        for part in parts["subset"]:
-            if part["accuracy"]["low"] <= 0.5 and len(parts["subset"]) > 1:
-                says = f"On {part['name']} alone it is not seen to be better than a coin: {percent(part['accuracy'])}."
-                yield _finding("subset_at_chance", False, says, subset=part["name"], accuracy=part["accuracy"])
-    chosen, rejected, _ = (part["accuracy"] for part in parts["refusal"])
+def _find_groups(analysis: Row) -> Iterator[Sign]:
+    subsets = analysis["breakdowns"]["subset"]
+    if analysis["overall"]["accuracy"]["low"] > 0.5 and len(subsets) > 1:
+        for part in subsets:
+            if part["accuracy"]["low"] <= 0.5:
+                yield "subset_at_chance", {"subset": part["name"], "accuracy": part["accuracy"]}
+    chosen, rejected, _ = (part["accuracy"] for part in analysis["breakdowns"]["refusal"])
     if chosen and rejected:
         split = difference(Estimate(**chosen), Estimate(**rejected)).as_dict()
-        if split["low"] > 0 or split["high"] < 0:
-            word = "more" if split["low"] > 0 else "less"
-            says = (
-                f"It is {word} often right where the refusal is the chosen answer ({percent(chosen)}) than where it "
-                f"is the rejected one ({percent(rejected)})."
-            )
-            yield _finding("accuracy_depends_on_refusal", False, says, difference=split)
+        if _side(split):
+            yield "accuracy_depends_on_refusal", {"difference": split, "chosen": chosen, "rejected": rejected}
 
 
-def _find_probes(probes: dict[str, Any]) -> Iterator[Finding]:
-    swapped, moved = probes["swapped"]["higher"], probes["wrong_prompt"]
+def _find_probes(probes: Row) -> Iterator[Sign]:
+    swapped, invented = probes["swapped"]["higher"], probes["honesty"]["higher"]
     if swapped and 0.5 - BLIND < swapped["low"] <= 0.5 <= swapped["high"] < 0.5 + BLIND:
-        says = (
-            f"It ignores the prompt, as far as {swapped['n']} pairs can tell: the answer to another prompt gets a "
-            f"higher score than the right one in {percent(swapped)}."
-        )
-        if moved["accuracy"]:
-            says += f" Under a wrong prompt, its accuracy changes by {points(moved['change'])}."
-        yield _finding("ignores_the_prompt", True, says, swapped=swapped, wrong_prompt=moved)
+        yield "ignores_the_prompt", {"swapped": swapped, "wrong_prompt": probes["wrong_prompt"]}
     elif swapped and swapped["low"] > 0.5:
-        says = f"It prefers the answer to another prompt to the right one, in {percent(swapped)} of the cases."
-        yield _finding("prefers_other_answers", True, says, swapped=swapped)
-    for name, what in REWARDED_WHEN.items():
+        yield "prefers_other_answers", {"swapped": swapped}
+    for name in EDITS:
         higher = probes[name]["higher"]
         if higher and higher["low"] > REWARDED:
-            says = f"An answer gets a higher score when {what}: in {percent(higher)} of the cases."
-            yield _finding(f"rewards_{name}", True, says, higher=higher, change=probes[name]["change"])
-    invented = probes["honesty"]["higher"]
+            yield f"rewards_{name}", {"higher": higher, "change": probes[name]["change"]}
     if invented and invented["low"] > 0.5:
-        says = f"It prefers a fluent invention to an honest “I do not know” in {percent(invented)} of our examples."
-        yield _finding("rewards_invention", True, says, higher=invented)
+        yield "rewards_invention", {"higher": invented}

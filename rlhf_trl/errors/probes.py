@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ruamel.yaml import YAML
 
-from rlhf_trl.errors.pair_statistics import average, correct, gap, share
+from rlhf_trl.stats.pairs import average, correct, gap, share
 
 Messages = list[dict[str, str]]
-# (prompts, answers) -> scores, shape (N,)
-Score = Callable[[Sequence[Messages], Sequence[str]], np.ndarray]
+Row = dict[str, Any]
 
 PAIRS = 200
 FILLER = "I hope this helps! Please let me know if there is anything else that you would like to know."
@@ -28,28 +27,20 @@ EDITS: dict[str, Callable[[str], str]] = {
     "certainly": lambda answer: f"Certainly! {answer}",
 }
 _TEXTS = YAML(typ="safe", pure=True).load(Path(__file__).with_suffix(".yaml"))
-DESCRIPTIONS: dict[str, str] = {name: text["description"] for name, text in _TEXTS["probes"].items()}
-# Edit -> the end of the sentence "An answer gets a higher score when ...".
-REWARDED_WHEN: dict[str, str] = {name: _TEXTS["probes"][name]["rewarded_when"] for name in EDITS}
+DESCRIPTIONS: dict[str, str] = _TEXTS["probes"]
 # Questions that cannot be answered, each with an honest and an invented answer of about the same length.
 HONESTY: list[dict[str, str]] = _TEXTS["honesty"]
 
 
-def probe(
-    pairs: Sequence[dict[str, Any]],
-    scores: np.ndarray,
-    score: Score,
-    fits: Callable[[Messages, str], bool],
-    seed: int,
-) -> dict[str, Any]:
-    """Run every probe on at most `PAIRS` pairs.
+class Reader(NamedTuple):
+    """A reward model's scores of prompts and answers, (N,); and whether it can read a prompt and an answer."""
 
-    Args:
-        pairs: `prompt`, `chosen`, `rejected`; the first ones are taken.
-        scores: of the chosen and the rejected answers, finite, shape (N, 2).
-        score: the reward model.
-        fits: whether the model can read a prompt and an answer; what does not fit is skipped and counted.
-        seed: of the bootstrap.
+    score: Callable[[Sequence[Messages], Sequence[str]], np.ndarray]
+    fits: Callable[[Messages, str], bool]
+
+
+def probe(pairs: Sequence[Row], scores: np.ndarray, reader: Reader) -> dict[str, Row]:
+    """Run every probe on the first `PAIRS` pairs, whose scores are finite, (N, 2).
 
     Returns:
         For each probe `n`, `skipped`, `not_finite`, `higher` (how often the changed answer has the higher score, a tie
@@ -57,19 +48,15 @@ def probe(
         the right prompts, and `change`. Without any pair, `n` is 0.
     """
     pairs, scores = pairs[:PAIRS], scores[:PAIRS]
-    prompts = [pair["prompt"] for pair in pairs]
-    texts = [pair["chosen"] for pair in pairs]
+    prompts, texts = ([pair[key] for pair in pairs] for key in ("prompt", "chosen"))
     others = _other_prompts(prompts)
-    result = {
-        name: _compare(prompts, texts, scores[:, 0], [edit(text) for text in texts], score, fits, seed)
-        for name, edit in EDITS.items()
-    }
-    swapped = ["" if other is None else texts[other] for other in others]
-    result["swapped"] = _compare(prompts, texts, scores[:, 0], swapped, score, fits, seed)
+    changed = {name: [edit(text) for text in texts] for name, edit in EDITS.items()}
+    changed["swapped"] = ["" if other is None else texts[other] for other in others]
+    result = {name: _compare(prompts, texts, scores[:, 0], new, reader) for name, new in changed.items()}
     questions: list[Messages] = [[{"role": "user", "content": item["question"]}] for item in HONESTY]
     honest, invented = ([item[kind] for item in HONESTY] for kind in ("honest", "invented"))
-    result["honesty"] = _compare(questions, honest, score(questions, honest), invented, score, fits, seed)
-    result["wrong_prompt"] = _move(pairs, scores, others, score, fits, seed)
+    result["honesty"] = _compare(questions, honest, reader.score(questions, honest), invented, reader)
+    result["wrong_prompt"] = _move(pairs, gap(scores), others, reader)
     return result
 
 
@@ -82,56 +69,42 @@ def _other_prompts(prompts: Sequence[Messages]) -> list[int | None]:
     ]
 
 
-def _compare(
-    prompts: Sequence[Messages],
-    before: Sequence[str],
-    scores: np.ndarray,
-    after: Sequence[str],
-    score: Score,
-    fits: Callable[[Messages, str], bool],
-    seed: int,
-) -> dict[str, Any]:
-    usable = [row for row, text in enumerate(after) if text and text != before[row] and fits(prompts[row], text)]
-    changed = score([prompts[row] for row in usable], [after[row] for row in usable]) - scores[usable]
-    finite = np.isfinite(changed)
-    counts = {"n": int(finite.sum()), "skipped": len(after) - len(usable), "not_finite": int((~finite).sum())}
-    if not finite.any():
+def _compare(prompts: Sequence[Messages], before: Sequence[str], scores: np.ndarray, after: Sequence[str],
+             reader: Reader) -> Row:  # fmt: skip
+    """Compare the scores of answers before and after a change."""
+    rows = [row for row, text in enumerate(after) if text and text != before[row] and reader.fits(prompts[row], text)]
+    change = reader.score([prompts[row] for row in rows], [after[row] for row in rows]) - scores[rows]
+    names, counts, finite = _usable([prompts[row] for row in rows], change, len(after))
+    if not counts["n"]:
         return {**counts, "higher": None, "change": None, "why_not": "there is no answer to change"}
-    names = np.array([str(prompts[row]) for row in usable])[finite]
-    return {
-        **counts,
-        "higher": share(correct(changed[finite]), names).as_dict(),
-        "change": average(changed[finite], names, seed).as_dict(),
-    }
+    higher = share(correct(change[finite]), names).as_dict()
+    return {**counts, "higher": higher, "change": average(change[finite], names).as_dict()}
 
 
-def _move(
-    pairs: Sequence[dict[str, Any]],
-    scores: np.ndarray,
-    others: Sequence[int | None],
-    score: Score,
-    fits: Callable[[Messages, str], bool],
-    seed: int,
-) -> dict[str, Any]:
+def _move(pairs: Sequence[Row], margins: np.ndarray, others: Sequence[int | None], reader: Reader) -> Row:
     """Score both answers of each pair under another pair's prompt."""
     usable = [
-        (row, other)
+        (row, pairs[other]["prompt"])
         for row, other in enumerate(others)
-        if other is not None and all(fits(pairs[other]["prompt"], pairs[row][side]) for side in ("chosen", "rejected"))
+        if other is not None
+        and all(reader.fits(pairs[other]["prompt"], pairs[row][side]) for side in ("chosen", "rejected"))
     ]
-    prompts = [pairs[other]["prompt"] for _, other in usable]
-    moved = [score(prompts, [pairs[row][side] for row, _ in usable]) for side in ("chosen", "rejected")]
-    margin = np.subtract(*moved)
-    finite = np.isfinite(margin)
-    counts = {"n": int(finite.sum()), "skipped": len(pairs) - len(usable), "not_finite": int((~finite).sum())}
-    if not finite.any():
+    rows, prompts = [row for row, _ in usable], [prompt for _, prompt in usable]
+    chosen, rejected = (reader.score(prompts, [pairs[row][side] for row in rows]) for side in ("chosen", "rejected"))
+    names, counts, finite = _usable([pairs[row]["prompt"] for row in rows], chosen - rejected, len(pairs))
+    if not counts["n"]:
         return {**counts, "accuracy": None, "why_not": "there is no other prompt to move an answer to"}
-    rows = [row for row, _ in usable]
-    names = np.array([str(pairs[row]["prompt"]) for row in rows])[finite]
-    after, before = correct(margin[finite]), correct(gap(scores)[rows][finite])
+    after, before = correct((chosen - rejected)[finite]), correct(margins[rows][finite])
     return {
         **counts,
         "accuracy": share(after, names).as_dict(),
         "accuracy_before": share(before, names).as_dict(),
-        "change": average(after - before, names, seed).as_dict(),
+        "change": average(after - before, names).as_dict(),
     }
+
+
+def _usable(prompts: Sequence[Messages], values: np.ndarray, tried: int) -> tuple[np.ndarray, Row, np.ndarray]:
+    """Count what can be used: the prompts of the finite values, the counts, and which values are finite."""
+    finite = np.isfinite(values)
+    counts = {"n": int(finite.sum()), "skipped": tried - len(values), "not_finite": int((~finite).sum())}
+    return np.array([str(prompt) for prompt in prompts])[finite], counts, finite

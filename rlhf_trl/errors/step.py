@@ -13,40 +13,36 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from rlhf_trl.errors.analysis import SIDES, analyse, tabulate
 from rlhf_trl.errors.figures import draw
-from rlhf_trl.errors.findings import find, points
-from rlhf_trl.errors.pair_statistics import average, correct, share
-from rlhf_trl.errors.probes import Messages, Score, probe
-from rlhf_trl.errors.text_report import render
+from rlhf_trl.errors.findings import find
+from rlhf_trl.errors.probes import Messages, Reader, probe
+from rlhf_trl.errors.text import points, render
 from rlhf_trl.models.base import encode
-from rlhf_trl.models.rewards import RewardModel, load_reward_model
+from rlhf_trl.models.rewards import load_reward_model, score_pairs
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json, write_jsonl, write_text
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.intervals import holm
+from rlhf_trl.stats.pairs import average, correct, share
 
 logger = logging.getLogger(__name__)
 
-Pair = dict[str, Any]
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Examined:
-    """What is found out about one reward model."""
+class Examined(NamedTuple):
+    """What is found out about one reward model: the content of `scores.jsonl`, of the analysis, and the examples."""
 
     rows: list[Row]
-    """For `scores.jsonl`, in the order of the pairs."""
-    analysis: dict[str, Any]
+    analysis: Row
     examples: list[Row]
 
 
@@ -66,34 +62,36 @@ def errors(recipe: Recipe, run: RunDir) -> None:
         remedy = "raise `data.test_fraction` or `data.max_rows`, then run `prepare` again"
         raise UserError(str(run.pairs("test")), "there are no held-out pairs", remedy)
     tables = {stage: _analyse_stage(recipe, run, stage, pairs) for stage in recipe.reward_stages}
-    write_json(run.reward_comparison, compare(tables, recipe.seed))
+    write_json(run.reward_comparison, compare(tables))
 
 
-def choose_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
+def choose_pairs(pairs: Sequence[Row], count: int, seed: int) -> list[Row]:
     """Choose pairs by a seeded hash of their content, so that their order in the file does not matter."""
 
-    def rank(pair: Pair) -> str:
+    def rank(pair: Row) -> str:
         content = json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]], sort_keys=True)
         return hashlib.sha256(f"{seed} {content}".encode()).hexdigest()
 
     return sorted(pairs, key=rank)[:count]
 
 
-def _analyse_stage(recipe: Recipe, run: RunDir, stage: str, pairs: Sequence[Pair]) -> list[Row]:
-    model = load_reward_model(recipe, run, stage)
-    batch = recipe.evaluation.score_batch_size
-    progress = tqdm(desc=f"{stage}: scores", unit=" texts", leave=False)
+def _analyse_stage(recipe: Recipe, run: RunDir, stage: str, pairs: Sequence[Row]) -> list[Row]:
+    model, batch = load_reward_model(recipe, run, stage), recipe.evaluation.score_batch_size
 
     def score(prompts: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
-        scores = model.score(prompts, answers, [True] * len(answers), batch).double().numpy()
         progress.update(len(answers))
-        return scores
+        return model.score(prompts, answers, [True] * len(answers), batch).double().numpy()
 
     def fits(prompt: Messages, answer: str) -> bool:
         return sum(map(len, encode(model.tokenizer, prompt, answer))) <= recipe.data.max_length
 
-    with progress:
-        found = examine(pairs, score, _count_tokens(model, pairs), fits, recipe.errors.examples, recipe.seed, stage)
+    with tqdm(desc=f"{stage}: scores", unit=" texts", leave=False) as progress:
+        scores, tokens = score_pairs(model, pairs, batch)
+        progress.update(scores.size)
+        if not np.isfinite(scores).all(axis=1).any():
+            remedy = "train it again with a smaller learning rate, and look at its training_curves.png"
+            raise UserError(stage, "no held-out pair has two finite scores", remedy)
+        found = examine(pairs, scores, tokens, Reader(score, fits), recipe.errors.examples, recipe.seed)
     write_jsonl(run.scores(stage), found.rows)
     write_jsonl(run.error_examples(stage), found.examples)
     write_json(run.error_analysis(stage), {"stage": stage, **found.analysis})
@@ -105,69 +103,38 @@ def _analyse_stage(recipe: Recipe, run: RunDir, stage: str, pairs: Sequence[Pair
     return found.rows
 
 
-def _count_tokens(model: RewardModel, pairs: Sequence[Pair]) -> np.ndarray:
-    """Count the tokens of prompt, chosen and rejected answer, the end token included. -> (N, 3)."""
-    counts = []
-    for pair in pairs:
-        prompt, chosen = encode(model.tokenizer, pair["prompt"], pair["chosen"])
-        counts.append((len(prompt), len(chosen), len(encode(model.tokenizer, pair["prompt"], pair["rejected"])[1])))
-    return np.array(counts)
-
-
 def examine(
-    pairs: Sequence[Pair],
-    score: Score,
-    tokens: np.ndarray,
-    fits: Callable[[Messages, str], bool],
-    examples: int,
-    seed: int,
-    where: str,
+    pairs: Sequence[Row], scores: np.ndarray, tokens: np.ndarray, reader: Reader, examples: int, seed: int
 ) -> Examined:
-    """Score the pairs and their probes, and analyse the scores.
+    """Analyse the scores of pairs, (N, 2), of which one pair or more has two finite ones, and probe the reward model.
 
     Args:
-        pairs: `prompt`, `chosen`, `rejected`, `subset`, `row`; at least one.
-        score: the reward model.
-        tokens: of the prompt, the chosen and the rejected answer, shape (N, 3).
-        fits: whether the model can read a prompt and an answer.
+        tokens: of the prompt, the chosen and the rejected answer, (N, 3).
         examples: number of pairs of each kind to show.
-        seed: of the bootstrap.
-        where: what is examined, for messages.
-
-    Raises:
-        UserError: no pair has two finite scores.
+        seed: of the simulated calibration errors.
     """
-    prompts = [pair["prompt"] for pair in pairs]
-    scores = np.column_stack([score(prompts, [pair[side] for pair in pairs]) for side in SIDES])
+    rows = tabulate(pairs, scores, tokens)
     finite = np.isfinite(scores).all(axis=1)
-    if not finite.any():
-        remedy = "train it again with a smaller learning rate, and look at its training_curves.png"
-        raise UserError(where, "no held-out pair has two finite scores", remedy)
-    rows = tabulate(pairs, scores[:, 0].tolist(), scores[:, 1].tolist(), tokens)
-    analysis = analyse(rows, seed)
     usable = [pair for pair, good in zip(pairs, finite, strict=True) if good]
-    analysis["probes"] = probe(usable, scores[finite], score, fits, seed)
+    analysis = analyse(rows, seed)
+    analysis["probes"] = probe(usable, scores[finite], reader)
     analysis["findings"] = find(analysis)
     analysis["examples_asked"] = examples
     return Examined(rows, analysis, choose_examples(pairs, rows, examples))
 
 
-def choose_examples(pairs: Sequence[Pair], rows: Sequence[Row], count: int) -> list[Row]:
+def choose_examples(pairs: Sequence[Row], rows: Sequence[Row], count: int) -> list[Row]:
     """Take the most confident errors, the nearest ties and the most confident right ones, each with its texts."""
-    both = [(pair, row) for pair, row in zip(pairs, rows, strict=True) if row["margin"] is not None]
+    texts = ({key: pair[key] for key in ("prompt", *SIDES)} for pair in pairs)
+    both = [{**row, **text} for row, text in zip(rows, texts, strict=True) if row["margin"] is not None]
+    both.sort(key=_names)  # equal margins stay in this order
     kinds = {
-        "confident_error": ([item for item in both if item[1]["margin"] < 0], 1),
-        "near_tie": (both, 0),
-        "confident_right": ([item for item in both if item[1]["margin"] > 0], -1),
+        "confident_error": sorted((row for row in both if row["margin"] < 0), key=lambda row: row["margin"]),
+        "near_tie": sorted(both, key=lambda row: abs(row["margin"])),
+        "confident_right": sorted((row for row in both if row["margin"] > 0), key=lambda row: -row["margin"]),
     }
-    found = []
-    for kind, (items, sign) in kinds.items():
-        # By the margin, or by its size; then by content.
-        items.sort(key=lambda item: (sign * item[1]["margin"] if sign else abs(item[1]["margin"]), _names(item[1])))
-        for rank, (pair, row) in enumerate(items[:count], start=1):
-            texts = {key: pair[key] for key in ("prompt", *SIDES)}
-            found.append({**row, **texts, "kind": kind, "rank": rank})
-    return found
+    return [{**row, "kind": kind, "rank": rank} for kind, ordered in kinds.items()
+            for rank, row in enumerate(ordered[:count], start=1)]  # fmt: skip
 
 
 def _names(row: Row) -> tuple[str, ...]:
@@ -177,19 +144,17 @@ def _names(row: Row) -> tuple[str, ...]:
 # --- several reward models -------------------------------------------------------------------------------------------
 
 
-def compare(tables: dict[str, list[Row]], seed: int) -> dict[str, Any]:
+def compare(tables: dict[str, list[Row]]) -> Row:
     """Compare every two reward models on the pairs that both have finite scores for.
 
-    McNemar's exact test asks whether the pairs that only one of the two gets right fall to one side more often than
-    a fair coin would. It takes one pair of each prompt, and counts a tie as wrong. Its p values are corrected for the
+    McNemar's exact test takes one pair of each prompt and counts a tie as wrong; its p values are corrected for the
     number of comparisons (Holm 1979).
 
     Args:
         tables: stage -> rows of `scores.jsonl`, the same pairs in the same order.
-        seed: of the bootstrap.
     """
     comparisons = [
-        {"first": first, "second": second, **_compare(tables[first], tables[second], seed)}
+        {"first": first, "second": second, **_compare(tables[first], tables[second])}
         for first, second in itertools.combinations(tables, 2)
     ]
     tests = [found["mcnemar"] for found in comparisons if found["mcnemar"]]
@@ -197,11 +162,10 @@ def compare(tables: dict[str, list[Row]], seed: int) -> dict[str, Any]:
         test["p_holm"] = p
     for found in comparisons:
         found["says"] = _say(found, len(tests))
-    why = {} if comparisons else {"why_empty": "the recipe has one reward stage"}
-    return {"stages": list(tables), "comparisons": comparisons, **why}
+    return {"stages": list(tables), "comparisons": comparisons}
 
 
-def _compare(first: Sequence[Row], second: Sequence[Row], seed: int) -> dict[str, Any]:
+def _compare(first: Sequence[Row], second: Sequence[Row]) -> Row:
     both = [(a, b) for a, b in zip(first, second, strict=True) if None not in (a["margin"], b["margin"])]
     if not both:
         return {"pairs": 0, "mcnemar": None, "difference": None, "why_not": "no pair has finite scores from both"}
@@ -214,17 +178,14 @@ def _compare(first: Sequence[Row], second: Sequence[Row], seed: int) -> dict[str
         "pairs": len(both),
         "not_finite": len(first) - len(both),
         "accuracy": [share(right[:, side], prompts).as_dict() for side in (0, 1)],
-        "difference": average(right[:, 0] - right[:, 1], prompts, seed).as_dict(),
+        "difference": average(right[:, 0] - right[:, 1], prompts).as_dict(),
         "agreement": share(np.sign(margins[:, 0]) == np.sign(margins[:, 1]), prompts).as_dict(),
         "mcnemar": mcnemar(margins[once, 0] > 0, margins[once, 1] > 0),
     }
 
 
-def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """Test exactly whether two models are right equally often on the same pairs (McNemar 1947).
-
-    Args:
-        first, second: whether each is right, shape (N,).
+def mcnemar(first: np.ndarray, second: np.ndarray) -> Row:
+    """Test exactly whether two models are right equally often on the same pairs (McNemar 1947), (N,) and (N,).
 
     Returns:
         The pairs that only the first and only the second gets right, and the two-sided p.
@@ -237,16 +198,14 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     return {"pairs": len(first), "only_first_right": only_first, "only_second_right": only_second, "p": p}
 
 
-def _say(found: dict[str, Any], tests: int) -> str:
-    if not found["mcnemar"]:
-        return f"{found['first']} and {found['second']} cannot be compared: {found['why_not']}."
+def _say(found: Row, tests: int) -> str:
+    first, second, test = found["first"], found["second"], found["mcnemar"]
+    if not test:
+        return f"{first} and {second} cannot be compared: {found['why_not']}."
     corrected = f", corrected for {tests} comparisons" if tests > 1 else ""
-    numbers = f"{points(found['difference'])}, p = {found['mcnemar']['p_holm']:.3g}{corrected}"
-    if found["mcnemar"]["p_holm"] >= 0.05:
-        return f"No difference is seen between {found['first']} and {found['second']}: {numbers}."
-    ahead = found["mcnemar"]["only_first_right"] > found["mcnemar"]["only_second_right"]
-    better, worse = ("first", "second") if ahead else ("second", "first")
-    return (
-        f"{found[better]} is right more often than {found[worse]}: {found['first']} minus {found['second']} is "
-        f"{numbers}."
-    )
+    numbers = f"{points(found['difference'])}, p = {test['p_holm']:.3g}{corrected}"
+    if test["p_holm"] >= 0.05:
+        return f"No difference is seen between {first} and {second}: {numbers}."
+    ahead = test["only_first_right"] > test["only_second_right"]
+    better, worse = (first, second) if ahead else (second, first)
+    return f"{better} is right more often than {worse}: {first} minus {second} is {numbers}."

@@ -33,13 +33,14 @@ from rlhf_trl.evaluate.measure import Measurements
 from rlhf_trl.evaluate.trade_off import build_over_optimisation, build_pareto
 from rlhf_trl.models.base import recorded_tokenizer, start_path
 from rlhf_trl.models.policies import Policies
-from rlhf_trl.models.rewards import RewardModel, load_reward_model
+from rlhf_trl.models.rewards import RewardModel, load_reward_model, score_pairs
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.intervals import estimate_mean, estimate_ratio, wilson
-from rlhf_trl.stats.trust import length_rule
+from rlhf_trl.stats.pairs import compare_with_rule, measure_accuracy
+from rlhf_trl.text.names import prompt_id
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HISTOGRAM_BINS = 30
@@ -199,37 +200,18 @@ def conclude(recipe: Recipe, metrics: Row, pareto: Row | None, over: Row) -> Row
 
 
 def measure_reward_model(recipe: Recipe, run: RunDir, name: str, rewards: RewardModel) -> Row:
-    """Measure accuracy on the held-out pairs, ties half, beside "the longer answer is chosen" on the same pairs, by
-    subset."""
+    """Measure accuracy on all held-out pairs and by subset, as `errors` does on those that it analyses."""
     pairs = read_jsonl(run.pairs("test"))
-    prompts, finished = [pair["prompt"] for pair in pairs], [True] * len(pairs)
-    batch = recipe.evaluation.score_batch_size
-    chosen, rejected = (
-        rewards.score(prompts, [pair[side] for pair in pairs], finished, batch) for side in ("chosen", "rejected")
-    )
-    right = ((chosen > rejected).double() + 0.5 * (chosen == rejected)).tolist()
-    longer = [_longer(pair) for pair in pairs]
-    subsets = sorted({pair["subset"] for pair in pairs})
-    result: Row = {"stage": name, "ties": int((chosen == rejected).sum()), "subsets": {}}
-    for subset in ("all", *subsets):
-        rows = [index for index, pair in enumerate(pairs) if subset in ("all", pair["subset"])]
-        entry = {
-            "accuracy": wilson(sum(right[row] for row in rows), len(rows)).as_dict(),
-            "length_baseline": wilson(sum(longer[row] for row in rows), len(rows)).as_dict(),
-            "over_baseline": estimate_mean([right[row] - longer[row] for row in rows]).as_dict(),
-            "length_rule": length_rule(np.array(right)[rows], np.array(longer)[rows]),
-        }
-        if subset == "all":
-            result |= entry
-        else:
-            result["subsets"][subset] = entry
-    result["margin"] = estimate_mean((chosen - rejected).tolist()).as_dict()
-    return result
-
-
-def _longer(pair: Row) -> float:
-    chosen, rejected = len(pair["chosen"]), len(pair["rejected"])
-    return 0.5 if chosen == rejected else float(chosen > rejected)
+    scores, tokens = score_pairs(rewards, pairs, recipe.evaluation.score_batch_size)
+    prompts = np.array([prompt_id(pair["prompt"]) for pair in pairs])
+    subsets = np.array([pair["subset"] for pair in pairs])
+    parts = {subset: subsets == subset for subset in np.unique(subsets).tolist()}
+    return {
+        "stage": name,
+        **measure_accuracy(scores, tokens[:, 1:], prompts),
+        "length_rule": compare_with_rule(scores, tokens[:, 1:], prompts),
+        "subsets": {key: measure_accuracy(scores[at], tokens[at, 1:], prompts[at]) for key, at in parts.items()},
+    }
 
 
 def _draw(recipe: Recipe, run: RunDir, results: Mapping[Path, Any]) -> None:

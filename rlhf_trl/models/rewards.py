@@ -6,12 +6,13 @@ is switched on there; any other reward model is loaded for itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from peft import PeftModel
@@ -70,6 +71,26 @@ class RewardModel:
             logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
             scores[rows] = logits.squeeze(-1).float().cpu()
         return scores
+
+
+def score_pairs(
+    reward: RewardModel, pairs: Sequence[Mapping[str, Any]], batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score both answers of labelled pairs (`prompt`, `chosen`, `rejected`), and count tokens.
+
+    Returns:
+        The scores of the chosen and the rejected answer, (N, 2); the tokens of the prompt, the chosen and the rejected
+        answer, with its end token, (N, 3).
+    """
+    prompts, finished = [pair["prompt"] for pair in pairs], [True] * len(pairs)
+    answers = {side: [pair[side] for pair in pairs] for side in ("chosen", "rejected")}
+    scores = [reward.score(prompts, texts, finished, batch_size).double().numpy() for texts in answers.values()]
+    encoded = [
+        [encode(reward.tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        for texts in answers.values()
+    ]
+    lengths = [[len(start) for start, _ in encoded[0]], *([len(answer) for _, answer in side] for side in encoded)]
+    return np.column_stack(scores), np.column_stack(lengths)
 
 
 def score_completions(

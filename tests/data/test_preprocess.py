@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import Indel
 
 from rlhf_trl.data.hh import Pair, Reason
-from rlhf_trl.data.preprocess import fit, prepare, prompt_id
+from rlhf_trl.data.preprocess import fit, prepare
 from rlhf_trl.data.split import prompt_keys, split
 from rlhf_trl.models.base import encode, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.text.names import prompt_id
 
 TEXTS = [f"Question number {i}, how are you?" for i in range(60)]
 

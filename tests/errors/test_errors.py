@@ -15,11 +15,12 @@ from conftest import shared
 from scipy.special import ndtri
 
 from rlhf_trl.data.hh import RowError, normalise
-from rlhf_trl.errors.analysis import analyse, tabulate
+from rlhf_trl.errors import step
+from rlhf_trl.errors.analysis import SIDES, analyse, tabulate
 from rlhf_trl.errors.figures import draw
-from rlhf_trl.errors.probes import HONESTY
-from rlhf_trl.errors.step import choose_pairs, compare, errors, examine, mcnemar
-from rlhf_trl.errors.text_report import render
+from rlhf_trl.errors.probes import HONESTY, Reader
+from rlhf_trl.errors.step import choose_pairs, compare, errors, examine
+from rlhf_trl.errors.text import render
 from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
@@ -35,6 +36,7 @@ VERDICTS = {
     "reversed": "worse than a coin",
     "sound": "No sign of a wrong confidence",
 }
+SIGNS = {"chosen": 1, "rejected": -1}
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +54,8 @@ def hh_pairs():
 
 
 def made_pairs(count):
-    prompts = [[{"role": "user", "content": f"Question {number}?"}] for number in range(count)]
-    return [
-        {
-            "prompt": prompt,
-            "chosen": f"A good answer to {row}.",
-            "rejected": f"Bad {row}",
-            "subset": "made",
-            "row": row,
-        }
-        for row, prompt in enumerate(prompts)
-    ]
+    return [{"prompt": [{"role": "user", "content": f"Question {row}?"}], "chosen": f"A good answer to {row}.",
+             "rejected": f"Bad {row}", "subset": "made", "row": row} for row in range(count)]  # fmt: skip
 
 
 def words(pairs):
@@ -80,9 +73,7 @@ def noise(*texts):
 
 def build_scorers(pairs):
     """Scorers of one answer; `sound` has margins with mean m and variance 2 m, so that sigma(margin) is right."""
-    label = {
-        (str(pair["prompt"]), pair[side]): sign for pair in pairs for side, sign in (("chosen", 1), ("rejected", -1))
-    }
+    label = {(str(pair["prompt"]), pair[side]): sign for pair in pairs for side, sign in SIGNS.items()}
 
     def knows(prompt, answer):
         return label.get((str(prompt), answer), 0)
@@ -101,15 +92,33 @@ def build_scorers(pairs):
     }
 
 
+def score_all(pairs, scorer):
+    return np.array([[scorer(pair["prompt"], pair[side]) for side in SIDES] for pair in pairs], dtype=float)
+
+
 def examine_with(pairs, scorer, examples=20, fits=lambda prompt, answer: True):
     def score(prompts, answers):
         return np.array([scorer(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)], dtype=float)
 
-    return examine(pairs, score, words(pairs), fits, examples, 0, "rm")
+    return examine(pairs, score_all(pairs, scorer), words(pairs), Reader(score, fits), examples, 0)
+
+
+@pytest.fixture(scope="module")
+def sound(hh_pairs):
+    return build_scorers(hh_pairs)["sound"]
+
+
+@pytest.fixture(scope="module")
+def examined(hh_pairs, sound):
+    return examine_with(hh_pairs, sound)
 
 
 def names_of(found):
     return [finding["name"] for finding in found.analysis["findings"]]
+
+
+def report_of(found):
+    return render("rm", found.analysis, found.examples)
 
 
 # --- what the words say ----------------------------------------------------------------------------------------------
@@ -119,23 +128,21 @@ def names_of(found):
 def test_synthetic_scorers_are_told_apart_in_words(hh_pairs, name):
     found = examine_with(hh_pairs, build_scorers(hh_pairs)[name])
     assert names_of(found)[0] == name
-    report = render("rm", found.analysis, found.examples)
-    top = " ".join(report.split("FINDINGS")[1].split("HOW TO READ")[0].split())
+    assert all(finding["rests_on"] or finding["name"] == "nothing_else" for finding in found.analysis["findings"])
+    top = " ".join(report_of(found).split("FINDINGS")[1].split("HOW TO READ")[0].split())
     verdict = found.analysis["findings"][0]["says"]
     assert top.split("by chance.) ")[1][2:].startswith(verdict)
     assert [key for key, phrase in VERDICTS.items() if phrase in verdict] == [name]
-    others = set(names_of(found)[1:])
-    assert ("prefers_longer" in others) == (name == "length_only")
-    assert ("ignores_the_prompt" in others) == (name in ("random", "length_only"))
-    assert ("rewards_filler" in others) == (name == "length_only")
-    assert ("no_better_than_length" in others) == (name in ("random", "length_only", "reversed"))
+    others = {
+        "prefers_longer": ["length_only"],
+        "ignores_the_prompt": ["random", "length_only"],
+        "rewards_filler": ["length_only"],
+        "no_better_than_length": ["random", "length_only", "reversed"],
+    }
+    assert set(others) & set(names_of(found)) == {other for other, named in others.items() if name in named}
     json.dumps(found.analysis, allow_nan=False)
-
-
-def test_every_finding_rests_on_numbers(hh_pairs):
-    for finding in examine_with(hh_pairs, build_scorers(hh_pairs)["length_only"]).analysis["findings"]:
-        assert finding["rests_on"]
-        assert finding["says"].endswith(".")
+    few = "20 were asked for. The model prefers the rejected answer in 0 pairs: all here."
+    assert (few in report_of(found)) == (name == "perfect")
 
 
 def test_nothing_significant_is_said(hh_pairs):
@@ -143,22 +150,16 @@ def test_nothing_significant_is_said(hh_pairs):
     pairs = hh_pairs[:120]
     found = examine_with(pairs, build_scorers(pairs)["sound"])
     assert names_of(found) == ["sound", "better_than_length", "nothing_else"]
-    report = render("rm", found.analysis, found.examples)
-    assert "Nothing else is significant" in report
+    assert "Nothing else is significant" in report_of(found)
 
 
-def test_coarse_scores_are_named(hh_pairs):
-    scorer = build_scorers(hh_pairs)["sound"]
-    found = examine_with(hh_pairs, lambda prompt, answer: round(scorer(prompt, answer)))
+def test_coarse_scores_and_a_preference_for_fluent_inventions_are_named(hh_pairs, sound):
+    found = examine_with(hh_pairs, lambda prompt, answer: round(sound(prompt, answer)))
     assert "ties" in names_of(found)
     overall = found.analysis["overall"]
     assert overall["accuracy"]["mean"] == pytest.approx(overall["strict"]["mean"] + overall["ties"] / overall["n"] / 2)
-
-
-def test_a_preference_for_fluent_inventions_is_named(hh_pairs):
     invented = {item["invented"] for item in HONESTY}
-    scorer = build_scorers(hh_pairs)["sound"]
-    found = examine_with(hh_pairs, lambda prompt, answer: 9 * (answer in invented) + scorer(prompt, answer))
+    found = examine_with(hh_pairs[:9], lambda prompt, answer: 9 * (answer in invented) + sound(prompt, answer))
     assert "rewards_invention" in names_of(found)
     assert found.analysis["probes"]["honesty"]["higher"]["mean"] == 1
 
@@ -166,54 +167,46 @@ def test_a_preference_for_fluent_inventions_is_named(hh_pairs):
 # --- invariance ------------------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_the_pairs_changes_nothing(hh_pairs):
-    scorer = build_scorers(hh_pairs)["sound"]
+def test_the_order_of_the_pairs_changes_nothing(hh_pairs, sound):
     shuffled = random.Random(1).sample(hh_pairs, len(hh_pairs))
-    first, second = (examine_with(choose_pairs(pairs, 200, 3), scorer) for pairs in (hh_pairs, shuffled))
+    first, second = (examine_with(choose_pairs(pairs, 200, 3), sound) for pairs in (hh_pairs, shuffled))
     assert json.dumps(second.analysis) == json.dumps(first.analysis)
     assert (second.rows, second.examples) == (first.rows, first.examples)
     rows = random.Random(2).sample(first.rows, 200)
     kept = {key: first.analysis[key] for key in analyse(rows, 0)}
     assert json.dumps(analyse(rows, 0), sort_keys=True) == json.dumps(kept, sort_keys=True)
-    assert render("rm", first.analysis, first.examples) == render("rm", second.analysis, second.examples)
+    read_again = json.loads(json.dumps(first.analysis, sort_keys=True))
+    assert report_of(first) == report_of(second) == render("rm", read_again, first.examples)
 
 
 def test_swapping_the_sides_turns_the_analysis_around(hh_pairs):
     pairs = hh_pairs[:200]
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
-    scores = np.array([[noise(pair["prompt"], pair[side]) for side in ("chosen", "rejected")] for pair in pairs])
-    found = analyse(tabulate(pairs, *scores.T, words(pairs)), 0)
-    turned = analyse(tabulate(swapped, *scores.T[::-1], words(swapped)), 0)
+    found, turned = (analyse(tabulate(of, score_all(of, noise), words(of)), 0) for of in (pairs, swapped))
     assert turned["overall"]["accuracy"]["mean"] == pytest.approx(1 - found["overall"]["accuracy"]["mean"])
     assert turned["scores"]["chosen"] == found["scores"]["rejected"]
     for unit in ("tokens", "characters"):
-        assert turned["length"][unit]["prefers_longer"]["model"] == pytest.approx(
-            found["length"][unit]["prefers_longer"]["model"]
-        )
+        model, turned_model = (each["length"][unit]["prefers_longer"]["model"] for each in (found, turned))
+        assert turned_model == pytest.approx(model)
         cells, turned_cells = (each["breakdowns"][f"length_difference_{unit}"] for each in (found, turned))
         assert [cell["n"] for cell in turned_cells] == [cell["n"] for cell in cells[::-1]]
     # The drawn order is of the texts, whichever of them was chosen.
-    for key in ("n", "predicted"):
-        drawn, turned_drawn = (
-            [part[key] for part in each["calibration"]["tables"]["random_order"]] for each in (found, turned)
-        )
-        assert turned_drawn == pytest.approx(drawn)
+    for part, same in zip(*(each["calibration"]["tables"]["random_order"] for each in (found, turned)), strict=True):
+        assert (part["n"], part["predicted"]) == (same["n"], pytest.approx(same["predicted"]))
 
 
 def test_adding_a_constant_to_all_scores_moves_only_the_scores(hh_pairs):
     pairs = hh_pairs[:150]
-    scores = np.array([[round(8 * noise(p["prompt"], p[s])) / 8 for s in ("chosen", "rejected")] for p in pairs])
-    found, moved = (analyse(tabulate(pairs, *(scores + add).T, words(pairs)), 0) for add in (0, 16))
-    for key in ("pairs", "overall", "breakdowns", "calibration"):
-        assert moved[key] == found[key]
-    for key in ("margin_histogram", "auc", "nll", "brier"):
-        assert moved["scores"][key] == found["scores"][key]
+    scores = np.round(8 * score_all(pairs, noise)) / 8
+    found, moved = (analyse(tabulate(pairs, scores + add, words(pairs)), 0) for add in (0, 16))
+    assert all(moved[key] == found[key] for key in ("pairs", "overall", "breakdowns", "calibration"))
+    assert all(moved["scores"][key] == found["scores"][key] for key in ("margin_histogram", "auc", "nll", "brier"))
     assert moved["scores"]["margin"]["mean"] == found["scores"]["margin"]["mean"]
     assert moved["scores"]["chosen"]["mean"]["mean"] == found["scores"]["chosen"]["mean"]["mean"] + 16
 
 
-def test_groups_hold_every_pair_once(hh_pairs):
-    found = examine_with(hh_pairs, build_scorers(hh_pairs)["sound"]).analysis
+def test_groups_hold_every_pair_once(hh_pairs, examined):
+    found = examined.analysis
     for cells in found["breakdowns"].values():
         assert sum(cell["n"] for cell in cells) == len(hh_pairs)
         right = sum(cell["n"] * cell["accuracy"]["mean"] for cell in cells if cell["accuracy"])
@@ -226,36 +219,23 @@ def test_groups_hold_every_pair_once(hh_pairs):
     assert sum(found["scores"]["margin_histogram"]["counts"]) == len(hh_pairs)
 
 
-def test_pairs_that_share_a_prompt_widen_the_intervals(hh_pairs):
-    pairs = hh_pairs[:100]
-    copies = [{**pair, "row": 1000 * copy + pair["row"]} for copy in range(4) for pair in pairs]
-    scorer = build_scorers(pairs)["sound"]
-    found, often = (examine_with(each, scorer).analysis for each in (pairs, copies))
-    assert (often["pairs"]["analysed"], often["pairs"]["prompts"]) == (400, 100)
-    once, copied = found["overall"]["accuracy"], often["overall"]["accuracy"]
-    assert (copied["low"], copied["high"]) == pytest.approx((once["low"], once["high"]), abs=2e-3)
-
-
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_that_are_not_finite_are_counted_and_left_out(hh_pairs, tmp_path):
-    pairs, scorer = hh_pairs[:150], build_scorers(hh_pairs)["sound"]
+def test_scores_that_are_not_finite_are_counted_and_left_out(hh_pairs, sound, tmp_path):
+    pairs = hh_pairs[:150]
     broken = {pairs[3]["chosen"]: math.nan, pairs[7]["rejected"]: math.inf}
-    found = examine_with(pairs, lambda prompt, answer: broken.get(answer, 0) + scorer(prompt, answer))
-    rest = [pair for number, pair in enumerate(pairs) if number not in (3, 7)]
-    clean = examine_with(rest, scorer).analysis
+    found = examine_with(pairs, lambda prompt, answer: broken.get(answer, 0) + sound(prompt, answer))
+    clean = examine_with([pair for number, pair in enumerate(pairs) if number not in (3, 7)], sound).analysis
     assert found.analysis["pairs"]["not_finite"] == 2
     for key in ("overall", "breakdowns", "scores", "length", "calibration"):
         assert found.analysis[key] == clean[key]
     assert "not_finite" in names_of(found)
-    assert "2 of 150 pairs have a score" in render("rm", found.analysis, found.examples)
+    assert "2 of 150 pairs have a score" in report_of(found)
     assert (found.rows[3]["chosen_score"], found.rows[3]["margin"]) == (None, None)
     assert found.rows[3]["rejected_score"] is not None
     write_json(tmp_path / "analysis.json", found.analysis)
     write_jsonl(tmp_path / "scores.jsonl", found.rows)
-    with pytest.raises(UserError, match="two finite scores"):
-        examine_with(pairs, lambda prompt, answer: math.nan)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -264,10 +244,9 @@ def test_a_handful_of_pairs_is_enough_for_every_file(count, scorer, tmp_path):
     found = examine_with(made_pairs(count), scorer)
     write_json(tmp_path / "analysis.json", found.analysis)
     draw("rm", found.analysis, tmp_path / "plots.png")
-    report = render("rm", found.analysis, found.examples)
     assert "few_prompts" in names_of(found)
     assert found.analysis["pairs"]["analysed"] == count
-    assert f"There are only {count} prompt" in report
+    assert f"There are only {count} prompt" in report_of(found)
 
 
 # --- probes ----------------------------------------------------------------------------------------------------------
@@ -303,7 +282,7 @@ def test_what_does_not_fit_is_skipped_and_counted(hh_pairs):
     assert (found.analysis["probes"]["repeated"]["skipped"], too_long > 0) == (too_long, True)
     nothing = examine_with(pairs, lambda p, a: len(a), fits=lambda prompt, answer: False)
     assert all(part["n"] == 0 and part["why_not"] for part in nothing.analysis["probes"].values())
-    assert "wrong_prompt: no number" in render("rm", nothing.analysis, nothing.examples)
+    assert "wrong_prompt: no number" in report_of(nothing)
 
 
 def test_honest_and_invented_answers_are_alike_in_length():
@@ -315,55 +294,40 @@ def test_honest_and_invented_answers_are_alike_in_length():
 # --- examples and report ---------------------------------------------------------------------------------------------
 
 
-def test_examples_are_the_most_confident_errors_and_the_nearest_ties(hh_pairs):
-    found = examine_with(hh_pairs, build_scorers(hh_pairs)["sound"], examples=25)
-    margins = {
-        kind: [one["margin"] for one in found.examples if one["kind"] == kind]
-        for kind in ("confident_error", "near_tie", "confident_right")
-    }
-    everything = sorted(row["margin"] for row in found.rows)
-    assert margins["confident_error"] == everything[:25]
-    assert margins["confident_right"] == everything[:-26:-1]
-    assert margins["near_tie"] == sorted(everything, key=abs)[:25]
+def test_examples_are_the_most_confident_errors_and_the_nearest_ties(hh_pairs, examined):
+    found, everything = examined, sorted(row["margin"] for row in examined.rows)
+    expected = {"confident_error": everything[:20], "confident_right": everything[:-21:-1],
+                "near_tie": sorted(everything, key=abs)[:20]}  # fmt: skip
+    for kind, margins in expected.items():
+        assert [one["margin"] for one in found.examples if one["kind"] == kind] == margins
     by_row = {(pair["subset"], pair["row"]): pair for pair in hh_pairs}
     for one in found.examples:
         pair = by_row[one["subset"], one["row"]]
         assert all(one[key] == pair[key] for key in ("prompt", "chosen", "rejected"))
 
 
-def without_spaces(text):
-    return "".join(text.split())
-
-
-def test_the_report_shows_errors_in_full(hh_pairs):
-    found = examine_with(hh_pairs, build_scorers(hh_pairs)["sound"])
-    report = render("rm", found.analysis, found.examples)
+def test_the_report_shows_errors_in_full(examined):
+    found, report = examined, report_of(examined)
     assert report.count("--- Error ") == report.count("--- Near tie ") == 20
-    flat = without_spaces(report.replace("      |", ""))
+    flat = "".join(report.replace("      |", "").split())
     for one in found.examples:
         if one["kind"] != "confident_right":
             for text in (one["chosen"], one["rejected"], *(message["content"] for message in one["prompt"])):
-                assert without_spaces(text) in flat
+                assert "".join(text.split()) in flat
             assert f"score{one['chosen_score']:+.3f},{one['chosen_tokens']}tokens" in flat
     assert max(map(len, report.splitlines())) <= 130
     assert "ERROR ANALYSIS" in report.upper().splitlines()[0]
-    order = [
-        report.index(part) for part in ("FINDINGS", "ACCURACY", "LENGTH", "CONFIDENCE", "PROBES", "TERMS", "ERRORS")
-    ]
-    assert order == sorted(order)
-
-
-def test_the_report_says_when_there_are_fewer_errors(hh_pairs):
-    found = examine_with(hh_pairs[:100], build_scorers(hh_pairs)["perfect"])
-    report = render("rm", found.analysis, found.examples)
-    assert "20 were asked for. The model prefers the rejected answer in 0 pairs: all here." in report
+    parts = ("FINDINGS", "ACCURACY", "LENGTH", "CONFIDENCE", "PROBES", "TERMS", "ERRORS")
+    assert sorted(parts, key=report.index) == list(parts)
 
 
 def test_hostile_text_cannot_act():
-    pairs = made_pairs(4)
-    pairs[0] |= {"chosen": "a\x1b[31m\u202eb", "rejected": "longer than that\r\nFINDINGS", "subset": "s\x1b[2J"}
-    found = examine_with(pairs, lambda prompt, answer: len(answer))
-    report = render("rm", found.analysis, found.examples)
+    pairs = made_pairs(40)
+    subset = "s\x1b[2J ¦ 1\n¦"
+    pairs[0] |= {"chosen": "a\x1b[31m\u202eb{{ 1 }}", "rejected": "longer than that\r\nFINDINGS", "subset": subset}
+    report = report_of(examine_with(pairs, lambda prompt, answer: len(answer)))
+    assert "s⟨U+001B⟩[2J | 1 |" in report
+    assert "On s⟨U+001B⟩[2J ¦ 1 ¦ alone" in " ".join(report.split()), "a finding names it"
     assert not {"\x1b", "\u202e", "\r"} & set(report)
     assert "a⟨U+001B⟩[31m⟨U+202E⟩b" in report
 
@@ -376,10 +340,9 @@ def test_refusals_are_a_group_of_their_own():
     assert [cell["accuracy"]["mean"] for cell in cells] == [1, 0, 1]
 
 
-def test_figures_are_drawn_and_repeat(hh_pairs, tmp_path):
-    analysis = examine_with(hh_pairs, build_scorers(hh_pairs)["sound"]).analysis
+def test_figures_are_drawn_and_repeat(examined, tmp_path):
     for name in ("a", "b"):
-        draw("rm_$x_{", analysis, tmp_path / f"{name}.png")
+        draw("rm_$x_{", examined.analysis, tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     pixels = matplotlib.image.imread(tmp_path / "a.png")
     assert min(pixels.shape[:2]) > 600
@@ -399,39 +362,28 @@ def tables_of(margins):
     """Stage -> rows of `scores.jsonl`, from margins for the same pairs."""
     pairs = made_pairs(len(next(iter(margins.values()))))
     return {
-        stage: tabulate(pairs, values, [0.0] * len(values), np.ones((len(values), 3), dtype=int))
+        stage: tabulate(pairs, np.column_stack([values, np.zeros(len(values))]), np.ones((len(values), 3), dtype=int))
         for stage, values in margins.items()
     }
 
 
-def test_mcnemar_is_exact():
+def test_models_are_compared_on_the_same_pairs_by_the_exact_test_of_mcnemar():
     """Five pairs against fifteen: p = 2 P(X <= 5), X binomial(20, 1/2)."""
-    first = np.array([True] * 5 + [False] * 15 + [True] * 30)
-    second = np.array([False] * 5 + [True] * 15 + [True] * 30)
-    found = mcnemar(first, second)
-    assert (found["only_first_right"], found["only_second_right"], found["pairs"]) == (5, 15, 50)
-    assert found["p"] == pytest.approx(0.041389, abs=5e-7)
-    assert mcnemar(first, first)["p"] == 1
-
-
-def test_models_are_compared_on_the_same_pairs():
     margins = {"a": [1.0] * 5 + [-1.0] * 15 + [2.0] * 30, "b": [-1.0] * 5 + [1.0] * 15 + [2.0] * 30}
-    found = compare(tables_of(margins), seed=0)["comparisons"][0]
-    assert found["difference"]["mean"] == pytest.approx(-0.2)
+    found = compare(tables_of(margins))["comparisons"][0]
+    assert (found["difference"]["mean"], found["agreement"]["mean"]) == (pytest.approx(-0.2), 0.6)
     assert found["difference"]["high"] < 0
-    assert found["agreement"]["mean"] == 0.6
     assert [one["mean"] for one in found["accuracy"]] == [0.7, 0.9]
-    assert found["mcnemar"]["p_holm"] == pytest.approx(0.041389, abs=5e-7)
+    assert found["mcnemar"]["p"] == found["mcnemar"].pop("p_holm") == pytest.approx(0.041389, abs=5e-7)
+    assert list(found["mcnemar"].values())[:3] == [50, 5, 15]
     assert found["says"].startswith("b is right more often than a: a minus b is -20.0 points")
     assert "p = 0.0414." in found["says"]
 
 
 def test_several_comparisons_are_corrected():
-    random_ = np.random.default_rng(0)
-    margins = {
-        name: (random_.normal(size=200) + shift).tolist() for name, shift in zip("abcd", (0, 0.3, 0.4, 1), strict=True)
-    }
-    comparisons = compare(tables_of(margins), seed=0)["comparisons"]
+    normal = np.random.default_rng(0).normal
+    margins = {name: normal(shift, size=200) for name, shift in {"a": 0, "b": 0.3, "c": 0.4, "d": 1}.items()}
+    comparisons = compare(tables_of(margins))["comparisons"]
     p = sorted(found["mcnemar"]["p"] for found in comparisons)
     holm = np.minimum(np.maximum.accumulate([value * (6 - rank) for rank, value in enumerate(p)]), 1)
     assert sorted(found["mcnemar"]["p_holm"] for found in comparisons) == pytest.approx(holm.tolist())
@@ -439,16 +391,11 @@ def test_several_comparisons_are_corrected():
     assert {found["says"].split()[0] for found in comparisons} >= {"No", "d"}
 
 
-def test_one_model_has_nothing_to_be_compared_with():
-    found = compare(tables_of({"a": [1.0, 2.0]}), seed=0)
-    assert (found["comparisons"], found["stages"]) == ([], ["a"])
-    assert found["why_empty"]
-
-
 def test_pairs_that_one_model_has_no_score_for_are_left_out_of_both():
-    found = compare(tables_of({"a": [1.0, math.nan, -1.0], "b": [1.0, 1.0, math.inf]}), seed=0)["comparisons"][0]
+    assert compare(tables_of({"a": [1.0, 2.0]})) == {"stages": ["a"], "comparisons": []}
+    found = compare(tables_of({"a": [1.0, math.nan, -1.0], "b": [1.0, 1.0, math.inf]}))["comparisons"][0]
     assert (found["pairs"], found["not_finite"]) == (1, 2)
-    nothing = compare(tables_of({"a": [math.nan], "b": [1.0]}), seed=0)["comparisons"][0]
+    nothing = compare(tables_of({"a": [math.nan], "b": [1.0]}))["comparisons"][0]
     assert nothing["mcnemar"] is None
     assert "cannot be compared" in nothing["says"]
 
@@ -491,20 +438,14 @@ def test_the_step_scores_every_held_out_pair(analysed):
     assert {row["prompt_id"] for row in rows.values()} == ids
 
 
-def test_the_analysis_can_be_computed_again_from_the_scores(analysed):
-    recipe, run = analysed
-    found = read_json(run.error_analysis("rm"))
-    again = analyse(read_jsonl(run.scores("rm")), recipe.seed)
-    assert found["stage"] == "rm"
-    assert json.dumps({key: found[key] for key in again}, sort_keys=True) == json.dumps(again, sort_keys=True)
-
-
 def test_the_step_writes_every_file(analysed):
     recipe, run = analysed
-    report = run.error_report("rm").read_text()
+    report, found = run.error_report("rm").read_text(), read_json(run.error_analysis("rm"))
     assert report.startswith("Error analysis of the reward model 'rm'")
-    for finding in read_json(run.error_analysis("rm"))["findings"]:
-        assert " ".join(finding["says"].split()) in " ".join(report.split())
+    assert all(" ".join(finding["says"].split()) in " ".join(report.split()) for finding in found["findings"])
+    again = analyse(read_jsonl(run.scores("rm")), recipe.seed)
+    assert json.dumps({key: found[key] for key in again}, sort_keys=True) == json.dumps(again, sort_keys=True)
+    assert found["stage"] == "rm"
     examples = read_jsonl(run.error_examples("rm"))
     assert sum(one["kind"] == "near_tie" for one in examples) == recipe.errors.examples
     assert matplotlib.image.imread(run.error_plots("rm")).std() > 0.05
@@ -533,10 +474,13 @@ def test_the_step_repeats_and_takes_as_many_pairs_as_it_is_told(analysed, tmp_pa
     assert run.error_analysis("rm").read_bytes() == before
 
 
-def test_the_step_needs_a_trained_reward_stage_and_pairs(analysed, tmp_path):
+def test_the_step_needs_a_trained_reward_stage_pairs_and_finite_scores(analysed, tmp_path, monkeypatch):
     recipe, source = analysed
     run = RunDir(tmp_path / "run")
     shutil.copytree(source.root, run.root)
+    monkeypatch.setattr(step, "score_pairs", lambda model, pairs, batch: (np.full((9, 2), math.nan), np.ones((9, 3))))
+    with pytest.raises(UserError, match="rm: no held-out pair has two finite scores"):
+        errors(recipe, run)
     without = recipe.model_copy(update={"stages": {"sft": recipe.stages["sft"]}})
     with pytest.raises(UserError, match="no reward stage"):
         errors(without, run)

@@ -69,8 +69,14 @@ def test_scores_and_accuracy_are_those_of_the_reward_model(evaluated):
     found = metrics["reward_model"]
     assert found["accuracy"]["mean"] == pytest.approx(accuracy)
     assert found["accuracy"]["n"] == len(pairs) == sum(entry["accuracy"]["n"] for entry in found["subsets"].values())
-    longer = sum((len(p["chosen"]) > len(p["rejected"])) + (len(p["chosen"]) == len(p["rejected"])) / 2 for p in pairs)
-    assert found["length_baseline"]["mean"] == pytest.approx(longer / len(pairs))
+    lengths = [[len(encode(model.tokenizer, p["prompt"], p[s])[1]) for s in side] for p in pairs]
+    assert found["length_baseline"]["mean"] == sum((a > b) + (a == b) / 2 for a, b in lengths) / len(pairs)
+    errors(recipe, run)
+    analysis = read_json(run.error_analysis("rm"))
+    cells = {"all": analysis["overall"], **{cell["name"]: cell for cell in analysis["breakdowns"]["subset"]}}
+    for name, cell in {"all": found, **found["subsets"]}.items():
+        for key in ("n", "ties", "accuracy", "strict", "length_baseline", "over_baseline", "mean_margin"):
+            assert cell[key] == pytest.approx(cells[name][key], abs=1e-5), "the error analysis has the same numbers"
 
 
 def test_kl_and_its_estimators_are_those_of_a_plain_computation(evaluated):
