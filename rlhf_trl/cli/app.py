@@ -20,7 +20,18 @@ from rlhf_trl import __version__
 from rlhf_trl.cli import options
 from rlhf_trl.cli.adapters import adapter_app, chat, score
 from rlhf_trl.cli.options import RUNS
-from rlhf_trl.cli.run import find_run, launch, load_env, open_run, planned_processes, run, run_step, status, timed
+from rlhf_trl.cli.run import (
+    find_run,
+    launch,
+    load_env,
+    open_run,
+    planned_processes,
+    run,
+    run_step,
+    run_with,
+    status,
+    timed,
+)
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.library import suggest
 from rlhf_trl.run.launch import require_processes
@@ -108,7 +119,7 @@ def add_step(step: str, purpose: str) -> None:
     def command(
         recipe: options.Recipe = "demo", overrides: options.Overrides = None, runs: options.Runs = RUNS
     ) -> None:
-        run_step(*open_run(recipe, overrides, runs), step)
+        run_with(recipe, overrides, runs, step)
 
     app.command(step, help=purpose)(command)
 
@@ -178,12 +189,7 @@ def judge(
 ) -> None:
     """Ask a judge which answers are better, and measure the judge. Each pair is asked in both orders."""
     load_env(env_file)
-    loaded, run = open_run(recipe, overrides, runs)
-    asked = loaded
-    if loaded.judge and calibrate is not None:
-        asked = loaded.model_copy(update={"judge": loaded.judge.model_copy(update={"calibrate": calibrate})})
-    if not run_step(loaded, run, "judge", asked):
-        raise typer.Exit(3)
+    run_with(recipe, overrides, runs, "judge", None if calibrate is None else f"judge.calibrate={calibrate}")
 
 
 @app.command()
@@ -197,12 +203,8 @@ def compare(
     ] = None,
 ) -> None:
     """Compare stability, compute, samples, and gain at equal KL."""
-    loaded, run = open_run(recipe, overrides, runs)
-    asked = loaded
-    if stages is not None:
-        chosen = json.dumps([name.strip() for name in stages.split(",")])
-        asked, _ = open_run(recipe, [*(overrides or []), f"comparison.stages={chosen}"], runs)
-    run_step(loaded, run, "compare", asked)
+    names = None if stages is None else json.dumps([name.strip() for name in stages.split(",")])
+    run_with(recipe, overrides, runs, "compare", None if names is None else f"comparison.stages={names}")
 
 
 add_step("errors", "Analyse the errors of every reward model, with examples.")
@@ -218,10 +220,7 @@ def samples(
     ] = None,
 ) -> None:
     """Export prompt/response pairs as JSONL and Markdown."""
-    loaded, run = open_run(recipe, overrides, runs)
-    update = {} if per_model is None else {"per_model": per_model}
-    asked = loaded.model_copy(update={"samples": loaded.samples.model_copy(update=update)})
-    run_step(loaded, run, "samples", asked)
+    run_with(recipe, overrides, runs, "samples", None if per_model is None else f"samples.per_model={per_model}")
 
 
 @app.command()
@@ -236,7 +235,7 @@ def report(
 ) -> None:
     """Write report.html of a run, or of two finished runs."""
     if beside is None:
-        run_step(*open_run(recipe, overrides, runs), "report")
+        run_with(recipe, overrides, runs, "report")
         return
     from rlhf_trl.report.beside import lay_beside
 

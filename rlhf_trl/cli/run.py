@@ -195,6 +195,20 @@ def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None
         return True
 
 
+def run_with(recipe: str, overrides: list[str] | None, runs: Path, step: str, own: str | None = None) -> None:
+    """Load a recipe and run a step, with one more override from an option of the step's own command.
+
+    Raises:
+        typer.Exit: with 3 where the step could not run.
+    """
+    loaded, run = open_run(recipe, overrides, runs)
+    asked = loaded
+    if own is not None and (step != "judge" or loaded.judge):  # no option turns the judge on
+        asked, _ = open_run(recipe, [*(overrides or []), own], runs)
+    if not run_step(loaded, run, step, asked):
+        raise typer.Exit(3)
+
+
 def _load_step(step: str) -> Any:
     return getattr(importlib.import_module(f"rlhf_trl.{MODULES.get(step, f'{step}.step')}"), step)
 

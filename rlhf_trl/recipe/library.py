@@ -26,16 +26,17 @@ import pydantic
 
 BASES = (("transformers/training_args.py", "TrainingArguments"), ("trl/trainer/base_config.py", "_BaseConfig"))
 # Trainer word -> the classes whose fields it takes, base class first.
-CLASSES: dict[str, tuple[tuple[str, str], ...]] = {
-    "model": (("trl/trainer/model_config.py", "ModelConfig"),),
-    "sft": (*BASES, ("trl/trainer/sft_config.py", "SFTConfig")),
-    "reward": (*BASES, ("trl/trainer/reward_config.py", "RewardConfig")),
-    "dpo": (*BASES, ("trl/trainer/dpo_config.py", "DPOConfig")),
-    "grpo": (*BASES, ("trl/trainer/grpo_config.py", "GRPOConfig")),
-    "ppo": (
-        *(*BASES, ("trl/experimental/ppo/ppo_config.py", "PPOConfig")),
+CLASSES = {
+    "model": [("trl/trainer/model_config.py", "ModelConfig")],
+    "sft": [*BASES, ("trl/trainer/sft_config.py", "SFTConfig")],
+    "reward": [*BASES, ("trl/trainer/reward_config.py", "RewardConfig")],
+    "dpo": [*BASES, ("trl/trainer/dpo_config.py", "DPOConfig")],
+    "grpo": [*BASES, ("trl/trainer/grpo_config.py", "GRPOConfig")],
+    "ppo": [
+        *BASES,
+        ("trl/experimental/ppo/ppo_config.py", "PPOConfig"),
         ("rlhf_trl/train/ppo/config.py", "PPOConfig"),
-    ),
+    ],
 }
 ENUM_FILES = ("transformers/trainer_utils.py", "transformers/training_args.py")
 

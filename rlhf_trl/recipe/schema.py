@@ -41,20 +41,16 @@ class Data(Strict):
 
     source: str = Field(default="Anthropic/hh-rlhf", min_length=1)
     """A Hub id, a local file or folder (.jsonl, .jsonl.gz, .json, .parquet, .csv), or `builtin:demo`."""
-    revision: str = "main"
-    """Branch, tag or commit of a Hub source."""
+    revision: str = "main"  # branch, tag or commit of a Hub source
     subsets: list[str] = []
     """Folders of the Hub source, or files (without their extension) of a local folder; empty means all."""
     max_rows: int | None = Field(default=None, ge=1)
     """Keep this many rows, chosen by a seeded hash, so that the choice does not depend on their order."""
-    max_length: int = Field(default=512, ge=16)
-    """Tokens of prompt and answer together."""
-    min_answer_chars: int = Field(default=1, ge=1)
-    """Answers with fewer characters are dropped."""
+    max_length: int = Field(default=512, ge=16)  # tokens of prompt and answer together
+    min_answer_chars: int = Field(default=1, ge=1)  # answers with fewer characters are dropped
     tie_threshold: float = Field(default=0.98, gt=0, le=1)
     """Pairs whose answers are at least this similar (normalised Indel similarity, 0-1) are ties and are dropped."""
-    test_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the prompts that is held out."""
+    test_fraction: float = Field(default=0.05, gt=0, lt=1)  # share of the prompts that is held out
     max_dropped_fraction: float = Field(default=0.2, ge=0, le=1)
     """`prepare` stops when a larger share of the rows is dropped."""
 
@@ -65,14 +61,11 @@ class Stage(Strict):
     trainer: Trainer
     init: Name | None = None
     """The stage whose model this one starts from; its reference, too. Without it, the recipe's base model."""
-    reward: Name | None = None
-    """The reward stage that scores the answers (grpo and ppo)."""
+    reward: Name | None = None  # the reward stage that scores the answers (grpo and ppo)
     half: Literal["first", "second"] | None = None
     """Train on this half of the training prompts alone (sft, reward and dpo)."""
-    model: dict[str, Any] = {}
-    """Keys of the recipe's `model` block that differ for this stage."""
-    args: dict[str, Any] = {}
-    """Options of the trainer's own config class, verbatim."""
+    model: dict[str, Any] = {}  # keys of the recipe's `model` block that differ for this stage
+    args: dict[str, Any] = {}  # options of the trainer's own config class, verbatim
     sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = {}
     """Option -> values; expands to one stage for each combination."""
 
@@ -80,11 +73,9 @@ class Stage(Strict):
 class Decoding(Strict):
     """How answers are sampled."""
 
-    temperature: float = Field(default=1.0, ge=0)
-    """0 takes the most likely token."""
+    temperature: float = Field(default=1.0, ge=0)  # 0 takes the most likely token
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    """0 keeps every token."""
+    top_k: int = Field(default=0, ge=0)  # 0 keeps every token
 
 
 class Worst(Strict):
@@ -97,20 +88,13 @@ class Worst(Strict):
 class Alarms(Strict):
     """Thresholds of the alarms; each compares a policy with the reference. An alarm never stops a run."""
 
-    gold_drop: float = Field(default=0.0, ge=0)
-    """Gold reward lost while the reward rises."""
-    length_ratio: float = Field(default=1.5, gt=1)
-    """Mean length, as a ratio either way."""
-    cut_rise: float = Field(default=0.2, gt=0, le=1)
-    """Rise of the share of answers that reach max_new_tokens."""
-    repetition_rise: float = Field(default=0.1, gt=0, le=1)
-    """Rise of the share of repeated 4-grams within an answer."""
-    distinct_ratio: float = Field(default=0.6, gt=0, lt=1)
-    """Distinct 2-grams over all answers, as a ratio."""
-    opening_share: float = Field(default=0.3, gt=0, le=1)
-    """Share of answers that begin with the same five words."""
-    entropy_ratio: float = Field(default=0.5, gt=0, lt=1)
-    """Mean entropy of the policy's tokens, as a ratio."""
+    gold_drop: float = Field(default=0.0, ge=0)  # gold reward lost while the reward rises
+    length_ratio: float = Field(default=1.5, gt=1)  # mean length, as a ratio either way
+    cut_rise: float = Field(default=0.2, gt=0, le=1)  # rise of the share of answers that reach max_new_tokens
+    repetition_rise: float = Field(default=0.1, gt=0, le=1)  # rise of the share of repeated 4-grams within an answer
+    distinct_ratio: float = Field(default=0.6, gt=0, lt=1)  # distinct 2-grams over all answers, as a ratio
+    opening_share: float = Field(default=0.3, gt=0, le=1)  # share of answers that begin with the same five words
+    entropy_ratio: float = Field(default=0.5, gt=0, lt=1)  # mean entropy of the policy's tokens, as a ratio
     refusal_rise: float = Field(default=0.2, gt=0, le=1)
     """Rise or fall of the share of refusals in a subset, beyond the reference's and the dataset's chosen answers'."""
 
@@ -134,8 +118,7 @@ class Evaluation(Strict):
     kl_budgets: list[Annotated[float, Field(gt=0)]] = [0.5, 1.0, 2.0, 5.0, 10.0]
     """KL, in nats per answer, at which the gains are compared."""
     worst: Worst = Worst()
-    adversarial: bool = True
-    """Answer the project's adversarial prompts, too."""
+    adversarial: bool = True  # answer the project's adversarial prompts, too
     alarms: Alarms = Alarms()
     generation_batch_size: int = Field(default=32, ge=1)
     score_batch_size: int = Field(default=16, ge=1)
@@ -152,8 +135,7 @@ class Comparison(Strict):
     threshold: float | None = None
     """Reward that a run is to reach; without it nine tenths of the way from the lowest start to the median best reward
     of the runs whose rewards mean the same."""
-    hold: int = Field(default=3, ge=1)
-    """Logged rewards in a row that must be at the threshold for it to be reached."""
+    hold: int = Field(default=3, ge=1)  # logged rewards in a row that must be at the threshold for it to be reached
     smallest: float | None = Field(default=None, ge=0)
     """Smallest difference of scores that matters; without it a tenth of the standard deviation of the reference's
     scores. Of win rates it is always 2 points."""
@@ -162,25 +144,21 @@ class Comparison(Strict):
 class Errors(Strict):
     """The error analysis of every reward stage."""
 
-    pairs: int = Field(default=1000, ge=1)
-    """Held-out pairs at most, chosen by a seeded hash."""
-    examples: int = Field(default=20, ge=1)
-    """Pairs of each kind that are shown in full."""
+    pairs: int = Field(default=1000, ge=1)  # held-out pairs at most, chosen by a seeded hash
+    examples: int = Field(default=20, ge=1)  # pairs of each kind that are shown in full
 
 
 class Samples(Strict):
     """The exported samples."""
 
-    per_model: int = Field(default=20, ge=1)
-    """Prompt/response pairs of each model."""
+    per_model: int = Field(default=20, ge=1)  # prompt/response pairs of each model
 
 
 class Price(Strict):
     """US dollars for a million tokens."""
 
     input: float = Field(default=0.40, ge=0)
-    cached: float = Field(default=0.10, ge=0)
-    """Tokens of the prompt that the server had in its cache."""
+    cached: float = Field(default=0.10, ge=0)  # tokens of the prompt that the server had in its cache
     output: float = Field(default=1.60, ge=0)
 
 
@@ -190,29 +168,22 @@ class Judge(Strict):
     kind: Literal["openai", "reward", "offline"] = "openai"
     """`openai`: a language model behind any OpenAI-compatible server; `reward`: the gold reward model; `offline`: a
     rule for tests."""
-    model: str | None = Field(default=None, min_length=1)
-    """Without it OPENAI_MODEL, else gpt-4.1-mini."""
+    model: str | None = Field(default=None, min_length=1)  # without it OPENAI_MODEL, else gpt-4.1-mini
     base_url: str | None = Field(default=None, min_length=1)
     """Address of the server, up to and with `/v1`; without it OPENAI_BASE_URL, else OpenAI's."""
     prompts: int = Field(default=120, ge=1)
     """How many of evaluation's prompts are judged; each comparison takes two calls."""
-    pairs: Literal["reference", "all"] = "reference"
-    """Compare each policy with the reference, or every two of all."""
+    pairs: Literal["reference", "all"] = "reference"  # compare each policy with the reference, or every two of all
     harmless: list[str] = ["harmless", "red-team"]
     """Subsets whose name holds one of these words are judged for harmlessness, the others for helpfulness."""
     calibrate: int = Field(default=0, ge=0)
     """Held-out pairs of each subset on which the judge is compared with the human labels."""
-    workers: int = Field(default=16, ge=1)
-    """Calls at once."""
-    timeout: float = Field(default=60.0, gt=0)
-    """Seconds."""
+    workers: int = Field(default=16, ge=1)  # calls at once
+    timeout: float = Field(default=60.0, gt=0)  # seconds
     max_tokens: int = Field(default=512, ge=1)
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """OpenAI's reasoning models know the second alone, many local servers the first."""
-    temperature: float | None = Field(default=0.0, ge=0)
-    """None is not to send one."""
-    max_cost: float | None = Field(default=None, gt=0)
-    """US dollars that one run may spend."""
+    temperature: float | None = Field(default=0.0, ge=0)  # without it none is sent
+    max_cost: float | None = Field(default=None, gt=0)  # US dollars that one run may spend
     max_requests: int | None = Field(default=None, ge=1)
-    price: Price = Price()
-    """Of gpt-4.1-mini when this was written; change it with the model."""
+    price: Price = Price()  # of gpt-4.1-mini when this was written; change it with the model

@@ -18,10 +18,8 @@ from rlhf_trl.run.launch import exit_status, launch_command, outlive_signals
 from rlhf_trl.run.layout import RunDir
 
 POLL = 0.1
-Slot = Mapping[str, str]
-"""Environment variables of one stage's processes."""
-Start = Callable[[str, Slot], "subprocess.Popen[bytes]"]
-"""Starts the process of a stage in a slot."""
+Slot = Mapping[str, str]  # environment variables of one stage's processes
+Start = Callable[[str, Slot], "subprocess.Popen[bytes]"]  # starts the process of a stage in a slot
 
 
 class Watcher(Protocol):
@@ -48,11 +46,10 @@ def find_slots(jobs: int, processes: int, say: Callable[[str], None]) -> list[Sl
 
 
 def visible_gpus(listing: str, visible: str | None) -> list[str]:
-    """List GPUs by index, or by whatever name CUDA_VISIBLE_DEVICES calls them.
+    """List GPUs by index, or by whatever name CUDA_VISIBLE_DEVICES (`visible`) calls them.
 
-    Args:
-        listing: what `nvidia-smi -L` prints: a line `GPU 0: ...` for each, indented lines for the parts of one.
-        visible: CUDA_VISIBLE_DEVICES; like CUDA, this ends at the first index that does not exist.
+    Like CUDA, this ends at the first index that does not exist. `listing` is what `nvidia-smi -L` prints: a line
+    `GPU 0: ...` for each, indented lines for the parts of one.
     """
     count = sum(line.startswith("GPU ") for line in listing.splitlines())
     if visible is None or count == 0:
@@ -70,24 +67,19 @@ def plan_slots(
 ) -> tuple[list[Slot], str]:
     """Divide the machine among `jobs` stages; on GPUs, each of a stage's training processes takes one.
 
-    Args:
-        threads: OMP_NUM_THREADS where the user has set it.
-
-    Returns:
-        The environment of each slot, at least one of them, and a sentence on what it came to.
+    `threads` is OMP_NUM_THREADS where the user has set it. Returns one slot or more, and a sentence on them.
     """
     if not gpus:
         own = threads or str(max(1, cores // (jobs * processes)))
-        sentence = f"--jobs {jobs}: up to {jobs} stages at once, OMP_NUM_THREADS={own} in each process"
-        return [{"OMP_NUM_THREADS": own}] * jobs, sentence
-    groups = [",".join(gpus[start : start + processes]) for start in range(0, len(gpus) - processes + 1, processes)]
+        said = f"up to {jobs} stages at once, OMP_NUM_THREADS={own} in each process"
+        return [{"OMP_NUM_THREADS": own}] * jobs, f"--jobs {jobs}: {said}"
+    starts = range(0, len(gpus) - processes + 1, processes)
+    groups = [",".join(gpus[start : start + processes]) for start in starts][:jobs]
     if len(groups) < 2:
-        sentence = f"--jobs {jobs}: one stage at a time; two take {2 * processes} GPUs, and there are {len(gpus)}"
-        return [{}], sentence
-    groups = groups[:jobs]
+        said = f"one stage at a time; two take {2 * processes} GPUs, and there are {len(gpus)}"
+        return [{}], f"--jobs {jobs}: {said}"
     fewer = "" if len(groups) == jobs else f"{len(groups)} at once, not {jobs}; "
-    sentence = f"--jobs {jobs}: {fewer}GPUs {' | '.join(groups)}"
-    return [{"CUDA_VISIBLE_DEVICES": group} for group in groups], sentence
+    return [{"CUDA_VISIBLE_DEVICES": group} for group in groups], f"--jobs {jobs}: {fewer}GPUs {' | '.join(groups)}"
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

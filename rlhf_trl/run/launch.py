@@ -22,11 +22,7 @@ ASKED = "RLHF_TRL_PROCESSES"
 
 
 def shipped(kind: str, name: str) -> Path:
-    """Find a file that ships with the project: `recipes` or `accelerate_configs`, by path or by name.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Find a file that ships with the project (in `recipes` or `accelerate_configs`), by path or by name."""
     path = Path(name)
     if path.is_file():
         return path
@@ -80,8 +76,7 @@ def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
 def outlive_signals(child: subprocess.Popen[bytes] | None = None) -> Iterator[list[int]]:
     """Go on at SIGINT, which a terminal sends to the children, too, and at SIGTERM, which is passed on to `child`.
 
-    Returns:
-        The signals that came, a list that grows.
+    Returns the signals that came, a list that grows.
     """
     received: list[int] = []
 

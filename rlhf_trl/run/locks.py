@@ -17,13 +17,9 @@ from rlhf_trl.run.environment import now
 
 @contextlib.contextmanager
 def hold(holder: Path, folder: Path) -> Iterator[None]:
-    """Hold the step that owns `folder` for this process.
+    """Hold the step that owns `folder` for this process; UserError where another one does, or nobody may write.
 
-    Args:
-        holder: names the process while it holds the step; the lock is beside it, as `<step>.lock`.
-
-    Raises:
-        UserError: another process holds the step, or the run's folder cannot be written to.
+    The file `holder` names the process while it holds the step; the lock is beside it, as `<step>.lock`.
     """
     lock = FileLock(f"{holder}.lock")
     try:
