@@ -76,11 +76,7 @@ def steps_to_run(recipe: Recipe, run: RunDir) -> list[str]:
 
 
 def execute(recipe: Recipe, run: RunDir, waiting: list[str], launcher: Launcher, processes: int) -> dict[str, float]:
-    """Run steps and stages in the order of the plan; return the seconds that each took.
-
-    Raises:
-        typer.Exit: with the status of a stage that failed.
-    """
+    """Run steps and stages in the order of the plan; return the seconds of each, or exit with a stage's status."""
     seconds: dict[str, float] = {}
     for trained, steps in itertools.groupby(waiting, key=recipe.stages.__contains__):
         if trained:
@@ -130,11 +126,7 @@ def open_run(recipe: str, overrides: list[str] | None, runs: Path, processes: in
 def find_run(
     recipe: str, overrides: list[str] | None, runs: Path, step: str, recorded: str | None
 ) -> tuple[Recipe, RunDir]:
-    """Load a recipe; or read the one that `run` recorded for the processes that it starts, where `recorded` is given.
-
-    Raises:
-        UserError: another command has replaced the recorded one since: the step's fingerprint is another.
-    """
+    """Load a recipe; or read the one that `run` recorded for its processes, if its fingerprint is still `recorded`."""
     if recorded is None:
         processes = 1 if step in STEPS else int(os.environ.get("WORLD_SIZE", "1"))
         return open_run(recipe, overrides, runs, processes)
@@ -147,11 +139,7 @@ def find_run(
 
 
 def planned_processes(accelerate: str | None, processes: int | None) -> int:
-    """The number of processes that a launch will ask for.
-
-    Raises:
-        UserError: `--processes` without a profile, or a profile that does not exist.
-    """
+    """The number of processes that a launch will ask for."""
     if accelerate is not None:
         return processes or profile_processes(shipped("accelerate_configs", accelerate)) or 1
     if processes is not None:
@@ -169,12 +157,8 @@ def timed(step: str) -> Iterator[None]:
 def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None) -> bool:
     """Run one step that is not a stage, under its lock, and mark it done; other processes of a launch take part.
 
-    Args:
-        asked: the recipe with what the command line asks for beyond it. The step counts as done for the recipe, so
-            that `run` and `report` take its result.
-
-    Returns:
-        False where the step could not run, and the steps after it go on without it.
+    `asked` is the recipe with what the command line asks for beyond it; the step counts as done for `recipe` itself,
+    so that `run` and `report` take its result. Returns False where the step could not run; later steps continue.
     """
     if os.environ.get("RANK", "0") != "0":
         _load_step(step)(recipe, run)
@@ -196,11 +180,7 @@ def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None
 
 
 def run_with(recipe: str, overrides: list[str] | None, runs: Path, step: str, own: str | None = None) -> None:
-    """Load a recipe and run a step, with one more override from an option of the step's own command.
-
-    Raises:
-        typer.Exit: with 3 where the step could not run.
-    """
+    """Load a recipe and run a step, with one more override from an option of its command; exit with 3 if not run."""
     loaded, run = open_run(recipe, overrides, runs)
     asked = loaded
     if own is not None and (step != "judge" or loaded.judge):  # no option turns the judge on
@@ -224,11 +204,7 @@ def load_env(path: Path | None) -> None:
 def launch(
     arguments: list[str], overrides: list[str] | None, accelerate: str | None = None, processes: int | None = None
 ) -> None:
-    """Run a command of this program in processes of its own.
-
-    Raises:
-        typer.Exit: with the status of a child that failed; it has said why.
-    """
+    """Run a command of this program in processes of its own; exit with the status of one that failed."""
     sets = [word for override in overrides or [] for word in ("--set", override)]
     code = run_command(*launch_command([*arguments, *sets], accelerate, processes))
     if code != 0:

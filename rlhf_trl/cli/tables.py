@@ -71,11 +71,7 @@ def _steps_table(states: Sequence[StepState], last: str, cells: Sequence[tuple[s
 
 
 def plan_table(states: Sequence[StepState], waiting: Sequence[str]) -> list[Table | str]:
-    """Lay out what a run is about to do, and a sentence on the time of the steps that were timed before.
-
-    Args:
-        waiting: the steps that will run.
-    """
+    """Lay out what a run is about to do (`waiting`: the steps that will run), and how long the timed ones took."""
     plan = _steps_table(states, "time", [(_plan_words(state, waiting), _estimate(state, waiting)) for state in states])
     known = [seconds for state in states if state.step in waiting and (seconds := _seconds_to_run(state)) is not None]
     if not known:
@@ -145,11 +141,7 @@ def summary_table(seconds: Mapping[str, float], total: float) -> Table:
 
 
 def status_end(states: Sequence[StepState], running: bool) -> str:
-    """Say in a sentence what the states come to.
-
-    Args:
-        running: `run` is at work, if only between two steps.
-    """
+    """Say in a sentence what the states come to; `running`: `run` is at work, if only between two steps."""
     done = sum(state.state == "done" for state in states)
     if done == len(states):
         return "finished"

@@ -173,11 +173,7 @@ class Document:
 
 
 def read_document(path: Path) -> Document:
-    """Read a YAML mapping; smaller problems are kept in the document.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or is not a mapping.
-    """
+    """Read a YAML mapping (else UserError); smaller problems are kept in the document."""
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_BYTES + 1)

@@ -151,14 +151,7 @@ def _read_field(node: ast.AnnAssign) -> Option:
 
 @functools.cache
 def read_options(kind: str) -> dict[str, Option]:
-    """Read every option that a recipe block takes.
-
-    Args:
-        kind: `"model"` or a trainer word (`"sft"`, `"reward"`, `"dpo"`, `"grpo"`, `"ppo"`).
-
-    Raises:
-        ModuleNotFoundError: trl or transformers is not installed.
-    """
+    """Read every option that a recipe block takes; `kind` is `"model"` or a trainer word."""
     options = {
         item.target.id: _read_field(item)
         for path, class_name in CLASSES[kind]

@@ -37,11 +37,7 @@ class Tensor:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """Read what a file holds, sorted by name, without any tensor.
-
-    Raises:
-        UserError: the header is cut off, or does not describe the file that follows it.
-    """
+    """Read what a file holds, sorted by name, without any tensor; UserError where the header does not fit the file."""
     try:
         with safe_open(file, framework="numpy"):  # checks lengths, offsets, dtypes and shapes against each other
             pass
@@ -59,11 +55,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the headers of all weights of a model's folder, whatever files they are spread over.
-
-    Raises:
-        UserError: there are none in safetensors, or a header is damaged.
-    """
+    """Read the headers of all weights of a model's folder, whatever files they are spread over."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(str(folder), "there are no weights in safetensors here", "use a base that has them")

@@ -104,11 +104,7 @@ def _step_state(recipe: Recipe, run: RunDir, step: str) -> StepState:
 
 
 def read_progress(path: Path, since: int = 0) -> Progress | None:
-    """Read how far a stage has come from its `training_stats.json`; None while there is no file that counts.
-
-    Args:
-        since: nanoseconds of the clock of the file system; a file that was written before them does not count.
-    """
+    """Read how far a stage has come from its `training_stats.json`; None while none is newer than `since` (ns)."""
     written = _modified(path)
     stats = _read(path)
     if written is None or written < since or "max_steps" not in stats:  # an older version wrote no `max_steps`

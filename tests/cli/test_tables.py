@@ -6,18 +6,9 @@ import signal
 
 import pytest
 
-from rlhf_trl.cli import live
+from rlhf_trl.cli import live, tables
 from rlhf_trl.cli.live import Live, messages
-from rlhf_trl.cli.tables import (
-    duration,
-    ending,
-    plan_table,
-    progress_words,
-    show,
-    status_end,
-    status_table,
-    summary_table,
-)
+from rlhf_trl.cli.tables import duration, ending, plan_table, progress_words, show, status_end, status_table
 from rlhf_trl.run.files import write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import Progress, StepState
@@ -111,7 +102,7 @@ def test_the_status_ends_with_what_it_comes_to():
 
 
 def test_the_summary_adds_the_whole_time(shown):
-    lines = shown(summary_table({"sft": 3.0, "evaluate": 61.0}, 70.0))
+    lines = shown(tables.summary_table({"sft": 3.0, "evaluate": 61.0}, 70.0))
     assert lines == ["sft       3.0 s", "evaluate  1 min 01 s", "total     1 min 10 s"]
 
 
