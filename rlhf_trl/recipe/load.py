@@ -22,7 +22,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -
     """Read a recipe, lay the overrides over it, and check it whole.
 
     Args:
-        path: the YAML file.
         overrides: `path.to.key=value` texts; the value is read as YAML.
         processes: number of training processes, for the checks on batch sizes.
 

@@ -124,13 +124,8 @@ def train_stages(
     """Train stages in order, each as soon as the stages that it needs are done and a slot is free.
 
     After a failure or a signal nothing new starts; what is running comes to its own end. SIGTERM is passed on; a
-    Ctrl-C reaches the processes by itself. Both make them save a checkpoint.
-
-    Args:
-        needs: stage -> the stages it starts from; those that are not in `stages` are done.
-
-    Returns:
-        0, or the exit status of the first stage that failed, or 128 and the number of the signal that came.
+    Ctrl-C reaches the processes by itself. Both make them save a checkpoint. What a stage `needs` and is not in
+    `stages` is done. Returns 0, or the status of the first stage that failed, or 128 and the number of the signal.
     """
     waiting, free = list(stages), list(slots)
     running: dict[str, tuple[subprocess.Popen[bytes], Slot]] = {}

@@ -43,10 +43,8 @@ def launch_command(
 ) -> tuple[list[str], dict[str, str]]:
     """Build the command that runs `rlhf-trl ARGUMENTS` in training processes, and its environment.
 
-    Args:
-        profile: a file of `accelerate_configs/` by name or path; None for one process without the launcher.
-        processes: overrides the profile's number of processes.
-        port: where the processes meet, instead of the profile's; 0 is any that is free.
+    `profile` is a file of `accelerate_configs/` by name or path; None is one process without the launcher. `processes`
+    and `port`, where they meet, stand in for the profile's; port 0 is any that is free.
     """
     environment = dict(os.environ)
     command = [sys.executable, "-m"]
