@@ -106,7 +106,7 @@ def build(path: str, ours: bool):
 
     recipe, run = open_run(path)
     start = resident()
-    config = train._build_stage_config(recipe, run, "ppo")
+    config = train.build_stage_config(recipe, run, "ppo")
     set_seed(config.seed)
     if ours:
         return train.build_trainer(recipe, run, "ppo", config), start
@@ -115,7 +115,6 @@ def build(path: str, ours: bool):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf_trl.models.base import recorded_tokenizer
-    from rlhf_trl.train.trainers import ppo_view
 
     tokenizer = recorded_tokenizer(recipe, run)
     base, dtype = recipe.model["model_name_or_path"], getattr(torch, recipe.model["dtype"])
@@ -128,7 +127,7 @@ def build(path: str, ours: bool):
     reward = PeftModel.from_pretrained(reward, run.adapter("rm")).merge_and_unload()
     for model in (policy, value, reward):
         model.config.pad_token_id = tokenizer.pad_token_id
-    data = train._load_view(run.prompts("train"), ppo_view, tokenizer)
+    data = train.load_view(run.prompts("train"), "ppo", tokenizer)
     return PPOTrainer(args=config, processing_class=tokenizer, model=policy, ref_model=None, reward_model=reward,
                       value_model=value, train_dataset=data, eval_dataset=data), start  # fmt: skip
 

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -41,13 +42,11 @@ TINY = "builtin:tiny"
 # What a model needs to be loaded, without its tokenizer.
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 HH_TEMPLATE = Path(__file__).parent / "hh.jinja"
-# Bytes that no UTF-8 text holds. In a byte-level BPE their tokens never come out of text, so that one can serve for
-# padding.
+# Bytes that no UTF-8 text holds: in a byte-level BPE their tokens never come out of text, so one can serve as padding.
 NON_UTF8_BYTE_TOKENS = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø")
 
 
 # --- tokenizer
-# ---------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
@@ -57,8 +56,9 @@ def load_tokenizer(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
 
 def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) -> PreTrainedTokenizerBase:
     """Load the run's tokenizer, or that of a reward stage which has a base of its own."""
-    if stage and recipe.model_block(stage)["model_name_or_path"] != recipe.model["model_name_or_path"]:
-        return set_up_tokenizer(base_path(recipe.model_block(stage), run), recipe.model_block(stage))
+    block = recipe.model_block(stage) if stage else recipe.model
+    if block["model_name_or_path"] != recipe.model["model_name_or_path"]:
+        return set_up_tokenizer(base_path(block, run), block)
     return AutoTokenizer.from_pretrained(run.tokenizer, padding_side="left")
 
 
@@ -67,24 +67,21 @@ def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBas
 
     That is: a padding token that differs from the end-of-sequence token (else the end of an answer is masked and can
     be neither learned nor scored) and lies inside the vocabulary (so that the embedding is not resized and adapters
-    fit the public base); padding on the left; a chat template, the HH one where the model has none, that does not
-    depend on the date.
+    fit the public base); padding on the left; a chat template that does not depend on the date.
 
     Raises:
         UserError: there is no end-of-sequence token, or no token to pad with.
     """
+    revision = model.get("model_revision", "main")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=model.get("model_revision", "main"), trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unreachable(path, error) from error
     if tokenizer.eos_token is None:
         raise UserError(path, "the tokenizer has no end-of-sequence token", "use a model with one")
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = HH_TEMPLATE.read_text(encoding="utf-8")
-    if "strftime_now" in tokenizer.chat_template:
-        tokenizer.chat_template = '{%- set date_string = "26 Jul 2024" -%}' + tokenizer.chat_template
+    template = tokenizer.chat_template or HH_TEMPLATE.read_text(encoding="utf-8")
+    date = '{%- set date_string = "26 Jul 2024" -%}' if "strftime_now" in template else ""
+    tokenizer.chat_template = date + template
     tokenizer.padding_side = "left"
     tokenizer.add_special_tokens({"pad_token": _pad_token(tokenizer, path)})
     return tokenizer
@@ -101,9 +98,7 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
     bytes_ = [token for token in NON_UTF8_BYTE_TOKENS if token in vocabulary and len(tokenizer(token).input_ids) > 1]
     for token in (*named, *spare, *bytes_):
         return token
-    raise UserError(
-        path, "no token of the vocabulary can serve for padding", "use a model whose tokenizer has a pad token"
-    )
+    raise UserError(path, "no token of the vocabulary can serve for padding", "use a tokenizer with a pad token")
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) -> tuple[str, str]:
@@ -116,9 +111,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) ->
     answered = [*prompt, {"role": "assistant", "content": answer.strip()}]
     whole = tokenizer.apply_chat_template(answered, tokenize=False)
     if not whole.startswith(start):
-        raise UserError(
-            "chat template", "the prompt's text changes when an answer follows", "use a prefix-preserving template"
-        )
+        problem = "the prompt's text changes when an answer follows"
+        raise UserError("chat template", problem, "use a prefix-preserving template")
     text, eos, _ = whole[len(start) :].rpartition(tokenizer.eos_token)
     return start, text + eos if eos else whole[len(start) :] + tokenizer.eos_token
 
@@ -130,7 +124,6 @@ def encode(
 
     Args:
         prompt: messages that end on a user turn.
-        answer: the answer's text, or None.
         finished: whether the answer ended by itself; one cut at the length limit is scored without the end token.
 
     Returns:
@@ -146,23 +139,25 @@ def encode(
     return prompt_ids, answer_ids if finished else answer_ids[:-1]
 
 
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right: ids and mask, both (B, T)."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.long(), (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
 # --- models
-# ------------------------------------------------------------------------------------------------------------
 
 
 def fetch(name: str, revision: str | None) -> Path:
-    """Find a model of the Hub in the local cache, or fetch it.
-
-    Returns:
-        The folder of its files; its name is the commit.
+    """Find a model of the Hub in the local cache, or fetch it; the folder's name is the commit.
 
     Raises:
         UserError: it can be had neither here nor there.
     """
+    patterns = [*MODEL_FILES, "*.jinja", "token*.json"]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES, "*.jinja", "token*.json"])
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         problem = f"the base cannot be reached: {first_line(error)}"
         raise UserError(name, problem, "check the name, the network, and access") from error
@@ -172,14 +167,13 @@ def base_path(model: dict[str, Any], run: RunDir) -> str:
     """Where the base model of a `model` block lies; builds `builtin:tiny` on first use."""
     if model["model_name_or_path"] != TINY:
         return str(model["model_name_or_path"])
-    if run.base.exists():
-        return str(run.base)
-    with run.model_lock("base"):
-        if not run.base.exists():
-            from rlhf_trl.models.tiny import build_tiny
+    if not run.base.exists():
+        with run.model_lock("base"):
+            if not run.base.exists():
+                from rlhf_trl.models.tiny import build_tiny
 
-            with staged(run.base) as folder:
-                build_tiny(folder)
+                with staged(run.base) as folder:
+                    build_tiny(folder)
     return str(run.base)
 
 
@@ -193,16 +187,15 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
     if init is None:
         return base_path(recipe.model_block(stage), run)
     path = run.model(init)
-    if path.exists():
-        return str(path)
-    with run.model_lock(init):  # stages that train side by side may start from the same one
-        if not path.exists():
-            config = ModelConfig(**recipe.model_block(init))
-            base = load_weights(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
-            merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
-            with staged(path) as folder:
-                merged.save_pretrained(folder)
-                recorded_tokenizer(recipe, run).save_pretrained(folder)
+    if not path.exists():
+        with run.model_lock(init):  # stages that train side by side may start from the same one
+            if not path.exists():
+                config = ModelConfig(**recipe.model_block(init))
+                base = load_weights(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
+                merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
+                with staged(path) as folder:
+                    merged.save_pretrained(folder)
+                    recorded_tokenizer(recipe, run).save_pretrained(folder)
     return str(path)
 
 
@@ -239,15 +232,14 @@ def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBa
     model.get_output_embeddings().register_forward_pre_hook(_join_rows)
     # Not the model's own settings: some stop at several tokens, where the policy is trained and scored with the one
     # that its template writes; some penalise repetition, and then nothing samples from the model's distribution.
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**ids)
     return model
 
 
 def _join_rows(head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Lay a slice of positions out afresh: on the CPU, torch multiplies one that is not contiguous row by row, with a
-    copy of the vocabulary's weights for each row (1.7 GB for 32 rows and a vocabulary of 49,152)."""
+    """Make a slice of positions contiguous: on the CPU, torch would multiply it row by row, with a copy of the
+    vocabulary's weights for each row (1.7 GB for 32 rows and a vocabulary of 49,152)."""
     return (args[0].contiguous(), *args[1:])
 
 
@@ -261,38 +253,28 @@ def load_classifier(path: str, config: ModelConfig, tokenizer: PreTrainedTokeniz
     finally:
         report.setLevel(level)
     model.config.pad_token_id = tokenizer.pad_token_id
-    with _whole(model.score.weight) as weight:
-        head = RewardHead(weight.shape[1], 1, bias=False, device=weight.device)
-        head.weight = torch.nn.Parameter(weight.detach().float().clone())
+    with contextlib.ExitStack() as stack:
+        if is_deepspeed_zero3_enabled():  # it has sharded the weight while loading
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters([model.score.weight]))
+        weight = model.score.weight.detach().float().clone()
+    head = RewardHead(weight.shape[1], 1, bias=False, device=weight.device)
+    head.weight = torch.nn.Parameter(weight)
     model.score = head
     return model
 
 
-@contextlib.contextmanager
-def _whole(param: torch.nn.Parameter) -> Iterator[torch.nn.Parameter]:
-    """Gather a parameter that ZeRO-3 has sharded while it was loaded."""
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([param]):
-            yield param
-    else:
-        yield param
-
-
 def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = True, **more: Any) -> PreTrainedModel:
+    """Load a model of a transformers Auto class as a `model` block says, without running code that comes with it."""
     quantization = get_quantization_config(config) if quantize else None
     if quantization is not None:
         more |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+    dtype = config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
+    more |= {"revision": config.model_revision, "dtype": dtype, "attn_implementation": config.attn_implementation}
     try:
-        return auto.from_pretrained(
-            path,
-            revision=config.model_revision,
-            dtype=config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=False,  # without it, a model that brings code has the user asked whether to run it
-            **more,
-        )
+        # Without trust_remote_code=False, a model that brings code has the user asked whether to run it.
+        return auto.from_pretrained(path, trust_remote_code=False, **more)
     except OSError as error:
         raise _unreachable(path, error) from error
 
@@ -300,10 +282,3 @@ def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = Tru
 def _unreachable(path: str, error: Exception) -> UserError:
     problem = f"the model cannot be loaded: {first_line(error)}"
     return UserError(path, problem, "check `model.model_name_or_path`, the network, and access")
-
-
-def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the right: ids and mask, both (B, T)."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids.long(), (torch.arange(ids.shape[1]) < lengths[:, None]).long()

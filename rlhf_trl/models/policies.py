@@ -36,28 +36,12 @@ def base_block(recipe: Recipe, stage: str, evaluation: bool = True) -> dict[str,
 
 
 def shares_base(recipe: Recipe, run: RunDir, first: str, stage: str, evaluation: bool = True) -> bool:
-    """Whether a stage is an adapter on the very base of another one; `evaluation` as of `base_block`."""
+    """Whether `stage` is an adapter on the base that `first` is loaded on; `evaluation` as of `base_block`."""
     return (
         bool(recipe.model_block(stage).get("use_peft"))
         and base_block(recipe, first, evaluation) == base_block(recipe, stage, evaluation)
         and start_path(recipe, run, first) == start_path(recipe, run, stage)
     )
-
-
-def load_adapter(model: PeftModel, name: str, folder: Path, widen: bool = False) -> Tensor | None:
-    """Lay a saved adapter on a base that has one already.
-
-    Args:
-        widen: keep its weights in float32, whatever the base's precision.
-
-    Returns:
-        The weight of its reward head, (1, H), if it has one; the head itself stays with the caller.
-
-    Raises:
-        UserError: the adapter holds tensors that the base has no place for.
-    """
-    model.add_adapter(name, adapter_config(folder), autocast_adapter_dtype=widen)
-    return fill_adapter(model, name, folder)
 
 
 def adapter_config(folder: Path) -> LoraConfig:
@@ -68,8 +52,20 @@ def adapter_config(folder: Path) -> LoraConfig:
     return config
 
 
-def fill_adapter(model: PeftModel, name: str, folder: Path) -> Tensor | None:
-    """Load the weights of a saved adapter into one that lies on the base; as `load_adapter` beside that."""
+def load_adapter(model: PeftModel, name: str, folder: Path, widen: bool = False) -> Tensor | None:
+    """Load a saved adapter onto a base, under a name that may be there already.
+
+    Args:
+        widen: keep its weights in float32, whatever the base's precision.
+
+    Returns:
+        The weight of its reward head, (1, H), if it has one; the head itself stays with the caller.
+
+    Raises:
+        UserError: the adapter holds tensors that the base has no place for.
+    """
+    if name not in model.peft_config:
+        model.add_adapter(name, adapter_config(folder), autocast_adapter_dtype=widen)
     weights = load_file(folder / "adapter_model.safetensors")
     head = weights.pop("base_model.model.score.weight", None)
     left = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
@@ -86,7 +82,6 @@ class Policies:
         first = recipe.policies[0]
         self.block = base_block(recipe, first)
         self.model: Any = self._load(start_path(recipe, run, first))
-        self._adapters: set[str] = set()
 
     def _load(self, path: str) -> Any:
         return load_causal(path, ModelConfig(**self.block), self.tokenizer).to(PartialState().device).eval()
@@ -96,29 +91,27 @@ class Policies:
         return shares_base(self.recipe, self.run, self.recipe.policies[0], stage)
 
     def add(self, name: str, folder: Path) -> Tensor | None:
-        """Lay an adapter on the base: as `load_adapter`."""
+        """Load an adapter onto the base: as `load_adapter`."""
         if not isinstance(self.model, PeftModel):
             config = adapter_config(folder)
             self.model = get_peft_model(self.model, config, adapter_name=name, autocast_adapter_dtype=False)
-            head = fill_adapter(self.model, name, folder)
-        else:
-            head = load_adapter(self.model, name, folder)
+        head = load_adapter(self.model, name, folder)
         self.model.to(PartialState().device).eval()
-        self._adapters.add(name)
         return head
 
     @contextlib.contextmanager
     def use(self, name: str, checkpoint: Path | None = None) -> Iterator[Any]:
         """Yield the model of a policy, of one of its checkpoints, or of the `reference`."""
+        adapted = isinstance(self.model, PeftModel)
         if name == REFERENCE:
-            with self.model.disable_adapter() if self._adapters else contextlib.nullcontext():
+            with self.model.disable_adapter() if adapted else contextlib.nullcontext():
                 yield self.model
             return
         if name in self.recipe.stages and not self.recipe.model_block(name).get("use_peft"):
             yield self._load(str(checkpoint or self.run.model(name)))
             return
         key = name if checkpoint is None else f"{name}-{checkpoint.name}"
-        if key not in self._adapters:
+        if not adapted or key not in self.model.peft_config:
             self.add(key, checkpoint or self.run.adapter(name))
         self.model.set_adapter(key)
         yield self.model

@@ -6,11 +6,11 @@ is switched on there; any other reward model is loaded for itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +22,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import ModelConfig
 
-from rlhf_trl.models.base import (
-    Messages,
-    RewardHead,
-    encode,
-    load_classifier,
-    load_weights,
-    pad_right,
-    recorded_tokenizer,
-    set_up_tokenizer,
-    start_path,
-)
+from rlhf_trl.models import base
+from rlhf_trl.models.base import Messages, RewardHead
 from rlhf_trl.models.policies import Policies
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
@@ -50,24 +41,18 @@ class RewardModel:
     def score(
         self, prompts: Sequence[Messages], answers: Sequence[str], finished: Sequence[bool], batch_size: int = 16
     ) -> Tensor:
-        """Score answers, each rendered with the reward model's own template.
+        """Score answers in float32, (N,), each rendered with the reward model's own template.
 
         Batches are sorted by length and padded on the right, so that neither their size nor their order matters.
-
-        Returns:
-            Scores in float32, shape (N,).
         """
-        ids = [
-            list(chain(*encode(self.tokenizer, prompt, answer, done)))
-            for prompt, answer, done in zip(prompts, answers, finished, strict=True)
-        ]
+        texts = zip(prompts, answers, finished, strict=True)
+        ids = [list(chain(*base.encode(self.tokenizer, *text))) for text in texts]
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         scores = torch.empty(len(ids))
-        self.model.eval()
+        device = self.model.eval().device
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            input_ids, mask = pad_right([ids[row] for row in rows], self.tokenizer.pad_token_id)
-            device = self.model.device
+            input_ids, mask = base.pad_right([ids[row] for row in rows], self.tokenizer.pad_token_id)
             logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
             scores[rows] = logits.squeeze(-1).float().cpu()
         return scores
@@ -101,9 +86,6 @@ def score_completions(
 ) -> Tensor:
     """Score sampled tokens (of the policy's tokenizer) by the text they make, with the end token where they end by it.
 
-    Returns:
-        Scores in float32, shape (N,).
-
     Raises:
         UserError: a score is not finite.
     """
@@ -115,23 +97,16 @@ def score_completions(
     return scores
 
 
-class Adapters(Protocol):
-    """Adapters on one base, of which one is on at a time."""
-
-    def use(self, name: str) -> AbstractContextManager[Any]:
-        """Yield the model with an adapter switched on."""
-
-
 class SharedClassifier(torch.nn.Module):
-    """A reward adapter on the base of the policies: what a sequence classifier computes, without weights of its own
-    but the head's."""
+    """A reward adapter on the base of the policies: what a sequence classifier computes, with no weights of its own
+    but the head's, (1, H). `use` yields the base with the adapter of a name switched on."""
 
-    def __init__(self, adapters: Adapters, name: str, head: Tensor):
+    def __init__(self, use: Callable[[str], AbstractContextManager[Any]], name: str, head: Tensor):
         super().__init__()
-        self._use, self._name = adapters.use, name  # the base is not a part of this module
+        self._use, self._name = use, name  # the base is not a part of this module
         self.score = RewardHead(head.shape[1], 1, bias=False)
         self.score.weight = torch.nn.Parameter(head.float(), requires_grad=False)
-        with self._use(name) as model:
+        with use(name) as model:
             self.score.to(model.device)
 
     @property
@@ -141,9 +116,8 @@ class SharedClassifier(torch.nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SequenceClassifierOutput:
         """Score sequences that are padded on the right: (B, T), (B, T) -> logits (B, 1)."""
         with self._use(self._name) as model:
-            hidden = model.get_base_model().base_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
-            )[0]
+            backbone = model.get_base_model().base_model
+            hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)[0]
         last = attention_mask.sum(1) - 1
         return SequenceClassifierOutput(logits=self.score(hidden[torch.arange(len(hidden)), last]))
 
@@ -160,42 +134,30 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
             cannot be loaded, or has more than one output.
     """
     if name not in recipe.stages:
-        return _load_other(name, recipe)
-    tokenizer = recorded_tokenizer(recipe, run, name)
+        config = ModelConfig(model_name_or_path=name, dtype=recipe.evaluation.dtype or "auto")
+        tokenizer = base.set_up_tokenizer(name, {"model_name_or_path": name})
+        model: Any = base.load_weights(AutoModelForSequenceClassification, name, config)
+        if model.config.num_labels != 1:
+            problem = f"the model has {model.config.num_labels} outputs, and a reward model has one"
+            raise UserError(name, problem, "name a reward model in evaluation")
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return _freeze(model, tokenizer)
+    tokenizer = base.recorded_tokenizer(recipe, run, name)
     config = ModelConfig(**recipe.model_block(name))
     if policies is not None and recipe.evaluation.dtype:
         config.dtype = recipe.evaluation.dtype
-    if config.use_peft:
-        _require_head(run, name)
-    if policies is not None and policies.can_hold(name):
-        head = policies.add(name, run.adapter(name))
-        assert head is not None
-        return RewardModel(SharedClassifier(policies, name, head), tokenizer)
     if not config.use_peft:
-        model: Any = load_classifier(str(run.model(name)), config, tokenizer)
-    else:
-        model = load_classifier(start_path(recipe, run, name), config, tokenizer)
-        model = PeftModel.from_pretrained(model, run.adapter(name))
-    model.requires_grad_(False)
-    return RewardModel(model.to(PartialState().device).eval(), tokenizer)
-
-
-def _require_head(run: RunDir, stage: str) -> None:
-    weights = run.adapter(stage) / "adapter_model.safetensors"
+        return _freeze(base.load_classifier(str(run.model(name)), config, tokenizer), tokenizer)
+    weights = run.adapter(name) / "adapter_model.safetensors"
     with safe_open(weights, framework="pt") as file:
         if not any(".score." in key for key in file.keys()):  # noqa: SIM118 (not a dict)
-            raise UserError(
-                str(weights), "the adapter has no reward head (`score`)", f"train the stage {stage!r} again"
-            )
+            raise UserError(str(weights), "the adapter has no reward head (`score`)", f"train {name!r} again")
+    if policies is not None and policies.can_hold(name):
+        head: Any = policies.add(name, run.adapter(name))
+        return RewardModel(SharedClassifier(policies.use, name, head), tokenizer)
+    model = base.load_classifier(base.start_path(recipe, run, name), config, tokenizer)
+    return _freeze(PeftModel.from_pretrained(model, run.adapter(name)), tokenizer)
 
 
-def _load_other(name: str, recipe: Recipe) -> RewardModel:
-    """Load a sequence classifier with one output that no stage of the recipe has trained."""
-    config = ModelConfig(model_name_or_path=name, dtype=recipe.evaluation.dtype or "auto")
-    tokenizer = set_up_tokenizer(name, {"model_name_or_path": name})
-    model: Any = load_weights(AutoModelForSequenceClassification, name, config)
-    if model.config.num_labels != 1:
-        problem = f"the model has {model.config.num_labels} outputs, and a reward model has one"
-        raise UserError(name, problem, "name a reward model in evaluation")
-    model.config.pad_token_id = tokenizer.pad_token_id
+def _freeze(model: Any, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
     return RewardModel(model.requires_grad_(False).to(PartialState().device).eval(), tokenizer)

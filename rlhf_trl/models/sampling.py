@@ -12,19 +12,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_trl.models.base import Messages, encode, pad_right
 from rlhf_trl.recipe.schema import Decoding
@@ -40,15 +34,13 @@ SHORTEST = 0.8
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer."""
+    """One sampled answer; `finished` where it ended by itself, before the length limit."""
 
     ids: list[int]
     text: str
     finished: bool
-    """Whether the answer ended by itself, before the length limit."""
     hidden: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
-    """What the model's output head read before each token, (T, H); only where asked for, and where it gives the
-    logits."""
+    """What the output head read before each token, (T, H); only where asked for, and where it gives the logits."""
 
 
 def spread(
@@ -59,21 +51,16 @@ def spread(
     The batches are the same however many processes there are, and so are the results.
     """
     state = PartialState()
-    mine = batches[state.process_index :: state.num_processes]
-    hidden = not progress or not state.is_main_process
-    done = [
-        (row, result)
-        for rows in tqdm(mine, desc=progress, disable=hidden or None, leave=False)
-        for row, result in zip(rows, work(rows), strict=True)
-    ]
+    hidden = not progress or not state.is_main_process or None  # None: also where the output is not a terminal
+    mine = tqdm(batches[state.process_index :: state.num_processes], desc=progress, disable=hidden, leave=False)
+    done = [(row, result) for rows in mine for row, result in zip(rows, work(rows), strict=True)]
     if state.num_processes > 1:
         done = gather_object(done)
     return [result for _, result in sorted(done, key=lambda item: item[0])]
 
 
 def sorted_batches(lengths: Sequence[int], size: int, shortest: float = 0.0) -> list[list[int]]:
-    """Group rows of similar length, the longest first, so that little is padded and memory runs out at once or
-    never.
+    """Group rows of similar length, the longest first, so that little is padded and memory runs out at once or never.
 
     Args:
         shortest: a batch ends early before a row that is shorter than this share of its longest. Pays where the whole
@@ -88,20 +75,20 @@ def sorted_batches(lengths: Sequence[int], size: int, shortest: float = 0.0) -> 
     return batches
 
 
-class InverseTransform(LogitsProcessor):
+class InverseTransform(transformers.LogitsProcessor):
     """Turn greedy decoding into sampling: the token where the distribution function passes a uniform number.
 
     Each answer has random numbers of its own, so that it does not depend on the other rows of its batch, and the
     policies of a comparison share theirs. It costs a fifth of `torch.multinomial`, which draws one number for each
-    token of the vocabulary.
+    token of the vocabulary. `first` are the logits of the first step, (B, V).
     """
+
+    first: Tensor | None = None
 
     def __init__(self, seeds: Sequence[int], length: int):
         rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
         self._uniform = torch.stack(rows)
         self._step = 0
-        self.first: Tensor | None = None
-        """Logits of the first step, (B, V)."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Leave one token of each row possible: logits (B, V) -> (B, V)."""
@@ -132,56 +119,47 @@ def sample(
     progress: str = "",
     keep_hidden: bool = False,
 ) -> list[Completion]:
-    """Sample an answer to each prompt.
+    """Sample an answer to each prompt, fixed by the seed, its prompt and its draw.
 
     Args:
         decoding: without it, from the model's own distribution: temperature 1, no top-k, no top-p.
         draws: tells apart several answers to one prompt; 0 for each by default.
         max_prompt_tokens: a longer prompt loses its beginning.
         keep_hidden: keep what the output head read, from which `head_logits` makes the logits once more.
-
-    Returns:
-        Completions in the order of the prompts. An answer is fixed by the seed, its prompt and its draw.
     """
     decoding = decoding or Decoding()
     ids = [encode(tokenizer, prompt)[0][-(max_prompt_tokens or 0) :] for prompt in prompts]
     seeds = [_seed(seed, row, draw) for row, draw in zip(ids, draws or [0] * len(ids), strict=True)]
+    head = model.get_output_embeddings()
 
     def answer(rows: Sequence[int]) -> list[Completion]:
         batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
         processors = _processors(decoding, [seeds[row] for row in rows], max_new_tokens)
         seen: list[Tensor] = []
-        head = model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]) if keep_hidden else None)
-        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)[
-            :, batch["input_ids"].shape[1] :
-        ]
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
         hook.remove()
-        completions = [_read_answer(tokenizer, tokens) for tokens in output.tolist()]
+        completions = [_read_answer(tokenizer, row) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
         # Some models bend the logits after their head (a soft cap, a scale).
         if not seen or not torch.allclose(head(seen[0]).float(), processors[-1].first, rtol=1e-3, atol=1e-3):
             return completions
-        hidden = torch.stack(seen, dim=1).cpu()
-        return [
-            dataclasses.replace(row, hidden=states[: len(row.ids)].clone())
-            for row, states in zip(completions, hidden, strict=True)
-        ]
+        states = zip(completions, torch.stack(seen, dim=1).cpu(), strict=True)
+        return [dataclasses.replace(row, hidden=hidden[: len(row.ids)].clone()) for row, hidden in states]
 
     return spread(sorted_batches([len(row) for row in ids], batch_size), answer, progress)
 
 
-def _processors(decoding: Decoding, seeds: Sequence[int], length: int) -> LogitsProcessorList:
-    found = LogitsProcessorList()
+def _processors(decoding: Decoding, seeds: Sequence[int], length: int) -> transformers.LogitsProcessorList:
+    found = transformers.LogitsProcessorList()
     if decoding.temperature == 0:
         return found
     if decoding.temperature != 1:
-        found.append(TemperatureLogitsWarper(decoding.temperature))
+        found.append(transformers.TemperatureLogitsWarper(decoding.temperature))
     if decoding.top_k:
-        found.append(TopKLogitsWarper(decoding.top_k))
+        found.append(transformers.TopKLogitsWarper(decoding.top_k))
     if decoding.top_p < 1:
-        found.append(TopPLogitsWarper(decoding.top_p))
-    found.append(InverseTransform(seeds, length))
-    return found
+        found.append(transformers.TopPLogitsWarper(decoding.top_p))
+    return transformers.LogitsProcessorList([*found, InverseTransform(seeds, length)])
 
 
 def _read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Completion:
@@ -191,16 +169,16 @@ def _read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Compl
 
 
 class Drift(NamedTuple):
-    """How far a policy is from its reference on answers of its own; sums over the answer's tokens."""
+    """How far a policy is from its reference on answers of its own, in nats: sums over the answer's tokens, (B,)."""
 
     kl: Tensor
-    """Exact over the vocabulary at each position, nats."""
+    """Exact over the vocabulary at each position."""
     k1: Tensor
-    """Sampled estimate log pi - log ref, nats."""
+    """Sampled estimate log pi - log ref."""
     k3: Tensor
-    """Sampled estimate ref / pi - 1 - log(ref / pi), nats."""
+    """Sampled estimate ref / pi - 1 - log(ref / pi)."""
     entropy: Tensor
-    """Of the policy's distribution at each position, nats."""
+    """Of the policy's distribution at each position."""
 
 
 def measure_drift(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Tensor) -> Drift:
@@ -211,13 +189,9 @@ def measure_drift(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: 
     "Approximating KL divergence") see the sampled tokens alone; their means agree with it.
 
     Args:
-        logits: policy, (B, T, V).
-        ref_logits: reference, (B, T, V).
+        logits: policy, (B, T, V); `ref_logits`: reference, (B, T, V).
         answer_ids: the sampled tokens, (B, T).
         mask: 1 on the answer's tokens, its end token included, (B, T).
-
-    Returns:
-        Four tensors (B,), float64.
     """
     sums = torch.zeros(4, logits.shape[0], dtype=torch.float64, device=logits.device)
     for start in range(0, logits.shape[1], KL_POSITIONS):
@@ -248,35 +222,24 @@ def head_logits(model: Any, answers: Sequence[Completion]) -> Tensor:
 def answer_logits(
     model: Any, prompt_ids: Tensor, answer_ids: Tensor, prompt_mask: Tensor, answer_mask: Tensor
 ) -> Tensor:
-    """Compute the logits that predict each token of the answers.
+    """Compute the logits that predict each token of the answers, at temperature 1: (B, A, V).
 
     Args:
         prompt_ids: padded on the left, (B, P); `prompt_mask` likewise.
         answer_ids: padded on the right, (B, A); `answer_mask` likewise.
-
-    Returns:
-        Logits at temperature 1, (B, A, V).
     """
-    mask = torch.cat([prompt_mask, answer_mask], dim=1)
-    output = model(
-        input_ids=torch.cat([prompt_ids, answer_ids], dim=1),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=answer_ids.shape[1] + 1,
-        use_cache=False,
-    )
+    ids, mask = torch.cat([prompt_ids, answer_ids], dim=1), torch.cat([prompt_mask, answer_mask], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                   logits_to_keep=answer_ids.shape[1] + 1, use_cache=False)  # fmt: skip
     return output.logits[:, :-1]
 
 
 def answer_batch(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Messages],
-    answers: Sequence[Completion],
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], answers: Sequence[Completion], device: Any
+) -> tuple[Tensor, ...]:
     """Lay out prompts and answers as `answer_logits` takes them."""
     prompt = tokenizer.pad({"input_ids": [encode(tokenizer, row)[0] for row in prompts]}, return_tensors="pt")
     answer_ids, answer_mask = pad_right([answer.ids for answer in answers], tokenizer.pad_token_id)
     tensors = (prompt["input_ids"], answer_ids, prompt["attention_mask"], answer_mask)
-    first, second, third, fourth = (tensor.to(device) for tensor in tensors)
-    return first, second, third, fourth
+    return tuple(tensor.to(device) for tensor in tensors)

@@ -1,7 +1,4 @@
-"""`builtin:tiny`: a small untrained Llama, with a tokenizer fitted to the demo's text.
-
-Reads the demo's data that ships with the package.
-"""
+"""`builtin:tiny`: a small untrained Llama, with a tokenizer fitted to the demo's text that ships with the package."""
 
 from __future__ import annotations
 
@@ -14,10 +11,7 @@ SEED = 7
 
 
 def build_tiny(folder: Path) -> None:
-    """Build a small untrained Llama and a tokenizer fitted to the demo's text: the base of the demo's recipe.
-
-    The same weights come out every time. About 0.9 M parameters; the demo's `sft` stage teaches it to speak.
-    """
+    """Build the base of the demo's recipe, about 0.9 M parameters; the same weights come out every time."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -30,25 +24,15 @@ def build_tiny(folder: Path) -> None:
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|pad|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=special,
+                                                       initial_alphabet=alphabet, show_progress=False))  # fmt: skip
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=special[0], eos_token=special[0], pad_token=special[1], model_max_length=512
     )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+                         num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                         pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         model = LlamaForCausalLM(config)

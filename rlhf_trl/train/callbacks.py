@@ -6,6 +6,7 @@ each.
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -26,36 +28,28 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.checkpoints import seal, sync
 from rlhf_trl.run.files import read_json, write_json
 
-# Log key of a TRL trainer -> name in training_stats.json. The raw logs stand beside them, under `log`.
-NAMES = {
-    "loss": "loss",
-    "loss/policy_avg": "loss",
-    "loss/value_avg": "value_loss",
-    "eval_loss": "validation_loss",
-    "accuracy": "reward_accuracy",
-    "rewards/accuracies": "reward_accuracy",
-    "eval_accuracy": "validation_reward_accuracy",
-    "eval_rewards/accuracies": "validation_reward_accuracy",
-    "margin": "reward_margin",
-    "rewards/margins": "reward_margin",
-    "eval_margin": "validation_reward_margin",
-    "eval_rewards/margins": "validation_reward_margin",
-    "mean_reward": "reward",
-    "reward": "reward",
+# Name in training_stats.json -> keys of TRL's logs. The raw logs stand beside them, under `log`.
+LOG_KEYS = {
+    "loss": "loss loss/policy_avg",
+    "value_loss": "loss/value_avg",
+    "reward_accuracy": "accuracy rewards/accuracies",
+    "reward_margin": "margin rewards/margins",
+    "validation_loss": "eval_loss",
+    "validation_reward_accuracy": "eval_accuracy eval_rewards/accuracies",
+    "validation_reward_margin": "eval_margin eval_rewards/margins",
+    "reward": "mean_reward reward",
     "grad_norm": "grad_norm",
-    "learning_rate": "learning_rate",
-    "lr": "learning_rate",
-    "kl": "kl",
-    "objective/kl": "kl",
+    "learning_rate": "learning_rate lr",
+    "kl": "kl objective/kl",
     "entropy": "entropy",
-    "num_tokens": "tokens",
-    "completions/mean_length": "answer_tokens",
-    "answer_tokens": "answer_tokens",
+    "tokens": "num_tokens",
+    "answer_tokens": "completions/mean_length answer_tokens",
     "finished": "finished",
-    "policy/clipfrac_avg": "clip_fraction",
-    "policy/approxkl_avg": "approx_kl",
+    "clip_fraction": "policy/clipfrac_avg",
+    "approx_kl": "policy/approxkl_avg",
     "kl_coef": "kl_coef",
 }
+NAMES = {key: name for name, keys in LOG_KEYS.items() for key in keys.split()}
 DEFINITIONS = {
     "reward": "mean score of the reward model, before normalisation and penalties",
     "loss": "training loss of the library's trainer; for ppo the clipped surrogate alone, with value_loss beside it",
@@ -85,14 +79,15 @@ class History(TrainerCallback):
 
     def __init__(self, path: Path, stage: str, trainer: str):
         self.path = path
-        self.stats: dict[str, Any] = {
-            "stage": stage,
-            "trainer": trainer,
-            "definitions": {**DEFINITIONS, "kl": KL_DEFINITIONS.get(trainer, NO_KL)},
-            "history": [],
-        }
+        definitions = {**DEFINITIONS, "kl": KL_DEFINITIONS.get(trainer, NO_KL)}
+        self.stats: dict[str, Any] = {"stage": stage, "trainer": trainer, "definitions": definitions, "history": []}
         self.before = 0.0
         self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, with that before a resumed checkpoint."""
+        return round(self.before + time.perf_counter() - self.start, 3)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step > 0 and self.path.exists():
@@ -105,34 +100,22 @@ class History(TrainerCallback):
             write_json(self.path, self.stats)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        finite = {
-            key: value for key, value in logs.items() if isinstance(value, int | float) and abs(value) < float("inf")
-        }
+        finite = {key: value for key, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)}
         named = {NAMES[key]: value for key, value in finite.items() if key in NAMES}
         if not named or "train_runtime" in logs:
             return
         history = self.stats["history"]
         if not history or history[-1]["step"] != state.global_step:  # a validation joins the row of its step
             history.append({"step": state.global_step, "epoch": state.epoch, "log": {}})
-        history[-1] |= {**named, "seconds": round(self.seconds, 3), "peak_memory_bytes": peak_memory()}
+        history[-1] |= {**named, "seconds": self.seconds, "peak_memory_bytes": peak_memory()}
         history[-1]["log"] |= finite
         if state.is_world_process_zero:
             write_json(self.path, self.stats)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Add the summary of the finished run."""
-        self.stats["summary"] = summary
-        write_json(self.path, self.stats)
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far, that before a resumed checkpoint included."""
-        return self.before + time.perf_counter() - self.start
-
 
 class Health(TrainerCallback):
-    """Stop a run whose loss or gradient is no longer finite, before it can reach the weights; tell what training
-    changed."""
+    """Stop a run whose loss or gradient is no longer finite, before it can reach the weights; check what training did
+    to the weights."""
 
     def __init__(self) -> None:
         self.before: list[float] = []
@@ -142,10 +125,6 @@ class Health(TrainerCallback):
         self.before = _digests(model)
         self.first_step = state.global_step
 
-    def count_changed(self, model: torch.nn.Module) -> int:
-        """Count the trainable tensors (of this process's shard) that differ from those at the start."""
-        return sum(now != then for now, then in zip(_digests(model), self.before, strict=True))
-
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         grads = [param.grad for param in model.parameters() if param.grad is not None]
         if grads and not torch.stack([grad.norm().float() for grad in grads]).isfinite().all():
@@ -154,19 +133,25 @@ class Health(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         for key in ("loss", "grad_norm", "loss/policy_avg", "loss/value_avg", "reward"):
             value = logs.get(key)
-            if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise diverged(state.global_step, key, args.output_dir)
 
-    def require_agreement(self, model: torch.nn.Module) -> None:
-        """Check that the processes of a run which shards no parameter hold the same weights at its end.
+    def check_weights(self, model: torch.nn.Module, stage: str) -> None:
+        """Check that training changed a trainable tensor (of this process's shard), and that the processes of a run
+        which shards no parameter hold the same weights.
 
         Raises:
-            RuntimeError: they do not.
+            UserError: it changed none. A run that was resumed at its last step has no update to make.
+            RuntimeError: the processes differ.
         """
+        digests = _digests(model)
+        if digests == self.before and self.first_step == 0:
+            remedy = "raise learning_rate, or check that the data differ"
+            raise UserError(f"stages.{stage}", "training changed no weight", remedy)
         sharded = is_deepspeed_zero3_enabled() or any(isinstance(param, DTensor) for param in model.parameters())
         if PartialState().num_processes > 1 and not sharded:
-            digests = gather_object([_digests(model)])
-            if any(other != digests[0] for other in digests):
+            gathered = gather_object([digests])
+            if any(other != gathered[0] for other in gathered):
                 raise RuntimeError("the processes hold different weights after training")
 
 
@@ -180,11 +165,8 @@ def _digests(model: torch.nn.Module) -> list[float]:
 
 def diverged(step: int, what: str, checkpoints: str) -> UserError:
     """The error that ends a run which has diverged."""
-    return UserError(
-        f"step {step}",
-        f"{what} is not finite: the run has diverged (its last good checkpoints are in {checkpoints})",
-        "lower learning_rate, raise warmup_steps, or use bf16: false",
-    )
+    problem = f"{what} is not finite: the run has diverged (its last good checkpoints are in {checkpoints})"
+    return UserError(f"step {step}", problem, "lower learning_rate, raise warmup_steps, or use bf16: false")
 
 
 class Interrupt(TrainerCallback):
@@ -206,16 +188,12 @@ class Interrupt(TrainerCallback):
         signal.signal(number, signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.agreed():
-            control.should_save = control.should_training_stop = True
-
-    def agreed(self) -> int | None:
-        """The signal, on every process as soon as one has seen it: they must stop at the same step."""
         partial = PartialState()
-        if partial.num_processes > 1:
+        if partial.num_processes > 1:  # as soon as one process has seen a signal, all of them stop at the same step
             seen = reduce(torch.tensor(float(self.signal or 0), device=partial.device), reduction="sum")
             self.signal = int(seen) and (self.signal or signal.SIGTERM)
-        return self.signal or None
+        if self.signal:
+            control.should_save = control.should_training_stop = True
 
 
 class AtomicCheckpoints:
@@ -231,12 +209,10 @@ class AtomicCheckpoints:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        locate, limit = self._get_output_dir, self.args.save_total_limit
-        self._get_output_dir, self.args.save_total_limit = (lambda trial=None: str(staging)), None
-        try:
+        limit = self.args.save_total_limit
+        elsewhere = mock.patch.object(self, "_get_output_dir", lambda trial=None: str(staging))
+        with elsewhere, mock.patch.object(self.args, "save_total_limit", None):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            self._get_output_dir, self.args.save_total_limit = locate, limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(staging / name)
@@ -244,14 +220,8 @@ class AtomicCheckpoints:
             (staging / name).replace(folder / name)
             sync(folder)
             if self.state.best_model_checkpoint:
-                best = folder / Path(self.state.best_model_checkpoint).name
-                self.state.best_model_checkpoint = str(best)
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
+                self.state.best_model_checkpoint = str(folder / Path(self.state.best_model_checkpoint).name)
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=False)
         self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -1,15 +1,13 @@
-"""The five trainers: for each its library class, its config class and one row of its dataset.
-
-Works on rows of the views that `prepare` wrote; reads and writes nothing.
-"""
+"""The five trainers: the library class, config class and dataset of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import chain
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import trl
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +15,13 @@ from rlhf_trl.models.base import encode
 from rlhf_trl.train.callbacks import AtomicCheckpoints
 
 
-class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer):
-    pass
+class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer): ...
 
 
-class RewardTrainer(AtomicCheckpoints, trl.RewardTrainer):
-    pass
+class RewardTrainer(AtomicCheckpoints, trl.RewardTrainer): ...
+
+
+class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer): ...
 
 
 class DPOTrainer(AtomicCheckpoints, trl.DPOTrainer):
@@ -31,67 +30,45 @@ class DPOTrainer(AtomicCheckpoints, trl.DPOTrainer):
         return dataset
 
 
-class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer):
-    pass
-
-
-# --- dataset views
-# -----------------------------------------------------------------------------------------------------
-
-
-def sft_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The chosen answer; the loss covers its tokens alone."""
-    prompt, answer = encode(tokenizer, row["prompt"], row["chosen"])
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
-
-
-def reward_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        f"{side}_ids": list(chain(*encode(tokenizer, row["prompt"], row[side]))) for side in ("chosen", "rejected")
-    }
-
-
-def dpo_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    prompt, chosen = encode(tokenizer, row["prompt"], row["chosen"])
-    return {
-        "prompt_ids": prompt,
-        "chosen_ids": chosen,
-        "rejected_ids": encode(tokenizer, row["prompt"], row["rejected"])[1],
-    }
-
-
-def grpo_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": row["prompt"]}
-
-
-def ppo_view(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"input_ids": encode(tokenizer, row["prompt"])[0]}
-
-
-class Kind(NamedTuple):
-    """What a trainer is built of."""
-
-    trainer: Any
-    config: Any
-    task_type: str
-    """LoRA task type."""
-    view: Callable[[Any, Any], dict[str, Any]]
-    """One row of its dataset, of a tokenizer and a row of `data/`."""
-
-
-KINDS = {
-    "sft": Kind(SFTTrainer, trl.SFTConfig, "CAUSAL_LM", sft_view),
-    "reward": Kind(RewardTrainer, trl.RewardConfig, "SEQ_CLS", reward_view),
-    "dpo": Kind(DPOTrainer, trl.DPOConfig, "CAUSAL_LM", dpo_view),
-    "grpo": Kind(GRPOTrainer, trl.GRPOConfig, "CAUSAL_LM", grpo_view),
+CLASSES = {
+    "sft": (SFTTrainer, trl.SFTConfig),
+    "reward": (RewardTrainer, trl.RewardConfig),
+    "dpo": (DPOTrainer, trl.DPOConfig),
+    "grpo": (GRPOTrainer, trl.GRPOConfig),
 }
 
 
-def kind_of(word: str) -> Kind:
-    """Return what the trainer of that word in a recipe is built of; PPO, which not every TRL has, is imported here."""
-    if word == "ppo":
+def classes_of(trainer: str) -> tuple[Any, Any]:
+    """The trainer class and the config class of a recipe's word; PPO, which not every TRL has, is imported here."""
+    if trainer == "ppo":
         from rlhf_trl.train.ppo.config import PPOConfig
         from rlhf_trl.train.ppo.trainer import PPOTrainer
 
-        return Kind(PPOTrainer, PPOConfig, "CAUSAL_LM", ppo_view)
-    return KINDS[word]
+        return PPOTrainer, PPOConfig
+    return CLASSES[trainer]
+
+
+def load_view(path: Path, trainer: str, tokenizer: PreTrainedTokenizerBase, half: str | None = None) -> Dataset:
+    """Load a view of `data/`, or one half of it, as the dataset of a trainer."""
+    with PartialState().main_process_first():
+        rows = Dataset.from_json(str(path))
+        if half:
+            rows = rows.filter(lambda row: row["half"] == half, desc=f"The {half} half of {path.name}")
+        columns = rows.column_names
+        return rows.map(lambda row: to_example(trainer, tokenizer, row), remove_columns=columns,
+                        desc=f"Encoding {path.name}")  # fmt: skip
+
+
+def to_example(trainer: str, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a row of `data/` into one of a trainer's dataset: token ids, apart from the prompts of GRPO."""
+    if trainer == "grpo":
+        return {"prompt": row["prompt"]}
+    if trainer == "ppo":
+        return {"input_ids": encode(tokenizer, row["prompt"])[0]}
+    prompt, chosen = encode(tokenizer, row["prompt"], row["chosen"])
+    if trainer == "sft":  # the loss covers the tokens of the answer alone
+        return {"input_ids": prompt + chosen, "labels": [-100] * len(prompt) + chosen}
+    rejected = encode(tokenizer, row["prompt"], row["rejected"])[1]
+    if trainer == "dpo":
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    return {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}

@@ -1,7 +1,8 @@
 """PPO: the repairs of TRL's trainer do what the options say, on one shared base."""
 
-import math
 from itertools import chain, pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,29 +15,59 @@ from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.train.ppo.config import PPOConfig
 from rlhf_trl.train.ppo.loop import Batches, generate_in_chunks
-from rlhf_trl.train.ppo.memory import Batch, Shape, estimate_ppo
+from rlhf_trl.train.ppo.memory import estimate_ppo
 from rlhf_trl.train.ppo.trainer import PPOTrainer
-from rlhf_trl.train.step import _own_settings, build_config, build_trainer
+from rlhf_trl.train.step import build_stage_config, build_trainer
+
+ONE_BATCH = ("per_device_train_batch_size=8", "gradient_accumulation_steps=1", "num_mini_batches=1")
+INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @pytest.fixture
 def build(trained, tmp_path):
     """Build the PPO trainer of the small run with other options, after seeding."""
-    _, run = trained
 
-    def build(*overrides: str, **more):
+    def build(*overrides, folder=""):
         recipe = small_recipe(tmp_path, tuple(f"stages.ppo.args.{item}" for item in overrides))
-        values = {**recipe.args_of("ppo"), **_own_settings(RunDir(tmp_path), "ppo", "ppo"), **more}
+        config = build_stage_config(recipe, RunDir(tmp_path / folder), "ppo")
         set_seed(3)
-        return build_trainer(recipe, run, "ppo", build_config(PPOConfig, values, "ppo"))
+        return build_trainer(recipe, trained[1], "ppo", config)
 
     return build
 
 
-def weights(trainer) -> torch.Tensor:
+@pytest.fixture
+def finish(build):
+    """Build a trainer and train it."""
+
+    def finish(*overrides, **more):
+        trainer = build(*overrides, **more)
+        trainer.train()
+        return trainer
+
+    return finish
+
+
+def weights(trainer):
     return torch.cat([param.detach().flatten() for param in trainer.model.parameters() if param.requires_grad])
+
+
+def rows_of(trainer):
+    return [row for row in trainer.state.log_history if "objective/kl" in row]
+
+
+def named(trainer):
+    return dict(trainer.shared.named_parameters()) | dict(trainer._value_head.named_parameters())
+
+
+def snapshot(trainer):
+    return {name: param.detach().clone() for name, param in named(trainer).items()}
+
+
+def load(trainer, state):
+    for name, tensor in state.items():
+        named(trainer)[name].data.copy_(tensor)
 
 
 @pytest.mark.parametrize(("parts", "expected"), [(1, 8), (2, 16), (4, 32)])
@@ -50,43 +81,16 @@ def test_mini_batches_are_optimizer_steps(build, parts, expected):
     assert len(steps) == expected
 
 
-def test_clipping_takes_effect_and_is_logged(build):
-    results = {}
-    for limit in ("1.0", "1e-9"):
-        trainer = build(f"max_grad_norm={limit}", "total_episodes=16")
-        trainer.train()
-        results[limit] = weights(trainer)
-        row = next(row for row in trainer.state.log_history if "grad_norm" in row)
-        assert row["grad_norm"] > 1e-3  # before clipping
-    assert not torch.equal(results["1.0"], results["1e-9"])
+def test_clipping_takes_effect_and_is_logged(finish):
+    wide, narrow = (finish(f"max_grad_norm={limit}", "total_episodes=16") for limit in ("1.0", "1e-9"))
+    assert not torch.equal(weights(wide), weights(narrow))
+    assert rows_of(wide)[0]["grad_norm"] > 1e-3 < rows_of(narrow)[0]["grad_norm"]  # before clipping
 
 
-def test_averages_do_not_shrink_with_mini_batches(build):
-    """At the first update the policy is the one that sampled, so that the mean ratio is 1; upstream logs 1 / parts."""
-    trainer = build("num_mini_batches=2", "learning_rate=1e-12", "total_episodes=16")
-    trainer.train()
-    row = next(row for row in trainer.state.log_history if "val/ratio" in row)
-    assert row["val/ratio"] == pytest.approx(1, abs=1e-2)
-    assert abs(row["objective/kl"]) < 1e-4
-
-
-def rows_of(trainer) -> list[dict]:
-    return [row for row in trainer.state.log_history if "objective/kl" in row]
-
-
-def snapshot(trainer) -> dict[str, torch.Tensor]:
-    return {name: param.detach().clone() for name, param in trainer.shared.named_parameters()} | {
-        name: param.detach().clone() for name, param in trainer._value_head.named_parameters()
-    }
-
-
-ONE_BATCH = ("per_device_train_batch_size=8", "gradient_accumulation_steps=1", "num_mini_batches=1")
-
-
-def test_a_fresh_adapter_is_its_reference(build):
-    trainer = build("learning_rate=0", "total_episodes=32", "entropy_coef=0.05")
-    trainer.train()
-    for row in rows_of(trainer):
+@pytest.mark.parametrize("rate", ["learning_rate=1e-12", "learning_rate=0"])
+def test_a_fresh_adapter_is_its_reference(finish, rate):
+    """The policy is the one that sampled, so that the mean ratio is 1; upstream logs 1 / num_mini_batches."""
+    for row in rows_of(finish(rate, "total_episodes=32", "entropy_coef=0.05", "num_mini_batches=2")):
         assert abs(row["objective/kl"]) < 1e-4
         assert row["val/ratio"] == pytest.approx(1, abs=1e-2)
 
@@ -115,59 +119,51 @@ def test_the_update_is_the_one_of_the_paper(build, trained):
                     "value_init=reward", "kl_coef=0.1", "gamma=0.99", "lam=0.9", "vf_coef=0.3", "temperature=0.8",
                     "cliprange_value=0.05")  # fmt: skip
     args, policy = trainer.args, trainer.shared
-    losses, inputs = [], []
-    backward = trainer._backward
+    losses, inputs, states, scores = [], [], [snapshot(trainer)], []
+    backward, backbone = trainer._backward, trainer.reward_model.backbone
     trainer._backward = lambda loss, **more: (losses.append(loss.item()), backward(loss, **more))
-    keys = ("input_ids", "attention_mask", "position_ids")
     trainer.model.register_forward_hook(
-        lambda _, args, kwargs, out: inputs.append({key: kwargs[key] for key in keys}), with_kwargs=True
+        lambda _, args, kwargs, out: inputs.append({key: kwargs[key] for key in INPUTS}), with_kwargs=True
     )
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: states.append(snapshot(trainer)))
 
-    def read(use_reference=False):
-        """Log-probabilities, entropies and values of the answers of the second epoch, under the weights of now."""
-        context = policy.reference() if use_reference else torch.no_grad()
-        with torch.no_grad(), context:
-            kept = policy(**inputs[-1]).logits.kept[:, :-1] / args.temperature
-        distribution = torch.distributions.Categorical(logits=kept)
+    def score_and_keep(**more):
+        output = backbone(**more)
+        scores.append(output.hidden_states[0][:, 0, 0])
+        return output
+
+    trainer.reward_model.backbone = score_and_keep
+    trainer.train()
+    rewards = torch.cat(scores)  # in the rollout's order; each epoch sees its one batch in an order of its own
+    start = policy.context_length
+    first, second = (batch["input_ids"].tolist() for batch in inputs)
+    assert sorted(first) == sorted(second) and first != second
+    tokens, mask = inputs[1]["input_ids"], inputs[1]["attention_mask"].bool()
+    answers, mask = tokens[:, start:], mask[:, start:]
+
+    def read(state, use_reference=False):
+        """Log-probabilities, entropies and values of the answers of the second epoch, under these weights."""
+        load(trainer, state)
         with torch.no_grad():
-            hidden = trainer._value_head.backbone(**inputs[-1]).hidden_states[-1]
+            with policy.reference() if use_reference else torch.no_grad():
+                kept = policy(**inputs[1]).logits.kept[:, :-1] / args.temperature
+            hidden = trainer._value_head.backbone(**inputs[1]).hidden_states[-1]
             values = trainer._value_head.score(hidden)[:, start - 1 : -1, 0]
+        distribution = torch.distributions.Categorical(logits=kept)
         return distribution.log_prob(answers), distribution.entropy(), values
 
-    states = [snapshot(trainer)]
-    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: states.append(snapshot(trainer)))
-    scores = []
-    backbone = trainer.reward_model.backbone
-    trainer.reward_model.backbone = lambda **more: (
-        lambda out: (scores.append(out.hidden_states[0][:, 0, 0]), out)[1])(backbone(**more))  # fmt: skip
-    trainer.train()
-    # one rollout, hence one batch, which the second epoch sees in another order
-    rewards = torch.cat(scores)
-    start = policy.context_length
-    first, second = inputs
-    order = [next(i for i, row in enumerate(first["input_ids"]) if torch.equal(row, other))
-             for other in second["input_ids"]]  # fmt: skip
-    answers, mask = second["input_ids"][:, start:], second["attention_mask"][:, start:].bool()
-    named = dict(policy.named_parameters()) | dict(trainer._value_head.named_parameters())
-
-    def load(state):
-        for name, tensor in state.items():
-            named[name].data.copy_(tensor)
-
-    load(states[0])
-    old, _, old_values = read()
-    reference = read(use_reference=True)[0]
-    # scores were taken in the rollout's order; the first epoch's is another permutation of it
-    tokenizer, text = trainer.processing_class, {}
-    for ids, kept in zip(second["input_ids"].tolist(), second["attention_mask"].tolist(), strict=True):
+    old, _, old_values = read(states[0])
+    reference = read(states[0], use_reference=True)[0]
+    tokenizer = trainer.processing_class
+    texts = []
+    for ids, kept in zip(tokens.tolist(), inputs[1]["attention_mask"].tolist(), strict=True):
         prompt = tuple(t for t, k in zip(ids[:start], kept, strict=False) if k)
         answer = [t for t, k in zip(ids[start:], kept[start:], strict=True) if k]
-        text[len(text)] = (trainer.reward_model._prompts[prompt], answer)
-    model = load_reward_model(*trained, "rm")
-    done = [answer[-1] == tokenizer.eos_token_id for _, answer in text.values()]
-    decoded = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in text.values()]
-    score = model.score([prompt for prompt, _ in text.values()], decoded, done)
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        texts.append((trainer.reward_model._prompts[prompt], text, answer[-1] == tokenizer.eos_token_id))
+    score = load_reward_model(*trained, "rm").score(*zip(*texts, strict=True))
     assert torch.allclose(score.sort().values, rewards.sort().values, atol=1e-4)
+    done = [text[2] for text in texts]
     score = score - torch.tensor([0.0 if end else args.missing_eos_penalty for end in done])
     length = mask.sum(1)
     reward = -args.kl_coef * (old - reference).masked_fill(~mask, 0)
@@ -182,8 +178,7 @@ def test_the_update_is_the_one_of_the_paper(build, trained):
     returns = advantages + values
     raw = advantages[mask]
     whitened = (advantages - raw.mean()) / (raw.var() + 1e-8).sqrt()
-    load(states[1])
-    new, entropy, new_values = read()
+    new, entropy, new_values = read(states[1])
     ratio = (new - old).exp()
     surrogate = torch.max(-whitened * ratio, -whitened * ratio.clamp(1 - args.cliprange, 1 + args.cliprange))[mask]
     clipped = torch.clamp(new_values, values - args.cliprange_value, values + args.cliprange_value)
@@ -193,9 +188,7 @@ def test_the_update_is_the_one_of_the_paper(build, trained):
     row = rows_of(trainer)[0]
     assert (ratio[mask] > 1 + args.cliprange).any() and 0 < row["policy/clipfrac_avg"] < 1
     assert row["reward"] == pytest.approx(rewards.mean().item(), abs=1e-4)
-    assert row["answer_tokens"] == length.float().mean().item()
-    assert row["finished"] == sum(done) / 8
-    assert sorted(order) == list(range(8))
+    assert (row["answer_tokens"], row["finished"]) == (length.float().mean().item(), sum(done) / 8)
 
 
 class Vowels:
@@ -206,44 +199,40 @@ class Vowels:
         return torch.tensor([sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts])
 
 
-def train_toy(build, seed: int, *options: str) -> list[dict]:
-    trainer = build("per_device_train_batch_size=32", "gradient_accumulation_steps=1", "num_mini_batches=1",
-                    "total_episodes=480", "learning_rate=1.5e-3", "kl_coef=0", "response_length=8",
-                    "missing_eos_penalty=null", f"seed={seed}", *options)  # fmt: skip
-    # Short prompts, for the time; and a head that tells tokens apart, which the small model has not learned.
-    length = sorted(map(len, trainer.train_dataset["input_ids"]))[63]
-    trainer.train_dataset = trainer.train_dataset.filter(lambda row: len(row["input_ids"]) <= length)
-    trainer.dataloader.loader = trainer._prepare_loader()
-    trainer.shared.get_base_model().lm_head.weight.data.mul_(5)
-    trainer.reward_model._reward = Vowels()
-    trainer.train()
-    return rows_of(trainer)
-
-
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_task_with_a_known_optimum_is_learned(build, seed):
-    runs = {bonus: train_toy(build, seed, f"entropy_coef={bonus}") for bonus in (0, 0.05)}
-    for rows in runs.values():
+    def entropy_at_the_end(bonus):
+        trainer = build("per_device_train_batch_size=32", "gradient_accumulation_steps=1", "num_mini_batches=1",
+                        "total_episodes=480", "learning_rate=1.5e-3", "kl_coef=0", "response_length=8",
+                        "missing_eos_penalty=null", f"seed={seed}", f"entropy_coef={bonus}")  # fmt: skip
+        # Short prompts, for the time; and a head that tells tokens apart, which the small model has not learned.
+        length = sorted(map(len, trainer.train_dataset["input_ids"]))[63]
+        trainer.train_dataset = trainer.train_dataset.filter(lambda row: len(row["input_ids"]) <= length)
+        trainer.dataloader.loader = trainer._prepare_loader()
+        trainer.shared.get_base_model().lm_head.weight.data.mul_(5)
+        trainer.reward_model._reward = Vowels()
+        trainer.train()
+        rows = rows_of(trainer)
         assert rows[-1]["reward"] > rows[0]["reward"] + 0.2, [row["reward"] for row in rows]
-    end = {bonus: sum(row["entropy"] for row in rows[-3:]) / 3 for bonus, rows in runs.items()}
-    assert end[0.05] > end[0] + 0.03, end
+        return sum(row["entropy"] for row in rows[-3:]) / 3
+
+    assert entropy_at_the_end(0.05) > entropy_at_the_end(0) + 0.03
 
 
-def test_interrupted_runs_go_on_exactly(build, tmp_path):
+def test_interrupted_runs_go_on_exactly(build, finish):
     """N updates straight, and k updates, an end, and the rest: the same weights and trace, bit for bit."""
     options = ("total_episodes=128", "save_steps=1", "save_strategy=steps", "kl_target=0.5", "kl_horizon=100",
                "lr_scheduler_type=linear", "max_kl=1000")  # fmt: skip
-    straight = build(*options, output_dir=str(tmp_path / "straight"))
-    straight.train()
+    straight = finish(*options, folder="straight")
     expected, rows = snapshot(straight), rows_of(straight)
     assert len(rows) == 8 and len({row["kl_coef"] for row in rows}) > 2
     for step in (1, 3, 6):
-        folder = tmp_path / "straight" / f"checkpoint-{step}"
+        folder = Path(straight.args.output_dir) / f"checkpoint-{step}"
         names = {path.name for path in folder.iterdir()}
         assert names >= {"adapter_model.safetensors", "value.safetensors", "ppo_state.json", "manifest.json"}
         held = [*load_file(folder / "adapter_model.safetensors"), *load_file(folder / "value.safetensors")]
         assert all("lora_" in name or "value_model.score." in name for name in held)
-        resumed = build(*options, output_dir=str(tmp_path / f"resumed{step}"))
+        resumed = build(*options, folder=f"resumed{step}")
         set_seed(99)  # what the process drew before must not matter
         resumed.train(resume_from_checkpoint=str(folder))
         again = rows_of(resumed)
@@ -252,18 +241,21 @@ def test_interrupted_runs_go_on_exactly(build, tmp_path):
             assert [row[key] for row in again] == [row[key] for row in rows], key
         after = snapshot(resumed)
         assert all(torch.equal(after[name], expected[name]) for name in expected)
+    saved = load_file(Path(straight.args.output_dir) / "checkpoint-8" / "value.safetensors")
+    assert torch.equal(saved["value_model.score.bias"], expected["score.bias"])
+    assert sum(".value." in name for name in saved) == sum(".value." in name for name in expected)
 
 
 def test_the_order_of_the_prompts_follows_from_the_update(build):
     trainer = build()
     trainer.train_dataset = trainer.train_dataset.select(range(44))  # two batches of 16 in each pass, and a rest
 
-    def take(start: int, count: int) -> list[list[list[int]]]:
-        batches = Batches(trainer._prepare_loader())
-        batches.done, found = start, []
-        while len(found) < count:
-            found += [batch["input_ids"].tolist() for batch in batches]
-        return found[:count]
+    def take(start, count):
+        batches, taken = Batches(trainer._prepare_loader()), []
+        batches.done = start
+        while len(taken) < count:
+            taken += [batch["input_ids"].tolist() for batch in batches]
+        return taken[:count]
 
     straight = take(0, 7)
     assert straight[0] != straight[2]
@@ -271,66 +263,48 @@ def test_the_order_of_the_prompts_follows_from_the_update(build):
         assert take(start, 7 - start) == straight[start:], start
 
 
-def test_a_checkpoint_holds_the_value_model(build):
-    trainer = build("total_episodes=16", "save_steps=1", "save_strategy=steps")
-    trainer.train()
-    saved = load_file(f"{trainer.args.output_dir}/checkpoint-1/value.safetensors")
-    live = snapshot(trainer)
-    assert torch.equal(saved["value_model.score.bias"], live["score.bias"])
-    assert sum(".value." in name for name in saved) == sum(".value." in name for name in live)
-
-
-def test_the_coefficient_follows_the_target(build):
+def test_the_coefficient_follows_the_target(finish):
     """Ziegler et al.: times 1 + clip(KL / target - 1, -0.2, 0.2) * episodes / horizon."""
-    trainer = build("total_episodes=48", "kl_target=6", "kl_horizon=160", "learning_rate=1e-2")
-    trainer.train()
-    rows = rows_of(trainer)
+    rows = rows_of(finish("total_episodes=48", "kl_target=6", "kl_horizon=160", "learning_rate=1e-2"))
     for now, following in pairwise(rows):
         error = min(max(now["objective/kl"] / 6 - 1, -0.2), 0.2)
         assert following["kl_coef"] == pytest.approx(now["kl_coef"] * (1 + error * 16 / 160))
     assert rows[-1]["kl_coef"] < rows[0]["kl_coef"]
 
 
-def test_max_kl_goes_back_to_the_last_good_policy_and_stops(build):
+def test_max_kl_goes_back_to_the_last_good_policy_and_stops(build, finish):
     options = ("total_episodes=160", "learning_rate=3e-3", "kl_coef=0", "entropy_coef=0")
-    free = build(*options)
-    states = []
+    free, states = build(*options), []
     free.optimizer.optimizer.register_step_post_hook(lambda *_: states.append(weights(free)))
     free.train()
     trace = [row["objective/kl"] for row in rows_of(free)]
     limit = sorted(trace)[6]
     bad = next(index for index, kl in enumerate(trace) if kl > limit)  # rollout of update bad + 1
-    stopped = build(*options, f"max_kl={limit}")
-    stopped.train()
+    stopped = finish(*options, f"max_kl={limit}")
     assert [row["objective/kl"] for row in rows_of(stopped)] == trace[: bad + 1]
     assert stopped.state.global_step == bad - 1
-    per_update = len(states) // len(trace)
-    assert torch.equal(weights(stopped), states[(bad - 1) * per_update - 1])
+    assert torch.equal(weights(stopped), states[(bad - 1) * len(states) // len(trace) - 1])
     assert f"is that of update {bad - 1}" in stopped.stopped
 
 
-def test_max_kl_that_the_first_update_passes_is_an_error(build):
+def test_max_kl_that_the_first_update_passes_is_an_error(finish):
     with pytest.raises(UserError, match="max_kl"):
-        build("max_kl=1e-6", "learning_rate=1e-2", "total_episodes=64").train()
+        finish("max_kl=1e-6", "learning_rate=1e-2", "total_episodes=64")
 
 
-def test_rewards_are_normalised_by_the_stored_scale(build, trained):
-    first, second = ({}, {})
-    for found, option in ((first, "false"), (second, "true")):
-        trainer = build("total_episodes=16", f"normalize_rewards={option}")
-        trainer.train()
-        found |= rows_of(trainer)[0]
+def test_rewards_are_normalised_by_the_stored_scale(finish, trained):
+    first, second = (rows_of(finish("total_episodes=16", f"normalize_rewards={on}"))[0] for on in ("false", "true"))
     recipe, run = trained
     stored = read_json(run.reward_scale("ppo"))
     pairs = read_jsonl(run.pairs("test"))
-    answers = [(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
-    found = load_reward_model(recipe, run, "rm").score(*zip(*answers, strict=True), [True] * len(answers))
-    assert stored["mean"] == pytest.approx(found.mean().item(), abs=1e-4)
-    assert stored["std"] == pytest.approx(found.std().item(), abs=1e-4)
+    texts = [(pair["prompt"], pair[side], True) for pair in pairs for side in ("chosen", "rejected")]
+    scores = load_reward_model(recipe, run, "rm").score(*zip(*texts, strict=True))
+    expected = {"mean": scores.mean().item(), "std": scores.std().item(), "answers": len(texts)}
+    assert stored == pytest.approx(expected, abs=1e-4)
     assert first["reward"] == pytest.approx(second["reward"], abs=1e-5)  # told as the model gives it
     penalty = first["reward"] - first["objective/scores"]
-    expected = (first["reward"] - stored["mean"]) / stored["std"] - penalty
-    assert second["objective/scores"] == pytest.approx(expected, abs=1e-4)
+    normalised = (first["reward"] - stored["mean"]) / stored["std"] - penalty
+    assert second["objective/scores"] == pytest.approx(normalised, abs=1e-4)
 
 
 def test_a_value_model_from_the_reward_model_gives_the_reward_at_the_end(build, trained):
@@ -352,19 +326,18 @@ def test_logits_are_reduced_chunk_by_chunk(build):
     policy, tokenizer = trainer.shared, trainer.processing_class
     rows = [encode(tokenizer, prompt)[0] for prompt in list(trainer.reward_model._prompts.values())[:6]]
     queries = tokenizer.pad({"input_ids": rows}, return_tensors="pt").input_ids
-    config = trainer.shared.generation_config.__class__(max_new_tokens=12, do_sample=True, top_k=0, top_p=1.0)
+    width = queries.shape[1]
+    config = policy.generation_config.__class__(max_new_tokens=12, do_sample=True, top_k=0, top_p=1.0)
     for chunk in (6, 4, 1):
         set_seed(5)
         tokens, sampled = generate_in_chunks(policy, queries, chunk, tokenizer.pad_token_id, config)
-        assert tokens.shape[0] == 6 and sampled[0:2].values.shape == (2, tokens.shape[1] - queries.shape[1])
+        assert sampled.shape == (6, tokens.shape[1] - width)
         mask = tokens != tokenizer.pad_token_id
-        positions = mask.cumsum(1) - mask.long()
         with torch.no_grad():
-            kept = policy(tokens.masked_fill(~mask, 0), mask, positions).logits.kept[:, :-1]
-        answers = tokens[:, queries.shape[1] :]
-        expected = kept.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
-        inside = mask[:, queries.shape[1] :]
-        assert torch.allclose(sampled.values[inside], expected[inside], atol=1e-4)
+            kept = policy(tokens.masked_fill(~mask, 0), mask, mask.cumsum(1) - mask.long()).logits.kept[:, :-1]
+        expected = kept.log_softmax(-1).gather(-1, tokens[:, width:, None])[..., 0]
+        inside = mask[:, width:]
+        assert torch.allclose(sampled[inside], expected[inside], atol=1e-4)
 
 
 def test_text_that_is_markup_does_not_end_a_run(build):
@@ -376,58 +349,57 @@ def test_text_that_is_markup_does_not_end_a_run(build):
 
 
 def test_too_few_prompts_are_refused(build):
-    with pytest.raises(UserError, match="fewer than one PPO batch"):
+    with pytest.raises(UserError, match=r"^data: .* 8192"):
         build("per_device_train_batch_size=4096")
 
 
 def test_the_estimate_is_arithmetic():
-    shape, batch = (
-        Shape(layers=2, hidden=8, vocabulary=100, kv_width=4),
-        Batch(rollout=6, micro=2, prompt=10, answer=5),
-    )
-    whole = estimate_ppo(shape, batch, weights=1000, trained=10, bytes_per_value=4, checkpointing=False)
-    assert whole.training == 120
-    assert whole.rollout == 6 * 15 * 2 * 2 * 4 * 4 + 2 * 6 * 5 * 100 * 4
-    assert whole.update == 2 * 2 * 17 * 2 * 15 * 8 * 4 + 5 * 2 * 5 * 100 * 4
-    assert whole.total == 1000 + 120 + max(whole.rollout, whole.update)
-    less = estimate_ppo(shape, batch, weights=1000, trained=10, bytes_per_value=4, checkpointing=True)
-    assert less.update < whole.update and math.isfinite(less.total)
+    model = SimpleNamespace(num_hidden_layers=2, hidden_size=8, vocab_size=100, num_key_value_heads=2, head_dim=2)
+    config = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=4, response_length=5,
+                             local_rollout_forward_batch_size=6, gradient_checkpointing=False)  # fmt: skip
+    whole = estimate_ppo(model, config, prompt=10, weights=1000, trained=10, bytes_per_value=4)
+    assert whole == {
+        "weights": 1000,
+        "training": 120,
+        "rollout": 6 * 15 * 2 * 2 * 4 * 4 + 2 * 6 * 5 * 100 * 4,
+        "update": 2 * 2 * 17 * 2 * 15 * 8 * 4 + 5 * 2 * 5 * 100 * 4,
+        "total": 1120 + max(whole["rollout"], whole["update"]),
+    }
+    config.gradient_checkpointing = True
+    less = estimate_ppo(model, config, prompt=10, weights=1000, trained=10, bytes_per_value=4)
+    assert less["update"] == (2 * 2 + 17) * 2 * 15 * 8 * 4 + 5 * 2 * 5 * 100 * 4
 
 
 def test_bf16_runs_in_bf16(build):
-    trainer = build("bf16=true", "total_episodes=16", "gradient_checkpointing=true")
-    kinds = set()
-    layer = trainer.policy_model.get_base_model().model.layers[0].mlp
-    layer.register_forward_hook(
-        lambda module, args, output: trainer.shared.active_adapter != "reward" and kinds.add(output.dtype)
-    )  # the reward model scores in its own precision
+    """In every layer, and in later epochs with the new weights: accelerate's autocast would keep the rounded ones of
+    the first forward pass until the end of training."""
+    trainer = build("bf16=true", "gradient_checkpointing=true", *ONE_BATCH, "total_episodes=8", "num_ppo_epochs=2",
+                    "learning_rate=3e-2")  # fmt: skip
+    kinds, seen = set(), []
+
+    def keep_kind(module, args, output):
+        if trainer.shared.active_adapter != "reward":  # which scores in its own precision
+            kinds.add(output.dtype)
+
+    def keep(_, args, kwargs, output):
+        batch = {key: kwargs[key] for key in INPUTS}
+        seen.append((output[0].logits.kept.detach().clone(), batch, snapshot(trainer)))
+
+    trainer.policy_model.get_base_model().model.layers[0].mlp.register_forward_hook(keep_kind)
+    trainer.model.register_forward_hook(keep, with_kwargs=True)
     trainer.train()
     assert trainer.accelerator.mixed_precision == "bf16"
     assert kinds == {torch.bfloat16}
-    row = next(row for row in trainer.state.log_history if "val/ratio" in row)
-    assert row["val/ratio"] == pytest.approx(1, abs=0.05)
-
-
-def test_later_epochs_in_bf16_see_the_new_weights(build):
-    """Accelerate's autocast would keep the rounded weights of the first forward pass until the end of training."""
-    trainer = build("bf16=true", *ONE_BATCH, "total_episodes=8", "num_ppo_epochs=2", "learning_rate=3e-2")
-    seen, inputs = [], []
-
-    def keep(_, args, kwargs, output):
-        seen.append(output[0].logits.kept.detach().clone())
-        inputs.append({key: kwargs[key] for key in ("input_ids", "attention_mask", "position_ids")})
-        live.append({name: param.detach().clone() for name, param in trainer._trained().items()})
-
-    live: list[dict] = []
-    trainer.model.register_forward_hook(keep, with_kwargs=True)
-    trainer.train()
-    trained = trainer._trained()
-    for logits, batch, state in zip(seen, inputs, live, strict=True):
-        for name, tensor in state.items():
-            trained[name].data.copy_(tensor)
+    assert len(seen) == 2
+    for logits, batch, state in seen:
+        load(trainer, state)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert torch.allclose(trainer.shared(**batch).logits.kept, logits, atol=1e-6)
-    assert len(seen) == 2
+
+
+def test_the_ratio_in_bf16_starts_at_one(finish):
+    row = rows_of(finish("bf16=true", "total_episodes=16"))[0]
+    assert row["val/ratio"] == pytest.approx(1, abs=0.05)
 
 
 def test_an_answer_ends_at_a_sampled_padding_token(build, trained):
@@ -445,14 +417,10 @@ def test_an_answer_ends_at_a_sampled_padding_token(build, trained):
     assert scores[0] != scores[1]
 
 
-def test_gradient_checkpointing_is_on_and_changes_nothing(build):
-    results = []
-    for value in ("false", "true"):
-        trainer = build(f"gradient_checkpointing={value}", "total_episodes=16")
-        assert trainer.policy_model.is_gradient_checkpointing == (value == "true")
-        trainer.train()
-        results.append(weights(trainer))
-    assert torch.allclose(*results, atol=1e-5)
+def test_gradient_checkpointing_is_on_and_changes_nothing(finish):
+    plain, recomputed = (finish(f"gradient_checkpointing={on}", "total_episodes=16") for on in ("false", "true"))
+    assert recomputed.policy_model.is_gradient_checkpointing and not plain.policy_model.is_gradient_checkpointing
+    assert torch.allclose(weights(plain), weights(recomputed), atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"padding_side": "right"}, {"pad_token": "<|endoftext|>"}])

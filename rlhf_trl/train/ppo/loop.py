@@ -31,20 +31,19 @@ class Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
         ctx.save_for_backward(logits)
-        return torch.stack([_entropy(row) for row in logits])
+        return torch.stack([_entropy(row.log_softmax(-1)) for row in logits])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (logits,) = ctx.saved_tensors
-        found = torch.empty_like(logits)
+        result = torch.empty_like(logits)
         for row, (z, scale) in enumerate(zip(logits, grad, strict=True)):
             log_p = z.log_softmax(-1)
-            found[row] = -log_p.exp() * (log_p + _entropy(z)[:, None]) * scale[:, None]
-        return found
+            result[row] = -log_p.exp() * (log_p + _entropy(log_p)[:, None]) * scale[:, None]
+        return result
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    log_p = logits.log_softmax(-1)
+def _entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
@@ -93,20 +92,19 @@ class Batches:
             yield batch
 
 
-class SampledLogProbs:
-    """Log-probabilities of the sampled tokens, (B, T), where the loop expects the logits that they come from."""
+_gather = trl_loop.selective_log_softmax
 
-    def __init__(self, values: Tensor):
-        self.values = values
 
-    def __getitem__(self, rows: slice) -> SampledLogProbs:
-        return SampledLogProbs(self.values[rows])
+def log_probs_of(logits: Tensor, index: Tensor) -> Tensor:
+    """Read the log-probabilities of tokens (B, T) off logits (B, T, V); those of `generate_in_chunks` are (B, T)."""
+    return logits if logits.ndim == 2 else _gather(logits, index)
 
 
 def generate_in_chunks(
     model: Any, queries: Tensor, chunk: int, pad_token_id: int, generation_config: Any
-) -> tuple[Tensor, SampledLogProbs]:
-    """Sample answers, `chunk` prompts at a time, and keep of the logits what the loop reads of them."""
+) -> tuple[Tensor, Tensor]:
+    """Sample answers, `chunk` prompts at a time: the tokens with the prompts, and the log-probabilities of the sampled
+    ones, (B, T), in place of the logits, of which the loop reads no more."""
     tokens: list[Tensor] = []
     log_probs: list[Tensor] = []
     for start in range(0, len(queries), chunk):
@@ -115,23 +113,13 @@ def generate_in_chunks(
         tokens += rows
         del logits  # before the next chunk has its own
     together = pad_sequence(tokens, batch_first=True, padding_value=pad_token_id)
-    return together, SampledLogProbs(pad_sequence(log_probs, batch_first=True))
-
-
-_gather = trl_loop.selective_log_softmax
-
-
-def log_probs_of(logits: Any, index: Tensor) -> Tensor:
-    return logits.values if isinstance(logits, SampledLogProbs) else _gather(logits, index)
+    return together, pad_sequence(log_probs, batch_first=True)
 
 
 class _Mallinfo(ctypes.Structure):
-    """`struct mallinfo2` of glibc 2.33; `fordblks` are the bytes that are free and not given back."""
+    """`struct mallinfo2` of glibc 2.33: ten counts, of which `fordblks` are the bytes free and not given back."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks")
-    ] + [("keepcost", ctypes.c_size_t)]
+    _fields_ = [("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 The policy and the value model are LoRA adapters on one base; the reference is that base with its adapters off; the
 reward model is a third adapter where it was trained on the same base, and a model of its own where it was not. TRL's
 loop asks its models for little: the policy generates and gives logits, the value and the reward model have a backbone
-that gives hidden states and a `score` that reads them. What stands here gives it that.
+that gives hidden states and a `score` that reads them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -24,21 +24,21 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.models.base import Messages, RewardHead, load_causal, start_path
+from rlhf_trl.models.base import Messages, RewardHead, encode, load_causal, start_path
 from rlhf_trl.models.policies import load_adapter, shares_base
 from rlhf_trl.models.rewards import RewardModel, SharedClassifier, load_reward_model, score_completions
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.train.ppo.memory import Batch, Estimate, Shape, estimate_ppo
+from rlhf_trl.train.ppo.memory import estimate_ppo
 
 logger = logging.getLogger(__name__)
 
 # Names of the adapters on the base. PEFT saves the one called `default` at the top of a folder.
 POLICY, VALUE, REWARD = "default", "value", "reward"
 TRAINED = (POLICY, VALUE)
-# Pairs whose answers are scored for the mean and spread of a reward model.
+# Pairs whose answers are scored for the mean and standard deviation of a reward model.
 SCALE_PAIRS = 256
 
 
@@ -57,11 +57,11 @@ class SharedPolicy(PeftModelForCausalLM):
     """A language model whose LoRA adapters are the roles of PPO.
 
     Only one adapter is switched on at a time, and the trained ones stay trainable meanwhile, which PEFT's own
-    `set_adapter` and `disable_adapter` would end.
+    `set_adapter` and `disable_adapter` would end. `context_length` is the length of the prompts of the current
+    rollout, padding included.
     """
 
     context_length = 0
-    """Length of the prompts of the current rollout, padding included."""
 
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[Any]:
@@ -87,48 +87,26 @@ class SharedPolicy(PeftModelForCausalLM):
             return super().generate(*args, **kwargs)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **_: Any) -> CausalLMOutput:
-        """Compute the logits of the answers: (B, T) each -> `AnswerLogits` in float32.
-
-        Those of the prompts, which the loop would drop, are never made.
-        """
+        """Compute the logits of the answers alone, in float32: (B, T) each -> `AnswerLogits`."""
         skipped = self.context_length - 1
         with self.use(POLICY):
             logits = self.get_base_model()(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                logits_to_keep=input_ids.shape[1] - skipped,
-                use_cache=False,
-            ).logits
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                logits_to_keep=input_ids.shape[1] - skipped, use_cache=False,
+            ).logits  # fmt: skip
         return CausalLMOutput(logits=AnswerLogits(logits.float(), skipped))
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Recompute each layer under the adapter of its forward pass, whichever is on by then."""
-        kwargs = {"use_reentrant": False, "context_fn": self._recompute_contexts}
-        self.get_base_model().gradient_checkpointing_enable(kwargs)
 
-    def _recompute_contexts(self) -> tuple[Any, Any]:
-        return contextlib.nullcontext(), self.use(self.active_adapter)
+        def contexts() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), self.use(self.active_adapter)
+
+        self.get_base_model().gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the policy alone."""
         super().save_pretrained(save_directory, selected_adapters=[POLICY], **kwargs)
-
-
-class _Backbone(nn.Module):
-    """The transformer of a `SharedPolicy` under another adapter; holds no weights, so that none is counted twice."""
-
-    def __init__(self, policy: SharedPolicy, adapter: str):
-        super().__init__()
-        self._policy = [policy]  # in a list, which hides it from `modules` and `parameters`
-        self._adapter = adapter
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **_: Any) -> BaseModelOutput:
-        with self._policy[0].use(self._adapter) as policy:
-            hidden = policy.get_base_model().base_model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            )[0]
-        return BaseModelOutput(hidden_states=(hidden,))
 
 
 class ValueModel(nn.Module):
@@ -138,18 +116,17 @@ class ValueModel(nn.Module):
 
     def __init__(self, policy: SharedPolicy):
         super().__init__()
-        self.backbone = _Backbone(policy, VALUE)
+        self._policy = [policy]  # in a list, which hides it from `parameters`: none is counted twice
         self.score = RewardHead(policy.config.get_text_config().hidden_size, 1, bias=True)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
         self.score.to(policy.device)
 
-
-class Scale(NamedTuple):
-    """Mean and standard deviation of a reward model's scores."""
-
-    mean: float = 0.0
-    std: float = 1.0
+    def backbone(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **_: Any) -> BaseModelOutput:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        with self._policy[0].use(VALUE) as policy:
+            hidden = policy.get_base_model().base_model(**inputs, use_cache=False)[0]
+        return BaseModelOutput(hidden_states=(hidden,))
 
 
 class TextReward(nn.Module):
@@ -160,6 +137,7 @@ class TextReward(nn.Module):
 
     Args:
         prompts: the messages of each prompt by its token ids.
+        scale: mean and standard deviation by which scores are normalised.
     """
 
     base_model_prefix = "backbone"
@@ -170,14 +148,13 @@ class TextReward(nn.Module):
         policy: SharedPolicy,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Mapping[tuple[int, ...], Messages],
-        scale: Scale,
+        scale: tuple[float, float],
     ):
         super().__init__()
         self._reward, self._policy, self._tokenizer, self._prompts = reward, [policy], tokenizer, prompts
-        self.scale = scale
+        self._mean, self._std = scale
         self.score = nn.Identity()
-        self.raw: list[float] = []
-        """Scores since the last log, as the reward model gives them."""
+        self.raw: list[float] = []  # scores since the last log, as the reward model gives them
 
     def backbone(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> BaseModelOutput:
         start = self._policy[0].context_length
@@ -189,43 +166,38 @@ class TextReward(nn.Module):
         with torch.autocast(input_ids.device.type, enabled=False):  # in the reward model's own precision
             scores = score_completions(self._reward, self._tokenizer, prompts, answers)
         self.raw += scores.tolist()
-        scores = ((scores - self.scale.mean) / self.scale.std).to(input_ids.device)
+        scores = ((scores - self._mean) / self._std).to(input_ids.device)
         return BaseModelOutput(hidden_states=(scores[:, None, None].expand(-1, input_ids.shape[1], 1),))
 
 
 def build_ppo_models(
-    recipe: Recipe, run: RunDir, stage: str, config: Any, tokenizer: PreTrainedTokenizerBase, view: Callable[..., Any]
+    recipe: Recipe, run: RunDir, stage: str, config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Build the policy, value and reward models of a PPO stage.
-
-    Args:
-        config: the stage's `PPOConfig`.
-        view: one row of the stage's dataset, as the trainer sees it.
+    """Build the policy, value and reward models of a PPO stage with its `PPOConfig`.
 
     Raises:
         UserError: the parameters are sharded, or the value model is to start from a reward model on another base.
     """
     if is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise UserError("--accelerate", "PPO cannot generate from parameters that are sharded (FSDP, ZeRO-3)",
-                        "use ddp or zero2")  # fmt: skip
+        problem = "PPO cannot generate from parameters that are sharded (FSDP, ZeRO-3)"
+        raise UserError("--accelerate", problem, "use ddp or zero2")
     model_config = ModelConfig(**recipe.model_block(stage), lora_task_type="CAUSAL_LM")
     base = load_causal(start_path(recipe, run, stage), model_config, tokenizer)
-    lora = get_peft_config(model_config)
+    lora: Any = get_peft_config(model_config)
     policy = SharedPolicy(base, lora, adapter_name=POLICY)
     name = str(recipe.stages[stage].reward)
     shares = shares_base(recipe, run, stage, name, evaluation=False)
     value_head = None
     if config.value_init == "reward":
         if not shares:
-            raise UserError(f"stages.{stage}.args.value_init", f"the reward model {name} lies on another base",
-                            f"leave it out, or give {name} the init and the model of {stage}")  # fmt: skip
+            remedy = f"leave it out, or give {name} the init and the model of {stage}"
+            raise UserError(f"stages.{stage}.args.value_init", f"the reward model {name} lies on another base", remedy)
         value_head = load_adapter(policy, VALUE, run.adapter(name), widen=True)
     else:
         policy.add_adapter(VALUE, _value_config(lora, base))
     if shares:
-        head = load_adapter(policy, REWARD, run.adapter(name), widen=True)
-        assert head is not None
-        reward = RewardModel(SharedClassifier(policy, REWARD, head), tokenizer)
+        head: Any = load_adapter(policy, REWARD, run.adapter(name), widen=True)
+        reward = RewardModel(SharedClassifier(policy.use, REWARD, head), tokenizer)
     else:
         reward = load_reward_model(recipe, run, name)
     policy.keep_trainable()
@@ -233,40 +205,24 @@ def build_ppo_models(
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     value = ValueModel(policy)
-    scale = _measure_scale(reward, run, stage) if config.normalize_rewards else Scale()
+    mean, std = _measure_scale(reward, run, stage) if config.normalize_rewards else (0.0, 1.0)
     if value_head is not None:
         with torch.no_grad():  # so that the value at an answer's end is its reward
-            value.score.weight.copy_(value_head / scale.std)
-            value.score.bias.fill_(-scale.mean / scale.std)
+            value.score.weight.copy_(value_head / std)
+            value.score.bias.fill_(-mean / std)
     rows = [*read_jsonl(run.prompts("train")), *read_jsonl(run.prompts("test"))]
-    prompts = {tuple(view(tokenizer, row)["input_ids"]): row["prompt"] for row in rows}
+    prompts = {tuple(encode(tokenizer, row["prompt"])[0]): row["prompt"] for row in rows}
     if PartialState().is_main_process:
-        logger.info("memory of a process: %s", _estimate(policy, config, max(map(len, prompts))))
-    return {
-        "model": policy,
-        "ref_model": None,
-        "value_model": value,
-        "reward_model": TextReward(reward, policy, tokenizer, prompts, scale),
-    }
-
-
-def _estimate(policy: SharedPolicy, config: Any, longest: int) -> Estimate:
-    text = policy.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rollout = min(
-        config.local_rollout_forward_batch_size,
-        config.per_device_train_batch_size * config.gradient_accumulation_steps,
-    )
-    params = list(policy.parameters())
-    return estimate_ppo(
-        Shape(text.num_hidden_layers, text.hidden_size, text.vocab_size, heads * head),
-        Batch(rollout, config.per_device_train_batch_size, longest, config.response_length),
-        weights=sum(param.numel() * param.element_size() for param in params),
-        trained=sum(param.numel() for param in params if param.requires_grad),
-        bytes_per_value=2 if config.bf16 else policy.dtype.itemsize,
-        checkpointing=config.gradient_checkpointing,
-    )
+        params = list(policy.parameters())
+        weights = sum(param.numel() * param.element_size() for param in params)
+        trained = sum(param.numel() for param in params if param.requires_grad)
+        itemsize = 2 if config.bf16 else policy.dtype.itemsize
+        longest = max(map(len, prompts))
+        bytes_ = estimate_ppo(policy.config.get_text_config(), config, longest, weights, trained, itemsize)
+        parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in bytes_.items())
+        logger.info("memory of a process in GB: about %s; rollout and update follow each other", parts)
+    text_reward = TextReward(reward, policy, tokenizer, prompts, (mean, std))
+    return {"model": policy, "ref_model": None, "value_model": value, "reward_model": text_reward}
 
 
 def _value_config(lora: Any, base: Any) -> Any:
@@ -279,16 +235,16 @@ def _value_config(lora: Any, base: Any) -> Any:
     return config
 
 
-def _measure_scale(reward: RewardModel, run: RunDir, stage: str) -> Scale:
-    """Measure a reward model's scores on the answers of held-out pairs, and store their mean and spread."""
+def _measure_scale(reward: RewardModel, run: RunDir, stage: str) -> tuple[float, float]:
+    """Measure and store the mean and standard deviation of a reward model's scores on answers of held-out pairs."""
     pairs = read_jsonl(run.pairs("test"))[:SCALE_PAIRS]
     prompts = [pair["prompt"] for pair in pairs for _ in range(2)]
     answers = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
     scores = reward.score(prompts, answers, [True] * len(answers))
-    scale = Scale(scores.mean().item(), scores.std().item())
-    if not scale.std > 0:
-        raise UserError(f"stages.{stage}.args.normalize_rewards", "the reward model gives every answer one score",
-                        "train it again")  # fmt: skip
+    mean, std = scores.mean().item(), scores.std().item()
+    if not std > 0:
+        place = f"stages.{stage}.args.normalize_rewards"
+        raise UserError(place, "the reward model gives every answer one score", "train it again")
     if PartialState().is_main_process:
-        write_json(run.reward_scale(stage), {**scale._asdict(), "answers": len(answers)})
-    return scale
+        write_json(run.reward_scale(stage), {"mean": mean, "std": std, "answers": len(answers)})
+    return mean, std

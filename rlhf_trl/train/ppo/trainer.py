@@ -1,9 +1,9 @@
 """PPO: the trainer of TRL 1.12, repaired through its own seams.
 
-TRL removed PPOTrainer in 1.13 (huggingface/trl#7020), so everything that is specific to it stands here, in
-`ppo_models` and in `ppo_loop`, and nothing of its loop is copied. What is repaired, and how:
+TRL removed PPOTrainer in 1.13 (huggingface/trl#7020), so everything that is specific to it stands in this room, and
+nothing of its loop is copied. What is repaired, and how:
 
-- three full models become adapters on one base: `ppo_models` gives the loop views of them.
+- three full models become adapters on one base: `ppo.models` gives the loop views of them.
 - `num_mini_batches` and `max_grad_norm` had no effect: the accelerator's accumulation steps are set after
   construction, and a hook of the optimizer clips (and stops a run whose gradient is not finite).
 - `bf16` reached neither the rollout nor the reference: the whole of `train` runs under autocast.
@@ -43,17 +43,8 @@ from trl.experimental.ppo import ppo_trainer as trl_loop
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.train.callbacks import AtomicCheckpoints, diverged
+from rlhf_trl.train.ppo import loop
 from rlhf_trl.train.ppo.config import PPOConfig
-from rlhf_trl.train.ppo.loop import (
-    Batches,
-    BeginLoop,
-    EndLoop,
-    Entropy,
-    LeaveLoop,
-    generate_in_chunks,
-    log_probs_of,
-    trim_heap,
-)
 from rlhf_trl.train.ppo.models import POLICY, SharedPolicy
 
 # Logged means of a table with one place for each (epoch, mini-batch, accumulation step of the whole batch).
@@ -84,9 +75,8 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         per_process = len(kwargs["train_dataset"]) // PartialState().num_processes
         if per_process < batch:
-            raise UserError("data",
-                            f"{per_process} training prompts per process are fewer than one PPO batch of {batch}",
-                            "lower the batch size or gradient_accumulation_steps, or use more data")  # fmt: skip
+            problem = f"{per_process} training prompts per process are fewer than one PPO batch of {batch}"
+            raise UserError("data", problem, "lower the batch size or gradient_accumulation_steps, or use more data")
         # PPOTrainer builds an Accelerator of its own, which reads these from here alone.
         os.environ |= {
             "ACCELERATE_MIXED_PRECISION": "bf16" if args.bf16 else "no",
@@ -95,15 +85,14 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         }
         with mock.patch.object(trl_loop, "prepare_deepspeed", lambda model, _: model):  # no weights to spread
             super().__init__(args=args, processing_class=processing_class, **kwargs)
-        self.dataloader = Batches(self._prepare_loader())
+        self.dataloader = loop.Batches(self._prepare_loader())
         # After the loader: under DeepSpeed, whatever is prepared sets them back.
         steps = args.gradient_accumulation_steps // args.num_mini_batches
         self.accelerator.gradient_accumulation_steps = steps
         # Accelerate ends an accumulation with each pass through the data, which would cut the mini-batches of its
         # last batch.
         self.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
-        self.stopped: str | None = None
-        """Why the run ended before its last episode."""
+        self.stopped: str | None = None  # why the run ended before its last episode
         self._checkpoint: str | None = None
         # The trained weights before the last rollout, and before the one before it, each with its step.
         self._sampling: tuple[int, dict[str, Tensor]] = (-1, {})
@@ -119,12 +108,11 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
                 object.__setattr__(self.model, name, item)
         self.shared: SharedPolicy = inner.policy
         self._value_head = inner.value_model
-        self.add_callback(BeginLoop(self))
+        self.add_callback(loop.BeginLoop(self))
         if not self.is_deepspeed_enabled:
             self.optimizer.optimizer.register_step_pre_hook(self._clip)
         if args.stop_token:
-            # An answer ends at a sampled padding token, too: so it is read everywhere.
-            ends = [processing_class.eos_token_id, processing_class.pad_token_id]
+            ends = [processing_class.eos_token_id, processing_class.pad_token_id]  # as the answer is read everywhere
             self.shared.generation_config.eos_token_id = ends
         self._generate = self.shared.generate
         self.shared.generate = self._generate_and_measure
@@ -135,33 +123,22 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
     def _prepare_loader(self) -> Any:
         """The loop's own draws its order, and the seeds of its workers, from the stream that the sampling uses."""
         sampler = SeedableRandomSampler(self.train_dataset, data_seed=self.args.seed)
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self.args.local_batch_size,
-            sampler=sampler,
-            collate_fn=self.data_collator,
-            drop_last=True,
-            generator=torch.Generator(),
-        )
+        loader = DataLoader(self.train_dataset, self.args.local_batch_size, sampler=sampler, drop_last=True,
+                            collate_fn=self.data_collator, generator=torch.Generator())  # fmt: skip
         return self.accelerator.prepare(loader)
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """Run the library's loop, all of it in the configured precision.
-
-        Args:
-            resume_from_checkpoint: folder of the checkpoint to go on from.
-        """
+        """Run the library's loop, all of it in the configured precision; from a checkpoint's folder where given."""
         self._checkpoint = resume_from_checkpoint
-        self.add_callback(EndLoop(self))
-        device = self.accelerator.device.type
+        self.add_callback(loop.EndLoop(self))
+        device, bf16 = self.accelerator.device.type, bool(self.args.bf16)
         # Without the cache: it would keep the rounded weights of before the first update.
-        with (
-            torch.autocast(device, torch.bfloat16, enabled=bool(self.args.bf16), cache_enabled=False),
-            mock.patch.multiple(trl_loop, batch_generation=generate_in_chunks, selective_log_softmax=log_probs_of),
-        ):
+        precision = torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=False)
+        sampling = mock.patch.object(trl_loop, "batch_generation", loop.generate_in_chunks)
+        with precision, sampling, mock.patch.object(trl_loop, "selective_log_softmax", loop.log_probs_of):
             try:
                 super().train()
-            except LeaveLoop:
+            except loop.LeaveLoop:
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def null_ref_context(self) -> Any:
@@ -181,18 +158,14 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         own = {key: torch.tensor(values, dtype=torch.float32).mean() for key, values in self._measured.items()}
         own["reward"] = torch.tensor(self.reward_model.raw).mean()
         logs |= {key: reduce(own[key].to(self.accelerator.device), reduction="mean").item() for key in sorted(own)}
-        logs |= {"num_tokens": self._count_tokens(), "kl_coef": self.args.kl_coef}
+        new = torch.tensor(self._new_tokens, device=self.accelerator.device)  # sampled since the last log
+        self._tokens += int(reduce(new, reduction="sum"))
+        self._new_tokens = 0
+        logs |= {"num_tokens": self._tokens, "kl_coef": self.args.kl_coef}
         for record in (self._measured, self.reward_model.raw):
             record.clear()
         super().log(logs, *args, **kwargs)
         self._control_kl(logs["objective/kl"])
-
-    def _count_tokens(self) -> int:
-        """Add what all processes have sampled since the last log."""
-        new = torch.tensor(self._new_tokens, device=self.accelerator.device)
-        self._tokens += int(reduce(new, reduction="sum"))
-        self._new_tokens = 0
-        return self._tokens
 
     def _control_kl(self, kl: float) -> None:
         """Adapt `kl_coef` (Ziegler et al., 2019, "Fine-tuning language models from human preferences", section 2.2),
@@ -209,8 +182,8 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         step, weights = self._before
         if step <= 0:
             cause = "the first update led to" if step == 0 else "the policy at the start of training has"
-            raise UserError("max_kl", f"{cause} a KL of {kl:.3g} nats, above {self.args.max_kl:g}",
-                            "lower learning_rate, or raise max_kl")  # fmt: skip
+            problem = f"{cause} a KL of {kl:.3g} nats, above {self.args.max_kl:g}"
+            raise UserError("max_kl", problem, "lower learning_rate, or raise max_kl")
         for name, param in self._trained().items():
             param.data.copy_(weights[name])
         bad = self.state.global_step - 1
@@ -224,8 +197,7 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
-        limit = self.args.max_grad_norm or float("inf")
-        self._record_norm(torch.nn.utils.clip_grad_norm_(params, limit).item())
+        self._record_norm(torch.nn.utils.clip_grad_norm_(params, self.args.max_grad_norm or math.inf).item())
 
     def _record_norm(self, norm: float) -> None:
         self._first_mini_batch = False
@@ -256,7 +228,7 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         self._output = None
         # The loop has divided these logits by the temperature in place; the last position predicts nothing.
         with torch.set_grad_enabled(self.args.entropy_coef != 0):
-            entropy = (Entropy.apply(logits[:, :-1]) * mask).sum() / mask.sum()
+            entropy = (loop.Entropy.apply(logits[:, :-1]) * mask).sum() / mask.sum()
         self._measured["entropy"].append(entropy.item())
         # DeepSpeed divides by the accumulation steps that it was built with, those of the whole batch.
         scale = self.args.num_mini_batches if self.is_deepspeed_enabled else 1
@@ -265,7 +237,7 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
             self._record_norm(float(self.model.get_global_grad_norm()))
         # Accelerate's autocast keeps the rounded weights of the first forward pass for as long as ours lasts.
         torch.clear_autocast_cache()
-        trim_heap()
+        loop.trim_heap()
 
     # --- checkpoints
 
@@ -288,11 +260,8 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Under DeepSpeed the library leaves frozen weights out of a checkpoint where it sees an adapter."""
-        outer, self.model = self.model, self.shared
-        try:
+        with mock.patch.object(self, "model", self.shared):
             super()._save_optimizer_and_scheduler(output_dir)
-        finally:
-            self.model = outer
 
     def restore(self) -> None:
         """Take up a checkpoint: weights, optimizer, schedule, `kl_coef`, random states, position in the data."""
