@@ -15,19 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 
@@ -44,9 +38,6 @@ MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "m
 HH_TEMPLATE = Path(__file__).parent / "hh.jinja"
 # Bytes that no UTF-8 text holds: in a byte-level BPE their tokens never come out of text, so one can serve as padding.
 NON_UTF8_BYTE_TOKENS = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø")
-
-
-# --- tokenizer
 
 
 def load_tokenizer(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
@@ -101,13 +92,15 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
     raise UserError(path, "no token of the vocabulary can serve for padding", "use a tokenizer with a pad token")
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str) -> tuple[str, str]:
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str | None) -> tuple[str, str]:
     """Render a conversation: the prompt up to where the answer begins, and the answer up to its end-of-sequence token.
 
     Raises:
         UserError: the chat template renders a prompt differently once an answer follows.
     """
     start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    if answer is None:
+        return start, ""
     answered = [*prompt, {"role": "assistant", "content": answer.strip()}]
     whole = tokenizer.apply_chat_template(answered, tokenize=False)
     if not whole.startswith(start):
@@ -130,10 +123,7 @@ def encode(
         Token ids of the prompt (with the generation prompt) and of the answer (with its end token; empty without an
         answer).
     """
-    if answer is None:
-        start, rest = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), ""
-    else:
-        start, rest = render(tokenizer, prompt, answer)
+    start, rest = render(tokenizer, prompt, answer)
     prompt_ids = tokenizer(start, add_special_tokens=False, verbose=False).input_ids
     answer_ids = tokenizer(rest, add_special_tokens=False, verbose=False).input_ids if rest else []
     return prompt_ids, answer_ids if finished else answer_ids[:-1]
@@ -144,9 +134,6 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
     lengths = torch.tensor([len(row) for row in rows])
     return ids.long(), (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-
-
-# --- models
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -191,7 +178,8 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
         with run.model_lock(init):  # stages that train side by side may start from the same one
             if not path.exists():
                 config = ModelConfig(**recipe.model_block(init))
-                base = load_weights(AutoModelForCausalLM, start_path(recipe, run, init), config, quantize=False)
+                start = start_path(recipe, run, init)
+                base = load_weights(transformers.AutoModelForCausalLM, start, config, quantize=False)
                 merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
                 with staged(path) as folder:
                     merged.save_pretrained(folder)
@@ -227,20 +215,16 @@ class RewardHead(torch.nn.Linear):
 
 def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Load a language model as the recipe's `model` block says (dtype, attention, quantisation)."""
-    model = load_weights(AutoModelForCausalLM, path, config)
+    model = load_weights(transformers.AutoModelForCausalLM, path, config)
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.get_output_embeddings().register_forward_pre_hook(_join_rows)
+    # Contiguous: on the CPU, torch would multiply a slice of positions row by row, with a copy of the vocabulary's
+    # weights for each row (1.7 GB for 32 rows and a vocabulary of 49,152).
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     # Not the model's own settings: some stop at several tokens, where the policy is trained and scored with the one
     # that its template writes; some penalise repetition, and then nothing samples from the model's distribution.
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     model.generation_config = GenerationConfig(**ids)
     return model
-
-
-def _join_rows(head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Make a slice of positions contiguous: on the CPU, torch would multiply it row by row, with a copy of the
-    vocabulary's weights for each row (1.7 GB for 32 rows and a vocabulary of 49,152)."""
-    return (args[0].contiguous(), *args[1:])
 
 
 def load_classifier(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -249,7 +233,7 @@ def load_classifier(path: str, config: ModelConfig, tokenizer: PreTrainedTokeniz
     level = report.level
     report.setLevel(logging.ERROR)  # it reports the head, which no language model has, as a fault
     try:
-        model = load_weights(AutoModelForSequenceClassification, path, config, num_labels=1)
+        model = load_weights(transformers.AutoModelForSequenceClassification, path, config, num_labels=1)
     finally:
         report.setLevel(level)
     model.config.pad_token_id = tokenizer.pad_token_id

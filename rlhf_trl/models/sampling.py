@@ -100,11 +100,6 @@ class InverseTransform(transformers.LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
 
 
-def _seed(seed: int, prompt_ids: Sequence[int], draw: int) -> int:
-    digest = hashlib.sha256(repr((seed, list(prompt_ids), draw)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 @torch.no_grad()
 def sample(
     model: Any,
@@ -129,7 +124,8 @@ def sample(
     """
     decoding = decoding or Decoding()
     ids = [encode(tokenizer, prompt)[0][-(max_prompt_tokens or 0) :] for prompt in prompts]
-    seeds = [_seed(seed, row, draw) for row, draw in zip(ids, draws or [0] * len(ids), strict=True)]
+    keys = [repr((seed, row, draw)).encode() for row, draw in zip(ids, draws or [0] * len(ids), strict=True)]
+    seeds = [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1 for key in keys]
     head = model.get_output_embeddings()
 
     def answer(rows: Sequence[int]) -> list[Completion]:
@@ -209,11 +205,8 @@ def measure_drift(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: 
 
 @torch.no_grad()
 def head_logits(model: Any, answers: Sequence[Completion]) -> Tensor:
-    """Make the logits of sampled answers from what their model's head read: those that each token was drawn from.
-
-    Returns:
-        Logits at temperature 1, (B, A, V); those past an answer's end mean nothing.
-    """
+    """Make the logits of sampled answers, (B, A, V) at temperature 1, from what their model's head read: those that
+    each token was drawn from. Those past an answer's end mean nothing."""
     hidden = pad_sequence([answer.hidden for answer in answers if answer.hidden is not None], batch_first=True)
     return model.get_output_embeddings()(hidden.to(model.device))
 

@@ -66,8 +66,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
                            signal.Signals(interrupt.signal).name, steps)  # fmt: skip
         raise SystemExit(128 + interrupt.signal)
     if steps == 0:
-        remedy = "use more data, more epochs, or smaller batches"
-        raise UserError(f"stages.{stage}", "training ended after 0 steps", remedy)
+        raise UserError(f"stages.{stage}", "training ended after 0 steps", "use more data, or smaller batches")
     health.check_weights(trainer.model, stage)
     uses_peft = bool(recipe.model_block(stage).get("use_peft"))
     _save(trainer, run.adapter(stage) if uses_peft else run.model(stage), needs_head=spec.trainer == "reward")

@@ -15,37 +15,32 @@ from rlhf_trl.models.base import encode
 from rlhf_trl.train.callbacks import AtomicCheckpoints
 
 
-class SFTTrainer(AtomicCheckpoints, trl.SFTTrainer): ...
-
-
-class RewardTrainer(AtomicCheckpoints, trl.RewardTrainer): ...
-
-
-class GRPOTrainer(AtomicCheckpoints, trl.GRPOTrainer): ...
-
-
-class DPOTrainer(AtomicCheckpoints, trl.DPOTrainer):
+class DPOTrainer(trl.DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """Take the tokens as they are; unlike the other trainers, DPOTrainer has no test for that."""
         return dataset
 
 
 CLASSES = {
-    "sft": (SFTTrainer, trl.SFTConfig),
-    "reward": (RewardTrainer, trl.RewardConfig),
+    "sft": (trl.SFTTrainer, trl.SFTConfig),
+    "reward": (trl.RewardTrainer, trl.RewardConfig),
     "dpo": (DPOTrainer, trl.DPOConfig),
-    "grpo": (GRPOTrainer, trl.GRPOConfig),
+    "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
 }
 
 
 def classes_of(trainer: str) -> tuple[Any, Any]:
-    """The trainer class and the config class of a recipe's word; PPO, which not every TRL has, is imported here."""
+    """The trainer class, with atomic checkpoints, and the config class of a recipe's word.
+
+    PPO, which not every TRL has, is imported only here.
+    """
     if trainer == "ppo":
         from rlhf_trl.train.ppo.config import PPOConfig
         from rlhf_trl.train.ppo.trainer import PPOTrainer
 
         return PPOTrainer, PPOConfig
-    return CLASSES[trainer]
+    library, config = CLASSES[trainer]
+    return type(library.__name__, (AtomicCheckpoints, library), {}), config
 
 
 def load_view(path: Path, trainer: str, tokenizer: PreTrainedTokenizerBase, half: str | None = None) -> Dataset:

@@ -40,6 +40,8 @@ POLICY, VALUE, REWARD = "default", "value", "reward"
 TRAINED = (POLICY, VALUE)
 # Pairs whose answers are scored for the mean and standard deviation of a reward model.
 SCALE_PAIRS = 256
+# The messages of each prompt by its token ids.
+Prompts = Mapping[tuple[int, ...], Messages]
 
 
 class AnswerLogits:
@@ -89,12 +91,10 @@ class SharedPolicy(PeftModelForCausalLM):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **_: Any) -> CausalLMOutput:
         """Compute the logits of the answers alone, in float32: (B, T) each -> `AnswerLogits`."""
         skipped = self.context_length - 1
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         with self.use(POLICY):
-            logits = self.get_base_model()(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                logits_to_keep=input_ids.shape[1] - skipped, use_cache=False,
-            ).logits  # fmt: skip
-        return CausalLMOutput(logits=AnswerLogits(logits.float(), skipped))
+            output = self.get_base_model()(**inputs, logits_to_keep=input_ids.shape[1] - skipped, use_cache=False)
+        return CausalLMOutput(logits=AnswerLogits(output.logits.float(), skipped))
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Recompute each layer under the adapter of its forward pass, whichever is on by then."""
@@ -136,23 +136,17 @@ class TextReward(nn.Module):
     every position, of which the loop takes the answer's last.
 
     Args:
-        prompts: the messages of each prompt by its token ids.
-        scale: mean and standard deviation by which scores are normalised.
+        mean: subtracted from each score, which is then divided by `std`.
     """
 
     base_model_prefix = "backbone"
 
     def __init__(
-        self,
-        reward: RewardModel,
-        policy: SharedPolicy,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Mapping[tuple[int, ...], Messages],
-        scale: tuple[float, float],
+        self, reward: RewardModel, policy: SharedPolicy, tokenizer: Any, prompts: Prompts, mean: float, std: float
     ):
         super().__init__()
         self._reward, self._policy, self._tokenizer, self._prompts = reward, [policy], tokenizer, prompts
-        self._mean, self._std = scale
+        self._mean, self._std = mean, std
         self.score = nn.Identity()
         self.raw: list[float] = []  # scores since the last log, as the reward model gives them
 
@@ -221,7 +215,7 @@ def build_ppo_models(
         bytes_ = estimate_ppo(policy.config.get_text_config(), config, longest, weights, trained, itemsize)
         parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in bytes_.items())
         logger.info("memory of a process in GB: about %s; rollout and update follow each other", parts)
-    text_reward = TextReward(reward, policy, tokenizer, prompts, (mean, std))
+    text_reward = TextReward(reward, policy, tokenizer, prompts, mean, std)
     return {"model": policy, "ref_model": None, "value_model": value, "reward_model": text_reward}
 
 
