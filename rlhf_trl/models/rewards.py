@@ -71,7 +71,7 @@ def score_pairs(
     answers = {side: [pair[side] for pair in pairs] for side in ("chosen", "rejected")}
     scores = [reward.score(prompts, texts, finished, batch_size).double().numpy() for texts in answers.values()]
     encoded = [
-        [encode(reward.tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        [base.encode(reward.tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         for texts in answers.values()
     ]
     lengths = [[len(start) for start, _ in encoded[0]], *([len(answer) for _, answer in side] for side in encoded)]
