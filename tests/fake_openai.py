@@ -1,10 +1,8 @@
 """A chat-completions server for tests: real HTTP on a local port, with every behaviour that a test asks for.
 
-    with FakeOpenAI([status(429), ok("[[B]]")]) as server:  # the first two requests; then always `then`
-        OpenAIClient("judge", api_key="EMPTY", base_url=server.url)
-    assert len(server.requests) == 2
-
-By itself, `python fake_openai.py LATENCY`: prints its port, then answers every request after LATENCY seconds.
+with FakeOpenAI([status(429), ok("[[B]]")]) as server:  # the first two requests; then always `then`
+    OpenAIClient("judge", api_key="EMPTY", base_url=server.url)
+assert len(server.requests) == 2
 """
 
 import json
@@ -176,10 +174,3 @@ class FakeOpenAI:
     @property
     def paths(self) -> list[str]:
         return self._server.paths
-
-
-if __name__ == "__main__":
-    with Server([], ok("[[A]]", latency=float(sys.argv[1]))) as alone:
-        sys.stdout.write(f"{alone.server_port}\n")
-        sys.stdout.flush()
-        alone.serve_forever()

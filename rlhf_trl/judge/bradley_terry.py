@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from rlhf_trl.judge.win_rate import Verdict, pair_up, resample_counts
+from rlhf_trl.judge.win_rate import Verdict, none, pair_up, resample_counts
 from rlhf_trl.stats.logistic import fit_logistic
 
 ELO = 400 / math.log(10)
@@ -65,10 +65,10 @@ def _estimate(values: np.ndarray, n: int, why_not: str) -> dict[str, Any]:
     """Put the first value between the limits of the others; what is undetermined (NaN) could lie on either side."""
     point, resampled = float(values[0]), values[1:]
     if not math.isfinite(point):
-        return {"mean": None, "low": None, "high": None, "n": n, "why_not": why_not}
+        return none(why_not) | {"n": n}
     low = float(np.quantile(np.where(np.isnan(resampled), -np.inf, resampled), 0.025, method="lower"))
     high = float(np.quantile(np.where(np.isnan(resampled), np.inf, resampled), 0.975, method="higher"))
-    limits = {"low": low if math.isfinite(low) else None, "high": high if math.isfinite(high) else None}
+    limits = {name: end if math.isfinite(end) else None for name, end in (("low", low), ("high", high))}
     return {"mean": point, **limits, "n": n}
 
 

@@ -45,7 +45,7 @@ FAILURES_IN_A_ROW = 20
 
 @dataclass(frozen=True)
 class Request:
-    """A call to make: its key in the cache, its messages, and what the caller wants to find again beside its reply."""
+    """A call to make, its key in the cache, and what the caller wants to find again beside its reply."""
 
     key: str
     messages: list[Message]
@@ -68,10 +68,9 @@ class OpenAIClient:
         """Set up the calls; none is made yet.
 
         Args:
-            api_key: any word does for a local server that asks for none, by custom "EMPTY".
             base_url: up to and with the `/v1`; None is OpenAI's own.
             timeout: seconds without a byte, and after which a reply that is still arriving is given up.
-            parameters: sent along with each call, such as `max_tokens`, `temperature`, `seed`; None is not sent.
+            parameters: sent along with each call, such as `max_tokens` or `temperature`; None is not sent.
 
         Raises:
             UserError: the key or the address cannot be one.
@@ -85,9 +84,8 @@ class OpenAIClient:
                 raise httpx2.InvalidURL("it does not begin with http:// or https:// and a host")
             # A redirect would hand the prompts to another host, and take its verdicts.
             http = openai.DefaultHttpxClient(follow_redirects=False)
-            self._api = openai.OpenAI(
-                api_key=api_key, base_url=self._where, timeout=timeout, max_retries=0, http_client=http
-            )
+            options: Any = {"timeout": timeout, "max_retries": 0, "http_client": http}
+            self._api = openai.OpenAI(api_key=api_key, base_url=self._where, **options)
         except httpx2.InvalidURL as error:
             problem = f"{base_url!r} is not the address of a server: {error}"
             raise UserError("OPENAI_BASE_URL", problem, "give it in full, e.g. http://127.0.0.1:8000/v1") from None
@@ -183,13 +181,10 @@ def run_all(
 
     `stop` is asked before every call, with the number of those in flight, and may give the reason to begin no more.
     Exhausted quota, many failures in a row and Ctrl-C also end the run. What is in flight by then still comes back
-    and is handed over; a second Ctrl-C drops it.
-
-    Returns the reason why it ended before its time, or None.
+    and is handed over; a second Ctrl-C drops it. Returns the reason why it ended before its time, or None.
 
     Raises:
         UserError: no call can succeed; those in flight were handed over first.
-        KeyboardInterrupt: at the second Ctrl-C.
     """
     arrived: SimpleQueue[tuple[Request, Reply] | BaseException | None] = SimpleQueue()
     waiting, in_flight, failures = iter(requests), 0, 0

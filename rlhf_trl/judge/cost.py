@@ -30,13 +30,10 @@ def forecast(calls: Iterable[Sequence[Message]], price: Price, reply_tokens: int
 
 @dataclass
 class Budget:
-    """The limits of one run. Nothing is begun that, with all in flight, could go over one.
-
-    `dearest` is what a call may cost at most by the forecast; a call that cost more raises it.
-    """
+    """The limits of one run. Nothing is begun that, with all in flight, could go over one."""
 
     price: Price
-    dearest: float = 0.0
+    dearest: float = 0.0  # what a call may cost at most by the forecast; a call that cost more raises it
     max_cost: float | None = None
     max_requests: int | None = None
     spent: float = field(default=0.0, init=False)

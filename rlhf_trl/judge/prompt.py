@@ -49,7 +49,6 @@ def fill(prompt: JudgePrompt, conversation: Sequence[Message], first: str, secon
 
     Raises:
         ValueError: the conversation does not end with the human, or a text holds the nonce.
-        TypeError: a text is missing.
     """
     if not conversation or conversation[-1]["role"] != "user":
         raise ValueError("the conversation that a judge is shown ends with the human")

@@ -70,12 +70,7 @@ def _measure_injection(injected: Sequence[Verdict], labelled: Sequence[Verdict])
         return None
     ours, theirs = (np.array([scores[name] for name in both]) for scores in (with_note, without))
     difference = mean(ours - theirs, lowest=-1.0)
-    return {
-        "n": len(both),
-        "with_note": mean(ours),
-        "without_note": mean(theirs),
-        "difference": difference,
-    }
+    return {"n": len(both), "with_note": mean(ours), "without_note": mean(theirs), "difference": difference}
 
 
 def _build_axis(recipe: Recipe, run: RunDir, verdicts: Sequence[Verdict]) -> Row | None:

@@ -72,7 +72,7 @@ def judge(recipe: Recipe, run: RunDir) -> None:
 
     Raises:
         UserError: the recipe has no judge, `evaluate` is not finished, or no call can succeed.
-        NotRun: there is no judge to ask, or it was stopped by a limit; `winrate.json` says so, too.
+        NotRun: there is no judge to ask, or it was stopped; `winrate.json` says so, too.
     """
     settings = recipe.judge
     if settings is None:
