@@ -1,16 +1,12 @@
-"""The base of an exported adapter: a public id, or the model's own files, shipped with the adapter.
-
-Reads a run directory, a folder or the Hub's cache; asks the Hub for what the cache does not hold.
-"""
+"""The base of an exported adapter: a public id, or the model's own files, shipped with the adapter."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_trl.adapters.files import BASE, REPOSITORY
-from rlhf_trl.models.base import MODEL_FILES, TINY, base_path, fetch
+from rlhf_trl.models.base import TINY, base_path, fetch
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
@@ -27,10 +23,8 @@ class Base:
     folder: Path
     id: str | None
     revision: str | None
-    stage: str | None
-    """The stage that fine-tuned it whole, if one did."""
-    weights: str
-    """Hash of its weights."""
+    stage: str | None  # that fine-tuned it whole, if one did
+    weights: str  # their hash
 
     @property
     def name(self) -> str:
@@ -39,11 +33,7 @@ class Base:
 
 
 def lora_chain(recipe: Recipe, stage: str) -> list[str]:
-    """List the stages whose adapters lie on one base, the lowest first, up to `stage`.
-
-    Raises:
-        UserError: the stage has no adapter.
-    """
+    """List the stages whose adapters lie on one base, the lowest first, up to `stage`, which must have one."""
     if not recipe.model_block(stage).get("use_peft"):
         problem = "the stage was fine-tuned whole: it is a model, and has no adapter"
         raise UserError(f"stages.{stage}", problem, "share its folder `model/`, or export a stage that starts from it")
@@ -56,12 +46,7 @@ def lora_chain(recipe: Recipe, stage: str) -> list[str]:
 def find_base(
     recipe: Recipe, run: RunDir, first: str, base_id: str | None, revision: str | None, with_base: bool
 ) -> Base:
-    """Find the base that the lowest adapter of a chain lies on, and decide whether it is named or shipped.
-
-    Args:
-        first: the stage of that adapter.
-        base_id: the public id of a base that the recipe knows by a path.
-        with_base: ship the base, whatever its size.
+    """Find the base that the adapter of the stage `first` lies on, and decide whether it is named or shipped.
 
     Raises:
         UserError: the base cannot be reached, or is large, has no public id, and `with_base` is not given.
@@ -77,25 +62,10 @@ def find_base(
     else:
         folder = fetch(name, str(block.get("model_revision", "main")))
         base_id, revision = name, folder.name
-    if not with_base and base_id is None:
-        _require_small(folder)
-    public = None if with_base else base_id
-    weights = hash_weights(read_weights(folder))
-    return Base(folder, public, revision if public else None, stage, weights)
-
-
-def ship(base: Base, folder: Path) -> None:
-    """Copy what a base needs to be loaded into an export."""
-    target = folder / BASE
-    target.mkdir()
-    for pattern in MODEL_FILES:
-        for file in sorted(base.folder.glob(pattern)):
-            shutil.copyfile(file, target / file.name)
-
-
-def _require_small(folder: Path) -> None:
     size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
-    if size > SMALL:
+    if not with_base and base_id is None and size > SMALL:
         problem = f"the base has no public id that is known, and its {size / 1e6:,.0f} MB would have to be shipped"
         remedy = "name it with --base-id ID (and --revision), or ship it with --with-base"
         raise UserError(str(folder), problem, remedy)
+    public = None if with_base else base_id
+    return Base(folder, public, revision if public else None, stage, hash_weights(read_weights(folder)))

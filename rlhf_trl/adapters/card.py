@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 
-from rlhf_trl.adapters.files import CARD, EVIDENCE, FIGURE, LINEAGE
+from rlhf_trl.adapters.files import EVIDENCE, LINEAGE
 from rlhf_trl.adapters.verify import loading_lines
-from rlhf_trl.run.files import write_text
 from rlhf_trl.text.display import fence, inline, visible
 from rlhf_trl.text.format import STYLES, pointer, resolve
 
@@ -29,57 +29,50 @@ class Written(str):
     """Markdown that is ready to stand in the card."""
 
 
-def write_card(folder: Path, lineage: Mapping[str, Any], evidence: Mapping[str, Any]) -> None:
-    """Write the card of an export."""
-    write_text(folder / CARD, render_card(lineage, evidence, (folder / FIGURE).exists()))
-
-
 def render_card(lineage: Mapping[str, Any], evidence: Mapping[str, Any], has_figure: bool) -> str:
-    """Render the card."""
-    documents = {LINEAGE: lineage, EVIDENCE: evidence}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=StrictUndefined,
-        finalize=_printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
+    """Render the card of an export."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
+                              finalize=_printable, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     environment.globals |= {
-        "measured": partial(_show, documents, EVIDENCE),
-        "recorded": partial(_show, documents, LINEAGE),
+        "measured": partial(_show, evidence, EVIDENCE),
+        "recorded": partial(_show, lineage, LINEAGE),
         "fence": lambda text: Written(fence(text)),
         "code": lambda text: Written(inline(str(text))),
-        "yaml": lambda text: Written(_quote(text)),
     }
-    source = str(lineage["data"]["source"])
+    source, base_id = str(lineage["data"]["source"]), lineage["base"]["id"]
+    metadata = ModelCardData(
+        library_name="peft",
+        pipeline_tag=PIPELINES[lineage["kind"]],
+        base_model=base_id and visible(base_id),
+        datasets=None if source.startswith(("local:", "builtin:")) else [visible(source)],
+        tags=["lora", "trl", "rlhf-trl", lineage["trainer"]],
+    )
+    alarms = list(enumerate(evidence.get("alarms") or ()))
+    subsets = enumerate((evidence.get("analysis") or {}).get("subsets", ()))
+    rows = [(subset["name"], ("analysis", "subsets", place)) for place, subset in subsets if subset["accuracy"]]
     return environment.get_template("card.md.j2").render(
         lineage=lineage,
         evidence=evidence,
         has_figure=has_figure,
-        pipeline=PIPELINES[lineage["kind"]],
-        dataset=source if not source.startswith(("local:", "builtin:")) else None,
+        metadata=Written(metadata.to_yaml()),
+        subsets=[("all subsets", ("analysis", "overall")), *rows],
         lines=Written(loading_lines(lineage["kind"], lineage["base"]["shipped"])),
-        unjudged=[place for place, alarm in enumerate(evidence.get("alarms") or ()) if alarm["value"] is None],
-        raised=[place for place, alarm in enumerate(evidence.get("alarms") or ()) if alarm["raised"]],
+        unjudged=[place for place, alarm in alarms if alarm["value"] is None],
+        raised=[place for place, alarm in alarms if alarm["raised"]],
     )
 
 
-def _show(documents: Mapping[str, Any], file: str, style: str, *keys: str | int) -> Written:
+def _show(document: Mapping[str, Any], file: str, style: str, *keys: str | int) -> Written:
     """Print the value at an address, with that address in a comment; null prints a dash."""
-    value = resolve(documents, file, keys)
+    value, address = resolve({file: document}, file, keys), f"<!-- {pointer(file, keys)} -->"
     if value is None or (isinstance(value, dict) and value["mean"] is None):
-        return Written(f"–<!-- {pointer(file, keys)} -->")
+        return Written(f"–{address}")
     text = STYLES[style](value)
-    return Written(f"{_escape(text) if style == 'text' else text}<!-- {pointer(file, keys)} -->")
+    return Written((_escape(text) if style == "text" else text) + address)
 
 
 def _printable(value: Any) -> Any:
-    """Let Markdown that is ready through, and make a text of a name harmless.
-
-    Raises:
-        TypeError: a number is to be printed without its address.
-    """
+    """Let Markdown that is ready through, make a name harmless, and refuse a number that comes without its address."""
     if isinstance(value, (Written, Undefined)):
         return value
     if not isinstance(value, str):
@@ -89,8 +82,3 @@ def _printable(value: Any) -> Any:
 
 def _escape(text: str) -> str:
     return ACTIVE.sub(r"\\\1", visible(text)).replace("\n", " ")
-
-
-def _quote(text: str) -> str:
-    """Write a YAML text in single quotes."""
-    return "'" + visible(text).replace("'", "''").replace("\n", " ") + "'"

@@ -9,42 +9,27 @@ file that is not known is not opened, and no tensor is read before the header of
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from rlhf_trl.adapters.files import (
-    ADAPTER,
-    BASE,
-    BASE_CONFIG,
-    BASE_FILES,
-    BASE_GENERATION,
-    BASE_INDEX,
-    BASE_SINGLE,
-    CONFIG,
-    DOWNLOAD,
-    KNOWN,
-    LINEAGE,
-    NOT_LISTED,
-    TEMPLATE,
-    TOKENIZER_CONFIG,
-    list_files,
-)
-from rlhf_trl.adapters.settings import AGAIN, FETCH, check_config, check_imports, check_settings
-from rlhf_trl.adapters.shapes import check_base, check_tensors
+from rlhf_trl.adapters import files
+from rlhf_trl.adapters.files import AGAIN, BASE, CLEAN
+from rlhf_trl.adapters.rules import Tensors, check_base, check_settings, check_tensors
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.fingerprint import hash_file
-from rlhf_trl.run.safetensors import Tensor, hash_weights, is_finite, read_header, read_weights
+from rlhf_trl.run.safetensors import hash_weights, is_finite, read_header, read_weights
 from rlhf_trl.text.display import visible
 
-# Suffixes of files that are never opened, and why.
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
-CODE = (".py", ".so", ".pyc", ".sh", ".dll", ".ipynb")
-FORBIDDEN = {
-    **dict.fromkeys(PICKLES, "a pickle, or a file that may hold one: loading it can run any code"),
-    **dict.fromkeys(CODE, "a program; an adapter is numbers and settings"),
-}
+BASE_CONFIG, BASE_SETTINGS = f"{BASE}/config.json", f"{BASE}/generation_config.json"
+BASE_SINGLE, BASE_INDEX = f"{BASE}/model.safetensors", f"{BASE}/model.safetensors.index.json"
+# Settings that make a loader import what they name.
+IMPORTS = ("auto_mapping", "megatron_config", "auto_map")
+MODEL_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 MAX_JSON = 20_000_000
+
+Settings = dict[str, Any]
 
 
 class AdapterError(RecipeError):
@@ -52,20 +37,16 @@ class AdapterError(RecipeError):
 
 
 def require_sound(folder: Path, base: Path | None = None) -> None:
-    """Refuse an adapter with any problem.
-
-    Args:
-        base: the folder of its base; without it, the one that it ships, if it does.
-
-    Raises:
-        AdapterError: with every problem.
-    """
+    """Refuse an adapter with any problem by an AdapterError that names them all; as `check_adapter`."""
     if problems := check_adapter(folder, base):
         raise AdapterError(problems)
 
 
 def check_adapter(folder: Path, base: Path | None = None) -> list[Problem]:
-    """Find everything that is wrong with an adapter; as `require_sound`.
+    """Find everything that is wrong with an adapter.
+
+    Args:
+        base: the folder of its base; without it, the one that it ships, if it does.
 
     Returns:
         The problems, with every character of the adapter's that acts on a terminal spelt out.
@@ -76,167 +57,137 @@ def check_adapter(folder: Path, base: Path | None = None) -> list[Problem]:
     for path in (folder, base):
         if path is not None and not path.is_dir():
             raise UserError(str(path), "there is no such folder", "give the folder of an adapter, or of its base")
-    problems = [(found.place, found.problem, found.remedy) for found in _check(folder, base)]
-    lines = [[visible(part).replace("\n", " ") for part in parts] for parts in problems]
+    problems: list[Problem] = []
+    try:
+        _collect(folder, base, problems)
+    except UserError as error:  # of a file that cannot be read
+        problems += error.problems
+    lines = [[visible(text).replace("\n", " ") for text in (one.place, one.problem, one.remedy)] for one in problems]
     return [Problem(place, problem, remedy) for place, problem, remedy in lines]
 
 
-def _check(folder: Path, base: Path | None) -> list[Problem]:
-    problems = list(_check_files(folder))
+def _collect(folder: Path, base: Path | None, problems: list[Problem]) -> None:
+    problems += files.check_files(folder)
     if problems:
-        return problems  # what is linked, packed or executable is not looked into
-    documents: dict[str, dict[str, Any]] = {}
-    for name in (CONFIG, LINEAGE, TOKENIZER_CONFIG):
-        if (folder / name).exists():
-            try:
-                documents[name] = _read_object(folder / name)
-            except UserError as error:
-                problems += error.problems
-    if CONFIG in documents:
-        problems += check_config(documents[CONFIG])
+        return  # what is linked, packed or executable is not looked into
+    documents = _read_objects(folder, (files.CONFIG, files.LINEAGE, files.TOKENIZER_CONFIG))
+    config, lineage = documents[files.CONFIG], documents.get(files.LINEAGE)
+    problems += (Problem(files.CONFIG, text, CLEAN) for text in check_settings(config))
     if problems:
-        return problems
-    problems += check_settings(folder, documents)
-    try:
-        tensors = read_header(folder / ADAPTER)
-    except UserError as error:
-        return problems + list(error.problems)
-    config, lineage = documents[CONFIG], documents.get(LINEAGE)
-    problems += check_tensors(config, tensors)
+        return
+    problems += _check_places(folder, documents)
+    tensors = read_header(folder / files.ADAPTER)
+    problems += (Problem(files.ADAPTER, text, f"do not use it; {AGAIN}") for text in check_tensors(config, tensors))
     if lineage is not None:
         problems += _check_lineage(folder, lineage)
     if (folder / BASE).is_dir():
         problems += _check_shipped(folder, config, lineage)
         base = base or folder / BASE
     if base is not None and not problems:
-        problems += _check_base(config, lineage, tensors, base)
-        problems += _check_template(folder, lineage, base)
-    return problems
+        problems += _check_against(folder, base, config, lineage, tensors)
 
 
-def _check_files(folder: Path) -> Iterator[Problem]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name.startswith(f"{DOWNLOAD}/"):
-            continue
-        if path.is_symlink():
-            inside = path.resolve().is_relative_to(folder.resolve())
-            where = "within the folder" if inside else "out of the folder"
-            remedy = "fetch real files, such as with `hf download REPO --local-dir DIR`"
-            yield Problem(name, f"a symbolic link {where}: what is loaded is not what lies here", remedy)
-        elif path.is_dir():
-            if name not in (BASE, ".cache", DOWNLOAD):
-                yield Problem(name, "a folder that no adapter has", FETCH)
-        elif not path.is_file():
-            yield Problem(name, "is no ordinary file", FETCH)
-        elif (suffix := path.suffix.lower()) in FORBIDDEN:
-            yield Problem(name, FORBIDDEN[suffix], FETCH)
-        elif name not in KNOWN and not BASE_FILES.fullmatch(name):
-            yield Problem(name, "a file that is no part of an adapter", "remove it, if you know what it is")
-    for name in (CONFIG, ADAPTER):
-        if not (folder / name).exists():
-            yield Problem(name, "is missing", AGAIN)
+def _read_objects(folder: Path, names: Iterable[str]) -> dict[str, Settings]:
+    """Read those JSON files of a folder that are there: name -> content. Raises UserError where one is none."""
+    objects = {}
+    for name in names:
+        if (folder / name).exists():
+            if (folder / name).stat().st_size > MAX_JSON:
+                raise UserError(name, f"is larger than {MAX_JSON / 1e6:.0f} MB", CLEAN)
+            try:
+                objects[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deep
+                raise UserError(name, "is not JSON", AGAIN) from None
+            if not isinstance(objects[name], dict):
+                raise UserError(name, "is not a JSON object", AGAIN)
+    return objects
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    if file.stat().st_size > MAX_JSON:
-        raise UserError(file.name, f"is larger than {MAX_JSON / 1e6:.0f} MB", FETCH)
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deep
-        raise UserError(file.name, "is not JSON", "fetch the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(file.name, "is not a JSON object", "fetch the file again")
-    return value
+def _check_places(folder: Path, documents: dict[str, Settings]) -> Iterator[Problem]:
+    """Find what an adapter would have a loader import or open outside its folder."""
+    name = documents[files.CONFIG].get("base_model_name_or_path")
+    shipped = name == f"./{BASE}" and (folder / BASE).is_dir()
+    if not shipped and (not isinstance(name, str) or is_path(name) or not MODEL_ID.fullmatch(name)):
+        problem = f"base_model_name_or_path is {name!r}: a place on somebody's machine, not a public model"
+        yield Problem(files.CONFIG, problem, "write the OWNER/NAME of the base there, and check with --base")
+    yield from _check_imports(documents)
+    for key, value in documents.get(files.TOKENIZER_CONFIG, {}).items():
+        if key.endswith(("_file", "_path")) and isinstance(value, str) and is_path(value):
+            yield Problem(files.TOKENIZER_CONFIG, f"{key} is {value!r}, a place outside the folder", CLEAN)
 
 
-def _check_lineage(folder: Path, lineage: dict[str, Any]) -> Iterator[Problem]:
-    files, base = lineage.get("files"), lineage.get("base")
-    if not isinstance(files, dict) or not isinstance(base, dict) or not {"id", "revision", "weights"} <= set(base):
-        yield Problem(LINEAGE, "does not say what the base and the files are", AGAIN)
+def _check_imports(documents: dict[str, Settings]) -> Iterator[Problem]:
+    for file, document in documents.items():
+        for key in filter(document.get, IMPORTS):
+            yield Problem(file, f"{key} makes the loader import code that the adapter names", CLEAN)
+
+
+def is_path(text: str) -> bool:
+    """Tell whether a text is the path of a file, on any system, or climbs out of a folder."""
+    absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    return absolute or text.startswith(("~", ".")) or "\\" in text or ".." in PurePosixPath(text).parts
+
+
+def _check_lineage(folder: Path, lineage: Settings) -> Iterator[Problem]:
+    listed, base = lineage.get("files"), lineage.get("base")
+    if not isinstance(listed, dict) or not isinstance(base, dict) or not {"id", "revision", "weights"} <= set(base):
+        yield Problem(files.LINEAGE, "does not say what the base and the files are", AGAIN)
         return
-    here = {path.relative_to(folder).as_posix() for path in list_files(folder)}
-    for name in sorted(here - set(files) - NOT_LISTED):
-        yield Problem(name, "is not in the lineage: it was not exported", FETCH)
-    for name in sorted(set(files) - here):
-        yield Problem(name, "is missing: the lineage names it", AGAIN)
-    for name in sorted(set(files) & here):
-        if hash_file(folder / name) != files[name]:
-            what = "the weights are" if name == ADAPTER else "the chat template is" if name == TEMPLATE else "it is"
-            yield Problem(name, f"{what} not what was exported: the hash in the lineage differs", FETCH)
+    here = files.list_files(folder)
+    for name in sorted(set(here) - set(listed) - files.NOT_LISTED):
+        yield Problem(name, "is not in the lineage: it was not exported", CLEAN)
+    for name, exported in sorted(listed.items()):
+        if name not in here:
+            yield Problem(name, "is missing: the lineage names it", AGAIN)
+        elif hash_file(here[name]) != exported:
+            what = {files.ADAPTER: "the weights are", files.TEMPLATE: "the chat template is"}.get(name, "it is")
+            yield Problem(name, f"{what} not what was exported: the hash in the lineage differs", CLEAN)
 
 
-def _check_shipped(folder: Path, config: dict[str, Any], lineage: dict[str, Any] | None) -> Iterator[Problem]:
+def _check_shipped(folder: Path, config: Settings, lineage: Settings | None) -> Iterator[Problem]:
     """Find what is wrong with a base that lies in the folder: whoever made the adapter has made it too."""
-    name = config.get("base_model_name_or_path")
+    name, said = config.get("base_model_name_or_path"), (lineage or {}).get("base")
     if name != f"./{BASE}":
         yield Problem(BASE, f"a model lies here, and the adapter's base is {name!r}", "remove it")
         return
-    if lineage is not None and not (isinstance(lineage.get("base"), dict) and lineage["base"].get("shipped") is True):
-        yield Problem(BASE, "a model lies here, and the lineage does not say that the base is shipped", FETCH)
+    if lineage is not None and not (isinstance(said, dict) and said.get("shipped") is True):
+        yield Problem(BASE, "a model lies here, and the lineage does not say that the base is shipped", CLEAN)
         return
-    try:
-        settings = {
-            file: _read_object(folder / file)
-            for file in (BASE_CONFIG, BASE_GENERATION, BASE_INDEX)
-            if (folder / file).exists()
-        }
-        files = {f"{BASE}/{file.name}": read_header(file) for file in sorted((folder / BASE).glob("*.safetensors"))}
-    except UserError as error:
-        yield from error.problems
-        return
+    settings = _read_objects(folder, (BASE_CONFIG, BASE_SETTINGS, BASE_INDEX))
+    weights = {f"{BASE}/{file.name}": read_header(file) for file in sorted((folder / BASE).glob("*.safetensors"))}
     if BASE_CONFIG not in settings:
         yield Problem(BASE_CONFIG, "is missing", AGAIN)
-    for file, document in settings.items():
-        yield from check_imports(file, document)
-        if document.get("quantization_config") is not None:
-            yield Problem(file, "quantization_config would have the loader rewrite the weights", FETCH)
-    yield from _check_shards(files, settings.get(BASE_INDEX))
-    for file, tensors in files.items():
-        for key, tensor in tensors.items():
-            if tensor.is_empty or not is_finite(tensor):
-                what = "is empty" if tensor.is_empty else "holds NaN or infinity"
-                yield Problem(file, f"the tensor {key} of the base {what}", FETCH)
+    yield from _check_imports(settings)
+    for file in settings:
+        if settings[file].get("quantization_config") is not None:
+            yield Problem(file, "quantization_config would have the loader rewrite the weights", CLEAN)
+    index, held = settings.get(BASE_INDEX), [(key, file) for file, tensors in weights.items() for key in tensors]
+    places = {key: file.removeprefix(f"{BASE}/") for key, file in held}
+    if BASE_SINGLE in weights:
+        if len(weights) > 1 or index is not None:
+            yield Problem(BASE, "holds the weights in one file and in several: which are loaded is not known", CLEAN)
+    elif index is None or len(places) < len(held) or index.get("weight_map") != places:
+        yield Problem(BASE_INDEX, "does not name the file of every tensor that lies beside it, and no other", AGAIN)
+    for key, file in held:
+        if weights[file][key].is_empty or not is_finite(weights[file][key]):
+            what = "is empty" if weights[file][key].is_empty else "holds NaN or infinity"
+            yield Problem(file, f"the tensor {key} of the base {what}", CLEAN)
 
 
-def _check_shards(files: dict[str, dict[str, Tensor]], index: dict[str, Any] | None) -> Iterator[Problem]:
-    """Find weights that one loader would read and another would not.
-
-    Args:
-        files: path of each file of weights -> what it holds.
-    """
-    if BASE_SINGLE in files:
-        if len(files) > 1 or index is not None:
-            yield Problem(BASE, "holds the weights in one file and in several: which are loaded is not known", FETCH)
-        return
-    held = [(key, file.removeprefix(f"{BASE}/")) for file, tensors in files.items() for key in tensors]
-    if index is None or len(dict(held)) < len(held) or index.get("weight_map") != dict(held):
-        problem = "does not name the file of every tensor that lies beside it, and no other"
-        yield Problem(BASE_INDEX, problem, AGAIN)
-
-
-def _check_base(
-    config: dict[str, Any], lineage: dict[str, Any] | None, tensors: dict[str, Any], base: Path
+def _check_against(
+    folder: Path, base: Path, config: Settings, lineage: Settings | None, tensors: Tensors
 ) -> Iterator[Problem]:
-    try:
-        weights = read_weights(base)
-    except UserError as error:
-        yield from error.problems
-        return
-    settings = _read_object(base / "config.json") if (base / "config.json").exists() else {}
+    """Check an adapter against its base: shapes, the hash of the weights, and the chat template."""
+    weights = read_weights(base)
+    packed = _read_objects(base, ("config.json",)).get("config.json", {}).get("quantization_config")
     # The shapes of quantised weights are those of their packing.
-    shapes = [] if settings.get("quantization_config") else list(check_base(config, tensors, weights))
-    yield from shapes
-    if not shapes and lineage is not None and hash_weights(weights) != lineage["base"]["weights"]:
+    if unfit := None if packed else next(check_base(config, tensors, weights), None):
+        yield Problem(files.ADAPTER, unfit, f"use the base that it was trained on, or {AGAIN}")
+    elif lineage is not None and hash_weights(weights) != lineage["base"]["weights"]:
         problem = "the weights of this base are not those that the adapter was exported for, though their shapes fit"
         remedy = f"use {lineage['base']['id'] or 'the base that it ships'}, revision {lineage['base']['revision']}"
         yield Problem(str(base), problem, remedy)
-
-
-def _check_template(folder: Path, lineage: dict[str, Any] | None, base: Path) -> Iterator[Problem]:
-    """Compare the chat templates of an adapter without lineage and of its base: which one it was trained with is not
-    known."""
-    own, other = folder / TEMPLATE, base / TEMPLATE
+    own, other = folder / files.TEMPLATE, base / files.TEMPLATE
     if lineage is None and own.exists() and other.exists() and hash_file(own) != hash_file(other):
         problem = "the chat template differs from that of the base, and nothing says which one it was trained with"
-        yield Problem(TEMPLATE, problem, "ask its author, and remove the wrong one")
+        yield Problem(files.TEMPLATE, problem, "ask its author, and remove the wrong one")

@@ -1,9 +1,7 @@
 """`adapter push` and `adapter list`: exports on the Hub, and on this machine.
 
-Reads exports; writes to the Hub, by its own client, and only where it is told to.
-
-    rlhf-trl adapter push shared/demo-grpo me/demo-grpo          # says what would be uploaded
-    rlhf-trl adapter push shared/demo-grpo me/demo-grpo --yes    # uploads it to a private repository
+rlhf-trl adapter push shared/demo-grpo me/demo-grpo          # says what would be uploaded
+rlhf-trl adapter push shared/demo-grpo me/demo-grpo --yes    # uploads it to a private repository
 """
 
 from __future__ import annotations
@@ -29,17 +27,11 @@ class Upload:
 
     repository: str
     private: bool
-    files: dict[str, int]
-    """Path -> bytes."""
+    files: dict[str, int]  # name -> bytes
 
 
 def plan(folder: Path, repository: str, public: bool) -> Upload:
-    """Check an export, and list what would be uploaded.
-
-    Raises:
-        AdapterError: with everything that is wrong with it.
-        UserError: it was not exported here, or the repository's name is none.
-    """
+    """Check an export and the repository's name, and list what would be uploaded; a UserError says what is wrong."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -52,34 +44,26 @@ def plan(folder: Path, repository: str, public: bool) -> Upload:
     require_sound(folder)
     if not (folder / LINEAGE).exists():
         raise UserError(str(folder), "there is no lineage.json: it was not exported", "use `rlhf-trl adapter export`")
-    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in list_files(folder)}
-    return Upload(repository, not public, sizes)
+    return Upload(repository, not public, {name: file.stat().st_size for name, file in list_files(folder).items()})
 
 
 def push(folder: Path, upload: Upload) -> str:
-    """Upload what was planned, in one commit.
-
-    Returns:
-        The address of the commit.
+    """Upload what was planned, in one commit, and return its address.
 
     Raises:
-        UserError: the upload fails, or the repository is there and public though it is to be private.
+        UserError: the upload fails, or the repository is there, and public though it is to be private.
     """
     from httpx2 import TransportError
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, message = HfApi(), f"Export of {read_json(folder / LINEAGE)['stage']}"
     try:
         api.create_repo(upload.repository, private=upload.private, exist_ok=True)
         if upload.private and not api.model_info(upload.repository).private:
             problem = "the repository is there, and everybody can read it"
             raise UserError(upload.repository, problem, "choose another name, or say --public")
-        commit = api.upload_folder(
-            repo_id=upload.repository,
-            folder_path=folder,
-            allow_patterns=list(upload.files),
-            commit_message=f"Export of {read_json(folder / LINEAGE)['stage']}",
-        )
+        commit = api.upload_folder(repo_id=upload.repository, folder_path=folder, allow_patterns=list(upload.files),
+                                   commit_message=message)  # fmt: skip
     except (OSError, TransportError) as error:  # the Hub's own errors, no token, no network
         problem = f"the upload failed: {first_line(error)}"
         raise UserError(upload.repository, problem, "check the network, and log in with `hf auth login`") from error
@@ -87,46 +71,33 @@ def push(folder: Path, upload: Upload) -> str:
 
 
 def list_exports(folder: Path) -> list[dict[str, str]]:
-    """Describe the exports below a folder, a row for each.
-
-    Returns:
-        Rows of `folder`, `run`, `stage`, `trainer`, `base`, `gain`, `KL`, `win rate`, `accuracy` and `MB`; one that
-        was not measured is empty. Of an export that is damaged, the `run` is `unreadable`, and the rest is empty.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """Describe the exports below a folder, a row of `COLUMNS` for each: what was not measured is empty, the `run` of
+    one that is damaged is `unreadable`."""
     if not folder.is_dir():
         raise UserError(str(folder), "there is no such folder", "give the folder that holds exports")
-    found = sorted(path.parent for path in folder.rglob(LINEAGE) if (path.parent / EVIDENCE).exists())
-    return [_describe_any(folder, export) for export in found]
+    rows = []
+    for export in sorted(path.parent for path in folder.rglob(LINEAGE) if (path.parent / EVIDENCE).exists()):
+        try:
+            values = [visible(value) for value in _describe(export)]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged, wherever
+            values = ["unreadable", *[""] * (len(COLUMNS) - 2)]
+        rows.append(dict(zip(COLUMNS, [visible(export.relative_to(folder).as_posix()), *values], strict=True)))
+    return rows
 
 
-def _describe_any(root: Path, folder: Path) -> dict[str, str]:
-    name = visible(folder.relative_to(root).as_posix())
-    try:
-        values = [name, *map(visible, _describe(folder))]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged, wherever it is
-        values = [name, "unreadable", *[""] * (len(COLUMNS) - 2)]
-    return dict(zip(COLUMNS, values, strict=True))
-
-
-def _describe(folder: Path) -> tuple[str, ...]:
+def _describe(folder: Path) -> list[str]:
     lineage, evidence = read_json(folder / LINEAGE), read_json(folder / EVIDENCE)
     policy, judge, analysis = evidence.get("policy") or {}, evidence.get("judge"), evidence.get("analysis")
     gain = next((key for key in ("gold_gain", "reward_gain") if key in policy), None)
-    size = sum(path.stat().st_size for path in list_files(folder))
-    return (
-        lineage["run"],
-        lineage["stage"],
-        lineage["trainer"],
+    return [
+        *(lineage[key] for key in ("run", "stage", "trainer")),
         lineage["base"]["id"] or f"{BASE}/",
         f"{_print(policy[gain], '+')} {gain.partition('_')[0]}" if gain else "",
         _print(policy.get("kl")),
         _print(judge["rate"]["win_rate"] if judge else None, percent=True),
         _print(analysis["overall"]["accuracy"] if analysis else None, percent=True),
-        f"{size / 1e6:.1f}",
-    )
+        f"{sum(file.stat().st_size for file in list_files(folder).values()) / 1e6:.1f}",
+    ]
 
 
 def _print(estimate: Mapping[str, Any] | None, sign: str = "", percent: bool = False) -> str:

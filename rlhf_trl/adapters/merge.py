@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf_trl.adapters.export import write_tokenizer
-from rlhf_trl.adapters.files import CONFIG, LINEAGE, PROBE
+from rlhf_trl.adapters.files import CONFIG, LINEAGE, PROBE, require_new
 from rlhf_trl.adapters.load import load_policy, load_reward_model, locate_base, positions
-from rlhf_trl.adapters.verify import TOLERANCE
+from rlhf_trl.adapters.verify import require_equal
 from rlhf_trl.models.base import encode, staged
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, write_json
@@ -37,71 +37,53 @@ def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
         `difference`, the largest absolute one of an output, and `largest`, the largest absolute output.
 
     Raises:
-        UserError: the adapter or the base is not sound; the base is quantised, so that the merged weights would be
-            rounded to its few values; the adapter's probe cannot be used; or the merged model's outputs differ.
+        UserError: the adapter or the base is not sound, the base is quantised, or the merged model's outputs differ.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(str(out), "this is there already", "name a folder that does not exist")
+    require_new(out)
     path = locate_base(folder, base)
-    task = read_json(folder / CONFIG)["task_type"]
+    classifier = read_json(folder / CONFIG)["task_type"] == "SEQ_CLS"
     if read_json(path / "config.json").get("quantization_config") is not None:
         problem = "the base is quantised: merged weights would be rounded to its few values"
         raise UserError(str(path), problem, "merge into the base in full precision: --base")
-    model, tokenizer = _load(folder, path, task)
+    model, tokenizer = _load(folder, path, classifier)
     texts = _texts(folder, model, tokenizer)
     before = _outputs(model.double(), texts)
-    lineage = read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else None
-    out.parent.mkdir(parents=True, exist_ok=True)
     del model  # one copy in memory at a time
     with staged(out) as target:
-        _save(_load(folder, path, task)[0], tokenizer, task, target)
-        auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
+        merged = _load(folder, path, classifier)[0].merge_and_unload()
+        merged.config.pad_token_id = tokenizer.pad_token_id  # a classifier finds the end of a text by it
+        merged.save_pretrained(target)
+        write_tokenizer(tokenizer, "reward" if classifier else "policy", target)
+        del merged
+        auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
         after = _outputs(auto.from_pretrained(target, dtype="float64", trust_remote_code=False), texts)
-        pairs = list(zip(before, after, strict=True))
-        difference = max(float((one - other).abs().max()) for one, other in pairs)
-        largest = max(float(one.abs().max()) for one in before)
-        if not difference <= TOLERANCE * max(1.0, largest):
-            problem = f"the merged model's outputs differ by up to {difference:.3g}, at outputs up to {largest:.3g}"
-            raise UserError(str(folder), problem, "use the adapter as it is, and report this")
-        found = {"difference": difference, "largest": largest}
+        differences = [float((one - other).abs().max()) for one, other in zip(before, after, strict=True)]
+        found = {"difference": max(differences), "largest": max(float(one.abs().max()) for one in before)}
+        require_equal(str(folder), "the merged model", **found)
+        lineage = read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else None
         write_json(target / LINEAGE, {"merged": found, "adapter": lineage})
     return found
 
 
-def _load(folder: Path, base: Path, task: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    if task == "SEQ_CLS":
-        reward = load_reward_model(folder, base)
-        return reward.model, reward.tokenizer
-    policy = load_policy(folder, base, dtype="float32")
-    return policy.model, policy.tokenizer
-
-
-def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: str, folder: Path) -> None:
-    merged = model.merge_and_unload()
-    merged.config.pad_token_id = tokenizer.pad_token_id  # a classifier finds the end of a text by it
-    merged.save_pretrained(folder)
-    write_tokenizer(tokenizer, "reward" if task == "SEQ_CLS" else "policy", folder)
+def _load(folder: Path, base: Path, classifier: bool) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    loaded = load_reward_model(folder, base) if classifier else load_policy(folder, base, dtype="float32")
+    return loaded.model, loaded.tokenizer
 
 
 def _texts(folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    if (folder / PROBE).exists():
-        try:
-            rows = [row["input_ids"] for row in read_json(folder / PROBE)["rows"]]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(PROBE, "the probe does not hold rows of token ids", "remove the file") from error
-        size, limit = model.get_input_embeddings().num_embeddings, positions(model)
-        if not rows or not all(_is_text(ids, size, limit) for ids in rows):
-            raise UserError(PROBE, "the probe holds texts that the model cannot read", "remove the file")
-        return [torch.tensor(ids) for ids in rows]
-    pairs = [encode(tokenizer, [{"role": "user", "content": text}], answer) for text, answer in TEXTS]
-    return [torch.tensor(prompt + answer) for prompt, answer in pairs]
-
-
-def _is_text(ids: Any, size: int, limit: int | None) -> bool:
-    """Tell whether a probe's row is token ids that a model of so many tokens, and positions, can read."""
-    if not isinstance(ids, list) or not ids or (limit is not None and len(ids) > limit):
-        return False
-    return all(type(token) is int and 0 <= token < size for token in ids)
+    """Token ids of the texts that outputs are compared on: the adapter's own probe, or those of `TEXTS`."""
+    if not (folder / PROBE).exists():
+        pairs = [encode(tokenizer, [{"role": "user", "content": text}], answer) for text, answer in TEXTS]
+        return [torch.tensor(prompt + answer) for prompt, answer in pairs]
+    try:
+        rows = [row["input_ids"] for row in read_json(folder / PROBE)["rows"]]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(PROBE, "the probe does not hold rows of token ids", "remove the file") from error
+    size, limit = model.get_input_embeddings().num_embeddings, positions(model)
+    readable = [isinstance(ids, list) and 0 < len(ids) <= (limit or len(ids)) for ids in rows]
+    if not rows or not all(readable) or not all(type(id) is int and 0 <= id < size for ids in rows for id in ids):
+        raise UserError(PROBE, "the probe holds texts that the model cannot read", "remove the file")
+    return [torch.tensor(ids) for ids in rows]
 
 
 @torch.no_grad()

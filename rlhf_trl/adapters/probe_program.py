@@ -16,38 +16,39 @@ import torch
 import transformers
 
 
+@torch.no_grad()
+def outputs(model: Any, rows: list[torch.Tensor]) -> list[list[float]]:
+    """Compute the score of each row of token ids, or the logit of each of its next tokens."""
+    found = []
+    for row in rows:
+        logits = model.eval()(input_ids=row[None]).logits[0]
+        found.append(logits.tolist() if logits.ndim == 1 else logits[:-1].gather(1, row[1:, None])[:, 0].tolist())
+    return found
+
+
+@torch.no_grad()
+def _padded(model: Any, rows: list[torch.Tensor], padding: int) -> list[list[float]]:
+    """Compute the score of each row in one padded batch."""
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+    mask = torch.arange(batch.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return model(input_ids=batch, attention_mask=mask.long()).logits.tolist()
+
+
 def main() -> None:
     kind, folder, result = sys.argv[1:]
     names: dict[str, Any] = {"folder": folder}
     exec(sys.stdin.read(), names)  # defines `tokenizer` and `model`
-    padding, options = names["tokenizer"].pad_token_id, {}
-    auto = transformers.AutoModelForCausalLM
+    auto, options, padding = transformers.AutoModelForCausalLM, {}, names["tokenizer"].pad_token_id
     if kind == "reward":
-        auto = transformers.AutoModelForSequenceClassification
-        options = {"num_labels": 1, "pad_token_id": padding}
-    direct = auto.from_pretrained(folder, dtype="float32", **options)
+        auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1, "pad_token_id": padding}
+    models = {"peft": names["model"], "direct": auto.from_pretrained(folder, dtype="float32", **options)}
     probe = json.loads(Path(folder, "probe.json").read_text(encoding="utf-8"))
     rows = [torch.tensor(row["input_ids"]) for row in probe["rows"]]
-    outputs = _scores if kind == "reward" else _logits
-    written = {name: outputs(model, rows, padding) for name, model in (("peft", names["model"]), ("direct", direct))}
+    found = {name: outputs(model, rows) for name, model in models.items()}
+    if kind == "reward":
+        found |= {f"{name}, padded": _padded(model, rows, padding) for name, model in models.items()}
     packages = sorted({name.partition(".")[0] for name in sys.modules})
-    Path(result).write_text(json.dumps({"outputs": written, "packages": packages}), encoding="utf-8")
-
-
-@torch.no_grad()
-def _logits(model: Any, rows: list[torch.Tensor], _: int) -> list[list[float]]:
-    """Return the logit of each next token of each row."""
-    return [model(input_ids=row[None]).logits[0, :-1].gather(1, row[1:, None])[:, 0].tolist() for row in rows]
-
-
-@torch.no_grad()
-def _scores(model: Any, rows: list[torch.Tensor], padding: int) -> list[list[float]]:
-    """Return two scores of each row: of the row alone, and in one padded batch of all rows."""
-    alone = [model(input_ids=row[None]).logits[0, 0].item() for row in rows]
-    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
-    mask = torch.arange(batch.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    together = model(input_ids=batch, attention_mask=mask.long()).logits[:, 0].tolist()
-    return [list(pair) for pair in zip(alone, together, strict=True)]
+    Path(result).write_text(json.dumps({"outputs": found, "packages": packages}), encoding="utf-8")
 
 
 if __name__ == "__main__":

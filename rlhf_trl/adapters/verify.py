@@ -1,8 +1,7 @@
 """The proof that an export works by itself: the lines of its card, run in a fresh process without this package.
 
-Reads an export and the files of its base; writes nothing that stays. The process is an isolated one (`python -I`) of
-the same interpreter, with the same packages installed, in which `rlhf_trl` must not be loaded. It has no network, no
-GPU, and the base under its public id, in a model cache made for it.
+The process is an isolated one (`python -I`) of the same interpreter, with the same packages installed. It has no
+network, no GPU, and the base under its public id, in a model cache made for it.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from typing import Any
 
 from rlhf_trl.adapters.files import PROBE
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.files import read_json
+from rlhf_trl.run.files import read_json, write_text
 
 # Largest difference to the run's outputs, as a share of the largest of them (1 at least): float32 holds 7 digits, and
 # a merged model rounds otherwise than one with its adapter beside it.
 TOLERANCE = 1e-5
 COMMIT = re.compile(r"[0-9a-f]{40}")
-
 PROGRAM = Path(__file__).with_name("probe_program.py")
 # How to load an export whose base has a public id, and one that ships its base. The card shows these lines.
 NAMED = """\
@@ -47,24 +45,16 @@ KINDS = {"policy": ("CausalLM", "", 'dtype="float32"'), "reward": ("SequenceClas
 
 
 def loading_lines(kind: str, shipped: bool) -> str:
-    """Return the Python lines that load an export, whose folder they call `folder`.
-
-    Args:
-        kind: `policy` or `reward`.
-        shipped: whether the base lies in the export.
-    """
+    """Return the Python lines that load an export (`policy` or `reward`), whose folder they call `folder`."""
     task, settings, options = KINDS[kind]
     return (SHIPPED if shipped else NAMED).format(task=task, settings=settings, options=options)
 
 
 def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: str | None) -> dict[str, Any]:
-    """Load an export in a fresh isolated process of the same interpreter, with `rlhf_trl` not loaded, by `peft` and by
-    `transformers`, and compare its outputs on the probe with those of the run's adapter in float32.
-
-    A reward adapter scores each text alone and all in one padded batch.
+    """Load an export in a fresh process, by `peft` and by `transformers`, and compare its outputs on the probe with
+    those of the run's adapter in float32. A reward adapter scores each text alone and all in one padded batch.
 
     Args:
-        kind: `policy` or `reward`.
         base: where the files of its base lie.
         base_id: the public id that stands for them; None where the base lies in the export.
 
@@ -79,42 +69,36 @@ def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: s
         cache, result = Path(scratch) / "hub", Path(scratch) / "result.json"
         if base_id is not None:
             _fill_cache(cache, base, base_id, revision)
-        environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        done = subprocess.run(
-            # -I: neither the directory, nor PYTHONPATH, nor packages of the user
-            [sys.executable, "-I", str(PROGRAM), kind, str(folder.resolve()), str(result)],
-            input=loading_lines(kind, base_id is None),
-            cwd=folder,  # where `./base` is the base that is shipped
-            env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+                       "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+        # -I: neither the directory, nor PYTHONPATH, nor packages of the user
+        command = [sys.executable, "-I", str(PROGRAM), kind, str(folder.resolve()), str(result)]
+        done = subprocess.run(command, input=loading_lines(kind, base_id is None), env=os.environ | environment,
+                              cwd=folder,  # where `./base` is the base that is shipped
+                              capture_output=True, text=True, check=False)  # fmt: skip
         if done.returncode != 0:
             reason = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
             raise UserError(str(folder), f"a fresh process cannot load the export: {reason}", "report this")
         written = read_json(result)
     if "rlhf_trl" in written["packages"]:
         raise UserError(str(folder), "the fresh process has loaded rlhf_trl itself", "report this")
-    return _compare(read_json(folder / PROBE), written["outputs"])
-
-
-def _compare(probe: dict[str, Any], outputs: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """Compare outputs on the probe, by loader and row, with those that it records; as `verify`."""
-    expected = [row["outputs"] for row in probe["rows"]]
+    expected = [row["outputs"] for row in read_json(folder / PROBE)["rows"]]
     largest = max(abs(value) for row in expected for value in row)
-    # A classifier has two outputs of a row, both of which are to be the recorded one.
     differences = [
         abs(value - other)
-        for by_row in outputs.values()
-        for row, others in zip(expected, by_row, strict=True)
-        for value, other in zip(row * (len(others) // len(row)), others, strict=True)
+        for rows in written["outputs"].values()
+        for row, others in zip(expected, rows, strict=True)
+        for value, other in zip(row, others, strict=True)
     ]
-    difference = max(differences)
+    require_equal(PROBE, "the export", max(differences), largest)
+    return {"rows": len(expected), "outputs": len(differences), "largest": largest, "difference": max(differences)}
+
+
+def require_equal(place: str, what: str, difference: float, largest: float) -> None:
+    """Refuse, by a UserError, outputs that differ by more than rounding does, or by NaN."""
     if not difference <= TOLERANCE * max(1.0, largest):
-        problem = f"the outputs differ from the run's by up to {difference:.3g}, at outputs up to {largest:.3g}"
-        raise UserError(PROBE, problem, "report this together with the recipe")
-    return {"rows": len(expected), "outputs": len(differences), "largest": largest, "difference": difference}
+        problem = f"the outputs of {what} differ from the adapter's by up to {difference:.3g}, of up to {largest:.3g}"
+        raise UserError(place, problem, "use the adapter as it is, and report this together with the recipe")
 
 
 def _fill_cache(cache: Path, base: Path, base_id: str, revision: str | None) -> None:
@@ -128,6 +112,4 @@ def _fill_cache(cache: Path, base: Path, base_id: str, revision: str | None) -> 
             (snapshot / file.name).symlink_to(file.resolve())
     # `transformers` asks for the default branch where a call names no revision.
     for name in {"main", revision or "main"} - {commit}:
-        reference = repository / "refs" / name
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(commit)
+        write_text(repository / "refs" / name, commit)

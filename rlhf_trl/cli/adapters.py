@@ -104,8 +104,7 @@ def chat(
     seed: Annotated[int, typer.Option("--seed", help="The same seed and talk give the same answers.")] = 0,
 ) -> None:
     """Talk to a policy, or to two side by side. A line is a turn, /new starts again, /exit ends."""
-    from rlhf_trl.adapters.chat import Conversation
-    from rlhf_trl.adapters.load import load_policy
+    from rlhf_trl.adapters.load import Conversation, load_policy
 
     policies = {str(path): load_policy(path, base) for path in (folder, compare) if path is not None}
     talks = {name: Conversation(policy, max_new_tokens, temperature, seed) for name, policy in policies.items()}
@@ -118,7 +117,7 @@ def chat(
             return
         if line.strip() == "/new":
             for talk in talks.values():
-                talk.forget()
+                talk.turns.clear()
         elif line.strip():
             for name, talk in talks.items():
                 print(f"{name}> {talk.reply(line.strip())}", flush=True)

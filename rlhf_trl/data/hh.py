@@ -125,21 +125,13 @@ def normalise(raw: Any) -> Pair:
     Raises:
         RowError: with every reason against it, up to `identical`; the later reasons are found by `prepare`.
     """
-    chosen, rejected, fits_prompt = _read_sides(raw)
+    (chosen, rejected), fits_prompt = _read_sides(raw, "chosen", "rejected")
     whole = chosen if chosen.turns else rejected
-    roles = [turn["role"] for turn in whole.turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    asked = [turn["content"] for turn in whole.prompt if turn["role"] == "user"]
     differ = bool(chosen.turns and rejected.turns) and not (fits_prompt and chosen.prompt == rejected.prompt)
-    holds = {
-        Reason.MALFORMED: "system" in spoken or (spoken[:1] == ["assistant"] and bool(asked)),
-        Reason.UNKNOWN_ROLE: any(turn["role"] not in ROLES.values() for turn in chosen.turns + rejected.turns),
-        Reason.ENDS_ON_HUMAN: chosen.open or rejected.open,
+    holds = _faults(whole, chosen, rejected) | {
         Reason.PROMPTS_DIFFER: differ,
         Reason.EMPTY_CHOSEN: not chosen.answer and not chosen.open,
         Reason.EMPTY_REJECTED: not rejected.answer and not rejected.open,
-        Reason.EMPTY_PROMPT: not asked or not asked[-1],
-        Reason.CONSECUTIVE_ROLES: any(first == second for first, second in itertools.pairwise(spoken)),
         Reason.IDENTICAL: bool(chosen.answer) and chosen.answer == rejected.answer and not differ,
     }
     pair = Pair(whole.prompt, chosen.answer, rejected.answer)
@@ -149,25 +141,54 @@ def normalise(raw: Any) -> Pair:
     return pair
 
 
-def _read_sides(raw: Any) -> tuple[_Side, _Side, bool]:
-    """Read both sides as whole conversations, and tell whether both go on from the row's prompt."""
+def read_completion(raw: Any) -> tuple[list[Message], str]:
+    """Read a row of one answer, `completion`, in every shape of a pair's: the prompt, and the answer to it.
+
+    Raises:
+        RowError: with every reason against it.
+    """
+    (side,), fits_prompt = _read_sides(raw, "completion")
+    holds = _faults(side, side) | {
+        Reason.PROMPTS_DIFFER: bool(side.turns) and not fits_prompt,
+        Reason.EMPTY_CHOSEN: not side.answer and not side.open,
+    }
+    if any(holds.values()):
+        raise RowError(reason for reason, held in holds.items() if held)
+    return side.prompt, side.answer
+
+
+def _faults(whole: _Side, *sides: _Side) -> dict[Reason, bool]:
+    """Tell which reasons hold against one conversation, or the roles and ends of any."""
+    roles = [turn["role"] for turn in whole.turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    asked = [turn["content"] for turn in whole.prompt if turn["role"] == "user"]
+    return {
+        Reason.MALFORMED: "system" in spoken or (spoken[:1] == ["assistant"] and bool(asked)),
+        Reason.UNKNOWN_ROLE: any(turn["role"] not in ROLES.values() for side in sides for turn in side.turns),
+        Reason.ENDS_ON_HUMAN: any(side.open for side in sides),
+        Reason.EMPTY_PROMPT: not asked or not asked[-1],
+        Reason.CONSECUTIVE_ROLES: any(first == second for first, second in itertools.pairwise(spoken)),
+    }
+
+
+def _read_sides(raw: Any, *names: str) -> tuple[list[_Side], bool]:
+    """Read answers as whole conversations, and tell whether all go on from the row's prompt."""
     if not isinstance(raw, dict):
         raise RowError([Reason.MALFORMED])
-    chosen, rejected = _read_value(raw, "chosen"), _read_value(raw, "rejected")
+    prompt: Value = []
+    values = tuple(_read_value(raw, name) for name in names)
     if "prompt" in raw or "conversations" in raw:
         prompt = _read_value(raw, "prompt" if "prompt" in raw else "conversations")
-        chosen, rejected = _without_repeat(prompt, chosen, rejected)
-    else:
-        prompt = []
-        if any(isinstance(side, str) and side and not IS_TRANSCRIPT.match(side) for side in (chosen, rejected)):
-            raise RowError([Reason.MALFORMED])
-    (chosen_turns, one), (rejected_turns, two) = (_join(prompt, side) for side in (chosen, rejected))
+        values = _without_repeat(prompt, *values)
+    elif any(isinstance(value, str) and value and not IS_TRANSCRIPT.match(value) for value in values):
+        raise RowError([Reason.MALFORMED])
+    joined = [_join(prompt, value) for value in values]
     if raw.get("system"):
         opening = {"role": "system", "content": _text(raw["system"])}
-        for turns in (chosen_turns, rejected_turns):
+        for turns, _ in joined:
             if turns and turns[0] != opening:
                 turns.insert(0, opening)
-    return _Side(chosen_turns), _Side(rejected_turns), one and two
+    return [_Side(turns) for turns, _ in joined], all(fits for _, fits in joined)
 
 
 def _read_value(raw: dict[str, Any], name: str) -> Value:

@@ -12,8 +12,7 @@ from conftest import ROOT
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import rlhf_trl
-from rlhf_trl.adapters.chat import Conversation
-from rlhf_trl.adapters.load import positions
+from rlhf_trl.adapters.load import Conversation, positions
 from rlhf_trl.adapters.score import score_file, summarise
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_jsonl, write_jsonl
@@ -76,7 +75,7 @@ def test_a_conversation_remembers_its_turns(gpt2_run, policy_export, monkeypatch
     talk = Conversation(policy, max_new_tokens=8, temperature=0.0, seed=0)
     first = talk.reply("One?")
     talk.reply("Two?")
-    talk.forget()
+    talk.turns.clear()
     assert talk.reply("One?") == first
     assert [len(turns) for turns in asked] == [1, 3, 1]
 
