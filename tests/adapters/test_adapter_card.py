@@ -19,23 +19,13 @@ BASE = {"id": "openai-community/gpt2", "revision": "607a30d783dfa663caf39e066337
 
 
 def lineage_of(name: str, trainer: str, **changes: Any) -> dict[str, Any]:
-    verification = {"rows": 4, "outputs": 611, "difference": 3.1e-6, "largest": 34.2, "rounding": None}
+    kind = "reward" if trainer == "reward" else "policy"
     versions = dict.fromkeys(("rlhf-trl", "trl", "peft", "transformers", "torch"), "1.2.3")
-    return {
-        "run": "hh",
-        "stage": name,
-        "trainer": trainer,
-        "kind": "reward" if trainer == "reward" else "policy",
-        "base": BASE,
-        "combined": [name],
-        "rank": 16,
-        "parents": [{"stage": "rm", "trainer": "reward"}],
-        "data": {"source": "Anthropic/hh-rlhf", "rows_kept": 4321},
-        "seed": 42,
-        "trained_with": {"versions": versions},
-        "verification": verification,
-        **changes,
-    }
+    verification = {"rows": 4, "outputs": 611, "difference": 3.1e-6, "largest": 34.2, "rounding": None}
+    return {"run": "hh", "stage": name, "trainer": trainer, "kind": kind, "base": BASE, "combined": [name], "rank": 16,
+            "parents": [{"stage": "rm", "trainer": "reward"}], "seed": 42, "trained_with": {"versions": versions},
+            "data": {"source": "Anthropic/hh-rlhf", "rows_kept": 4321}, "verification": verification,
+            **changes}  # fmt: skip
 
 
 @pytest.fixture
@@ -46,14 +36,6 @@ def run(tmp_path):
     found = {name: {"on_front": {"reward": True, "gold": False}} for name in policies}
     write_json(run.final_results, {"policies": found})
     return recipe, run
-
-
-def resolve(documents: dict[str, Any], file: str, address: str) -> Any:
-    value = documents[file]
-    for key in address.split("/")[1:]:
-        key = key.replace("~1", "/").replace("~0", "~")
-        value = value[int(key)] if isinstance(value, list) else value[key]
-    return value
 
 
 def render(recipe, directory, name: str, **changes: Any):
@@ -72,13 +54,21 @@ def test_every_number_resolves_to_the_json(run, kind):
     assert len(addresses) > (20 if kind == "policy" else 12)
     for file, address in addresses:
         before, _, after = rest.partition(f"<!-- {file}#{address} -->")
-        printed = [text for text in spellings(resolve(documents, file, address)) if before.endswith(text)]
+        printed = [text for text in spellings(read(documents[file], address)) if before.endswith(text)]
         assert printed, (address, before[-60:])
         rest = before[: -len(max(printed, key=len))] + after
     # Beside them, only the front matter, code, names, texts of models and the wording itself hold a digit.
     for held in (r"\A---.*?^---", r"```.*?```", r"`[^`\n]*`", "95 %", "float32"):
         rest = re.sub(held, "", rest, flags=re.S | re.M)
     assert not re.search(r".*\d.*", rest)
+
+
+def read(document: Any, address: str) -> Any:
+    """Look up a JSON Pointer."""
+    for key in address.split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        document = document[int(key)] if isinstance(document, list) else document[key]
+    return document
 
 
 def spellings(value: Any) -> list[str]:
@@ -102,27 +92,21 @@ def test_the_evidence_says_where_it_was_read(run):
     policy = recipe.policies[0]
     evidence = gather(recipe, directory, policy)
     file, _, address = evidence["sources"]["policy"].partition("#")
-    whole = resolve({file: read_json(directory.root / file)}, file, address)
+    whole = read(read_json(directory.root / file), address)
     assert {key: whole[key] for key in evidence["policy"]} == evidence["policy"]
     assert evidence["policy"]["kl"] == read_json(directory.metrics)["policies"][policy]["kl"]
 
 
-def test_an_evaluation_from_before_the_training_is_not_carried(run):
+def test_what_is_of_another_training_or_of_other_answers_is_not_carried(run):
     recipe, directory = run
     policy = recipe.policies[0]
-    marker = read_json(directory.done(policy))
-    write_json(directory.done(policy), {**marker, "finished": "2027-01-01T00:00:00+0000"})
+    write_json(directory.winrate, {**read_json(directory.winrate), "evaluation": "0" * 64})
+    assert "Not measured: the judge has seen other answers" in render(recipe, directory, policy)[0]
+    write_json(directory.done(policy), {**read_json(directory.done(policy)), "finished": "2027-01-01T00:00:00+0000"})
     card, documents = render(recipe, directory, policy)
     assert "Not measured: the stage was trained again after the step 'evaluate'" in card
     assert documents["evidence.json"]["policy"] is None
     assert "Win rate" not in card
-
-
-def test_verdicts_on_other_answers_are_not_carried(run):
-    recipe, directory = run
-    write_json(directory.winrate, {**read_json(directory.winrate), "evaluation": "0" * 64})
-    card, _ = render(recipe, directory, recipe.policies[0])
-    assert "Not measured: the judge has seen other answers" in card
 
 
 def test_the_judge_stands_with_its_calibration(run):
@@ -132,30 +116,25 @@ def test_the_judge_stands_with_its_calibration(run):
     assert "more gold gain at less KL" not in card
 
 
-def test_alarms_that_were_raised_are_listed(run):
-    recipe, directory = run
-    policy = recipe.policies[0]
-    over = read_json(directory.over_optimisation)
-    alarm = {"alarm": "length", "policy": policy, "step": None, "value": 3.0, "raised": True,
-             "says": "answers are 3 times as long"}  # fmt: skip
-    write_json(directory.over_optimisation, {**over, "alarms": [alarm]})
-    assert "- length<!--" in render(recipe, directory, policy)[0]
+ALARM = {"policy": "dpo", "step": None, "raised": False, "alarm": "length", "value": 1.0, "says": "as long"}
+UNJUDGED = {**ALARM, "alarm": "gold", "value": None, "says": "not judged: there is no gold model"}
 
 
-def test_alarms_that_could_not_be_judged_are_not_counted(run):
+@pytest.mark.parametrize(
+    ("alarms", "checked", "said"),
+    [
+        ([{**ALARM, "raised": True}], 1, ["- length<!--"]),
+        ([ALARM, UNJUDGED], 1, ["that could be judged was raised", UNJUDGED["says"]]),
+        ([UNJUDGED], 0, ["None could be judged.", UNJUDGED["says"]]),
+    ],
+)
+def test_alarms_are_listed_where_raised_and_counted_where_judged(run, alarms, checked, said):
     recipe, directory = run
-    policy = recipe.policies[0]
-    over = read_json(directory.over_optimisation)
-    quiet = {"policy": policy, "step": None, "raised": False}
-    alarms = [{**quiet, "alarm": "length", "value": 1.0, "says": "answers are as long"},
-              {**quiet, "alarm": "gold", "value": None, "says": "not judged: there is no gold model"}]  # fmt: skip
-    write_json(directory.over_optimisation, {**over, "alarms": alarms})
-    card, documents = render(recipe, directory, policy)
-    assert documents["evidence.json"]["alarms_checked"] == 1
-    assert "that could be judged was raised" in card
-    assert "not judged: there is no gold model" in card
-    write_json(directory.over_optimisation, {**over, "alarms": alarms[1:]})
-    assert "None could be judged." in render(recipe, directory, policy)[0]
+    assert recipe.policies[0] == "dpo"
+    write_json(directory.over_optimisation, {**read_json(directory.over_optimisation), "alarms": alarms})
+    card, documents = render(recipe, directory, "dpo")
+    assert documents["evidence.json"]["alarms_checked"] == checked
+    assert all(text in card for text in said)
 
 
 def test_texts_cannot_act_in_the_card(run):

@@ -11,19 +11,22 @@ from adapter_fixtures import ADAPTER, CONFIG, change_json, change_tensors, relis
 from safetensors.torch import load_file, save_file
 
 from rlhf_trl.adapters import check as adapter_check
-from rlhf_trl.adapters.check import AdapterError, check_adapter, require_sound
+from rlhf_trl.adapters.check import AdapterError, check_adapter, is_path, require_sound
 from rlhf_trl.adapters.files import list_files
-from rlhf_trl.adapters.settings import is_path
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.safetensors import hash_weights, is_finite, read_header, read_weights
 
 MODULE = "base_model.model.transformer.h.1.attn.c_attn"
+SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
 
 
 @pytest.fixture
 def copy(reward_export, tmp_path):
     return shutil.copytree(reward_export, tmp_path / "adapter")
+
+
+# --- what is done to a sound adapter: each returns a function of its folder
 
 
 def drop(*keys):
@@ -38,16 +41,38 @@ def set_to(name, **values):
     return lambda folder: change_json(folder, name, **values)
 
 
-def write(name, content):
+def write(name, content, listed=True):
+    """Write a file; `content` may be a function of what is there."""
+
     def act(folder):
-        (folder / name).write_bytes(content)
-        relist(folder, name)
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content(file.read_bytes()) if callable(content) else content)
+        if listed:
+            relist(folder, name)
 
     return act
 
 
-def rewrite(name, old, new):
-    return lambda folder: write(name, (folder / name).read_bytes().replace(old, new))(folder)
+def change_lineage(change):
+    def act(folder):
+        lineage = read_json(folder / "lineage.json")
+        change(lineage)
+        write_json(folder / "lineage.json", lineage)
+
+    return act
+
+
+def unlist(name):
+    return change_lineage(lambda lineage: lineage["files"].pop(name))
+
+
+def alpha(text):
+    return write(CONFIG, lambda content: content.replace(b'"lora_alpha": 10', b'"lora_alpha": ' + text))
+
+
+def flip(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
 
 
 def link(folder):
@@ -55,42 +80,25 @@ def link(folder):
     (folder / "README.md").symlink_to("/etc/hostname")
 
 
-def truncate(folder):
-    data = (folder / ADAPTER).read_bytes()
-    write(ADAPTER, data[:-100])(folder)
-
-
 def lie(folder):
     write_lie(folder / ADAPTER)
     relist(folder, ADAPTER)
 
 
-def flip(folder):
-    data = bytearray((folder / ADAPTER).read_bytes())
-    data[-1] ^= 1
-    (folder / ADAPTER).write_bytes(data)
+def spread(folder, file=SHARD):
+    """Name the base's weights in an index, as those of large models are."""
+    (folder / "base" / "model.safetensors").rename(folder / "base" / SHARD)
+    write_json(folder / "base" / INDEX, {"weight_map": dict.fromkeys(load_file(folder / "base" / SHARD), file)})
+    unlist("base/model.safetensors")(folder)
+    relist(folder, f"base/{SHARD}")
+    relist(folder, f"base/{INDEX}")
 
 
-def nest(folder):
-    (folder / "inner").mkdir()
-
-
-def retemplate(folder):
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-
-
-def unlist(name):
-    def act(folder):
-        lineage = read_json(folder / "lineage.json")
-        del lineage["files"][name]
-        write_json(folder / "lineage.json", lineage)
-
-    return act
-
-
-def uninvited_base(folder):
-    (folder / "base").mkdir()
-    write("base/config.json", b"{}")(folder)
+def poison(folder):
+    tensors = load_file(folder / "base" / "model.safetensors")
+    tensors["transformer.ln_f.weight"][0] = torch.nan
+    save_file(tensors, folder / "base" / "model.safetensors")
+    relist(folder, "base/model.safetensors")
 
 
 # Name -> what is done to a sound reward adapter, and the reason that it is refused for.
@@ -98,7 +106,7 @@ HOSTILE = {
     "pickle": (write("adapter_model.bin", b"\x80\x04."), "a pickle, or a file that may hold one"),
     "program": (write("modeling_custom.py", b"import os"), "a program; an adapter is numbers and settings"),
     "unknown file": (write("notes.docx", b"x"), "a file that is no part of an adapter"),
-    "folder": (nest, "a folder that no adapter has"),
+    "folder": (lambda folder: (folder / "inner").mkdir(), "a folder that no adapter has"),
     "link": (link, "a symbolic link out of the folder"),
     "local base": (set_to(CONFIG, base_model_name_or_path="/home/me/base"), "a place on somebody's machine"),
     "climbing base": (set_to(CONFIG, base_model_name_or_path="../base"), "a place on somebody's machine"),
@@ -114,8 +122,8 @@ HOSTILE = {
     "not UTF-8": (write(CONFIG, b"\xff\xfe"), "is not JSON"),
     "deep JSON": (write(CONFIG, b"[" * 100_000), "is not JSON"),
     "no object": (write(CONFIG, b"[]"), "is not a JSON object"),
-    "cut weights": (truncate, "the header of the weights is damaged or does not fit the file"),
-    "lying header": (lie, "the header of the weights is damaged or does not fit the file"),
+    "cut weights": (write(ADAPTER, lambda content: content[:-100]), "the header of the weights is damaged"),
+    "lying header": (lie, "the header of the weights is damaged"),
     "no weights": (lambda folder: (folder / ADAPTER).unlink(), "is missing"),
     "NaN": (put(f"{MODULE}.lora_A.weight", torch.full((10, 32), torch.nan)), "holds NaN or infinity"),
     "infinity": (put(f"{MODULE}.lora_A.weight", torch.full((10, 32), -torch.inf, dtype=torch.bfloat16)),
@@ -128,8 +136,8 @@ HOSTILE = {
     "no head": (drop("base_model.model.score.weight"), "the reward head (score) is missing"),
     "wrong rank": (set_to(CONFIG, r=16), "and the configuration says 16"),
     "shapes apart": (put(f"{MODULE}.lora_A.weight", torch.ones(3, 32)), "do not fit each other"),
-    "changed weights": (flip, "the weights are not what was exported"),
-    "changed template": (retemplate, "the chat template is not what was exported"),
+    "changed weights": (write(ADAPTER, flip, listed=False), "the weights are not what was exported"),
+    "changed template": (write("chat_template.jinja", b"", listed=False), "the chat template is not what was"),
     "lost file": (lambda folder: (folder / "probe.json").unlink(), "is missing: the lineage names it"),
     "unlisted weights": (unlist(ADAPTER), "is not in the lineage: it was not exported"),
     "unlisted tokenizer": (unlist("tokenizer.json"), "is not in the lineage: it was not exported"),
@@ -142,20 +150,20 @@ HOSTILE = {
                           "lora_embedding_B is missing"),
     "two scores": (put("base_model.model.score.weight", torch.ones(2, 32)), "not that of one score"),
     "biases": (set_to(CONFIG, bias="all"), "bias is 'all': it would replace biases"),
-    "whole embedding": (set_to(CONFIG, modules_to_save=["score", "wte"]), "no module of its base but the reward head"),
-    "uninvited base": (uninvited_base, "a model lies here, and the adapter's base is 'owner/base'"),
+    "whole embedding": (set_to(CONFIG, modules_to_save=["score", "wte"]), "only the reward head of a base"),
+    "uninvited base": (write("base/config.json", b"{}"), "a model lies here, and the adapter's base is 'owner/base'"),
     "rank as text": (set_to(CONFIG, r="10"), "r is '10', not a whole number"),
     "rank true": (set_to(CONFIG, r=True), "r is True, not a whole number"),
     "huge rank": (set_to(CONFIG, r=10**9), "r is 1000000000, not a whole number"),
-    "alpha": (rewrite(CONFIG, b'"lora_alpha": 10', b'"lora_alpha": Infinity'), "lora_alpha is inf"),
-    "large alpha": (rewrite(CONFIG, b'"lora_alpha": 10', b'"lora_alpha": 1' + b"0" * 400), "lora_alpha is 10000"),
+    "alpha": (alpha(b"Infinity"), "lora_alpha is inf"),
+    "large alpha": (alpha(b"1" + b"0" * 400), "lora_alpha is 10000"),
     "rank pattern": (set_to(CONFIG, rank_pattern={"c_attn": 0}), "rank_pattern is"),
     "no pattern": (set_to(CONFIG, alpha_pattern={"(": 1}), "alpha_pattern is"),
     "rank of a pattern": (set_to(CONFIG, rank_pattern={"c_attn": 8}), "and the configuration says 8"),
     "revision": (set_to(CONFIG, revision="../../evil"), "revision is '../../evil', not a branch"),
     "revision number": (set_to(CONFIG, revision=7), "revision is 7, not a branch"),
-    "PiSSA": (set_to(CONFIG, init_lora_weights="pissa_niter_4"), "changes the base when it is loaded"),
-    "number as start": (set_to(CONFIG, init_lora_weights=1), "changes the base when it is loaded"),
+    "PiSSA": (set_to(CONFIG, init_lora_weights="pissa_niter_4"), "changes the base"),
+    "number as start": (set_to(CONFIG, init_lora_weights=1), "changes the base"),
     "repeated layers": (set_to(CONFIG, layer_replication=[[0, 2], [1, 2]]), "it repeats layers of the base"),
     "cut base": (set_to(CONFIG, kasa_config={}), "cuts off small singular values"),
     "no table": (set_to(CONFIG, rank_pattern=[]), "rank_pattern is []"),
@@ -167,58 +175,26 @@ HOSTILE = {
 def test_a_damaged_or_hostile_adapter_is_refused_with_its_reason(copy, name):
     act, reason = HOSTILE[name]
     act(copy)
-    problems = check_adapter(copy)
-    assert reason in problems[0].problem
+    assert reason in check_adapter(copy)[0].problem
     with pytest.raises(AdapterError):
         require_sound(copy)
-
-
-def test_every_reason_is_another_one():
-    reasons = [reason for _, reason in HOSTILE.values()]
-    assert len(set(reasons)) >= 25
 
 
 # Name -> what is done to a sound adapter that ships its base, and the reason that it is refused for.
 HOSTILE_BASE = {
     "named otherwise": (set_to(CONFIG, base_model_name_or_path="owner/base"), "the adapter's base is 'owner/base'"),
-    "not said": (lambda folder: change_lineage(folder, shipped=False), "does not say that the base is shipped"),
+    "not said": (change_lineage(lambda lineage: lineage["base"].update(shipped=False)), "does not say that the base"),
     "code": (set_to("base/config.json", auto_map={"AutoConfig": "x.y"}), "auto_map makes the loader import"),
     "quantised": (set_to("base/config.json", quantization_config={"load_in_4bit": True}), "rewrite the weights"),
     "no settings": (lambda folder: (folder / "base" / "config.json").unlink(), "is missing"),
     "no JSON": (write("base/generation_config.json", b"{"), "is not JSON"),
-    "NaN": (lambda folder: change_base(folder, torch.nan), "of the base holds NaN or infinity"),
+    "NaN": (poison, "of the base holds NaN or infinity"),
     "two kinds": (write("base/model.safetensors.index.json", b"{}"), "in one file and in several"),
     "climbing index": (lambda folder: spread(folder, "../../x.safetensors"), "and no other"),
     "damaged": (write("base/model.safetensors", b"x"), "the header of the weights is damaged"),
     "tokenizer": (write("base/tokenizer.json", b"{}"), "a file that is no part of an adapter"),
     "inner folder": (lambda folder: (folder / "base" / "base").mkdir(), "a folder that no adapter has"),
 }  # fmt: skip
-
-
-def change_lineage(folder, **values):
-    lineage = read_json(folder / "lineage.json")
-    lineage["base"] |= values
-    write_json(folder / "lineage.json", lineage)
-
-
-def change_base(folder, value):
-    tensors = load_file(folder / "base" / "model.safetensors")
-    tensors["transformer.ln_f.weight"][0] = value
-    save_file(tensors, folder / "base" / "model.safetensors")
-    relist(folder, "base/model.safetensors")
-
-
-def spread(folder, file="model-00001-of-00001.safetensors"):
-    """Name the base's weights in an index, as those of large models are."""
-    weights = folder / "base" / "model.safetensors"
-    weights.rename(weights.with_name("model-00001-of-00001.safetensors"))
-    index = {"weight_map": dict.fromkeys(load_file(weights.with_name("model-00001-of-00001.safetensors")), file)}
-    write_json(folder / "base" / "model.safetensors.index.json", index)
-    lineage = read_json(folder / "lineage.json")
-    del lineage["files"]["base/model.safetensors"]
-    write_json(folder / "lineage.json", lineage)
-    for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json"):
-        relist(folder, f"base/{name}")
 
 
 @pytest.fixture
@@ -229,7 +205,7 @@ def with_base(gpt2_run, copy):
         shutil.copyfile(gpt2_run[0] / name, copy / "base" / name)
         relist(copy, f"base/{name}")
     change_json(copy, CONFIG, base_model_name_or_path="./base", revision=None)
-    change_lineage(copy, id=None, revision=None, shipped=True)
+    change_lineage(lambda lineage: lineage["base"].update(id=None, revision=None, shipped=True))(copy)
     return copy
 
 
@@ -273,18 +249,15 @@ def test_what_a_problem_quotes_cannot_act_on_a_terminal(copy):
     assert not set(text) & set("\x1b\x07\u202e")
 
 
-def test_sound_adapters_pass(gpt2_run, policy_export, reward_export):
-    base = gpt2_run[0]
+def test_sound_adapters_pass_and_those_of_a_run_name_their_local_base(gpt2_run, policy_export, reward_export):
     for folder in (policy_export, reward_export):
-        assert check_adapter(folder) == []
-        assert check_adapter(folder, base) == []
+        assert check_adapter(folder) == check_adapter(folder, gpt2_run[0]) == []
+    (problem,) = check_adapter(gpt2_run[2].adapter("sft"), gpt2_run[0])
+    assert "a place on somebody's machine" in problem.problem
 
 
 def test_no_tensor_is_read_before_the_header_was_checked(copy, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("a tensor was read")
-
-    monkeypatch.setattr("rlhf_trl.run.safetensors._read", refuse)
+    monkeypatch.setattr("rlhf_trl.run.safetensors._read", lambda *_: pytest.fail("a tensor was read"))
     lie(copy)
     assert "header" in check_adapter(copy)[0].problem
 
@@ -302,19 +275,46 @@ def test_all_problems_are_found_at_once(copy):
 
 
 # --- against a base
-# ----------------------------------------------------------------------------------------------------
+
+
+def cut(folder):
+    change_tensors(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".h.1." in key])
+
+
+def embed(size):
+    """Add LoRA to the embedding, and to the output layer that is tied to it."""
+    shapes = {"transformer.wte.lora_embedding_A": (10, size), "transformer.wte.lora_embedding_B": (32, 10),
+              "lm_head.lora_A.weight": (10, 32), "lm_head.lora_B.weight": (1024, 10)}  # fmt: skip
+    added = {f"base_model.model.{key}": torch.ones(shape) for key, shape in shapes.items()}
+    return lambda folder: change_tensors(folder, lambda tensors: tensors.update(added))
+
+
+@pytest.mark.parametrize(
+    ("act", "problem"),
+    [
+        (cut, "the base's module h.1.attn.c_attn is a target without tensors"),
+        (embed(1024), None),
+        (embed(1000), "wte is for a weight of 1000 × 32, and the base's is 1024 × 32"),
+        (put("base_model.model.score.weight", torch.ones(1, 48)),
+         "the reward head reads 48 numbers, and the base's hidden size is 32"),
+    ],
+)  # fmt: skip
+def test_what_is_sound_by_itself_may_not_fit_its_base(gpt2_run, copy, act, problem):
+    act(copy)
+    assert check_adapter(copy) == []
+    found = [one.problem for one in check_adapter(copy, gpt2_run[0])]
+    assert found == [problem] if problem else not found
 
 
 def test_another_base_is_told_from_its_own(gpt2_run, copy, tmp_path):
     base = shutil.copytree(gpt2_run[0], tmp_path / "base")
-    weights = read_weights(base)
-    tensors = {key: torch.zeros(tensor.shape) for key, tensor in weights.items()}
-    save_file(tensors, base / "model.safetensors")
+    shapes = {key: tensor.shape for key, tensor in read_weights(base).items()}
+    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, base / "model.safetensors")
     (problem,) = check_adapter(copy, base)
     assert "not those that the adapter was exported for, though their shapes fit" in problem.problem
     assert "owner/base" in problem.remedy
-    save_file({key: torch.zeros([size + 1 for size in value.shape]) for key, value in tensors.items()},
-              base / "model.safetensors")  # fmt: skip
+    larger = {key: torch.zeros([size + 1 for size in shape]) for key, shape in shapes.items()}
+    save_file(larger, base / "model.safetensors")
     (problem,) = check_adapter(copy, base)
     assert "is for a weight of 96 × 32, and the base's is 97 × 33" in problem.problem
     llama = write_base(tmp_path / "llama", "llama")
@@ -326,40 +326,10 @@ def test_another_base_is_told_from_its_own(gpt2_run, copy, tmp_path):
         check_adapter(copy, tmp_path / "nowhere")
 
 
-def test_a_whole_layer_that_is_missing_shows_against_the_base(gpt2_run, copy):
-    def cut(tensors):
-        for key in [key for key in tensors if ".h.1." in key]:
-            del tensors[key]
-
-    change_tensors(copy, cut)
-    assert check_adapter(copy) == []  # a model of one layer would look like this
-    (problem,) = check_adapter(copy, gpt2_run[0])
-    assert problem.problem == "the base's module h.1.attn.c_attn is a target without tensors"
-
-
-def test_lora_on_embedding_and_tied_output_fits_the_base(gpt2_run, copy):
-    ranks = {"transformer.wte.lora_embedding_A": (10, 1024), "transformer.wte.lora_embedding_B": (32, 10),
-             "lm_head.lora_A.weight": (10, 32), "lm_head.lora_B.weight": (1024, 10)}  # fmt: skip
-    added = {f"base_model.model.{key}": torch.ones(shape) for key, shape in ranks.items()}
-    change_tensors(copy, lambda tensors: tensors.update(added))
-    assert check_adapter(copy, gpt2_run[0]) == []
-    put("base_model.model.transformer.wte.lora_embedding_A", torch.ones(10, 1000))(copy)
-    assert (
-        "wte is for a weight of 1000 × 32, and the base's is 1024 × 32" in check_adapter(copy, gpt2_run[0])[0].problem
-    )
-
-
-def test_a_head_for_another_width_shows_against_the_base(gpt2_run, copy):
-    put("base_model.model.score.weight", torch.ones(1, 48))(copy)
-    (problem,) = check_adapter(copy, gpt2_run[0])
-    assert problem.problem == "the reward head reads 48 numbers, and the base's hidden size is 32"
-
-
 def test_ranks_by_pattern_are_checked_by_module(copy):
     set_to(CONFIG, r=4, rank_pattern={"c_attn": 10, r".*\.mlp\..*": 10})(copy)
-    assert {problem.problem.rpartition("c_proj")[2] for problem in check_adapter(copy)} == {
-        " has rank 10, and the configuration says 4"
-    }
+    problems = {problem.problem.rpartition("c_proj")[2] for problem in check_adapter(copy)}
+    assert problems == {" has rank 10, and the configuration says 4"}
 
 
 def test_dora_is_lora_with_magnitudes(copy):
@@ -378,39 +348,22 @@ def test_an_adapter_without_lineage_is_checked_too(gpt2_run, copy, tmp_path):
     assert "the chat template differs from that of the base" in problem.problem
 
 
-def test_the_adapters_of_a_run_name_their_local_base(trained):
-    run = trained[1]
-    (problem,) = check_adapter(run.adapter("rm"), run.model("sft"))
-    assert "a place on somebody's machine" in problem.problem
-
-
-@pytest.mark.parametrize("text", ["/a", "~/a", "../a", "a/../b", "C:\\a", "a\\b", "./a", "\\\\host\\a"])
-def test_paths_are_known(text):
-    assert is_path(text)
-
-
-@pytest.mark.parametrize("text", ["owner/name", "gpt2", "owner/name-1.5"])
-def test_ids_are_no_paths(text):
-    assert not is_path(text)
+def test_paths_are_told_from_ids():
+    assert all(map(is_path, ("/a", "~/a", "../a", "a/../b", "C:\\a", "a\\b", "./a", "\\\\host\\a")))
+    assert not any(map(is_path, ("owner/name", "gpt2", "owner/name-1.5")))
 
 
 # --- weights without torch
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_numbers_that_are_not_finite_are_found(tmp_path, dtype):
     largest = torch.finfo(dtype).max
-    tensors = {
-        "sound": torch.tensor([0.0, -largest, largest, 1.0], dtype=dtype),
-        "nan": torch.tensor([0.0, torch.nan], dtype=dtype),
-        "infinite": torch.tensor([[-torch.inf]], dtype=dtype),
-    }
+    values = {"sound": [0.0, -largest, largest, 1.0], "nan": [0.0, torch.nan], "infinite": [-torch.inf]}
+    tensors = {name: torch.tensor(numbers, dtype=dtype) for name, numbers in values.items()}
     save_file(tensors, tmp_path / "x.safetensors")
     header = read_header(tmp_path / "x.safetensors")
-    assert {name: is_finite(tensor) for name, tensor in header.items()} == {
-        "sound": True, "nan": False, "infinite": False,
-    }  # fmt: skip
+    assert [name for name, tensor in header.items() if is_finite(tensor)] == ["sound"]
     assert header["sound"].shape == (4,)
 
 

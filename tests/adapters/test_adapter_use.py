@@ -25,31 +25,30 @@ def reward_model(gpt2_run, reward_export):
     return rlhf_trl.load_reward_model(reward_export, gpt2_run[0])
 
 
-def command(*arguments: str, text: str = "", cwd=None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "rlhf_trl", *map(str, arguments)], input=text, capture_output=True,
-                          text=True, check=False, timeout=120, cwd=cwd)  # fmt: skip
+@pytest.fixture(scope="module")
+def policy(gpt2_run, policy_export):
+    return rlhf_trl.load_policy(policy_export, gpt2_run[0])
+
+
+def command(*arguments, text="", status=0) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-m", "rlhf_trl", *map(str, arguments)], input=text, capture_output=True,
+                          text=True, check=False, timeout=120)  # fmt: skip
+    assert done.returncode == status, done.stderr
+    return done
 
 
 def test_importing_the_package_loads_no_torch():
-    code = (
-        "import sys, rlhf_trl; print('torch' in sys.modules, callable(rlhf_trl.load_policy), hasattr(rlhf_trl, 'x'))"
-    )
+    code = "import sys, rlhf_trl as r; print('torch' in sys.modules, callable(r.load_policy), hasattr(r, 'x'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "False"]
 
 
-def test_a_policy_is_refused_with_another_base(policy_export, tmp_path):
-    other = write_base(tmp_path / "other", "llama")
+def test_what_cannot_be_loaded_is_named(gpt2_run, policy_export, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="it is another architecture"):
-        rlhf_trl.load_policy(policy_export, other)
-
-
-def test_a_base_that_cannot_be_reached_is_named(policy_export):
+        rlhf_trl.load_policy(policy_export, write_base(tmp_path / "other", "llama"))
     with pytest.raises(UserError, match="owner/base: the base cannot be reached"):
         rlhf_trl.load_policy(policy_export)
 
-
-def test_what_peft_refuses_is_named(gpt2_run, policy_export, monkeypatch):
     def refuse(*_):
         raise KeyError
 
@@ -59,16 +58,13 @@ def test_what_peft_refuses_is_named(gpt2_run, policy_export, monkeypatch):
 
 
 # --- chat
-# --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_remembers_its_turns(gpt2_run, policy_export, monkeypatch):
-    policy = rlhf_trl.load_policy(policy_export, gpt2_run[0])
-    asked = []
-    answer = type(policy).answer
+def test_a_conversation_remembers_its_turns(policy, monkeypatch):
+    asked, answer = [], type(policy).answer
 
     def listen(self, prompt, *how):
-        asked.append([turn["content"] for turn in prompt])
+        asked.append(len(prompt))
         return answer(self, prompt, *how)
 
     monkeypatch.setattr(type(policy), "answer", listen)
@@ -77,7 +73,7 @@ def test_a_conversation_remembers_its_turns(gpt2_run, policy_export, monkeypatch
     talk.reply("Two?")
     talk.turns.clear()
     assert talk.reply("One?") == first
-    assert [len(turns) for turns in asked] == [1, 3, 1]
+    assert asked == [1, 3, 1]
 
 
 def test_what_acts_on_a_terminal_is_spelt_out():
@@ -88,21 +84,16 @@ def test_what_acts_on_a_terminal_is_spelt_out():
     assert Conversation(Hostile(), 8, 1.0, 0).reply("Hi") == "⟨U+001B⟩]0;owned⟨U+0007⟩ ⟨U+202E⟩done"
 
 
-def test_a_long_conversation_loses_its_beginning(gpt2_run, policy_export):
-    policy = rlhf_trl.load_policy(policy_export, gpt2_run[0])
+def test_a_prompt_loses_its_beginning_where_it_is_too_long_and_an_answer_leaves_room_for_one(policy):
     assert isinstance(policy.answer([{"role": "user", "content": "word " * 400}], max_new_tokens=8), str)
-
-
-def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused(gpt2_run, policy_export):
-    policy = rlhf_trl.load_policy(policy_export, gpt2_run[0])
     with pytest.raises(UserError, match="128 tokens leave no room for a prompt: the model has 128 positions"):
         policy.answer(PROMPT, max_new_tokens=128)
     assert isinstance(policy.answer(PROMPT, max_new_tokens=127), str)
 
 
 def test_the_positions_of_a_model_are_known():
-    bloom = {"vocab_size": 8, "hidden_size": 8, "n_layer": 1, "n_head": 1}
-    assert positions(BloomForCausalLM(BloomConfig(**bloom))) is None  # ALiBi: no limit
+    bloom = BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1)
+    assert positions(BloomForCausalLM(bloom)) is None  # ALiBi: no limit
     gpt2 = GPT2Config(vocab_size=8, n_positions=16, n_embd=8, n_layer=1, n_head=1)
     assert positions(GPT2LMHeadModel(gpt2)) == 16
 
@@ -111,40 +102,40 @@ def test_chat_answers_what_is_piped_in(gpt2_run, policy_export, tmp_path):
     copy = shutil.copytree(policy_export, tmp_path / "copy")
     done = command("chat", policy_export, "--compare", copy, "--base", gpt2_run[0], "--max-new-tokens", "6",
                    text="Hello\n\n/new\nHello\n/exit\nnever\n")  # fmt: skip
-    assert done.returncode == 0, done.stderr
     answers = [line.partition("> ")[2] for line in done.stdout.splitlines() if "> " in line]
     assert len(answers) == 4
     assert len(set(answers)) == 1  # the same adapter, seed and conversation
 
 
 # --- score
-# -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_of_every_shape_is_scored_line_by_line(gpt2_run, reward_model, tmp_path):
     row = read_jsonl(gpt2_run[2].pairs("test"))[0]
-    texts = {side: f"\n\nHuman: Why?\n\nAssistant: {side}" for side in ("chosen", "rejected")}
     rows = [
         {key: row[key] for key in ("prompt", "chosen", "rejected")},
         {"prompt": row["prompt"], "completion": row["chosen"]},
-        texts,
+        {side: f"\n\nHuman: Why?\n\nAssistant: {side}" for side in ("chosen", "rejected")},
         {"prompt": "Why?", "completion": "chosen"},
+        {"completion": "\n\nHuman: Why?\n\nAssistant: chosen"},
         {"prompt": "Why?"},
         {"prompt": "Why?", "chosen": "same", "rejected": "same"},
+        {"prompt": "Why?", "completion": " "},
+        {"prompt": "", "completion": "Because."},
+        {"prompt": "Why?", "completion": 7},
         {"prompt": "Why?", "completion": "word " * 400},
     ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     found = score_file(reward_model, tmp_path / "rows.jsonl", batch_size=2)
-    assert [row["line"] for row in found] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["line"] for row in found] == list(range(1, 12))
     expected = reward_model.score([row["prompt"]] * 2, [row["chosen"], row["rejected"]], [True, True])
     torch.testing.assert_close(torch.tensor([found[0]["chosen"], found[0]["rejected"]]), expected)
     assert found[0]["margin"] == pytest.approx(found[0]["chosen"] - found[0]["rejected"])
     assert found[1]["score"] == pytest.approx(found[0]["chosen"], abs=1e-5)
-    assert found[3]["score"] == pytest.approx(found[2]["chosen"], abs=1e-5)
-    assert found[4]["why_not"] == "missing_field"
-    assert found[5]["why_not"] == "identical"
-    assert found[6]["why_not"].startswith("too_long: ")
-    assert "4 of 7 lines scored" in summarise(found)
+    assert found[3]["score"] == found[4]["score"] == pytest.approx(found[2]["chosen"], abs=1e-5)
+    reasons = [row["why_not"].partition(":")[0] for row in found[5:]]
+    assert reasons == ["missing_field", "identical", "empty_chosen", "empty_prompt", "not_text", "too_long"]
+    assert "5 of 11 lines scored" in summarise(found)
 
 
 def test_the_summary_counts_a_tie_as_half():
@@ -165,7 +156,6 @@ def test_a_file_that_is_none_is_named(reward_model, tmp_path, content, problem):
 def test_score_writes_json_lines(gpt2_run, reward_export, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": "Because."}, {"prompt": "Why?"}])
     done = command("score", reward_export, tmp_path / "rows.jsonl", "--base", gpt2_run[0])
-    assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
     assert set(first) == {"line", "score"}
     assert second == {"line": 2, "why_not": "missing_field"}
@@ -173,34 +163,23 @@ def test_score_writes_json_lines(gpt2_run, reward_export, tmp_path):
 
 
 # --- the other commands
-# ------------------------------------------------------------------------------------------------
 
 
 def test_check_exits_with_one_where_something_is_wrong(policy_export, tmp_path):
-    sound = command("adapter", "check", policy_export)
-    assert (sound.returncode, sound.stdout) == (0, f"{policy_export}: no problem found\n")
+    assert command("adapter", "check", policy_export).stdout == f"{policy_export}: no problem found\n"
     folder = shutil.copytree(policy_export, tmp_path / "adapter")
     (folder / "adapter_model.bin").write_bytes(b"x")
-    wrong = command("adapter", "check", folder)
-    assert wrong.returncode == 1
-    assert wrong.stdout.startswith("adapter_model.bin: a pickle")
+    assert command("adapter", "check", folder, status=1).stdout.startswith("adapter_model.bin: a pickle")
 
 
-def test_export_and_list_from_the_command_line(gpt2_run, tmp_path):
-    _, _, run = gpt2_run
+def test_export_list_and_merge_from_the_command_line(gpt2_run, policy_export, tmp_path):
+    base, _, run = gpt2_run
     done = command("adapter", "export", run.root, "sft", tmp_path / "sft", "--base-id", "owner/base")
-    assert done.returncode == 0, done.stderr
     assert "equal the adapter's within" in done.stdout
-    card = (tmp_path / "sft" / "README.md").read_text()
-    assert "it is what the policies of its run start from" in card
+    assert "it is what the policies of its run start from" in (tmp_path / "sft" / "README.md").read_text()
     listed = command("adapter", "list", tmp_path)
     assert listed.stdout.splitlines()[1].split()[:4] == ["sft", "run", "sft", "sft"]
-    assert command("adapter", "list", tmp_path / "sft" / "..").returncode == 0
     (tmp_path / "none").mkdir()
     assert "no export" in command("adapter", "list", tmp_path / "none").stdout
-
-
-def test_merge_from_the_command_line(gpt2_run, policy_export, tmp_path):
-    done = command("adapter", "merge", policy_export, tmp_path / "merged", "--base", gpt2_run[0])
-    assert done.returncode == 0, done.stderr
+    command("adapter", "merge", policy_export, tmp_path / "merged", "--base", base)
     assert (tmp_path / "merged" / "model.safetensors").exists()
