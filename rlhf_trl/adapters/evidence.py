@@ -13,10 +13,10 @@ from typing import Any
 
 from rlhf_trl.adapters.base import Base
 from rlhf_trl.adapters.files import ADAPTER, CONFIG, TEMPLATE
+from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
-from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.text.format import pointer, resolve
 
 FORMAT = 1
