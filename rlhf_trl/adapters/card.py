@@ -1,7 +1,7 @@
 """The model card of an exported adapter: every number in it comes from the export's own JSON, and says from where.
 
-Works on `lineage.json` and `evidence.json`; writes `README.md` beside them. A number gets into the card by its
-address, and carries it as a comment that no reader of the rendered page sees; the template prints none otherwise.
+A number gets into the card by its address, and carries it as a comment that no reader of the rendered page sees; the
+template prints none otherwise.
 """
 
 from __future__ import annotations

@@ -50,9 +50,6 @@ def check_adapter(folder: Path, base: Path | None = None) -> list[Problem]:
 
     Returns:
         The problems, with every character of the adapter's that acts on a terminal spelt out.
-
-    Raises:
-        UserError: there is no such folder, or no such base.
     """
     for path in (folder, base):
         if path is not None and not path.is_dir():

@@ -34,10 +34,10 @@ def combine(folders: Sequence[Path]) -> tuple[dict[str, Tensor], LoraConfig]:
     Where an adapter has no tensor for a module, zeros keep the rank the same for all, as servers such as vLLM require.
 
     Args:
-        folders: at least two, the lowest first; the last one may bring modules of its own, such as a reward head.
+        folders: at least two, the lowest first; the last one may bring a reward head.
 
     Returns:
-        The tensors in float32, and the configuration: the last adapter's, with the summed rank and a scaling of 1.
+        The tensors in float32, and the last adapter's configuration, with the summed rank and a scaling of 1.
 
     Raises:
         UserError: an adapter cannot be combined exactly.

@@ -1,8 +1,7 @@
 """What an exported adapter is: `lineage.json` (where it comes from) and `evidence.json` (how good it is).
 
-Reads the JSON and JSONL files of a run directory; writes nothing. What is recorded names no path of the machine. Each
-part of the evidence has, under `sources`, the address of where it was read. A measurement that is older than the stage
-it is of is left out, and said to be missing.
+What is recorded names no path of the machine. A measurement that is older than the stage that it is of is left out,
+and said to be missing.
 """
 
 from __future__ import annotations
@@ -84,10 +83,7 @@ def _without_paths(value: Any) -> Any:
 def gather(recipe: Recipe, run: RunDir, stage: str) -> dict[str, Any]:
     """Gather the evidence for the adapter of a stage.
 
-    Returns:
-        `training`; for a policy `policy`, `reference`, `decoding`, `definitions`, `alarms`, `alarms_checked`, `front`,
-        `reward_model`, `gold_model`, `judge`, `samples`; for a reward model `analysis`. A part that was not measured
-        is None, and `missing` says why. `sources` has the address of each part in the run directory.
+    A part that was not measured is None, and `missing` says why; `sources` has the address of each part in the run.
     """
     evidence = _Evidence(run)
     summary = evidence.add("training", run.training_stats(stage), "summary")
@@ -129,10 +125,8 @@ def _add_analysis(evidence: _Evidence, run: RunDir, stage: str) -> None:
         return
     found = evidence.add("analysis", run.error_analysis(stage))
     analysis = {key: found[key] for key in ("overall", "pairs", "findings", "definitions")}
-    evidence.parts["analysis"] = analysis | {
-        "subsets": found["breakdowns"]["subset"],
-        "gap": found["calibration"]["gap"],
-    }
+    more = {"subsets": found["breakdowns"]["subset"], "gap": found["calibration"]["gap"]}
+    evidence.parts["analysis"] = analysis | more
 
 
 def _add_evaluation(evidence: _Evidence, run: RunDir, stage: str) -> None:

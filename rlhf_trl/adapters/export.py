@@ -1,8 +1,8 @@
 """`adapter export`: a folder with one stage's adapter that others can load, and the evidence of what it is.
 
-Reads a run directory; writes `adapter_config.json`, `adapter_model.safetensors`, the tokenizer with its chat template,
-`probe.json` (texts and the run's outputs for them), `evidence.json`, `lineage.json`, `README.md` (the card) and the
-Pareto figure; `base/` where the base has no public id. The folder appears when a fresh process has verified it.
+Writes the adapter, the tokenizer with its chat template, `probe.json` (texts and the run's outputs for them),
+`evidence.json`, `lineage.json`, `README.md` (the card), the Pareto figure, and `base/` where that has no public id.
+The folder appears when a fresh process has verified it.
 
     rlhf-trl adapter export runs/demo grpo shared/demo-grpo
 """
@@ -38,8 +38,7 @@ from rlhf_trl.run.environment import now
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_text
 from rlhf_trl.run.layout import RunDir
 
-# Pairs of the held-out data whose texts are the probe.
-PROBE_PAIRS = 4
+PROBE_PAIRS = 4  # of the held-out data, whose texts are the probe
 
 
 def export(
@@ -52,7 +51,7 @@ def export(
         ship: ship the base with the adapter, whatever its size.
 
     Returns:
-        The lineage, as it stands in `lineage.json`.
+        The lineage.
 
     Raises:
         UserError: the stage has no adapter; it or a stage that it rests on is not finished, or not current; the

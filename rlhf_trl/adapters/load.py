@@ -1,7 +1,7 @@
 """Adapters for use in Python: a policy that answers, a reward model that scores.
 
-Reads the folder of an adapter, which is checked first, whoever made it, and its base: the one that it ships, the given
-one, or that of its public id, from the local cache or the Hub.
+An adapter is checked first, whoever made it. Its base is the one that it ships, the given one, or that of its public
+id, from the local cache or the Hub.
 
     policy = rlhf_trl.load_policy("shared/demo-grpo")
     print(policy.answer([{"role": "user", "content": "Hello."}]))

@@ -34,7 +34,7 @@ def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
     They are compared in float64: in float32, rounding on the way through the layers is larger than what merging does.
 
     Returns:
-        `difference`, the largest absolute one of an output, and `largest`, the largest absolute output.
+        The largest absolute `difference` of an output, and the `largest` absolute output.
 
     Raises:
         UserError: the adapter or the base is not sound, the base is quantised, or the merged model's outputs differ.

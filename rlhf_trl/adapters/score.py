@@ -1,7 +1,6 @@
 """`score`: what a reward adapter makes of pairs, or of single answers.
 
-Reads JSON lines: pairs of any shape that `prepare` takes (`chosen` and `rejected`), or rows of `prompt` and
-`completion`. Gives a row for each line, in the same order, with what could not be scored and why.
+Reads JSON lines: pairs of any shape that `prepare` takes, or rows of `prompt` and `completion`.
 
     rlhf-trl score shared/demo-rm pairs.jsonl > scores.jsonl
 """
@@ -22,14 +21,11 @@ from rlhf_trl.stats.intervals import wilson
 
 
 def score_file(model: RewardModel, path: Path, batch_size: int = 16) -> list[dict[str, Any]]:
-    """Score every line of a file.
+    """Score every line of a file, in its order; a UserError names what cannot be read.
 
     Returns:
-        For a pair `line`, `chosen`, `rejected` and `margin`; for a completion `line` and `score`; else `line` and
-        `why_not`. Lines count from 1.
-
-    Raises:
-        UserError: the file cannot be read, or a line is not JSON.
+        For a pair `line` (from 1), `chosen`, `rejected` and `margin`; for a completion `line` and `score`; else `line`
+        and `why_not`.
     """
     rows = [(number, *_read_row(raw, model)) for number, raw in _read_lines(path)]
     texts = [(prompt, answer) for _, prompt, answers, _ in rows for answer in answers]

@@ -59,8 +59,7 @@ def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: s
         base_id: the public id that stands for them; None where the base lies in the export.
 
     Returns:
-        `rows`, `outputs` (their number), `largest` (the largest absolute output), and `difference` (the largest
-        absolute one).
+        The number of `rows` and `outputs`, the `largest` absolute output, and the largest absolute `difference`.
 
     Raises:
         UserError: the export cannot be loaded, or its outputs are not the run's.
