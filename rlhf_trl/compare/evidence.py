@@ -17,7 +17,7 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import read_path
-from rlhf_trl.stats.intervals import Difference, compare_runs, estimate_mean, p_of_mean
+from rlhf_trl.stats.intervals import compare_runs, estimate_mean, p_of_mean
 from rlhf_trl.stats.trust import weigh_trust
 
 Row = dict[str, Any]
@@ -54,8 +54,9 @@ class Trajectory:
 
     steps: Sequence[int | None]
     """None for the final policy."""
-    records: Sequence[Sequence[Row]]
-    """For each point one record a prompt: `id`, `kl`, scores."""
+    prompts: Sequence[str]
+    numbers: Mapping[str, np.ndarray]
+    """`kl`, and `gold_gain` and `reward_gain` where there is such a model, (points, prompts) each."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,6 @@ class Curve:
     steps: Sequence[int | None]
     kls: np.ndarray
     gains: np.ndarray
-
-    def thin(self, points: int) -> Curve:
-        """Keep this many points, evenly spaced, the final policy among them."""
-        last = len(self.steps) - 1
-        kept = [last] if points == 1 else np.linspace(0, last, points).round().astype(int).tolist()
-        return Curve(self.stage, [self.steps[k] for k in kept], self.kls[kept], self.gains[kept])
 
 
 def read_judge(recipe: Recipe, run: RunDir) -> Judged:
@@ -97,7 +92,10 @@ def read_judge(recipe: Recipe, run: RunDir) -> Judged:
 def read_points(run: RunDir, metrics: Mapping[str, Any], policy: str) -> Trajectory:
     """Read a policy's answers at each evaluated point; `metrics` is the content of `metrics.json`."""
     steps = [*(entry["step"] for entry in metrics["checkpoints"].get(policy, [])[:-1]), None]
-    return Trajectory(steps, [read_jsonl(run.completions(policy, step)) for step in steps])
+    points = [read_jsonl(run.completions(policy, step)) for step in steps]
+    known = [key for key in ("kl", "gold_gain", "reward_gain") if key in points[-1][0]]
+    numbers = {key: np.array([[row[key] for row in rows] for rows in points], dtype=np.float64) for key in known}
+    return Trajectory(steps, [row["id"] for row in points[-1]], numbers)
 
 
 def smallest_that_matters(recipe: Recipe, run: RunDir) -> dict[str, float]:
@@ -112,14 +110,12 @@ def smallest_that_matters(recipe: Recipe, run: RunDir) -> dict[str, float]:
 
 def read_curve(stage: str, trajectory: Trajectory, measure: str, judged: Judged, prompts: Sequence[str]) -> Curve:
     """Read one measure off a trajectory; a win rate, less the reference's half, is known of the final policy alone."""
+    kls = trajectory.numbers["kl"]
     if measure == "win_rate":
-        kl, scores = {row["id"]: row["kl"] for row in trajectory.records[-1]}, judged.scores.get(stage, {})
-        kls, gains = ([[values[name] for name in prompts]] for values in (kl, scores))
-        return Curve(stage, [None], np.array(kls), np.array(gains) - 0.5)
-    rows, key = trajectory.records, f"{measure}_gain"
-    kls = [[row["kl"] for row in records] for records in rows]
-    gains = [[row[key] for row in records if key in row] for records in rows]
-    return Curve(stage, trajectory.steps, np.array(kls), np.array(gains))
+        kl, scores = dict(zip(trajectory.prompts, kls[-1], strict=True)), judged.scores.get(stage, {})
+        known, gains = (np.array([[values[name] for name in prompts]]) for values in (kl, scores))
+        return Curve(stage, [None], known, gains - 0.5)
+    return Curve(stage, trajectory.steps, kls, trajectory.numbers.get(f"{measure}_gain", np.empty((len(kls), 0))))
 
 
 def measure_pair(
@@ -134,83 +130,78 @@ def measure_pair(
     Returns:
         `why_not`, or None with `seeds` of each; `unit`, "methods" where both have several seeds, else "adapters";
         `smallest`; `points` that were read of each run; `collapsed`, the runs that ended below their peak; and the two
-        questions `equal_kl` and `as_trained`: `kl`, the means `a` and `b`, `difference`, `p`, `identical`; or
-        `why_not`. `as_trained` has `improvement`, the probability that a run of the first ends above one of
-        the second.
+        questions `equal_kl` and `as_trained`: `kl`, the means `a` and `b`, `difference`, `p`, `identical`, `smallest`;
+        or `why_not`. `as_trained` has `improvement`, the probability that a run of the first ends above one of the
+        second.
     """
     if measure == "win_rate" and judged.why_not:
         return {"why_not": judged.why_not}
-    stages = [stage for group in groups for stage in group]
     # The prompts on which every stage of both groups was judged, in the same order for all.
-    prompts = sorted(set.intersection(*(set(judged.scores.get(stage, {})) for stage in stages)))
-    curves = {stage: read_curve(stage, trajectories[stage], measure, judged, prompts) for stage in stages}
-    count = min(curve.gains.shape[-1] for curve in curves.values())
+    prompts = sorted(set.intersection(*(set(judged.scores.get(stage, {})) for group in groups for stage in group)))
+    runs = [[read_curve(stage, trajectories[stage], measure, judged, prompts) for stage in group] for group in groups]
+    curves = [curve for of in runs for curve in of]
+    count = min(curve.gains.shape[-1] for curve in curves)
     if count == 0 and measure != "win_rate":
         return {"why_not": NO_SCORES[measure]}
     if count < FEWEST:
         return {"why_not": f"only {count} prompts have a score for all of their runs; {FEWEST} are needed"}
-    points = min(len(curve.steps) for curve in curves.values())
-    runs = [[curves[stage] for stage in group] for group in groups]
     finals = [np.stack([curve.gains[-1] for curve in of]) for of in runs]
-    trained = _question(finals) | {
-        "kl": None,
-        "improvement": probability_of_improvement(*(of.mean(axis=1)[:, None] for of in finals)),
-    }
+    ends = [of.mean(axis=1)[:, None] for of in finals]
+    points = min(len(curve.steps) for curve in curves)
     return {
         "why_not": None,
         "seeds": [len(of) for of in runs],
         "unit": "methods" if min(map(len, runs)) > 1 else "adapters",
         "smallest": smallest,
         "points": points,
-        "equal_kl": _read_at_equal_kl([[curve.thin(points) for curve in of] for of in runs], measure != "win_rate"),
-        "as_trained": trained,
-        "collapsed": [peak for of in runs for curve in of if (peak := find_collapse(curve, smallest))],
-    }
+        "equal_kl": {"smallest": smallest, **_compare_at_equal_kl(runs, points, measure)},
+        "as_trained": {"smallest": smallest, "kl": None, **_compare(*finals),
+                       "improvement": probability_of_improvement(*ends)},
+        "collapsed": [peak for curve in curves if (peak := find_collapse(curve, smallest))],
+    }  # fmt: skip
 
 
-def _read_at_equal_kl(runs: Sequence[Sequence[Curve]], checkpoints: bool) -> Row:
-    """Compare at the largest mean KL that every run has reached, each run read along its own path; `checkpoints`
-    could be measured, too."""
-    kls = [curve.kls.mean(axis=1) for of in runs for curve in of]
-    budget = min(float(kl.max()) for kl in kls)
+def _compare_at_equal_kl(runs: Sequence[Sequence[Curve]], points: int, measure: str) -> Row:
+    """Compare at the largest mean KL that every run reached, each run read along its own path of `points` points,
+    evenly spaced, the final policy the last."""
+    read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for curve in (curve for of in runs for curve in of):
+        kept = np.linspace(len(curve.steps) - 1, 0, points).round().astype(int)[::-1]
+        read[curve.stage] = curve.kls[kept], curve.gains[kept]
+    budget = min(float(kls.mean(axis=1).max()) for kls, _ in read.values())
     if budget <= 0:
         return {"why_not": "a policy has not moved from the reference", "kl": budget}
-    read = [[read_path(curve.kls, curve.gains, budget) for curve in of] for of in runs]
-    missing = [curve.stage for of, row in zip(runs, read, strict=True)
-               for curve, values in zip(of, row, strict=True) if values is None]  # fmt: skip
+    values = {stage: read_path(*path, budget) for stage, path in read.items()}
+    missing = [stage for stage, of in values.items() if of is None]
     if missing:
-        why = (
-            "the final policies alone are known, and differ in KL"
-            if all(len(curve.steps) == 1 for of in runs for curve in of)
-            else f"{', '.join(missing)} was not measured near this KL"
-        )
-        return {"why_not": f"{why} (evaluation.checkpoints)" if checkpoints else why, "kl": budget}
-    return {"kl": budget, **_question([np.stack([values for values in row if values is not None]) for row in read])}
+        why = f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not measured near this KL"
+        why = "only the final policies can be compared, and these differ in KL" if points == 1 else why
+        why += "" if measure == "win_rate" else " (evaluation.checkpoints adds points)"
+        return {"why_not": why, "kl": budget}
+    return {"kl": budget, **_compare(*(np.array([values[curve.stage] for curve in of]) for of in runs))}
 
 
-def _question(runs: Sequence[np.ndarray]) -> Row:
+def _compare(a: np.ndarray, b: np.ndarray) -> Row:
     """Compare two methods by one number for each run and prompt, (seeds, P) each."""
-    a, b = runs
-    one, other = (of[np.lexsort(of.T[::-1])] for of in runs)
-    found: Difference = compare_runs(a, b)
+    difference, p = compare_runs(a, b)
+    one, other = (of[np.lexsort(of.T[::-1])] for of in (a, b))
     return {
         "why_not": None,
         "a": float(a.mean()),
         "b": float(b.mean()),
-        "difference": found.estimate.as_dict(),
-        "p": found.p,
+        "difference": difference.as_dict(),
+        "p": p,
         "identical": np.array_equal(one, other) or not (a.mean(axis=0) - b.mean(axis=0)).any(),
     }
 
 
 def find_collapse(curve: Curve, smallest: float) -> Row | None:
     """Find the peak that a run has fallen from: beyond chance for any of its points, and by more than `smallest`."""
-    means = curve.gains.mean(axis=1)
+    means, kls = curve.gains.mean(axis=1), curve.kls.mean(axis=1)
     peak = int(means.argmax())
     fall = curve.gains[peak] - curve.gains[-1]
     if fall.mean() <= smallest or p_of_mean(fall) * (len(means) - 1) >= COLLAPSE:
         return None
-    kls = curve.kls.mean(axis=1)
     return {"stage": curve.stage, "step": curve.steps[peak], "kl": float(kls[peak]), "gain": float(means[peak]),
             "final": float(means[-1])}  # fmt: skip
 
@@ -218,21 +209,16 @@ def find_collapse(curve: Curve, smallest: float) -> Row | None:
 def measure_gains(
     trajectories: Mapping[str, Trajectory], judged: Judged, smallest: Mapping[str, float]
 ) -> dict[str, dict[str, Row]]:
-    """Measure each final policy against the reference on every score that there is."""
+    """Measure each final policy against the reference on every score that there is, as `measure_pair` does two."""
     found: dict[str, dict[str, Row]] = {}
     for stage, trajectory in trajectories.items():
-        values = {key: np.array([row[f"{key}_gain"] for row in trajectory.records[-1] if f"{key}_gain" in row])
-                  for key in ("reward", "gold")}  # fmt: skip
+        values = {key: numbers[-1] for key in ("reward", "gold")
+                  if (numbers := trajectory.numbers.get(f"{key}_gain")) is not None}  # fmt: skip
         if not judged.why_not:
-            values["win_rate"] = np.array(list(judged.scores.get(stage, {}).values())) - 0.5
+            values["win_rate"] = np.array([*judged.scores.get(stage, {}).values()]) - 0.5
         found[stage] = {
-            key: {
-                "difference": estimate_mean(gains).as_dict(),
-                "p": p_of_mean(gains),
-                "identical": not gains.any(),
-                "smallest": smallest[key],
-            }
-            for key, gains in values.items()
-            if gains.size >= FEWEST and key in smallest
-        }
+            key: {"difference": estimate_mean(gains).as_dict(), "p": p_of_mean(gains), "identical": not gains.any(),
+                  "smallest": smallest[key]}
+            for key, gains in values.items() if len(gains) >= FEWEST and key in smallest
+        }  # fmt: skip
     return found

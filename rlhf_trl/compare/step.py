@@ -18,7 +18,7 @@ from rlhf_trl.compare.figures import plot_comparison
 from rlhf_trl.compare.seeds import summarise_seeds
 from rlhf_trl.compare.text_report import render
 from rlhf_trl.compare.training import (
-    SIGNS,
+    TERMS,
     describe_meanings,
     find,
     measure_convergence,
@@ -35,48 +35,6 @@ Row = dict[str, Any]
 # The quantities whose meaning depends on the trainer or the machine.
 COMPARABLE = ("loss", "reward", "kl", "convergence", "seconds", "pace")
 QUALITY = ("kl", "kl_per_token", "entropy", "reward_gain", "gold_gain", "answer_tokens")
-DEFINITIONS = {
-    "variance": "variance of all logged values",
-    "noise_variance": "variance about the running median of five: what is left without the trend",
-    "end_std": "standard deviation of the last fifth of the run",
-    "oscillation": "share of the steps at which the direction of change reverses: 0 for a steady curve, 1 a zigzag",
-    "drawdown": "largest loss of the smoothed curve from its best so far",
-    "final_minus_best": "how far the smoothed curve ends from its best: below 0 it ends worse",
-    "spikes": "steps whose value stands out from the running median",
-    "jumps": "steps at which the KL changes by more than five times its median change",
-    "threshold": "reward to be reached: the recipe's, or nine tenths of the way from the lowest start to the median "
-    "best reward of the runs whose rewards mean the same",
-    "reached": "whether that many rewards in a row (hold) were at the threshold; steps, seconds and tokens are those "
-    "of the first of them. Where it was not reached, they are only known to be larger than at the last row from which "
-    "it was not held (censored)",
-    "rate": "rise of the reward for each second of training over the whole run",
-    "area": "mean height of the smoothed reward curve above its start, over the seconds (area_seconds) that every run "
-    "with this meaning of reward trained",
-    "samples_per_value": "samples that a logged value is the mean of; the more, the less noise",
-    "samples_per_second": "pairs, answers of the data, or sampled answers that training used in a second",
-    "tokens_per_second": "tokens that the trainer counts, prompts included, in a second",
-    "generated_tokens": "tokens of all answers sampled in training; none for a method that samples nothing",
-    "device_seconds": "seconds of training times its processes: compute on one scale for all methods, on one kind of "
-    "device",
-    "improvement": "probability that a run of the first method ends above a run of the second, by its mean gain; a "
-    "tie counts half (Agarwal et al., 2021)",
-    "device_seconds_with_inputs": "the same with the stages that this one builds on, such as its reward model",
-    "kl": "exact KL to the reference on the held-out prompts, nats per answer: one definition for every method",
-    "difference": "first method less the second on the same prompts; with two seeds or more of each the seeds are the "
-    "unit, with one the prompts, and then it is about these adapters",
-    "as_trained": "the final policies, those that an export would share",
-    "equal_kl": "the largest KL that every run reached; each run is read along its own path of evaluated points, as "
-    "many for each run, over the square root of the KL, and nothing is extrapolated",
-    "better": "significant (p_holm below 0.05) and at least as large as the smallest difference that matters",
-    "trivial": "significant, and smaller than the smallest difference that matters",
-    "equivalent": "the whole interval lies below the smallest difference that matters, either way",
-    "smallest": "smallest difference that matters: the recipe's, or a tenth of the standard deviation of the "
-    "reference's scores; 2 points of a win rate",
-    "collapsed": "runs whose final policy lies below their peak by more than matters, beyond chance",
-    "p_holm": "two-sided p-value, corrected over all that is claimed here (Holm, 1979): both questions of every pair "
-    "and every gain over the reference",
-    **SIGNS,
-}
 
 
 def compare(recipe: Recipe, run: RunDir) -> None:
@@ -120,7 +78,11 @@ def build(recipe: Recipe, run: RunDir) -> Row:
     left_out = [name for name in recipe.policies if name not in names]
     if results["verdict"] and left_out:
         results["verdict"]["warnings"].append(f"not among the compared: {join(left_out)}")
-    return {**results, "definitions": DEFINITIONS, "settings": recipe.comparison.model_dump()}
+    return {
+        **results,
+        "definitions": {**TERMS["definitions"], **TERMS["signs"]},
+        "settings": recipe.comparison.model_dump(),
+    }
 
 
 def compare_stages(

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ruamel.yaml import YAML
 
 from rlhf_trl.compare.dynamics import (
     Better,
@@ -64,13 +66,7 @@ LONGEST = {"grpo": "max_completion_length", "ppo": "response_length"}
 # Other options that say which answers are sampled, and what is their reward.
 SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "reward_weights")
 DIRECTIONS: tuple[tuple[str, Better], ...] = (("loss", "lower"), ("reward", "higher"))
-# What a trainer logs about its own health -> what it is.
-SIGNS = {
-    "clip_fraction": "share of answer tokens that the surrogate's clip holds",
-    "frac_reward_zero_std": "share of GRPO's groups whose answers all have one reward and teach nothing",
-    "logps/chosen": "log-probability of the chosen answers under the policy, nats",
-    "grad_norm": "norm of the gradient before clipping",
-}
+TERMS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))
 
 
 def describe_meanings(recipe: Recipe, stage: str, stats: Row) -> dict[str, str | None]:
@@ -130,7 +126,7 @@ def measure_stability(stats: Row, meanings: Row) -> Row:
     steps, values = column(stats, "kl")
     found["kl"] = {"jumps": find_jumps(steps, values), "highest": max(values), "last": values[-1]} if values else None
     found["signs"] = {}
-    for key in SIGNS:
+    for key in TERMS["signs"]:
         rows = [row.get(key, row["log"].get(key)) for row in stats["history"]]
         known = [value for value in rows if value is not None]
         if known:

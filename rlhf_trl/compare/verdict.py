@@ -1,9 +1,8 @@
 """Which method is better, by how much: what is significant, what matters, who is named, and in which words.
 
-Two questions are kept apart. *As trained*: the final policies, those that an export would share. *At equal KL*: each
-run is read along its own path. A winner needs a significant difference that matters at equal KL, and none in the other
-direction as trained. With one seed the sentences are about two adapters, never about methods. The p-values of all that
-is claimed are corrected together (Holm, 1979). Reads and writes nothing.
+*As trained* compares the final policies, those that an export would share; *at equal KL* reads each run along its own
+path. A winner needs a significant difference that matters at equal KL, and none in the other direction as trained. The
+p-values of all claims are corrected together (Holm, 1979). Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from typing import Any
 
 from rlhf_trl.compare.evidence import Judged, Trajectory, measure_gains, measure_pair
 from rlhf_trl.stats.intervals import LEVEL, holm
-from rlhf_trl.text.format import format_p
+from rlhf_trl.text.format import format_estimate, format_number, format_p
 
 Row = dict[str, Any]
 BY = {"gold": "by the gold model", "reward": "by the reward model", "win_rate": "by the judge"}
 QUESTIONS = {"equal_kl": "at equal KL", "as_trained": "as trained"}
 OPPOSITE = {"better": "worse", "worse": "better"}
-# Outcome -> what is said of two for which no better one is named.
+# Outcome -> what is said of two for which no better one is named, and the word between several such pairs.
 DRAWS = {
-    "trivial": "there is no difference that matters between {}",
-    "equivalent": "{} are equivalent",
-    "same": "there is no significant difference between {}",
-    "indistinguishable": "{} have the same score on every prompt",
-    "unknown": "nothing can be said about {}",
+    "trivial": ("there is no difference that matters between {}", " or "),
+    "equivalent": ("{} are equivalent", " and "),
+    "same": ("there is no significant difference between {}", " or "),
+    "indistinguishable": ("{} have the same score on every prompt", " and "),
+    "unknown": ("nothing can be said about {}", " or "),
 }
 FEW_SEEDS = 5
 
@@ -49,20 +48,18 @@ def compare_groups(
         one, the reward model, and the judge; and for each stage its gains (`evidence.measure_gains`). Every result
         that was tested has `p_holm` and `outcome` (`decide`).
     """
-    final = next(iter(trajectories.values())).records[-1][0] if trajectories else {}
-    measures = ["gold" if "gold_gain" in final else "reward", "win_rate"]
+    scored = "gold" if any("gold_gain" in of.numbers for of in trajectories.values()) else "reward"
     pairs: list[Row] = []
     for a, b in pairs_of:
-        of = {measure: measure_pair([groups[a], groups[b]], measure, trajectories, judged, smallest.get(measure, 0.0))
-              for measure in measures}  # fmt: skip
+        of = {
+            measure: measure_pair([groups[a], groups[b]], measure, trajectories, judged, smallest.get(measure, 0.0))
+            for measure in (scored, "win_rate")
+        }
         pairs.append({"a": a, "b": b, "measures": of})
     gains = measure_gains(trajectories, judged, smallest)
-    claims = [of for of_stage in gains.values() for of in of_stage.values()]
-    for pair in pairs:
-        for found in pair["measures"].values():
-            for question in QUESTIONS if found["why_not"] is None else ():
-                found[question]["smallest"] = found["smallest"]
-                claims.append(found[question])
+    measured = [found for pair in pairs for found in pair["measures"].values() if found["why_not"] is None]
+    claims = [claim for of_stage in gains.values() for claim in of_stage.values()]
+    claims += [found[question] for found in measured for question in QUESTIONS]
     for claim, p in zip(claims, holm([claim.get("p") for claim in claims]), strict=True):
         claim |= {"p_holm": p, "outcome": decide(claim, p)}
     for pair in pairs:
@@ -70,7 +67,7 @@ def compare_groups(
     return pairs, gains
 
 
-def decide(result: Row, p: float | None) -> str:
+def decide(claim: Row, p: float | None) -> str:
     """Decide what a difference shows.
 
     Returns:
@@ -80,9 +77,9 @@ def decide(result: Row, p: float | None) -> str:
     """
     if p is None:
         return "unknown"
-    if result["identical"]:
+    if claim["identical"]:
         return "indistinguishable"
-    found, smallest = result["difference"], result["smallest"]
+    found, smallest = claim["difference"], claim["smallest"]
     if -smallest < found["low"] and found["high"] < smallest:
         return "equivalent"
     if p >= LEVEL:
@@ -92,77 +89,60 @@ def decide(result: Row, p: float | None) -> str:
     return "better" if found["mean"] > 0 else "worse"
 
 
-def find_winner(found: Row) -> str | None:
-    """Name the winner of a measured pair, `a` or `b`: significant at equal KL, and not the other way as trained."""
-    outcomes = [found[question]["outcome"] for question in QUESTIONS]
-    if outcomes[0] not in OPPOSITE or outcomes[1] == OPPOSITE[outcomes[0]]:
-        return None
-    return "a" if outcomes[0] == "better" else "b"
-
-
 def say(pair: Row) -> str:
     """Say in plain sentences for each measure what was found of two groups."""
-    words = [_say(pair["a"], pair["b"], measure, found)
-             for measure, found in pair["measures"].items() if found["why_not"] is None]  # fmt: skip
-    if not words:
-        reasons = "; ".join(dict.fromkeys(found["why_not"] for found in pair["measures"].values()))
-        return f"Nothing can be said about {pair['a']} and {pair['b']}: {reasons}."
-    return " ".join(words)
+    measures = pair["measures"]
+    words = [_say(pair, measure, found) for measure, found in measures.items() if found["why_not"] is None]
+    reasons = "; ".join(dict.fromkeys(str(found["why_not"]) for found in measures.values()))
+    return " ".join(words) or f"Nothing can be said about {pair['a']} and {pair['b']}: {reasons}."
 
 
-def _say(a: str, b: str, measure: str, found: Row) -> str:
-    names = [_subject(name, seeds, found["unit"]) for name, seeds in zip((a, b), found["seeds"], strict=True)]
-    told = [f"{title}{_at(found[question])} {_state(found[question], names, measure, found)}"
-            for question, title in QUESTIONS.items()]  # fmt: skip
-    words = f"{BY[measure].capitalize()}, {'; '.join(told)}."
-    outcomes = [found[question]["outcome"] for question in QUESTIONS]
-    if OPPOSITE.get(outcomes[0]) == outcomes[1]:
-        words += " The two answers differ, so that neither is named the better one."
-    return words
+def _say(pair: Row, measure: str, found: Row) -> str:
+    names, told = [_subject(pair, found, side) for side in "ab"], []
+    for question, title in QUESTIONS.items():
+        claim = found[question]
+        kl = f" ({format_number(claim['kl'])} nats)" if claim["kl"] else ""
+        told.append(f"{title}{kl}, {_answer(claim, names, measure, found)}")
+    one, other = (found[question]["outcome"] for question in QUESTIONS)
+    differ = " The two answers differ, so that neither is named the better one."
+    return f"{BY[measure].capitalize()}, {'; '.join(told)}.{differ if OPPOSITE.get(one) == other else ''}"
 
 
-def _subject(name: str, seeds: int, unit: str) -> str:
-    if unit == "methods":
-        return name
+def _subject(pair: Row, found: Row, side: str) -> str:
+    """Call one of a pair by what was compared: a method, an adapter, or the adapters of a method."""
+    name, seeds = pair[side], found["seeds"]["ab".index(side)]
+    if found["unit"] == "methods":
+        return str(name)
     return f"the adapter {name}" if seeds == 1 else f"the {seeds} adapters of {name}"
 
 
-def _at(result: Row) -> str:
-    return f" ({result['kl']:{'.2f' if result['kl'] >= 0.1 else '.1g'}} nats)," if result["kl"] else ","
+def _verb(subject: str, adapters: bool) -> str:
+    if adapters:
+        return "score higher than" if " adapters of " in subject else "scores higher than"
+    return "is better than"
 
 
-def _state(result: Row, names: Sequence[str], measure: str, found: Row) -> str:
-    """State the answer to one question, from the better one's side."""
-    both, outcome = " and ".join(names), result["outcome"]
+def _answer(claim: Row, names: Sequence[str], measure: str, found: Row) -> str:
+    """Answer one question, from the better one's side."""
+    outcome = claim["outcome"]
     if outcome == "unknown":
-        return f"nothing can be said: {result['why_not']}"
+        return f"nothing can be said: {claim['why_not']}"
+    draw = DRAWS[outcome][0].format(" and ".join(names)) if outcome in DRAWS else ""
     if outcome == "indistinguishable":
-        return DRAWS[outcome].format(both)
-    turn = -1 if outcome == "worse" else 1
-    numbers = _difference(result, turn, measure)
-    if outcome in OPPOSITE:
-        first, second = names[::turn]
-        return f"{first} {_verb(found)} {second}: {numbers}, {format_p(result['p_holm'])}"
-    limit = _number(found["smallest"], measure).removeprefix("+")
+        return draw
+    low, mean, high = (claim["difference"][key] for key in ("low", "mean", "high"))
+    ends = {"low": -high, "mean": -mean, "high": -low} if outcome == "worse" else claim["difference"]
+    numbers = f"{_format(ends, measure)} on {claim['difference']['n']} prompts"
+    if not draw:
+        one, other = names[::-1] if outcome == "worse" else names
+        return f"{one} {_verb(one, found['unit'] == 'adapters')} {other}: {numbers}, {format_p(claim['p_holm'])}"
+    limit = _format(dict.fromkeys(("low", "mean", "high"), found["smallest"]), measure).removeprefix("+")
     tail = {"equivalent": f"within {limit} either way", "trivial": f"less than {limit}"}
-    return f"{DRAWS[outcome].format(both)}: {numbers}, {tail.get(outcome) or format_p(result['p_holm'])}"
+    return f"{draw}: {numbers}, {tail.get(outcome) or format_p(claim['p_holm'])}"
 
 
-def _verb(found: Row, names: int = 1) -> str:
-    if found["unit"] == "adapters":
-        return "scores higher than"
-    return "is better than" if names == 1 else "are better than"
-
-
-def _number(value: float, measure: str) -> str:
-    return f"{100 * value:+.1f} points" if measure == "win_rate" else f"{value:+.2f}"
-
-
-def _difference(result: Row, turn: int, measure: str) -> str:
-    scale, digits = (100, 1) if measure == "win_rate" else (1, 2)
-    low, high = sorted(turn * scale * result["difference"][key] for key in ("low", "high"))
-    mean = _number(turn * result["difference"]["mean"], measure)
-    return f"{mean} [{low:+.{digits}f}, {high:+.{digits}f}] on {result['difference']['n']} prompts"
+def _format(estimate: Mapping[str, float], measure: str) -> str:
+    return format_estimate(estimate, "+", measure == "win_rate").replace("\u00a0%", " points")
 
 
 def conclude(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, str | None]) -> Row | None:
@@ -174,29 +154,54 @@ def conclude(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, s
     Returns:
         `measure`, `winner`, the `sentence`, and `warnings`; None where no pair was measured.
     """
-    measures = list(pairs[0]["measures"]) if pairs else []
-    known = {of: [pair for pair in pairs if pair["measures"][of]["why_not"] is None] for of in measures}
-    measure = next((of for of in measures if known[of]), None)
-    if measure is None:
+    known = [(measure, pair) for pair in pairs for measure, found in pair["measures"].items() if not found["why_not"]]
+    if not known:
         return None
-    results = [(pair["a"], pair["b"], pair["measures"][measure]) for pair in known[measure]]
+    measure = next(of for of in pairs[0]["measures"] if any(of == other for other, _ in known))
+    results = [(pair, pair["measures"][measure]) for pair in pairs if not pair["measures"][measure]["why_not"]]
+    subjects = {pair[side]: _subject(pair, found, side) for pair, found in results for side in "ab"}
+    adapters = any(found["unit"] == "adapters" for _, found in results)
     beaten: dict[str, list[str]] = {name: [] for name in groups}
-    for a, b, found in results:
-        winner = find_winner(found)
-        if winner:
-            first, second = (a, b) if winner == "a" else (b, a)
-            beaten[first].append(second)
+    for pair, found in results:
+        equal_kl, trained = (found[question]["outcome"] for question in QUESTIONS)
+        if equal_kl in OPPOSITE and trained != OPPOSITE[equal_kl]:
+            first, second = "ab" if equal_kl == "better" else "ba"
+            beaten[pair[first]].append(subjects[pair[second]])
     winner = next((name for name, others in beaten.items() if len(others) == len(groups) - 1), None)
-    missing = [f"{pair['a']} and {pair['b']}" for pair in pairs if pair not in known[measure]]
-    warnings = [doubts[measure], *warn([found for *_, found in results])]
-    if missing:
-        warnings.append(f"not compared: {_several(missing, 'pairs', '; ')}")
-    return {
-        "measure": measure,
-        "winner": winner,
-        "sentence": _headline(winner, beaten, results, measure),
-        "warnings": [warning for warning in warnings if warning],
-    }
+    if winner is not None:
+        subject, others = subjects[winner], _several(beaten[winner], "others")
+        words = f"{subject[0].upper() + subject[1:] if adapters else subject} {_verb(subject, adapters)} {others} "
+        words += f"{BY[measure]} at equal KL, and {'not lower' if adapters else 'no worse'} as trained."
+    else:
+        told = [f"{title.capitalize().replace('kl', 'KL')}, {_tell(question, results, subjects, adapters)}."
+                for question, title in QUESTIONS.items()]  # fmt: skip
+        words = " ".join([f"No winner {BY[measure]}.", *told])
+    missing = [f"{pair['a']} and {pair['b']}" for pair in pairs if pair["measures"][measure]["why_not"]]
+    warnings = [doubts[measure], *warn([found for _, found in results])]
+    warnings += [f"not compared: {_several(missing, 'pairs', '; ')}"] if missing else []
+    return {"measure": measure, "winner": winner, "sentence": words, "warnings": [of for of in warnings if of]}
+
+
+def _tell(question: str, results: Sequence[tuple[Row, Row]], subjects: Mapping[str, str], adapters: bool) -> str:
+    """Tell the outcomes of one question for all pairs."""
+    better: dict[str, list[str]] = {}
+    draws: dict[str, list[tuple[str, str]]] = {}
+    for pair, found in results:
+        outcome, a, b = found[question]["outcome"], pair["a"], pair["b"]
+        if outcome in OPPOSITE:
+            first, second = (a, b) if outcome == "better" else (b, a)
+            better.setdefault(first, []).append(second)
+        else:
+            draws.setdefault(outcome, []).append((a, b))
+    told = [f"{name} {_verb(name, adapters)} {_several(others, 'others')}" for name, others in better.items()]
+    for outcome, of in draws.items():
+        sentence, between = DRAWS[outcome]
+        if len(of) == len(results):  # all pairs came out the same: the names say it
+            names = _several(list(dict.fromkeys(name for pair in of for name in pair)), "all")
+        else:
+            names = _several([f"{a} and {b}" for a, b in of], "pairs", between)
+        told.append(sentence.format(names))
+    return "; ".join(told)
 
 
 def warn(measured: Sequence[Row]) -> list[str]:
@@ -213,46 +218,6 @@ def warn(measured: Sequence[Row]) -> list[str]:
         f"{peak['gain']:+.2f} to {peak['final']:+.2f}"
         for found in measured for peak in found["collapsed"]
     ))  # fmt: skip
-
-
-def _headline(
-    winner: str | None, beaten: Mapping[str, Sequence[str]], results: Sequence[tuple[str, str, Row]], measure: str
-) -> str:
-    """The verdict in one sentence."""
-    adapters = any(found["unit"] == "adapters" for *_, found in results)
-    kind = "adapter" if adapters else "method"
-    if winner is not None:
-        verb, the = ("scores higher than", "the adapter ") if adapters else ("is better than", "")
-        subject, others = f"{the}{winner}", _several([f"{the}{name}" for name in beaten[winner]], f"other {kind}s")
-        words = f"{subject[0].upper() + subject[1:] if the else subject} {verb} {others} {BY[measure]} at equal KL, "
-        return words + "and not lower as trained." if adapters else words + "and no worse as trained."
-    told = [f"{title}, {_tell(question, results)}" for question, title in QUESTIONS.items()]
-    between = "two adapters" if adapters else "two methods"
-    best = "the better one" if len(results) == 1 else "the best"
-    return f"No {kind} is named {best} of the {between if len(results) == 1 else kind + 's'} {BY[measure]}: " + (
-        "; ".join(told) + "."
-    )
-
-
-def _tell(question: str, results: Sequence[tuple[str, str, Row]]) -> str:
-    """Tell the outcomes of one question for all pairs."""
-    better: dict[str, list[str]] = {}
-    draws: dict[str, list[tuple[str, str]]] = {}
-    for a, b, found in results:
-        outcome = found[question]["outcome"]
-        if outcome in OPPOSITE:
-            first, second = (a, b) if outcome == "better" else (b, a)
-            better.setdefault(first, []).append(second)
-        else:
-            draws.setdefault(outcome, []).append((a, b))
-    verb = _verb(results[0][2])
-    told = [f"{name} {verb} {_several(others, 'others')}" for name, others in better.items()]
-    for outcome, of in draws.items():
-        # Where all pairs came out the same, the names say it; otherwise the pairs do.
-        alone = len(of) == len(results)
-        names = list(dict.fromkeys(name for pair in of for name in pair)) if alone else [" and ".join(p) for p in of]
-        told.append(DRAWS[outcome].format(_several(names, "names" if alone else "pairs", " and " if alone else ", ")))
-    return ", ".join(told)
 
 
 def _several(names: Sequence[str], kind: str, between: str = " and ") -> str:

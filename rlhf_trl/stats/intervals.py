@@ -151,39 +151,32 @@ def estimate_ratio(numerators: Sequence[float], denominators: Sequence[float]) -
     return dataclasses.replace(found, mean=ratio)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A mean, or a difference of two, of one or more runs on the same prompts."""
-
-    estimate: Estimate
-    """`n` are the prompts."""
-    p: float
-    over_seeds: bool
-    """Whether the seeds are the unit; otherwise it is about these very runs."""
-
-
-def compare_runs(a: np.ndarray, b: np.ndarray | None = None) -> Difference:
-    """Estimate the mean of method `a`, less that of `b`, from runs on the same P prompts, (seeds, P) each.
+def compare_runs(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
+    """Estimate the mean of method `a` less that of `b` from runs on the same P prompts, (seeds, P) each, and test it.
 
     With two seeds or more of each, seeds and prompts are crossed random effects. The variance of the difference is
     s_a^2 / S_a + s_b^2 / S_b + main / P: s^2 is the variance of a method's run means, which already holds the noise
     of single answers, and `main` the variance over prompts of the difference of the methods' means less that same
     noise, not below 0 (the two-way analysis of variance; Owen, 2007, Annals of Applied Statistics 1:386, on why a
     plain two-level bootstrap counts it more than once). The degrees of freedom are Welch's (1947) and Satterthwaite's
-    (1946) of these parts. With one seed of either, the prompts alone are the unit (`estimate_mean`).
+    (1946) of these parts. With one seed of either, the prompts alone are the unit (`estimate_mean`): then it is about
+    these very runs.
+
+    Returns:
+        The estimate, whose `n` are the prompts, and the two-sided p-value.
 
     Raises:
         ValueError: there is no run, the prompts differ in number, or a value is not finite.
     """
     from scipy.special import stdtr, stdtrit
 
-    methods = [np.atleast_2d(_finite(of)) for of in (a, b) if of is not None]
-    if len({of.shape[1] for of in methods}) > 1:
-        raise ValueError("a comparison needs a run of each method, all on the same prompts")
+    methods = [np.atleast_2d(_finite(of)) for of in (a, b)]
     prompts = methods[0].shape[1]
-    values = methods[0].mean(axis=0) - (methods[1].mean(axis=0) if len(methods) > 1 else 0.0)
+    if methods[1].shape[1] != prompts:
+        raise ValueError("a comparison needs runs on the same prompts")
+    values = methods[0].mean(axis=0) - methods[1].mean(axis=0)
     if min(len(of) for of in methods) == 1:
-        return Difference(estimate_mean(values), p_of_mean(values), False)
+        return estimate_mean(values), p_of_mean(values)
     parts: list[tuple[float, int]] = []
     # Of a single prompt nothing is known but the seeds.
     main = float(values.var(ddof=1)) / prompts if prompts > 1 else 0.0
@@ -195,11 +188,13 @@ def compare_runs(a: np.ndarray, b: np.ndarray | None = None) -> Difference:
     parts.append((max(main, 0.0), max(prompts - 1, 1)))
     mean, variance = float(values.mean()), sum(part for part, _ in parts)
     if variance <= (ROUNDING * float(np.abs(values).max())) ** 2:
-        return Difference(Estimate(mean, mean, mean, prompts), 1.0 if mean == 0 else 2 * 0.5**prompts, True)
+        return Estimate(mean, mean, mean, prompts), 1.0 if mean == 0 else 2 * 0.5**prompts
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     error, quantile = math.sqrt(variance), float(stdtrit(freedom, 1 - LEVEL / 2))
-    estimate = Estimate(mean, mean - quantile * error, mean + quantile * error, prompts)
-    return Difference(estimate, 2 * float(stdtr(freedom, -abs(mean) / error)), True)
+    return (
+        Estimate(mean, mean - quantile * error, mean + quantile * error, prompts),
+        2 * float(stdtr(freedom, -abs(mean) / error)),
+    )
 
 
 def holm(pvalues: Sequence[float | None]) -> list[float | None]:

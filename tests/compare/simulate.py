@@ -13,24 +13,28 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rlhf_trl.compare.evidence import Judged, Trajectory
 from rlhf_trl.compare.verdict import compare_groups, conclude
-from rlhf_trl.stats.intervals import compare_runs, estimate_mean, estimate_rate
+from rlhf_trl.stats.intervals import Estimate, compare_runs, estimate_mean, estimate_rate
 
 PROMPTS = 100
-# Share of a score's variance that all policies share on a prompt.
-SHARED = 0.6
+ABOUT = """# What the verdicts are worth
+
+Percent of {:,} experiments a row on {} prompts; of intervals, of {:,} data sets a row (`make simulate`). With one seed,
+a spread is a true difference of two adapters: a winner is then right about the adapters, and nothing is claimed of
+methods.
+"""
+# Standard deviation of an answer's score around its prompt's level, which has the rest of the variance of 1.
+NOISE = math.sqrt(0.4)
 NOBODY = Judged({}, {}, None, "there is no judge")
-SURE = {"gold": None, "reward": None, "win_rate": None}
 Points = Sequence[tuple[float, float]]  # KL and gain of each evaluated point, the final policy last
 
 
@@ -47,7 +51,7 @@ class Design:
     paths: tuple[Points, ...]
     seeds: int = 1
     spread: float = 0.0
-    winners: tuple[str, ...] = ()
+    winners: str = ""
     """Who may be named, of a, b, c."""
 
     @property
@@ -72,162 +76,132 @@ class Outcome:
 
 FLAT = [(k, 0.3) for k in (1.8, 3.6, 5.4, 7.2, 9.0)]
 DESIGNS = [
-    Design("9 + final against final alone", (rise(10), rise(1))),
+    Design("9 + final against final alone, 1 seed", (rise(10), rise(1))),
     Design("9 + final against final alone, 3 seeds", (rise(10), rise(1)), 3),
-    Design("4 + final against final alone", (rise(5), rise(1))),
-    Design("both 4 + final, one flat, one rising", (FLAT, rise(5))),
-    *(Design(f"two equal methods, {seeds} seeds, spread {spread}", (rise(5), rise(5)), seeds, spread)
-      for seeds in (1, 3, 5) for spread in (0, 1, 3)),
-    *(Design(f"three equal methods, {seeds} seeds, spread {spread}", (rise(5), rise(5), rise(5)), seeds, spread)
-      for seeds in (1, 3) for spread in (0, 3)),
-    Design("one went further on the same curve", (rise(5, 4.0, 0.2), rise(5))),
-    Design("unequal numbers of checkpoints, 3 seeds, spread 1", (rise(5), rise(9)), 3, 1.0),
+    Design("4 + final against final alone, 1 seed", (rise(5), rise(1))),
+    Design("both 4 + final, one flat, one rising, 1 seed", (FLAT, rise(5))),
+    *(Design(f"{'two' if n == 2 else 'three'} equal methods, seeds: {seeds}, spread: {spread}", (rise(5),) * n, seeds,
+             spread) for n in (2, 3) for seeds in (1, 3, 5) for spread in (0, 1, 3)),
+    Design("one went further on the same curve, 1 seed", (rise(5, 4.0, 0.2), rise(5))),
+    Design("unequal numbers of checkpoints, seeds: 3, spread: 1", (rise(5), rise(9)), 3, 1.0),
 ]  # fmt: skip
 TRAPS = [
     Design("a collapses after its peak", ([(1, 0.3), (2, 0.6), (5, 0.0), (10, -1.0)],
-                                          [(1, 0.1), (2, 0.15), (5, 0.2), (10, 0.3)]), winners=("b",)),
-    Design("both below the reference", ([(1, -0.2), (10, -5.0)], [(1, -0.3), (10, -0.5)]), winners=("b",)),
+                                          [(1, 0.1), (2, 0.15), (5, 0.2), (10, 0.3)]), winners="b"),
+    Design("both below the reference", ([(1, -0.2), (10, -5.0)], [(1, -0.3), (10, -0.5)]), winners="b"),
     Design("b saturates further out", ([(1, 0.30)], [(1.45, 0.33)])),
 ]  # fmt: skip
 POWER = [
-    Design("a better by 0.3, 1 seed", (rise(5, gain=0.6), rise(5, gain=0.3)), 1, winners=("a",)),
-    Design("a better by 0.3, 3 seeds, no spread", (rise(5, gain=0.6), rise(5, gain=0.3)), 3, winners=("a",)),
+    Design(f"a better by 0.3, seeds: {seeds}, no spread", (rise(5, gain=0.6), rise(5)), seeds, winners="a")
+    for seeds in (1, 3)
 ]
 
 
 def draw(design: Design, generator: np.random.Generator) -> tuple[dict[str, list[str]], dict[str, Trajectory]]:
     """Draw the answers of every run at every point."""
-    noise = math.sqrt(1 - SHARED)
-    level = generator.normal(0, math.sqrt(SHARED), PROMPTS)
-    reference = level + generator.normal(0, noise, PROMPTS)
+    # A gain is the policy's score less the reference's: a prompt's level cancels.
+    reference = generator.normal(0, NOISE, PROMPTS)
     groups, trajectories = {}, {}
     for name, path in zip("abc", design.paths, strict=False):
         groups[name] = [f"{name}-{seed}" for seed in range(design.seeds)]
+        kls, gains = (np.array(column)[:, None] for column in zip(*path, strict=True))
         for stage in groups[name]:
-            shift = generator.normal(0, design.spread * math.sqrt(2) * noise / math.sqrt(PROMPTS))
-            records = []
-            for kl, gain in path:
-                scores = level + gain + shift + generator.normal(0, noise, PROMPTS)
-                kls = kl * generator.gamma(4.0, 0.25, PROMPTS)
-                records.append([
-                    {"id": str(i), "kl": kls[i], "gold": scores[i], "gold_gain": scores[i] - reference[i]}
-                    for i in range(PROMPTS)
-                ])  # fmt: skip
-            trajectories[stage] = Trajectory([*range(1, len(path)), None], records)
+            gain = gains + generator.normal(0, design.spread * math.sqrt(2) * NOISE / math.sqrt(PROMPTS))
+            numbers = {
+                "kl": kls * generator.gamma(4.0, 0.25, (len(path), PROMPTS)),
+                "gold_gain": gain + generator.normal(0, NOISE, (len(path), PROMPTS)) - reference,
+            }
+            trajectories[stage] = Trajectory([*range(1, len(path)), None], [*map(str, range(PROMPTS))], numbers)
     return groups, trajectories
 
 
 def judge(design: Design, seed: int) -> tuple[bool, bool, bool, bool]:
-    """Run one experiment: a false winner, any "better", any claim about methods, a winner who may be named."""
+    """Run one experiment, as `Outcome` counts it."""
     groups, trajectories = draw(design, np.random.default_rng((seed, len(design.name))))
     pairs, _ = compare_groups(list(combinations(groups, 2)), groups, trajectories, NOBODY, {"gold": 0.1})
-    verdict = conclude(list(groups), pairs, SURE)
+    verdict = conclude(list(groups), pairs, {"gold": None})
     winner = verdict["winner"] if verdict else None
-    measured = [pair["measures"]["gold"] for pair in pairs]
-    wanted = {"better"} if design.winners == ("a",) else {"better", "worse"}
-    claims = [found for found in measured
+    wanted = {"better"} if design.winners == "a" else {"better", "worse"}
+    claims = [found for found in (pair["measures"]["gold"] for pair in pairs)
               if {found[question]["outcome"] for question in ("equal_kl", "as_trained")} & wanted]  # fmt: skip
-    return (
-        winner is not None and winner not in design.winners,
-        bool(claims),
-        any(found["unit"] == "methods" for found in claims),
-        winner is not None and winner in design.winners,
-    )
+    right = winner is not None and winner in design.winners
+    about_methods = any(found["unit"] == "methods" for found in claims)
+    return winner is not None and not right, bool(claims), about_methods, right
 
 
 def simulate(design: Design, experiments: int) -> Outcome:
-    found = np.mean([judge(design, seed) for seed in range(experiments)], axis=0)
-    return Outcome(*(float(share) for share in found))
+    return Outcome(*np.mean([judge(design, seed) for seed in range(experiments)], axis=0).tolist())
 
 
 # --- coverage --------------------------------------------------------------------------------------------------------
 
-SHAPES = {"normal": 0.0, "gamma": 0.7, "lognormal": math.exp(0.5), "t3": 0.0}
+# Name -> how N values are drawn, and their true mean.
+SHAPES: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], float]] = {
+    "normal": (lambda of, n: of.normal(size=n), 0.0),
+    "gamma(.7)": (lambda of, n: of.gamma(0.7, size=n), 0.7),
+    "lognormal": (lambda of, n: of.lognormal(size=n), math.exp(0.5)),
+    "t3": (lambda of, n: of.standard_t(3, size=n), 0.0),
+}
+
+
+def cover(draws: Callable[[np.random.Generator], Estimate], truth: float, data_sets: int) -> float:
+    """Share of intervals that hold the truth."""
+    generator = np.random.default_rng(0)
+    return float(np.mean([found.low <= truth <= found.high for found in (draws(generator) for _ in range(data_sets))]))
 
 
 def cover_means(shape: str, n: int, data_sets: int) -> float:
-    """Share of `estimate_mean`'s intervals that hold the mean."""
-    generator, inside = np.random.default_rng(n), 0
-    for _ in range(data_sets):
-        values = {
-            "normal": lambda: generator.normal(size=n),
-            "gamma": lambda: generator.gamma(0.7, size=n),
-            "lognormal": lambda: generator.lognormal(size=n),
-            "t3": lambda: generator.standard_t(3, size=n),
-        }[shape]()
-        found = estimate_mean(values)
-        inside += found.low <= SHAPES[shape] <= found.high
-    return inside / data_sets
+    values, truth = SHAPES[shape]
+    return cover(lambda generator: estimate_mean(values(generator, n)), truth, data_sets)
 
 
-def cover_rates(rate: float, n: int, data_sets: int, ties: float = 0.2) -> float:
-    """Share of `estimate_rate`'s intervals that hold a win rate with this share of ties, which count half."""
-    generator, inside = np.random.default_rng(n), 0
-    ties = min(ties, 2 * min(rate, 1 - rate) * 0.5)
-    for _ in range(data_sets):
-        wins = (rate - ties / 2) / (1 - ties)
-        values = np.where(generator.random(n) < ties, 0.5, generator.random(n) < wins)
-        found = estimate_rate(values)
-        inside += found.low <= rate <= found.high
-    return inside / data_sets
+def cover_rates(rate: float, n: int, data_sets: int, ties: float = 0.0) -> float:
+    """Of a win rate with this share of ties, which count half."""
+    wins = (rate - ties / 2) / (1 - ties)
+    return cover(lambda of: estimate_rate(np.where(of.random(n) < ties, 0.5, of.random(n) < wins)), rate, data_sets)
 
 
 def cover_seeds(seeds: int, spread: float, data_sets: int) -> float:
-    """Share of `compare_runs`' intervals that hold the difference of two equal methods."""
-    generator, inside = np.random.default_rng(seeds), 0
-    for _ in range(data_sets):
-        a, b = (generator.normal(size=(seeds, PROMPTS)) + generator.normal(size=(seeds, 1)) * spread / 10
-                for _ in range(2))  # fmt: skip
-        found = compare_runs(a, b).estimate
-        inside += found.low <= 0 <= found.high
-    return inside / data_sets
+    """Of the difference of two equal methods."""
 
+    def runs(of: np.random.Generator) -> np.ndarray:
+        return of.normal(size=(seeds, PROMPTS)) + of.normal(size=(seeds, 1)) * spread / 10
 
-def _jobs(experiments: int) -> Iterator[tuple[str, str, Any, tuple[Any, ...]]]:
-    for kind, designs in (("no difference", DESIGNS), ("traps", TRAPS), ("power", POWER)):
-        yield from ((kind, design.name, simulate, (design, experiments)) for design in designs)
-    for n in (20, 50, 200):
-        yield from (("means", f"{shape}, n = {n}", cover_means, (shape, n, experiments)) for shape in SHAPES)
-        for rate in (0.5, 0.7, 0.9):
-            yield "win rates", f"{rate}, n = {n}", cover_rates, (rate, n, experiments)
-            yield "win rates without ties", f"{rate}, n = {n}", cover_rates, (rate, n, experiments, 0.0)
-    for seeds in (2, 3, 5):
-        yield from (("seeds", f"{seeds} seeds, spread {spread}", cover_seeds, (seeds, float(spread), experiments))
-                    for spread in (0, 1, 3))  # fmt: skip
+    return cover(lambda of: compare_runs(runs(of), runs(of))[0], 0.0, data_sets)
 
 
 def write(experiments: int, folder: Path) -> None:
     """Run everything on the CPUs that there are, and write the JSON and the table."""
-    begin, jobs = time.monotonic(), list(_jobs(experiments))
+    begin, many = time.monotonic(), 10 * experiments
+    jobs = {(kind, design.name): (simulate, design, experiments)
+            for kind, designs in (("no difference", DESIGNS), ("traps", TRAPS), ("power", POWER))
+            for design in designs}  # fmt: skip
+    for n in (20, 50, 200):
+        jobs |= {("means", f"{shape}, n = {n}"): (cover_means, shape, n, many) for shape in SHAPES}
+        jobs |= {("win rates", f"{rate}, {ties:.0%} ties, n = {n}"): (cover_rates, rate, n, many, ties)
+                 for rate in (0.5, 0.7, 0.9) for ties in (0.0, 0.2) if ties <= 2 * (1 - rate)}  # fmt: skip
+    jobs |= {("difference of methods", f"seeds: {seeds}, spread: {spread}"): (cover_seeds, seeds, spread, many)
+             for seeds in (2, 3, 5) for spread in (0, 1, 3)}  # fmt: skip
     with ProcessPoolExecutor() as pool:
-        results = [pool.submit(job, *args) for _, _, job, args in jobs]
-        rows = [(kind, name, future.result()) for (kind, name, *_), future in zip(jobs, results, strict=True)]
-    found: dict[str, dict[str, Any]] = {}
-    for kind, name, result in rows:
-        found.setdefault(kind, {})[name] = asdict(result) if isinstance(result, Outcome) else result
+        running = {key: pool.submit(*job) for key, job in jobs.items()}
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for (kind, name), future in running.items():
+            result = future.result()
+            found.setdefault(kind, {})[name] = vars(result) if isinstance(result, Outcome) else {"covers": result}
+    document = {"experiments": experiments, "data_sets": many, "seconds": round(time.monotonic() - begin), **found}
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"experiments": experiments, "seconds": round(time.monotonic() - begin), **found}
     (folder / "simulations.json").write_text(json.dumps(document, indent=2) + "\n")
-    heads = {
-        "winner": "false winner",
-        "better": "any “better”",
-        "about_methods": "of methods",
-        "named": "right winner",
-    }
-    lines = ["# What the verdicts are worth", "",
-             f"Percent of {experiments} experiments a row, {PROMPTS} prompts (`make simulate`).", ""]  # fmt: skip
-    for kind in ("no difference", "traps", "power"):
-        lines += [f"## {kind.capitalize()}", "", f"| design | {' | '.join(heads.values())} |", "|---" * 5 + "|"]
-        for name, row in found[kind].items():
-            lines.append(f"| {name} | {' | '.join(f'{100 * row[key]:.1f}' for key in heads)} |")
-        lines.append("")
-    for kind in ("means", "win rates", "win rates without ties", "seeds"):
-        lines += [f"## Coverage: {kind}", "", "| | covers |", "|---|---|"]
-        lines += [f"| {name} | {100 * share:.1f} |" for name, share in found[kind].items()]
+    lines = [ABOUT.format(experiments, PROMPTS, many)]
+    titles = {"winner": "wrong winner", "better": "any “better”", "about_methods": "claims of methods",
+              "named": "right winner", "covers": "covers"}  # fmt: skip
+    for kind, rows in found.items():
+        keys = list(next(iter(rows.values())))
+        lines += [f"## {kind.capitalize()}", "", f"| | {' | '.join(titles[key] for key in keys)} |",
+                  "|---" * (len(keys) + 1) + "|"]  # fmt: skip
+        lines += [f"| {name} | {' | '.join(f'{100 * row[key]:.1f}' for key in keys)} |" for name, row in rows.items()]
         lines.append("")
     (folder / "simulations.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    write(int(arguments[0]) if arguments else 1000, Path(arguments[1] if len(arguments) > 1 else "docs"))
+    write(int(sys.argv[1]) if len(sys.argv) > 1 else 1000, Path(sys.argv[2] if len(sys.argv) > 2 else "docs"))

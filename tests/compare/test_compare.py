@@ -285,12 +285,10 @@ def test_compute_holds_every_stage_that_is_needed_once() -> None:
 def answers(gains: Sequence[float], kls: Sequence[float], seed: int, prompts: int = 200) -> Trajectory:
     """A run's answers at each point: KL and gold gain about these, on the same prompts."""
     draw = np.random.default_rng(seed)
-    records = [
-        [{"id": str(i), "kl": kl * of, "gold_gain": gain + error / 2}
-         for i, (of, error) in enumerate(zip(draw.uniform(0.5, 1.5, prompts), draw.normal(size=prompts), strict=True))]
-        for gain, kl in zip(gains, kls, strict=True)
-    ]  # fmt: skip
-    return Trajectory([*range(1, len(gains)), None], records)
+    drawn = [(kl * draw.uniform(0.5, 1.5, prompts), gain + draw.normal(size=prompts) / 2)
+             for gain, kl in zip(gains, kls, strict=True)]  # fmt: skip
+    numbers = dict(zip(("kl", "gold_gain"), np.array(drawn).swapaxes(0, 1), strict=True))
+    return Trajectory([*range(1, len(gains)), None], [*map(str, range(prompts))], numbers)
 
 
 def five(kl: float, gain: float, start: int) -> dict[int, Trajectory]:
@@ -370,7 +368,7 @@ def test_where_the_two_answers_differ_none_is_named() -> None:
     assert outcomes(pairs[0]) == ("better", "worse")
     assert verdict["winner"] is None
     assert "The two answers differ" in pairs[0]["sentence"]
-    assert "at equal KL, a scores higher than b; as trained, b scores higher than a" in verdict["sentence"]
+    assert "At equal KL, a scores higher than b. As trained, b scores higher than a." in verdict["sentence"]
 
 
 def test_a_run_that_collapsed_is_told_so_with_the_step_and_the_kl_of_its_peak() -> None:
@@ -388,7 +386,7 @@ def test_what_was_not_measured_at_the_same_kl_is_not_read_off_a_line() -> None:
     assert outcomes(pairs[0])[0] == "unknown"
     assert "evaluation.checkpoints" in pairs[0]["sentence"]
     assert verdict["winner"] is None
-    assert "at equal KL, nothing can be said about a and b" in verdict["sentence"]
+    assert "At equal KL, nothing can be said about a and b" in verdict["sentence"]
 
 
 def test_every_run_is_read_at_as_many_points() -> None:
@@ -404,13 +402,13 @@ def test_large_differences_survive_the_correction_for_dozens_of_pairs() -> None:
     pairs, verdict = judge(methods)
     assert len(pairs) == 66
     assert verdict["winner"] == "dpo-11"
-    assert verdict["sentence"].startswith("dpo-11 is better than 11 other methods by the gold model at equal KL")
+    assert verdict["sentence"].startswith("dpo-11 is better than 11 others by the gold model at equal KL")
 
 
 def test_an_order_that_is_not_complete_has_no_winner_and_says_what_is_known() -> None:
     _, verdict = judge({"dpo": five(4, 0.2, 0), "ppo": five(4, 0.6, 10), "grpo": five(4, 0.61, 20)})
     assert verdict["winner"] is None
-    assert "ppo is better than dpo, grpo is better than dpo" in verdict["sentence"]
+    assert "ppo is better than dpo; grpo is better than dpo" in verdict["sentence"]
     assert "ppo and grpo" in verdict["sentence"]
 
 
@@ -432,10 +430,10 @@ def test_a_policy_that_never_moved_is_compared_as_trained_alone() -> None:
 
 
 def judged_runs(dpo: dict[str, float], ppo: dict[str, float], **about: Any) -> tuple[list[Any], Any]:
-    runs = {name: Trajectory([None], [[{"id": str(i), "kl": 4.0} for i in range(200)]]) for name in ("dpo-0", "ppo-0")}
+    one = Trajectory([None], [*map(str, range(200))], {"kl": np.full((1, 200), 4.0)})
     judged = Judged({"dpo-0": dpo, "ppo-0": ppo}, {}, "gpt", **about)
     groups = {"dpo": ["dpo-0"], "ppo": ["ppo-0"]}
-    pairs, _ = compare_groups([("dpo", "ppo")], groups, runs, judged, {"win_rate": 0.02})
+    pairs, _ = compare_groups([("dpo", "ppo")], groups, {"dpo-0": one, "ppo-0": one}, judged, {"win_rate": 0.02})
     return pairs, conclude(["dpo", "ppo"], pairs, {**SURE, "win_rate": judged.doubt})
 
 

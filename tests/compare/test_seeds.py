@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu, ttest_1samp
+from scipy.stats import mannwhitneyu
 
 from rlhf_trl.compare.seeds import ENOUGH, interquartile_mean, probability_of_improvement, summarise_seeds
 
@@ -38,20 +38,11 @@ def test_interquartile_mean_drops_the_ends():
     assert interquartile_mean(np.array([3.0, 9.0, 0.0])) == 4, "of three scores none is dropped"
 
 
-@pytest.mark.parametrize("points", [{}, {"a": math.nan}])
-def test_what_is_no_score_is_refused(points):
-    with pytest.raises(ValueError, match="finite"):
-        summarise_seeds(points)
-
-
-def test_a_few_seeds_have_students_interval_and_one_has_none():
+def test_a_few_seeds_have_a_spread_and_one_has_none():
     one = summarise_seeds({"dpo-seed=1": 0.5})
-    assert one == {"points": {"dpo-seed=1": 0.5}, "n": 1, "mean": 0.5, "std": None, "low": None, "high": None,
-                   "iqm": None}  # fmt: skip
+    assert one == {"points": {"dpo-seed=1": 0.5}, "n": 1, "mean": 0.5, "std": None, "iqm": None}
     four = summarise_seeds({"a": 1.0, "b": 2.0, "c": 3.0, "d": 6.0})
-    low, high = ttest_1samp([1, 2, 3, 6], 0).confidence_interval()
     assert (four["mean"], four["std"], four["iqm"]) == (3, pytest.approx(math.sqrt(14 / 3)), None)
-    assert (four["low"], four["high"]) == pytest.approx((low, high))
 
 
 def test_enough_seeds_have_an_interquartile_mean():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from simulate import DESIGNS, POWER, TRAPS, Design, Outcome, cover_means, cover_rates, cover_seeds, simulate
+from simulate import DESIGNS, POWER, SHAPES, TRAPS, Design, Outcome, cover_means, cover_rates, cover_seeds, simulate
 
 # Of so few experiments, 5 % and three Monte Carlo standard errors.
 FEW, MOST_FALSE = 60, 0.135
@@ -34,7 +34,7 @@ def test_a_difference_of_three_tenths_is_found() -> None:
     assert three.better >= 0.8
 
 
-@pytest.mark.parametrize("shape", ["normal", "gamma", "lognormal", "t3"])
+@pytest.mark.parametrize("shape", [*SHAPES])
 def test_intervals_of_means_hold(shape: str) -> None:
     assert 0.9 <= cover_means(shape, 20, 400) <= 0.99
 
