@@ -1,8 +1,8 @@
 """What the histories of training runs say about stability, convergence and compute, and which of it means the same.
 
-Pure functions from `training_stats.json` to the parts of `comparison_results.json`. Trainers log different quantities
-under one name: a DPO loss is no GRPO loss, and GRPO's KL is per token where PPO's is per answer. Each number therefore
-carries its meaning in words; only numbers with equal meanings stand beside each other.
+Trainers log different quantities under one name: a DPO loss is no GRPO loss, and GRPO's KL is per token where PPO's is
+per answer. Each number therefore carries its meaning in words; only numbers with equal meanings stand beside each
+other. Pure functions from `training_stats.json` to the parts of `comparison_results.json`.
 """
 
 from __future__ import annotations
@@ -43,25 +43,8 @@ FEWEST_FOR_JUMPS = 20
 FALLING = ("sft", "reward", "dpo")
 # A gradient norm that ends this many times above its own median has left its course.
 RUNAWAY = 10.0
-# Options that change how a loss falls, but not what it is.
-# fmt: off
-SAME_LOSS = frozenset({
-    "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps",
-    "total_episodes", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "num_mini_batches", "num_ppo_epochs", "local_rollout_forward_batch_size", "value_init", "disable_dropout",
-    "logging_steps", "eval_steps", "save_steps", "eval_strategy", "save_strategy", "save_total_limit",
-    "logging_strategy", "logging_first_step", "bf16", "tf32", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "dataloader_num_workers", "report_to", "run_name",
-})
-# fmt: on
-SAMPLES = {
-    "sft": "answers of the data",
-    "reward": "pairs",
-    "dpo": "pairs",
-    "grpo": "sampled answers",
-    "ppo": "sampled answers",
-}  # fmt: skip
+SAMPLES = {"sft": "answers of the data", "reward": "pairs", "dpo": "pairs", "grpo": "sampled answers",
+           "ppo": "sampled answers"}  # fmt: skip
 LONGEST = {"grpo": "max_completion_length", "ppo": "response_length"}
 # Other options that say which answers are sampled, and what is their reward.
 SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "reward_weights")
@@ -71,16 +54,14 @@ TERMS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))
 
 def describe_meanings(recipe: Recipe, stage: str, stats: Row) -> dict[str, str | None]:
     """Say in words what the stage's loss, reward, KL, seconds and pace are; None for what it does not log."""
-    trainer, args, summary = stats["trainer"], recipe.args_of(stage), stats["summary"]
-    given = _options(args, [key for key in sorted(args) if key not in SAME_LOSS])
-    count = summary["processes"]
-    devices = f"{count} {'process' if count == 1 else 'processes'} on {describe_device(stats)}"
+    trainer, args, count = stats["trainer"], recipe.args_of(stage), stats["summary"]["processes"]
+    given = _options(args, [key for key in sorted(args) if key not in TERMS["same_loss"]])
     meanings: dict[str, str | None] = {
         "loss": f"loss of the {trainer} trainer" + (f" with {given}" if given else ""),
         "reward": None,
         "kl": None,
         "seconds": describe_device(stats),
-        "pace": f"{SAMPLES[trainer]}, {devices}",
+        "pace": f"{SAMPLES[trainer]}, {count} process{'' if count == 1 else 'es'} on {describe_device(stats)}",
     }
     if trainer in LONGEST:
         options = read_options(trainer)
@@ -99,10 +80,8 @@ def describe_meanings(recipe: Recipe, stage: str, stats: Row) -> dict[str, str |
 
 def describe_device(stats: Row) -> str:
     """Say what one process of a run trained on."""
-    summary = stats["summary"]
-    if summary["device"] != "cpu":
-        return str(summary["device"])
-    return f"the CPU, with {summary['cpu_threads']} thread{'' if summary['cpu_threads'] == 1 else 's'} a process"
+    device, threads = stats["summary"]["device"], stats["summary"]["cpu_threads"]
+    return f"the CPU, with {threads} thread{'' if threads == 1 else 's'} a process" if device == "cpu" else str(device)
 
 
 def _options(args: Row, keys: Sequence[str]) -> str:
@@ -111,39 +90,32 @@ def _options(args: Row, keys: Sequence[str]) -> str:
 
 def measure_stability(stats: Row, meanings: Row) -> Row:
     """Describe loss and reward, the jumps of the KL, and what else the trainer logs about itself."""
-    found: Row = {}
     summary, history = stats["summary"], stats["history"]
     # A logged value is a mean over the steps since the last one: the more samples, the less noise.
-    logged = max(1, len([row for row in history if "loss" in row]))
-    found["samples_per_value"] = round(summary["samples_per_step"] * summary["steps"] / logged)
+    logged = max(1, len(column(stats, "loss")[0]))
+    found: Row = {"samples_per_value": round(summary["samples_per_step"] * summary["steps"] / logged), "signs": {}}
     for key, better in DIRECTIONS:
         steps, values = column(stats, key) if meanings[key] else ([], [])
-        found[key] = (values and {
-            **describe_stability(values, better),
-            "spikes": find_spikes(steps, values),
-            "diverging": is_diverging(values, better),
-        }) or None  # fmt: skip
+        events = values and {"spikes": find_spikes(steps, values), "diverging": is_diverging(values, better)}
+        found[key] = {**describe_stability(values, better), **events} if events else None
     steps, values = column(stats, "kl")
     found["kl"] = {"jumps": find_jumps(steps, values), "highest": max(values), "last": values[-1]} if values else None
-    found["signs"] = {}
     for key in TERMS["signs"]:
-        rows = [row.get(key, row["log"].get(key)) for row in stats["history"]]
-        known = [value for value in rows if value is not None]
+        known = [value for row in history if (value := row.get(key, row["log"].get(key))) is not None]
         if known:
             found["signs"][key] = {"first": known[0], "last": known[-1]}
     return found
 
 
 def measure_efficiency(recipe: Recipe, stage: str, all_stats: Stats) -> Row:
-    """Measure speed, memory, and compute on one scale: seconds of a device, those of the stages it builds on
-    included."""
-    stats = all_stats[stage]
-    summary = stats["summary"]
+    """Measure speed, memory, and compute on one scale: seconds of a device, with the stages it builds on."""
+    summary = all_stats[stage]["summary"]
     seconds, steps = summary["seconds"], summary["steps"]
     samples = summary["samples_per_step"] * steps
-    counted = [row for row in stats["history"] if "tokens" in row]
-    generated = generated_tokens(recipe, stage, stats)
+    counted = [row for row in all_stats[stage]["history"] if "tokens" in row]
+    generated = generated_tokens(recipe, stage, all_stats[stage])
     inputs = needed(recipe, stage)
+    spent = {name: all_stats[name]["summary"]["seconds"] * all_stats[name]["summary"]["processes"] for name in inputs}
     return {
         "steps": steps,
         "seconds": seconds,
@@ -154,10 +126,8 @@ def measure_efficiency(recipe: Recipe, stage: str, all_stats: Stats) -> Row:
         "tokens_per_second": counted[-1]["tokens"] / counted[-1]["seconds"] if counted else None,
         "generated_tokens": generated and generated["total"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
-        "device_seconds": seconds * summary["processes"],
-        "device_seconds_with_inputs": sum(
-            all_stats[name]["summary"]["seconds"] * all_stats[name]["summary"]["processes"] for name in inputs
-        ),
+        "device_seconds": spent[stage],
+        "device_seconds_with_inputs": sum(spent.values()),
         "inputs": inputs[:-1],
         "devices": sorted({describe_device(all_stats[name]) for name in inputs}),
     }
@@ -176,11 +146,11 @@ def generated_tokens(recipe: Recipe, stage: str, stats: Row) -> Row | None:
         return None
     # A batch of answers serves `num_iterations` steps.
     answers = stats["summary"]["samples_per_step"] / recipe.args_of(stage).get("num_iterations", 1)
-    steps = [0, *(row["step"] for row in rows)]
+    steps, lengths = [0, *(row["step"] for row in rows)], [row["answer_tokens"] for row in rows]
     tokens = np.cumsum(
-        [0.0, *(answers * (b - a) * row["answer_tokens"] for (a, b), row in zip(pairwise(steps), rows, strict=True))]
+        [0.0, *(answers * (b - a) * each for (a, b), each in zip(pairwise(steps), lengths, strict=True))]
     )
-    tail = (stats["summary"]["steps"] - steps[-1]) * answers * rows[-1]["answer_tokens"]
+    tail = (stats["summary"]["steps"] - steps[-1]) * answers * lengths[-1]
     return {"steps": steps, "tokens": tokens.tolist(), "total": float(tokens[-1] + tail)}
 
 
@@ -193,59 +163,49 @@ def measure_convergence(recipe: Recipe, all_stats: Stats, meanings: Mapping[str,
         metrics: content of `metrics.json`. The reward of an evaluated checkpoint means the same for every trainer, and
             is taken where there are any.
     """
-    series = {stage: _rewards(recipe, stage, all_stats[stage], metrics) for stage in meanings}
-    evaluated = "mean score on the held-out prompts, by checkpoint"
-    words = {stage: evaluated if of and of["evaluated"] else meanings[stage]["reward"] for stage, of in series.items()}
+    series = {stage: _rewards(recipe, stage, all_stats[stage], metrics, meanings[stage]) for stage in meanings}
     found: dict[str, Row] = {}
     for stage, own in series.items():
-        if own is None or words[stage] is None:
+        if own is None:
             reason = "it trains on no reward of sampled answers, and no checkpoint was evaluated by a reward model"
             found[stage] = {"meaning": None, "why_not": reason}
             continue
-        alike = [of for other, of in series.items() if of and words[other] == words[stage]]
-        lowest = min(of["start"] for of in alike)
-        best = float(np.median([smooth(of["values"]).max() for of in alike]))
-        threshold, hold = recipe.comparison.threshold, recipe.comparison.hold
-        threshold = lowest + NEAR_BEST * (best - lowest) if threshold is None else threshold
-        common = min(of["seconds"][-1] for of in alike)
-        columns = (own["steps"], own["seconds"], own["tokens"], own["values"], own["start"])
-        result = describe_convergence(*columns, threshold, hold)
+        alike = [of for of in series.values() if of and of["meaning"] == own["meaning"]]
+        threshold, seconds = recipe.comparison.threshold, own["costs"]["seconds"]
+        if threshold is None:
+            lowest, best = min(of["start"] for of in alike), np.median([smooth(of["values"]).max() for of in alike])
+            threshold = lowest + NEAR_BEST * (float(best) - lowest)
+        common = min(of["costs"]["seconds"][-1] for of in alike)
+        result = describe_convergence(own["costs"], own["values"], threshold, recipe.comparison.hold)
         found[stage] = {
-            "meaning": words[stage],
+            "meaning": own["meaning"],
             "start": own["start"],
-            **{key: value for key, value in result.items() if key not in ("area", "rate")},
-            "rate": (result["final"] - own["start"]) / own["seconds"][-1],
-            "area": area_until(own["seconds"], own["values"], own["start"], common),
+            **result,
+            "rate": (result["final"] - own["start"]) / seconds[-1],
+            "area": area_until(seconds, own["values"], own["start"], common),
             "area_seconds": common,
         }
     return found
 
 
-def _rewards(recipe: Recipe, stage: str, stats: Row, metrics: Row) -> Row | None:
-    """The rewards of a run, of its evaluated checkpoints or as logged, with steps, seconds and sampled tokens, and
-    what it started from; None without any."""
+def _rewards(recipe: Recipe, stage: str, stats: Row, metrics: Row, meanings: Row) -> Row | None:
+    """The rewards of a run, of its evaluated checkpoints or as logged, with what they mean, steps, seconds and sampled
+    tokens, and what it started from; None without any."""
     history, generated = stats["history"], generated_tokens(recipe, stage, stats)
     checkpoints = [entry for entry in metrics["checkpoints"].get(stage, ()) if "reward" in entry]
-    rows = [row for row in history if "reward" in row]
     if checkpoints:
-        steps = [entry["step"] for entry in checkpoints]
-        values = [entry["reward"]["mean"] for entry in checkpoints]
+        steps, values = ([entry["step"] for entry in checkpoints], [entry["reward"]["mean"] for entry in checkpoints])
         start = metrics["policies"][REFERENCE]["reward"]["mean"]
-    elif rows:
-        steps, values = [row["step"] for row in rows], [row["reward"] for row in rows]
-        start = values[0]
+        meaning = "mean score on the held-out prompts, by checkpoint"
     else:
-        return None
-    return {
-        "evaluated": bool(checkpoints),
-        "steps": steps,
-        "seconds": np.interp(
-            steps, [0, *(row["step"] for row in history)], [0.0, *(row["seconds"] for row in history)]
-        ).tolist(),
-        "tokens": np.interp(steps, generated["steps"], generated["tokens"]).tolist() if generated else None,
-        "values": values,
-        "start": start,
-    }
+        (steps, values), meaning = column(stats, "reward"), meanings["reward"]
+        if not values or meaning is None:
+            return None
+        start = values[0]
+    seconds = np.interp(steps, [0, *(row["step"] for row in history)], [0.0, *(row["seconds"] for row in history)])
+    tokens = np.interp(steps, generated["steps"], generated["tokens"]).tolist() if generated else None
+    costs = {"steps": steps, "seconds": seconds.tolist(), "tokens": tokens}
+    return {"meaning": meaning, "costs": costs, "values": values, "start": start}
 
 
 def find(stages: Mapping[str, Row], all_stats: Stats, furthest: float) -> dict[str, list[Row]]:
@@ -255,35 +215,42 @@ def find(stages: Mapping[str, Row], all_stats: Stats, furthest: float) -> dict[s
         stages: what was measured of each compared stage.
         furthest: KL, in nats per answer, beyond which a policy has left its reference (`evaluation.worst.kl`).
     """
-    found: dict[str, list[Row]] = {name: [] for name in stages}
-    for name, stage in stages.items():
-        stability = stage["stability"]
-        for key in ("loss", "reward"):
-            of = stability[key]
-            if of and of["diverging"] and (key == "reward" or stage["trainer"] in FALLING):
-                found[name].append(_finding("diverging", key, f"its {key} ends worse than it began"))
-            elif of and of["spikes"]:
-                found[name].append(_finding("spike", key, f"its {key} leaps at {_steps(of['spikes'])}", of["spikes"]))
-        _, norms = column(all_stats[name], "grad_norm")
-        if len(norms) >= 6 and np.median(norms[-3:]) > RUNAWAY * np.median(norms):
-            words = f"its gradient norm ends {RUNAWAY:g} times above its median or more"
-            found[name].append(_finding("diverging", "grad_norm", words))
-        far = _kl_per_answer(stage, all_stats[name])
-        if far is not None and far > furthest:
-            words = f"its KL ends at {far:.0f} nats per answer, beyond evaluation.worst.kl ({furthest:g})"
-            found[name].append(_finding("diverging", "kl", words))
-        jumps = stability["kl"]["jumps"] if stability["kl"] else []
-        if jumps and len(column(all_stats[name], "kl")[0]) >= FEWEST_FOR_JUMPS:
-            found[name].append(_finding("jump", "kl", f"its KL jumps at {_steps(jumps)}", jumps))
-        reason = all_stats[name]["summary"]["stopped"]
-        if reason:
-            found[name].append(_finding("stopped", "kl", f"it was stopped: {reason}"))
-        slow = _slowness(name, stages)
-        if slow:
-            found[name].append(_finding("slow", "samples_per_second", slow))
-        same = [other for other in stages if other != name and _same_history(all_stats[name], all_stats[other])]
-        if same:
-            found[name].append(_finding("identical", "history", f"its training is that of {', '.join(same)}"))
+    return {name: [{"finding": word, "quantity": quantity, "says": says, "steps": list(steps)}
+                   for word, quantity, says, steps in _findings(name, stages, all_stats, furthest)]
+            for name in stages}  # fmt: skip
+
+
+def _findings(
+    name: str, stages: Mapping[str, Row], all_stats: Stats, furthest: float
+) -> list[tuple[str, str, str, Sequence[int]]]:
+    """`finding`, `quantity`, `says` and `steps` of what stands out in one run."""
+    stage, stats = stages[name], all_stats[name]
+    found: list[tuple[str, str, str, Sequence[int]]] = []
+    for key in ("loss", "reward"):
+        of = stage["stability"][key]
+        if of and of["diverging"] and (key == "reward" or stage["trainer"] in FALLING):
+            found.append(("diverging", key, f"its {key} ends worse than it began", ()))
+        elif of and of["spikes"]:
+            found.append(("spike", key, f"its {key} leaps at {_steps(of['spikes'])}", of["spikes"]))
+    _, norms = column(stats, "grad_norm")
+    if len(norms) >= 6 and np.median(norms[-3:]) > RUNAWAY * np.median(norms):
+        words = f"its gradient norm ends {RUNAWAY:g} times above its median or more"
+        found.append(("diverging", "grad_norm", words, ()))
+    far = _kl_per_answer(stage, stats)
+    if far is not None and far > furthest:
+        words = f"its KL ends at {far:.0f} nats per answer, beyond evaluation.worst.kl ({furthest:g})"
+        found.append(("diverging", "kl", words, ()))
+    jumps = stage["stability"]["kl"]["jumps"] if stage["stability"]["kl"] else []
+    if jumps and len(column(stats, "kl")[0]) >= FEWEST_FOR_JUMPS:
+        found.append(("jump", "kl", f"its KL jumps at {_steps(jumps)}", jumps))
+    if stats["summary"]["stopped"]:
+        found.append(("stopped", "kl", f"it was stopped: {stats['summary']['stopped']}", ()))
+    slow = _slowness(name, stages)
+    if slow:
+        found.append(("slow", "samples_per_second", slow, ()))
+    same = [other for other in stages if other != name and _same_history(stats, all_stats[other])]
+    if same:
+        found.append(("identical", "history", f"its training is that of {', '.join(same)}", ()))
     return found
 
 
@@ -293,12 +260,8 @@ def _kl_per_answer(stage: Row, stats: Row) -> float | None:
     if stage["quality"]:
         return float(stage["quality"]["kl"]["mean"])
     rows = [row for row in stats["history"] if "kl" in row][-3:]
-    lengths = [row["answer_tokens"] if stats["trainer"] == "grpo" else 1 for row in rows]
-    return float(np.median([row["kl"] * length for row, length in zip(rows, lengths, strict=True)])) if rows else None
-
-
-def _finding(word: str, quantity: str, says: str, steps: Sequence[int] = ()) -> Row:
-    return {"finding": word, "quantity": quantity, "says": says, "steps": list(steps)}
+    kls = [row["kl"] * (row["answer_tokens"] if stats["trainer"] == "grpo" else 1) for row in rows]
+    return float(np.median(kls)) if kls else None
 
 
 def _steps(steps: Sequence[int]) -> str:
@@ -308,12 +271,10 @@ def _steps(steps: Sequence[int]) -> str:
 
 def _slowness(name: str, stages: Mapping[str, Row]) -> str | None:
     """Say how slow a run is beside those that do the same on the same devices, if it is."""
-    own = stages[name]
-    others = [of for other, of in stages.items()
-              if other != name and of["meanings"]["seconds"] == own["meanings"]["seconds"]]  # fmt: skip
-    same = [
-        of for of in others if (of["trainer"], of["meanings"]["pace"]) == (own["trainer"], own["meanings"]["pace"])
-    ]
+    own, device = stages[name], stages[name]["meanings"]["seconds"]
+    others = [of for other, of in stages.items() if other != name and of["meanings"]["seconds"] == device]
+    same = [of for of in others if of["trainer"] == own["trainer"]
+            and of["meanings"]["pace"] == own["meanings"]["pace"]]  # fmt: skip
     if not others:
         return None
     whose, limit = (f"other {own['trainer']} runs", SLOW) if same else ("other runs", SLOW_AMONG_OTHERS)

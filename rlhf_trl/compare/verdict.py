@@ -141,7 +141,7 @@ def _answer(claim: Row, names: Sequence[str], measure: str, found: Row) -> str:
     return f"{draw}: {numbers}, {tail.get(outcome) or format_p(claim['p_holm'])}"
 
 
-def _format(estimate: Mapping[str, float], measure: str) -> str:
+def _format(estimate: Mapping[str, Any], measure: str) -> str:
     return format_estimate(estimate, "+", measure == "win_rate").replace("\u00a0%", " points")
 
 

@@ -28,9 +28,9 @@ from rlhf_trl.stats.intervals import Estimate, compare_runs, estimate_mean, esti
 PROMPTS = 100
 ABOUT = """# What the verdicts are worth
 
-Percent of {:,} experiments a row on {} prompts; of intervals, of {:,} data sets a row (`make simulate`). With one seed,
-a spread is a true difference of two adapters: a winner is then right about the adapters, and nothing is claimed of
-methods.
+Percent of {:,} experiments a row on {} prompts; of intervals, of {:,} data sets a row (`make simulate`). With one
+seed, a spread is a true difference of two adapters: a winner is then right about the adapters, and nothing is claimed
+of methods.
 """
 # Standard deviation of an answer's score around its prompt's level, which has the rest of the variance of 1.
 NOISE = math.sqrt(0.4)
