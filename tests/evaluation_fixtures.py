@@ -14,7 +14,7 @@ from rlhf_trl.judge.win_rate import prompt_scores
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.stats.frontier import best_of_n_kl, bootstrap_front, fit_over_optimisation, non_dominated, read_path
+from rlhf_trl.stats.frontier import best_of_n_kl, describe_front, fit_over_optimisation, read_path
 from rlhf_trl.stats.intervals import estimate_mean, wilson
 from rlhf_trl.stats.trust import length_rule
 
@@ -195,17 +195,7 @@ def invent_pareto(recipe: Recipe, records: dict[Any, list[Row]], scores: list[st
     for score in scores:
         kls = {key: np.array([row["kl"] for row in rows]) for key, rows in records.items()}
         gains = {key: np.array([row[f"{score}_gain"] for row in rows]) for key, rows in records.items()}
-        names = {str(key): key for key in records}
-        shares, area = bootstrap_front(
-            {name: gains[key] for name, key in names.items()},
-            {name: kls[key] for name, key in names.items()},
-            worst.gain,
-            worst.kl,
-            0,
-        )
-        front = non_dominated(
-            np.array([gains[key].mean() for key in records]), np.array([kls[key].mean() for key in records])
-        )
+        described, area = describe_front(gains, kls, worst.gain, worst.kl, 0)
         draw = random.Random(score)
         scale = 0.5 if score == "reward" else 0.28
         best = [
@@ -234,14 +224,11 @@ def invent_pareto(recipe: Recipe, records: dict[Any, list[Row]], scores: list[st
                     "policy": policy,
                     "step": step,
                     "trainer": recipe.stages[policy].trainer if policy in recipe.stages else None,
-                    "kl": estimate(kls[policy, step]),
-                    "gain": estimate(gains[policy, step]),
-                    "on_front": bool(on_front),
-                    "front_share": shares[str((policy, step))],
+                    **described[policy, step],
                 }
-                for (policy, step), on_front in zip(records, front, strict=True)
+                for policy, step in records
             ],
-            "hypervolume": area.as_dict(),
+            "hypervolume": area,
             "best_of_n": best,
             "at_kl": at_kl,
         }

@@ -43,43 +43,44 @@ def compare(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: a stage is not trained, or policies among them are not evaluated.
     """
-    names = recipe.compared
-    policies = [name for name in names if recipe.stages[name].trainer in POLICY_TRAINERS]
-    for name in dict.fromkeys(stage for compared in names for stage in needed(recipe, compared)):
+    for name in dict.fromkeys(stage for compared in recipe.compared for stage in needed(recipe, compared)):
         run.require(recipe, name, f"train RECIPE {name}")
-    if policies:
+    if _policies(recipe):
         run.require(recipe, "evaluate", "evaluate RECIPE")
     results = build(recipe, run)
     write_json(run.comparison, results)
     write_text(run.comparison_report, render(recipe.name, results))
-    stats = {name: read_json(run.training_stats(name)) for name in names}
+    stats = {name: read_json(run.training_stats(name)) for name in recipe.compared}
     plot_comparison(results, stats, run.comparison_figure)
+
+
+def _policies(recipe: Recipe) -> list[str]:
+    return [name for name in recipe.compared if recipe.stages[name].trainer in POLICY_TRAINERS]
 
 
 def build(recipe: Recipe, run: RunDir) -> Row:
     """Build the content of `comparison_results.json` from the files of earlier steps."""
-    names = recipe.compared
-    policies = [name for name in names if recipe.stages[name].trainer in POLICY_TRAINERS]
+    names, policies = recipe.compared, _policies(recipe)
     stats = {name: read_json(run.training_stats(name)) for compared in names for name in needed(recipe, compared)}
     metrics = read_json(run.metrics) if policies else {"policies": {}, "checkpoints": {}}
     judged = read_judge(recipe, run)
     results = compare_stages(recipe, stats, metrics, judged.win_rates, names)
     groups = {group: [name for name in own if name in names] for group, own in recipe.groups.items()}
-    groups = {group: own for group, own in groups.items() if own}
-    results["groups"] = {group: summarise(results["stages"], own) for group, own in groups.items()}
-    methods = {group: own for group, own in groups.items() if own[0] in policies}
+    results["groups"] = {group: summarise(results["stages"], own) for group, own in groups.items() if own}
+    methods = {group: own for group, own in groups.items() if own and own[0] in policies}
     trajectories = {name: read_points(run, metrics, name) for name in recipe.policies} if policies else {}
     smallest = smallest_that_matters(recipe, run) if policies else {}
     pairs, gains = compare_groups(list(combinations(methods, 2)), methods, trajectories, judged, smallest)
-    results["against_reference"] = gains
-    results["pairs"] = [{**pair, "cost": weigh(results, pair["a"], pair["b"])} for pair in pairs]
     doubts = {"gold": None, "reward": describe_doubt(recipe, policies), "win_rate": judged.doubt}
-    results["verdict"] = conclude(list(methods), pairs, doubts)
+    verdict = conclude(list(methods), pairs, doubts)
     left_out = [name for name in recipe.policies if name not in names]
-    if results["verdict"] and left_out:
-        results["verdict"]["warnings"].append(f"not among the compared: {join(left_out)}")
+    if verdict and left_out:
+        verdict["warnings"].append(f"not among the compared: {join(left_out)}")
     return {
         **results,
+        "against_reference": gains,
+        "pairs": [{**pair, "cost": weigh(results, pair["a"], pair["b"])} for pair in pairs],
+        "verdict": verdict,
         "definitions": {**TERMS["definitions"], **TERMS["signs"]},
         "settings": recipe.comparison.model_dump(),
     }
@@ -88,7 +89,7 @@ def build(recipe: Recipe, run: RunDir) -> Row:
 def compare_stages(
     recipe: Recipe, stats: Mapping[str, Row], metrics: Row, win_rates: Mapping[str, Row], names: Sequence[str]
 ) -> Row:
-    """Measure each stage by itself.
+    """Measure each named stage by itself, and gather those in which a quantity means the same.
 
     Args:
         stats: `training_stats.json` of every stage that is needed.
@@ -98,8 +99,11 @@ def compare_stages(
     groups = {name: group for group, own in recipe.groups.items() for name in own}
     meanings = {name: describe_meanings(recipe, name, stats[name]) for name in names}
     convergence = measure_convergence(recipe, stats, meanings, metrics)
-    stages = {
-        name: {
+    stages: dict[str, Row] = {}
+    for name in names:
+        policy = metrics["policies"].get(name, {})
+        quality = {key: policy[key] for key in QUALITY if key in policy}
+        stages[name] = {
             "trainer": stats[name]["trainer"],
             "group": groups[name],
             "seed": stats[name]["summary"]["seed"],
@@ -107,61 +111,48 @@ def compare_stages(
             "stability": measure_stability(stats[name], meanings[name]),
             "convergence": convergence[name],
             "efficiency": measure_efficiency(recipe, name, stats),
-            "quality": _quality(metrics["policies"].get(name), win_rates.get(name)),
+            "quality": {**quality, **({"win_rate": win_rates[name]} if name in win_rates else {})}
+            if quality
+            else None,
         }
-        for name in names
-    }
     for name, found in find(stages, stats, recipe.evaluation.worst.kl).items():
         stages[name]["findings"] = found
-    return {"stages": stages, "comparable": {quantity: _gather(stages, quantity) for quantity in COMPARABLE}}
-
-
-def _gather(stages: Mapping[str, Row], quantity: str) -> list[Row]:
-    """Gather the stages in which a quantity means the same; those that do not have it are left out."""
-    found: dict[str, list[str]] = {}
-    for name, stage in stages.items():
-        meaning = stage["convergence"]["meaning"] if quantity == "convergence" else stage["meanings"][quantity]
-        if meaning and (quantity not in stage["stability"] or stage["stability"][quantity]):
-            found.setdefault(meaning, []).append(name)
-    return [{"meaning": meaning, "stages": names} for meaning, names in found.items()]
-
-
-def _quality(policy: Row | None, win_rate: Row | None) -> Row | None:
-    if policy is None:
-        return None
-    return {**{key: policy[key] for key in QUALITY if key in policy}, **({"win_rate": win_rate} if win_rate else {})}
+    comparable: dict[str, list[Row]] = {}
+    for quantity in COMPARABLE:
+        alike: dict[str, list[str]] = {}
+        for name, stage in stages.items():
+            meaning = stage["convergence"]["meaning"] if quantity == "convergence" else stage["meanings"][quantity]
+            if meaning and stage["stability"].get(quantity, True):
+                alike.setdefault(meaning, []).append(name)
+        comparable[quantity] = [{"meaning": meaning, "stages": own} for meaning, own in alike.items()]
+    return {"stages": stages, "comparable": comparable}
 
 
 def summarise(stages: Mapping[str, Row], names: Sequence[str]) -> Row:
-    """Summarise a group over its seeds: every point, and mean, spread and interval where there are enough."""
+    """Summarise a group over its seeds (`summarise_seeds`)."""
     columns: dict[str, dict[str, float]] = {}
     for name in names:
         stage = stages[name]
-        for key, value in (stage["quality"] or {}).items():
-            if value["mean"] is not None:
-                columns.setdefault(key, {})[name] = value["mean"]
-        if stage["convergence"]["meaning"]:
-            columns.setdefault("final_reward", {})[name] = stage["convergence"]["final"]
-        for key in ("seconds_per_step", "device_seconds_with_inputs"):
-            columns.setdefault(key, {})[name] = stage["efficiency"][key]
-    return {
-        "trainer": stages[names[0]]["trainer"],
-        "stages": list(names),
-        "seeds": {key: summarise_seeds(points) for key, points in columns.items()},
-    }
+        values = {key: of["mean"] for key, of in (stage["quality"] or {}).items()}
+        values["final_reward"] = stage["convergence"].get("final")
+        values |= {key: stage["efficiency"][key] for key in ("seconds_per_step", "device_seconds_with_inputs")}
+        for key, value in values.items():
+            if value is not None:
+                columns.setdefault(key, {})[name] = value
+    seeds = {key: summarise_seeds(points) for key, points in columns.items()}
+    return {"trainer": stages[names[0]]["trainer"], "stages": list(names), "seeds": seeds}
 
 
 def weigh(results: Row, a: str, b: str) -> Row:
     """Hold the compute of two groups against each other: mean device seconds with inputs, and their ratio, where all
     of it ran on the same kind of device."""
-    groups, stages = results["groups"], results["stages"]
-    devices = {
-        of for group in (a, b) for name in groups[group]["stages"] for of in stages[name]["efficiency"]["devices"]
-    }
+    groups = [results["groups"][name] for name in (a, b)]
+    devices = {of for group in groups for name in group["stages"]
+               for of in results["stages"][name]["efficiency"]["devices"]}  # fmt: skip
     if len(devices) > 1:
         return {"ratio": None, "why_not": "they ran on different devices: " + " and ".join(sorted(devices))}
-    means = {group: groups[group]["seeds"]["device_seconds_with_inputs"]["mean"] for group in (a, b)}
-    return {"ratio": means[a] / means[b], "why_not": None}
+    one, other = (group["seeds"]["device_seconds_with_inputs"]["mean"] for group in groups)
+    return {"ratio": one / other, "why_not": None}
 
 
 def describe_doubt(recipe: Recipe, policies: Sequence[str]) -> str | None:

@@ -1,9 +1,8 @@
 """Gain against KL: the front, what it spans, a run's path, and where more optimisation stops to pay.
 
-The front is a maximum over noisy points, so that it leans upward; methods are compared along their runs' paths.
-
-Reads and writes nothing; works on arrays, without torch. KL is in nats per answer, gain is a score minus the
-reference's score on the same prompt, so that the reference itself is the point (0, 0).
+The front is a maximum over noisy points, so that it leans upward; methods are compared along their runs' paths. KL is
+in nats per answer, gain is a score minus the reference's score on the same prompt: the reference itself is the point
+(0, 0). Functions of points raise ValueError where shapes differ, there are no points, or a value is not finite.
 """
 
 from __future__ import annotations
@@ -16,13 +15,15 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from rlhf_trl.stats.intervals import RESAMPLES, Estimate, estimate_mean, resample, resampled_means
+from rlhf_trl.stats.intervals import RESAMPLES, Estimate, estimate_mean
 
 Point = TypeVar("Point", bound=Hashable)
 # KLs whose ratio is at most this are the same KL.
 SAME_KL = 1.05
 # A run has been measured near a KL where one of its points lies within this factor of it.
 NEAR = 1.5
+# Resamples whose weights are in memory together: CHUNK * prompts * 8 bytes.
+CHUNK = 200
 
 
 @dataclass(frozen=True)
@@ -46,91 +47,63 @@ class Fit:
 def non_dominated(gain: np.ndarray, kl: np.ndarray) -> np.ndarray:
     """Mark the points that no other point beats or equals in both gain (more is better) and KL (less is better).
 
-    Of points that are exactly the same, the first is marked. Shapes (..., K) and (..., K) -> (..., K); each row along
-    the last axis is a front of its own.
-
-    Raises:
-        ValueError: the shapes differ, or a value is not finite.
+    Of points that are exactly the same, the first is marked. Shapes (K,) and (K,) -> (K,).
     """
     gain, kl = _points(gain, kl)
     # Along rising KL, and falling gain at the same KL, a point counts when it is above all before it. The sort is
     # stable, which makes the first of equal points the one that counts.
-    order = np.lexsort((-gain, kl), axis=-1)
-    rising = np.take_along_axis(gain, order, axis=-1)
-    best = np.maximum.accumulate(rising, axis=-1)
-    counts = np.ones_like(rising, dtype=bool)
-    counts[..., 1:] = rising[..., 1:] > best[..., :-1]
-    mask = np.empty_like(counts)
-    np.put_along_axis(mask, order, counts, axis=-1)
+    order = np.lexsort((-gain, kl))
+    best = np.maximum.accumulate(gain[order])
+    mask = np.ones(gain.size, dtype=bool)
+    mask[order[1:]] = gain[order][1:] > best[:-1]
     return mask
 
 
-def hypervolume(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: float) -> float:
-    """Measure the area that the points dominate inside gain > `worst_gain` and KL < `worst_kl`, (K,), (K,) -> area.
+def hypervolume(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: float) -> np.ndarray:
+    """Measure the area that the points dominate inside gain > `worst_gain` and KL < `worst_kl`, (..., K) -> (...,).
 
     A point outside that box adds nothing. The area of a fixed box grows with better points only, so that two sets can
     be compared (Zitzler and Thiele, 1998).
-
-    Raises:
-        ValueError: the shapes differ, or a value is not finite.
     """
-    return float(_area(*_points(gain, kl), worst_gain, worst_kl))
-
-
-def bootstrap_front(
-    gains: Mapping[Point, np.ndarray],
-    kls: Mapping[Point, np.ndarray],
-    worst_gain: float,
-    worst_kl: float,
-    seed: int,
-) -> tuple[dict[Point, float], Estimate]:
-    """Tell how sure the front is: the share of resamples that have each point on it, and its hypervolume.
-
-    A point is the mean over the prompts, (P,) each; the same prompts are drawn for all points and for both axes. The
-    interval is the percentile bootstrap's; the hypervolume of resampled means is a little larger on average than that
-    of the means themselves, because a maximum over noisy points is.
-
-    Raises:
-        ValueError: the points or their prompts differ between the two, there are none, or a value is not finite.
-    """
-    if not gains or set(gains) != set(kls):
-        raise ValueError("the same points, at least one, need gains and KLs")
-    names = list(gains)
-    gain, kl = _points(np.stack([gains[name] for name in names]), np.stack([kls[name] for name in names]))
-    on_front, areas = np.zeros(len(names)), []
-    for weights in resample(gain.shape[1], seed):
-        some_gain, some_kl = resampled_means(weights, gain), resampled_means(weights, kl)
-        on_front += non_dominated(some_gain, some_kl).sum(axis=0)
-        areas.append(_area(some_gain, some_kl, worst_gain, worst_kl))
-    low, high = np.quantile(np.concatenate(areas), [0.025, 0.975])
-    area = hypervolume(gain.mean(axis=1), kl.mean(axis=1), worst_gain, worst_kl)
-    shares = {name: float(count) / RESAMPLES for name, count in zip(names, on_front, strict=True)}
-    return shares, Estimate(area, float(low), float(high), gain.shape[1])
+    gain, kl = _points(gain, kl)
+    order = np.argsort(kl, axis=-1)
+    best = np.maximum.accumulate(np.take_along_axis(gain, order, axis=-1), axis=-1)
+    starts = np.minimum(np.take_along_axis(kl, order, axis=-1), worst_kl)
+    # From each KL to the next one, the best gain so far.
+    widths = np.diff(starts, axis=-1, append=np.full((*starts.shape[:-1], 1), worst_kl))
+    return np.asarray((widths * np.maximum(best - worst_gain, 0)).sum(axis=-1))
 
 
 def describe_front(
-    gains: Mapping[Point, np.ndarray],
-    kls: Mapping[Point, np.ndarray],
-    worst_gain: float,
-    worst_kl: float,
-    seed: int,
+    gains: Mapping[Point, np.ndarray], kls: Mapping[Point, np.ndarray], worst_gain: float, worst_kl: float, seed: int
 ) -> tuple[dict[Point, dict[str, Any]], dict[str, Any]]:
-    """Describe every point, and the hypervolume; arguments as of `bootstrap_front`.
+    """Describe every point, and the hypervolume; a point is the mean over the prompts, (P,) each.
+
+    The interval of the hypervolume is the percentile bootstrap's, which draws the same prompts for all points and both
+    axes. That of resampled means is a little larger on average than that of the means themselves, because a maximum
+    over noisy points is.
 
     Returns:
-        For each point `kl` and `gain` with their intervals, `on_front`, and `front_share`, the share of resamples that
-        have it there; and the hypervolume with its interval.
+        For each point `kl` and `gain` with their intervals, and `on_front`; and the hypervolume with its interval.
     """
-    shares, area = bootstrap_front(gains, kls, worst_gain, worst_kl, seed)
-    means = (np.array([values[point].mean() for point in gains]) for values in (gains, kls))
+    if not gains or set(gains) != set(kls):
+        raise ValueError("the same points, at least one, need gains and KLs")
+    gain, kl = _points(np.stack([*gains.values()]), np.stack([kls[name] for name in gains]))
+    generator, prompts, areas = np.random.default_rng(seed), gain.shape[1], []
+    for _ in range(RESAMPLES // CHUNK):
+        picks = generator.integers(0, prompts, size=(CHUNK, prompts)) + prompts * np.arange(CHUNK)[:, None]
+        weights = np.bincount(picks.ravel(), minlength=CHUNK * prompts).reshape(CHUNK, prompts) / prompts
+        areas.append(hypervolume(weights @ gain.T, weights @ kl.T, worst_gain, worst_kl))
+    low, high = np.quantile(np.concatenate(areas), [0.025, 0.975])
+    means = gain.mean(axis=1), kl.mean(axis=1)
+    area = Estimate(float(hypervolume(*means, worst_gain, worst_kl)), float(low), float(high), prompts)
     points = {
         point: {
             "kl": estimate_mean(kls[point]).as_dict(),
             "gain": estimate_mean(gains[point]).as_dict(),
-            "on_front": front,
-            "front_share": shares[point],
+            "on_front": on,
         }
-        for point, front in zip(gains, non_dominated(*means).tolist(), strict=True)
+        for point, on in zip(gains, non_dominated(*means).tolist(), strict=True)
     }
     return points, area.as_dict()
 
@@ -152,7 +125,7 @@ def best_of_n(proxy: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     Shapes (P, N), (P, N) -> (P,).
 
     Raises:
-        ValueError: `n` is below 1 or above N, the shapes differ, or a value is not finite.
+        ValueError: also where `n` is below 1 or above N.
     """
     proxy, scores = _points(proxy, scores)
     prompts, total = proxy.shape
@@ -184,7 +157,7 @@ def read_path(kls: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray |
         point within a factor of `NEAR` of it.
 
     Raises:
-        ValueError: the budget is not positive, the shapes differ, or a value is not finite.
+        ValueError: also where the budget is not positive.
     """
     kls, gains = _points(kls, gains)
     if budget <= 0:
@@ -214,9 +187,6 @@ def fit_over_optimisation(kl: np.ndarray, gain: np.ndarray, form: Literal["rl", 
     Gao, Schulman and Hilton (2022, arXiv 2210.10760): R(d) = d (alpha - beta log d) for reinforcement learning,
     highest at d = exp(alpha / beta - 1), and R(d) = d (alpha - beta d) for best-of-n, highest at
     d = alpha / (2 beta). None with fewer than three different d > 0: two parameters go through any two points.
-
-    Raises:
-        ValueError: the shapes differ, or a value is not finite.
     """
     kl, gain = _points(kl, gain)
     d, gain = np.sqrt(kl[kl > 0]), gain[kl > 0]
@@ -243,23 +213,10 @@ def fit_over_optimisation(kl: np.ndarray, gain: np.ndarray, form: Literal["rl", 
 
 
 def _points(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take two arrays of the same points as floats.
-
-    Raises:
-        ValueError: the shapes differ, there are no points, or a value is not finite.
-    """
+    """Take two arrays of the same points as floats."""
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape or first.size == 0:
         raise ValueError(f"points of the shapes {first.shape} and {second.shape}")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("a point's value is not finite")
     return first, second
-
-
-def _area(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: float) -> np.ndarray:
-    """Hypervolumes, (..., K), (..., K) -> (...,): from each KL to the next one, the best gain so far."""
-    order = np.argsort(kl, axis=-1)
-    best = np.maximum.accumulate(np.take_along_axis(gain, order, axis=-1), axis=-1)
-    starts = np.minimum(np.take_along_axis(kl, order, axis=-1), worst_kl)
-    widths = np.diff(starts, axis=-1, append=np.full((*starts.shape[:-1], 1), worst_kl))
-    return (widths * np.maximum(best - worst_gain, 0)).sum(axis=-1)

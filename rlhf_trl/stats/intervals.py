@@ -1,24 +1,23 @@
 """Numbers with 95 % intervals and p-values: means, shares, ratios, and differences of methods over seeds and prompts.
 
 The prompt is the unit; comparisons on the same prompts are paired. `make simulate` measures what the intervals cover.
-Reads and writes nothing; works on arrays, without torch.
+Every function raises ValueError where there are no values, or one is not finite. Works on arrays, without torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 RESAMPLES = 2000
-# Resamples whose weights are in memory together: CHUNK * units * 8 bytes.
-CHUNK = 200
 LEVEL = 0.05
 # Numbers that differ by less than this share of the largest are the same but for rounding.
 ROUNDING = 1e-12
+Values = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -34,51 +33,38 @@ class Estimate:
         return dataclasses.asdict(self)
 
 
-def wilson(successes: float, n: int) -> Estimate:
-    """Estimate a share with the score interval of Wilson (1927); a tie may count as half a success.
-
-    Raises:
-        ValueError: `n` is 0 or `successes` lies outside 0 to `n`.
-    """
+def wilson(successes: float, n: float) -> Estimate:
+    """Estimate a share with the score interval of Wilson (1927); a tie may count as half a success."""
     from statsmodels.stats.proportion import proportion_confint
 
-    if n < 1 or not 0 <= successes <= n:
+    if n <= 0 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}")
     low, high = proportion_confint(successes, n, alpha=LEVEL, method="wilson")
-    return Estimate(successes / n, float(low), float(high), n)
+    return Estimate(successes / n, float(low), float(high), int(n))
 
 
-def estimate_rate(values: Sequence[float] | np.ndarray) -> Estimate:
+def estimate_rate(values: Values) -> Estimate:
     """Estimate the mean of scores from 0 to 1, such as a win rate in which a tie is half, by a score interval.
 
     Wilson's interval with the number of plain wins and losses that would vary as much as these scores do (the
     effective sample size of Korn and Graubard, 1998). Where all scores are the same, nothing is known of their
     variance: other scores are then at most 1 - 0.025^(1/n) of all (Clopper and Pearson, 1934).
-
-    Raises:
-        ValueError: there are no values, or one is not finite.
     """
-    from statsmodels.stats.proportion import proportion_confint
-
     scores = _finite(values)
     n, mean = scores.size, float(scores.mean())
     if np.ptp(scores) == 0:
         others = 1 - 0.025 ** (1 / n)
         return Estimate(mean, mean - others * mean, mean + others * (1 - mean), n)
     effective = mean * (1 - mean) / (scores.var(ddof=1) / n)
-    low, high = proportion_confint(mean * effective, effective, alpha=LEVEL, method="wilson")
-    return Estimate(mean, float(low), float(high), n)
+    return dataclasses.replace(wilson(mean * effective, effective), mean=mean, n=n)
 
 
-def estimate_mean(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Estimate:
+def estimate_mean(values: Values, level: float = LEVEL) -> Estimate:
     """Estimate a mean by Student's t, with and without the correction for skewness of Hall (1992, JRSS B 54:221).
 
     The interval reaches as far as either: t alone is too narrow for skewed values, the correction alone for values
-    that are nearly all 0, such as paired differences of two accuracies. It covers 93.4 to 96.3 % from 20 units on.
-    For a paired comparison, give the differences. A single value has no interval: `low` and `high` are the value.
-
-    Raises:
-        ValueError: there are no values, or one is not finite.
+    that are nearly all 0, such as paired differences of two accuracies. For a paired comparison, give the differences.
+    A single value, and values that are all the same, have no interval: `low` and `high` are the value.
     """
     from scipy.special import stdtrit
 
@@ -92,13 +78,10 @@ def estimate_mean(values: Sequence[float] | np.ndarray, level: float = LEVEL) ->
     return Estimate(mean, low, high, array.size)
 
 
-def p_of_mean(values: Sequence[float] | np.ndarray) -> float:
+def p_of_mean(values: Values) -> float:
     """Test that a mean is 0, two-sided: below 0.05 exactly where the interval of `estimate_mean` excludes 0.
 
     Values that are all the same, and not 0, are as unlikely as that many coins on one side.
-
-    Raises:
-        ValueError: there are no values, or one is not finite.
     """
     from scipy.special import stdtr
 
@@ -113,7 +96,7 @@ def p_of_mean(values: Sequence[float] | np.ndarray) -> float:
     return 2 * float(stdtr(array.size - 1, -smaller))
 
 
-def _finite(values: Sequence[float] | np.ndarray) -> np.ndarray:
+def _finite(values: Values) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0 or not np.isfinite(array).all():
         raise ValueError("a mean needs at least one value, and finite ones")
@@ -137,18 +120,17 @@ def _uncorrect(quantile: float, skewness: float) -> float:
     return float(3 / skewness * (np.cbrt(1 + skewness * (quantile - skewness / 6)) - 1))
 
 
-def estimate_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+def estimate_ratio(numerators: Values, denominators: Values) -> Estimate:
     """Estimate sum / sum, such as KL per token over all answers, by the units' linear influence on it.
 
     Raises:
-        ValueError: there are no units, one is not finite, or the denominators are not all positive.
+        ValueError: also where the denominators are not all positive.
     """
     top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if top.size == 0 or not np.isfinite(top).all() or not (bottom > 0).all():
         raise ValueError("a ratio needs at least one unit, finite numbers and positive denominators")
     ratio = float(top.sum() / bottom.sum())
-    found = estimate_mean(ratio + (top - ratio * bottom) / bottom.mean())
-    return dataclasses.replace(found, mean=ratio)
+    return dataclasses.replace(estimate_mean(ratio + (top - ratio * bottom) / bottom.mean()), mean=ratio)
 
 
 def compare_runs(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
@@ -166,35 +148,31 @@ def compare_runs(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
         The estimate, whose `n` are the prompts, and the two-sided p-value.
 
     Raises:
-        ValueError: there is no run, the prompts differ in number, or a value is not finite.
+        ValueError: also where the prompts differ in number.
     """
     from scipy.special import stdtr, stdtrit
 
-    methods = [np.atleast_2d(_finite(of)) for of in (a, b)]
-    prompts = methods[0].shape[1]
-    if methods[1].shape[1] != prompts:
+    a, b = np.atleast_2d(_finite(a)), np.atleast_2d(_finite(b))
+    prompts = a.shape[1]
+    if b.shape[1] != prompts:
         raise ValueError("a comparison needs runs on the same prompts")
-    values = methods[0].mean(axis=0) - methods[1].mean(axis=0)
-    if min(len(of) for of in methods) == 1:
+    values = a.mean(axis=0) - b.mean(axis=0)
+    if min(len(a), len(b), prompts) == 1:
         return estimate_mean(values), p_of_mean(values)
     parts: list[tuple[float, int]] = []
-    # Of a single prompt nothing is known but the seeds.
-    main = float(values.var(ddof=1)) / prompts if prompts > 1 else 0.0
-    for of in methods:
-        seeds, means = len(of), of.mean(axis=1)
+    main = float(values.var(ddof=1)) / prompts
+    for runs in (a, b):
+        seeds, means = len(runs), runs.mean(axis=1)
         parts.append((float(means.var(ddof=1)) / seeds, seeds - 1))
-        noise = of - means[:, None] - of.mean(axis=0) + means.mean()
-        main -= float((noise**2).sum()) / ((seeds - 1) * max(prompts - 1, 1) * seeds * prompts)
-    parts.append((max(main, 0.0), max(prompts - 1, 1)))
+        noise = runs - means[:, None] - runs.mean(axis=0) + means.mean()
+        main -= float((noise**2).sum()) / ((seeds - 1) * (prompts - 1) * seeds * prompts)
+    parts.append((max(main, 0.0), prompts - 1))
     mean, variance = float(values.mean()), sum(part for part, _ in parts)
     if variance <= (ROUNDING * float(np.abs(values).max())) ** 2:
         return Estimate(mean, mean, mean, prompts), 1.0 if mean == 0 else 2 * 0.5**prompts
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    error, quantile = math.sqrt(variance), float(stdtrit(freedom, 1 - LEVEL / 2))
-    return (
-        Estimate(mean, mean - quantile * error, mean + quantile * error, prompts),
-        2 * float(stdtr(freedom, -abs(mean) / error)),
-    )
+    error, reach = math.sqrt(variance), float(stdtrit(freedom, 1 - LEVEL / 2)) * math.sqrt(variance)
+    return Estimate(mean, mean - reach, mean + reach, prompts), 2 * float(stdtr(freedom, -abs(mean) / error))
 
 
 def holm(pvalues: Sequence[float | None]) -> list[float | None]:
@@ -209,23 +187,3 @@ def holm(pvalues: Sequence[float | None]) -> list[float | None]:
     corrected[order] = np.minimum(np.maximum.accumulate(tested[order] * np.arange(tested.size, 0, -1)), 1.0)
     left = iter(corrected.tolist())
     return [None if p is None else next(left) for p in pvalues]
-
-
-def resample(units: int, seed: int) -> Iterator[np.ndarray]:
-    """Draw the units of `RESAMPLES` resamples, a few resamples at a time: each unit's weight in the mean, (CHUNK, N).
-
-    The same draws for every statistic of the same number of units, which makes comparisons paired.
-    """
-    generator = np.random.default_rng(seed)
-    for _ in range(RESAMPLES // CHUNK):
-        picks = generator.integers(0, units, size=(CHUNK, units)) + units * np.arange(CHUNK)[:, None]
-        yield np.bincount(picks.ravel(), minlength=CHUNK * units).reshape(CHUNK, units) / units
-
-
-def resampled_means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Take the means of K rows of N units under each weighting, (R, N), (K, N) -> (R, K).
-
-    One product a row: in a product of two matrices, the last digit of a column depends on its place, and rows that are
-    the same would differ.
-    """
-    return np.stack([weights @ row for row in values], axis=1)

@@ -31,11 +31,7 @@ def length_rule(
     """
     takes = "longer" if longer.mean() >= 0.5 else "shorter"
     followed = longer if takes == "longer" else 1 - longer
-    return {
-        "takes": takes,
-        "accuracy": share(followed).as_dict(),
-        "over_rule": average(right - followed).as_dict(),
-    }
+    return {"takes": takes, "accuracy": share(followed).as_dict(), "over_rule": average(right - followed).as_dict()}
 
 
 def compare_with_length(rule: Mapping[str, Any]) -> str:
@@ -67,5 +63,4 @@ def weigh_trust(result: Mapping[str, Any]) -> str:
         return "none"
     if result["judge"]["kind"] != "reward":
         return str(calibration["verdict"])
-    model = calibration["reward_model"]
-    return "none" if model is None else trust_in(model)
+    return "none" if calibration["reward_model"] is None else trust_in(calibration["reward_model"])

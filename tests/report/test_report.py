@@ -891,7 +891,7 @@ def test_the_policies_of_one_name_are_compared_prompt_by_prompt(tmp_path: Path) 
     rows = read_jsonl(runs["b"][1].completions("dpo"))
     write_jsonl(runs["b"][1].completions("dpo"), [{**row, "gold_gain": row["gold_gain"] + 2.0} for row in rows])
     better = laid(runs)["pairs"][0]
-    assert "the adapter second dpo scores higher than the adapter first dpo: +2.0" in better["sentence"]
+    assert "the adapter second dpo scores higher than the adapter first dpo: +2 on 24 prompts" in better["sentence"]
 
 
 @pytest.mark.usefixtures("undrawn")

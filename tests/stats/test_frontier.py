@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from rlhf_trl.stats.frontier import (
     best_of_n,
     best_of_n_kl,
-    bootstrap_front,
+    describe_front,
     fit_over_optimisation,
     hypervolume,
     non_dominated,
@@ -67,12 +67,6 @@ def test_points_outside_the_box_add_nothing():
     assert hypervolume(np.array([5.0, -2.0]), np.array([11.0, 0.0]), 0, 10) == 0.0
 
 
-def test_rows_of_a_batch_are_fronts_of_their_own():
-    generator = np.random.default_rng(0)
-    gain, kl = generator.integers(0, 4, size=(2, 50, 6)).astype(float)
-    assert non_dominated(gain, kl).tolist() == [non_dominated(*row).tolist() for row in zip(gain, kl, strict=True)]
-
-
 @pytest.mark.parametrize("values", [([1.0], [1.0, 2.0]), ([], []), ([1.0, math.nan], [1.0, 1.0]), ([1.0], [math.inf])])
 def test_what_is_no_point_is_refused(values):
     first, second = (np.array(side) for side in values)
@@ -82,7 +76,7 @@ def test_what_is_no_point_is_refused(values):
         lambda: fit_over_optimisation(first, second, "rl"),
         lambda: read_path(first[None], second[None], 1),
         lambda: best_of_n(first[None], second[None], 1),
-        lambda: bootstrap_front({"a": first}, {"a": second}, 0, 1, 0),
+        lambda: describe_front({"a": first}, {"a": second}, 0, 1, 0),
     ):
         with pytest.raises(ValueError, match="point"):
             call()
@@ -94,33 +88,20 @@ def noisy(means, prompts, seed, spread=1.0):
     return values - values.mean(axis=1, keepdims=True) + np.array(means)[:, None]
 
 
-def test_front_shares_of_sure_unsure_and_hopeless_points():
-    """`even` has the gain of `mid` at more KL: on the front when the resample's difference is positive, half the
-    time."""
+def test_every_point_and_the_area_are_described():
+    """`even` has the gain of `mid` at more KL."""
     names = ["reference", "mid", "even", "worse", "far"]
-    gains = dict(zip(names, noisy([0.0, 1.0, 1.0, 0.2, 3.0], 300, 1), strict=True))
+    gains = dict(zip(names, noisy([0.0, 1.0, 1.0 - 1e-9, 0.2, 3.0], 300, 1), strict=True))
     kls = dict(zip(names, noisy([0.0, 2.0, 4.0, 6.0, 9.0], 300, 2), strict=True))
-    gains["reference"], kls["reference"] = np.zeros(300), np.zeros(300)
-    shares, area = bootstrap_front(gains, kls, -1.0, 10.0, seed=3)
-    assert list(shares) == names
-    assert shares["reference"] == shares["mid"] == shares["far"] == 1.0
-    assert shares["even"] == pytest.approx(0.5, abs=0.05)
-    assert shares["worse"] == 0.0
+    points, area = describe_front(gains, kls, -1.0, 10.0, seed=3)
+    assert [(name, of["on_front"]) for name, of in points.items()] == [
+        ("reference", True), ("mid", True), ("even", False), ("worse", False), ("far", True)
+    ]  # fmt: skip
+    assert (points["far"]["gain"]["mean"], points["far"]["kl"]["mean"]) == pytest.approx((3, 9))
     # 2 x 1 + 7 x 2 + 1 x 4
-    assert area.mean == pytest.approx(20.0)
-    assert area.low < 20 < area.high
-    assert area.n == 300
-    assert bootstrap_front(gains, kls, -1.0, 10.0, seed=3) == (shares, area)
-
-
-def test_one_of_two_equal_policies_is_on_the_front_in_every_resample():
-    """Equal columns have equal means in every resample, however many other points there are."""
-    values = np.random.default_rng(5).normal(1, 1, size=(9, 37))
-    for others in range(7):
-        gains = {"a": values[0], "b": values[0]} | {str(i): values[i + 2] - 9 for i in range(others)}
-        kls = {name: values[1] + 5 if name in "ab" else values[1] + 50 for name in gains}
-        shares, _ = bootstrap_front(gains, kls, 0, 10, seed=1)
-        assert (shares["a"], shares["b"]) == (1.0, 0.0)
+    assert (area["mean"], area["n"]) == (pytest.approx(20.0), 300)
+    assert area["low"] < 20 < area["high"]
+    assert describe_front(gains, kls, -1.0, 10.0, seed=3) == (points, area)
 
 
 def test_hypervolume_interval_covers_the_truth():
@@ -129,16 +110,15 @@ def test_hypervolume_interval_covers_the_truth():
     for seed in range(200):
         generator = np.random.default_rng(seed)
         gain, kl = generator.normal(1, 0.5, size=80), generator.normal(4, 1, size=80)
-        _, area = bootstrap_front({"a": gain}, {"a": kl}, 0, 10, seed)
-        covered += area.low <= 6 <= area.high
+        _, area = describe_front({"a": gain}, {"a": kl}, 0, 10, seed)
+        covered += area["low"] <= 6 <= area["high"]
     assert 0.90 <= covered / 200 <= 0.99
 
 
-def test_bootstrap_needs_the_same_points_on_both_axes():
+@pytest.mark.parametrize("points", [({"a": np.zeros(3)}, {"b": np.zeros(3)}), ({}, {})])
+def test_both_axes_need_the_same_points(points):
     with pytest.raises(ValueError, match="same points"):
-        bootstrap_front({"a": np.zeros(3)}, {"b": np.zeros(3)}, 0, 1, 0)
-    with pytest.raises(ValueError, match="same points"):
-        bootstrap_front({}, {}, 0, 1, 0)
+        describe_front(*points, 0, 1, 0)
 
 
 @pytest.mark.parametrize(

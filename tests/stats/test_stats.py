@@ -5,7 +5,6 @@ import pytest
 from scipy.stats import binomtest, ttest_1samp, ttest_ind
 
 from rlhf_trl.stats.intervals import (
-    RESAMPLES,
     Estimate,
     compare_runs,
     estimate_mean,
@@ -13,8 +12,6 @@ from rlhf_trl.stats.intervals import (
     estimate_ratio,
     holm,
     p_of_mean,
-    resample,
-    resampled_means,
     wilson,
 )
 from rlhf_trl.stats.trust import compare_with_length, length_rule
@@ -154,18 +151,6 @@ def test_holm_corrects_what_was_tested():
     assert holm([0.04]) == [0.04]
     assert holm([None]) == [None]
     assert holm([]) == []
-
-
-def test_resamples_are_draws_with_replacement():
-    """Each unit is drawn n times in n draws on average, with a binomial variance, and the weights give the mean."""
-    weights = np.concatenate([*resample(20, 3)])
-    assert weights.shape == (RESAMPLES, 20)
-    assert weights.sum(axis=1) == pytest.approx(np.ones(RESAMPLES))
-    assert weights.mean(axis=0) == pytest.approx(np.full(20, 1 / 20), abs=0.005)
-    assert (20 * weights).var() == pytest.approx(0.95, abs=0.03)
-    values = np.random.default_rng(4).normal(size=(2, 20))
-    means = resampled_means(weights, values)
-    assert means == pytest.approx(weights @ values.T)
 
 
 def test_the_length_rule_takes_the_better_side_and_is_compared_on_the_same_pairs():
