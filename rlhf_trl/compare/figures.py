@@ -6,43 +6,34 @@ the SVGs of the report alike.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlhf_trl.figures.policies import INK, PAPER, POLICY_STYLES, STYLE, root_scale, save, stage_lines
-from rlhf_trl.figures.training import BLUE, GREY, ORANGE, PURPLE
+from rlhf_trl.figures.style import BLUE, GREY, INK, ORANGE, PAPER, build_figure, policy_styles, root_scale
 
 Row = dict[str, Any]
-STYLES = {**POLICY_STYLES, "sft": (GREY, "D"), "reward": (PURPLE, "v")}
 # More would cover each other; the largest differences are drawn.
 MOST_PAIRS = 12
-MARKERS = "os^vDP*X"
 AXIS = {"gold": "gold gain", "reward": "reward gain", "win_rate": "win rate"}
 
 
-def plot_comparison(results: Mapping[str, Any], stats: Mapping[str, Row], path: Path) -> None:
+def plot_comparison(results: Mapping[str, Any], stats: Mapping[str, Row]) -> Figure:
     """Draw what there is: differences at equal KL, gain against KL, reward during training, compute."""
-    drawings: list[tuple[str, Callable[[Axes], None]]] = []
+    drawings: dict[str, Callable[[Axes], None]] = {}
     if results["verdict"]:
-        drawings.append(("Difference at equal KL and as trained", lambda axes: draw_differences(axes, results)))
+        drawings["Difference at equal KL and as trained"] = partial(draw_differences, results=results)
     if measure_of(results):
-        drawings.append(("Every seed, on held-out prompts", lambda axes: draw_seeds(axes, results)))
-    drawings.append(("Reward or loss during training", lambda axes: draw_training(axes, results, stats)))
-    drawings.append(("Compute, with the stages built on", lambda axes: draw_compute(axes, results)))
-    with matplotlib.rc_context(STYLE):
-        rows = -(-len(drawings) // 2)
-        figure = Figure(figsize=(13, 4.6 * rows), layout="constrained")
-        for index, (title, draw) in enumerate(drawings):
-            axes = figure.add_subplot(rows, 2, index + 1)
-            draw(axes)
-            axes.set_title(title, fontsize=11.5, loc="left")
-        save(figure, path)
+        drawings["Every seed, on held-out prompts"] = partial(draw_seeds, results=results)
+    drawings["Reward or loss during training"] = partial(draw_training, results=results, stats=stats)
+    drawings["Compute, with the stages built on"] = partial(draw_compute, results=results)
+    figure = build_figure([*drawings.values()], columns=2, size=(6.5, 4.6))
+    for axes, title in zip(figure.axes, drawings, strict=True):
+        axes.set_title(title, loc="left")
+    return figure
 
 
 def measure_of(results: Mapping[str, Any]) -> str | None:
@@ -86,22 +77,19 @@ def draw_seeds(axes: Axes, results: Mapping[str, Any]) -> None:
     """Draw each policy's gain against its KL, every seed a point."""
     measure = str(measure_of(results))
     furthest = 0.0
-    drawn = [(name, group) for name, group in results["groups"].items()
-             if all(results["stages"][stage]["quality"] for stage in group["stages"])]  # fmt: skip
-    own: Counter[str] = Counter()
-    for name, group in drawn:
-        color, marker = STYLES[group["trainer"]]
-        if own[group["trainer"]]:  # another group of this trainer
-            marker = MARKERS[(MARKERS.index(marker) + own[group["trainer"]]) % len(MARKERS)]
-        own[group["trainer"]] += 1
+    drawn = {name: group for name, group in results["groups"].items()
+             if all(results["stages"][stage]["quality"] for stage in group["stages"])}  # fmt: skip
+    styles = policy_styles({name: group["trainer"] for name, group in drawn.items()})
+    for name, group in drawn.items():
         qualities = [results["stages"][stage]["quality"] for stage in group["stages"]]
         x, y = [of["kl"]["mean"] for of in qualities], [of[measure]["mean"] for of in qualities]
-        axes.plot(x, y, linestyle="none", marker=marker, markersize=8, color=color, markeredgecolor=PAPER, label=name)
+        style: Row = {**styles[name], "linestyle": "none"}
+        axes.plot(x, y, markersize=8, markeredgecolor=PAPER, label=name, **style)
         furthest = max(furthest, *x)
     axes.axhline(0, color=GREY, linewidth=1)
     root_scale(axes, 0, 1.1 * furthest or 1)
     axes.set_ylabel(measure.replace("_", " "))
-    axes.legend(frameon=False, fontsize=10)
+    axes.legend()
 
 
 def draw_training(axes: Axes, results: Mapping[str, Any], stats: Mapping[str, Row]) -> None:
@@ -109,16 +97,15 @@ def draw_training(axes: Axes, results: Mapping[str, Any], stats: Mapping[str, Ro
     quantity = "reward" if results["comparable"]["reward"] else "loss"
     names: Sequence[str] = max((of["stages"] for of in results["comparable"][quantity]), key=len, default=[])
     others = sum(len(of["stages"]) for of in results["comparable"][quantity]) - len(names)
-    styles = stage_lines({name: results["stages"][name]["trainer"] for name in names})
+    styles = policy_styles({name: results["stages"][name]["trainer"] for name in names})
     for name in names:
-        color, marker = STYLES[results["stages"][name]["trainer"]]
         points = [(row["seconds"], row[quantity]) for row in stats[name]["history"] if quantity in row]
-        line: Row = {"linestyle": styles[name], "marker": marker, "markersize": 4}
-        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.5, label=name, **line)
+        style: Row = {**styles[name], "markersize": 4}
+        axes.plot(*zip(*points, strict=True), linewidth=1.5, label=name, **style)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(f"{quantity}, where it means the same" + (f" ({others} runs left out)" if others else ""))
     if names:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend()
 
 
 def draw_compute(axes: Axes, results: Mapping[str, Any]) -> None:
@@ -133,4 +120,4 @@ def draw_compute(axes: Axes, results: Mapping[str, Any]) -> None:
     axes.set_ylim(len(stages) - 0.4, -0.6)
     axes.set_xlabel("device seconds")
     axes.grid(axis="y", visible=False)
-    axes.legend(frameon=False, fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)

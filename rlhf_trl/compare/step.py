@@ -27,6 +27,7 @@ from rlhf_trl.compare.training import (
     needed,
 )
 from rlhf_trl.compare.verdict import compare_groups, conclude, join
+from rlhf_trl.figures.style import save
 from rlhf_trl.recipe.recipe import POLICY_TRAINERS, Recipe
 from rlhf_trl.run.files import read_json, write_json, write_text
 from rlhf_trl.run.layout import RunDir
@@ -51,7 +52,7 @@ def compare(recipe: Recipe, run: RunDir) -> None:
     write_json(run.comparison, results)
     write_text(run.comparison_report, render(recipe.name, results))
     stats = {name: read_json(run.training_stats(name)) for name in recipe.compared}
-    plot_comparison(results, stats, run.comparison_figure)
+    save(plot_comparison(results, stats), run.comparison_figure)
 
 
 def _policies(recipe: Recipe) -> list[str]:

@@ -1,33 +1,36 @@
 """The figures of `explore`: one page of panels for each question, a column or row for each subset.
 
-Reads the statistics in memory; writes PNG files. Chosen is blue and solid, rejected vermilion and dashed, subsets have
-other colours (Okabe and Ito's, which every eye tells apart) and markers; every title says what is to be seen.
+Chosen is blue and solid, rejected vermilion and dashed, subsets have other colours and markers; every title says what
+is to be seen.
 """
 
 from __future__ import annotations
 
 import textwrap
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from rlhf_trl.figures.policies import save
-from rlhf_trl.figures.training import BLUE, GREEN, GREY, ORANGE, PURPLE
+from rlhf_trl.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, add_legend, save, with_errors
 
-SIDES = {"chosen": (BLUE, "-", "o"), "rejected": (ORANGE, "--", "s")}
+SIDES: dict[str, dict[str, Any]] = {
+    "chosen": {"color": BLUE, "linestyle": "-", "marker": "o"},
+    "rejected": {"color": ORANGE, "linestyle": "--", "marker": "s"},
+}
 SUBSETS = ((GREEN, "o"), (PURPLE, "s"), ("#56B4E9", "^"), ("#E69F00", "D"))
-TITLE: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "parse_math": False}
 DEEPEST = 9
 FEW = 10
+Statistics = dict[str, Any]
 
 
-def draw(folder: Path, statistics: dict[str, Any], lengths: dict[str, dict[str, np.ndarray]]) -> None:
+@matplotlib.rc_context(STYLE)
+def draw(folder: Path, statistics: Statistics, lengths: dict[str, dict[str, np.ndarray]]) -> None:
     """Draw every figure, of the largest subsets where there are more than fit on a page.
 
     Args:
@@ -40,170 +43,144 @@ def draw(folder: Path, statistics: dict[str, Any], lengths: dict[str, dict[str, 
     if not largest:
         return
     subsets = {name: all_subsets[name] for name in sorted(largest)}
-    figures = {
-        "lengths": _draw_lengths(subsets, lengths),
-        "length_bias": _draw_length_bias(subsets),
-        "conversations": _draw_conversations(subsets),
-        "refusals": _draw_refusals(subsets),
-        "words": _draw_words(subsets),
-    }
-    for name, figure in figures.items():
-        if len(all_subsets) > len(subsets):
-            note = f"({len(subsets)} of {len(all_subsets)} subsets; statistics.json has all)"
-            figure.suptitle(f"{figure.get_suptitle()}\n{note}", **TITLE)
-        with warnings.catch_warnings():
-            # A word that the font has no letters for is drawn as boxes; statistics.json has it.
-            warnings.filterwarnings("ignore", message="Glyph")
-            save(figure, folder / f"{name}.png", dpi=130)
+    count = len(subsets)
+    units = list(lengths[largest[0]])
+    pages: dict[str, tuple[Callable[[Figure, Statistics], None], Callable[[Statistics], str], float, float]] = {
+        "lengths": (lambda figure, some: _draw_lengths(figure, some, lengths), _length_finding,
+                    4.2 * len(units), 0.9 + 2.7 * count),
+        "length_bias": (_draw_length_bias, _bias_finding, 11, 4.8),
+        "conversations": (_draw_conversations, _conversation_finding, 10.5, 0.9 + 2.5 * count),
+        "refusals": (_draw_refusals, _refusal_finding, 11, 4.8),
+        "words": (_draw_words, _word_finding, 1 + 4.8 * min(count, 2), 0.6 + 6 * -(-count // 2)),
+    }  # fmt: skip
+    for name, (draw_page, find, width, height) in pages.items():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        title = [f"In {_short(subset)}, {find(stats)}" for subset, stats in subsets.items()]
+        if len(all_subsets) > count:
+            title.append(f"({count} of {len(all_subsets)} subsets; statistics.json has all)")
+        figure.suptitle("\n".join(title), fontsize=11, fontweight="bold")
+        draw_page(figure, subsets)
+        add_legend(figure)
+        save(figure, folder / f"{name}.png")
 
 
-def _draw_lengths(subsets: dict[str, Any], lengths: dict[str, dict[str, np.ndarray]]) -> Figure:
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def _draw_lengths(figure: Figure, subsets: Statistics, lengths: dict[str, dict[str, np.ndarray]]) -> None:
     units = list(lengths[next(iter(subsets))])
-    figure = _page(subsets, _length_finding, 4.2 * len(units), 0.9 + 2.7 * len(subsets))
     panels = figure.subplots(len(subsets), len(units), squeeze=False, sharex="col", sharey=True)
     for column, unit in zip(panels.T, units, strict=True):
         low, high = np.quantile(np.concatenate([lengths[name][unit].ravel() for name in subsets]), (0.002, 0.998))
         low, high = max(1, low), max(2, high)
         wide = high > 10 * low
         for axes, (name, stats) in zip(column, subsets.items(), strict=True):
-            for index, (side, (colour, line, _)) in enumerate(SIDES.items()):
+            for index, (side, style) in enumerate(SIDES.items()):
+                line = {**style, "marker": ""}
                 median = stats["lengths"][unit][side]["p50"]
-                label = f"{side}, median {median:,.0f}"
-                axes.ecdf(lengths[name][unit][:, index], color=colour, linestyle=line, linewidth=1.8, label=label)
-                axes.vlines(median, 0, 0.5, color=colour, linestyle=line, linewidth=1)
+                axes.ecdf(lengths[name][unit][:, index], linewidth=1.8, label=f"{side}, median {median:,.0f}", **line)
+                axes.vlines(median, 0, 0.5, color=style["color"], linestyle=style["linestyle"], linewidth=1)
             axes.axhline(0.5, color=GREY, linestyle=":", linewidth=1)
-            axes.set_title(f"{_short(name)}: {unit}", fontsize=10, parse_math=False)
-            axes.legend(fontsize=8, frameon=False, loc="upper left")
-            if wide:
-                axes.set_xscale("log")
-                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.xaxis.set_minor_locator(NullLocator())
-            else:
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_title(f"{_short(name)}: {unit}")
+            axes.legend(loc="upper left")
+            axes.set_xscale("log" if wide else "linear")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(integer=True))
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axes.set_xlim(low * 0.9, high * 1.1)
         column[-1].set_xlabel(f"length [{unit}{', log scale' if wide else ''}]")
     for axes in panels[:, 0]:
-        axes.set_ylabel("answers up to this length")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    return figure
+        _label_shares(axes, "answers up to this length")
 
 
-def _length_finding(stats: dict[str, Any]) -> str:
-    words = stats["lengths"]["words"]
-    chosen, rejected = words["chosen"]["p50"], words["rejected"]["p50"]
+def _length_finding(stats: Statistics) -> str:
+    chosen, rejected = (stats["lengths"]["words"][side]["p50"] for side in SIDES)
     verdict = "longer" if chosen > rejected else "shorter" if chosen < rejected else "as long"
     return f"chosen answers are {verdict} (median {chosen:.0f} words, rejected {rejected:.0f})"
 
 
-def _draw_length_bias(subsets: dict[str, Any]) -> Figure:
-    figure = _page(subsets, _bias_finding, 11, 4.8)
+def _draw_length_bias(figure: Figure, subsets: Statistics) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4), sharey=True)
     any_subset = next(iter(subsets.values()))
     units, bins = list(any_subset["chosen_longer"]), any_subset["verbosity"]
-    for index, (name, stats) in enumerate(subsets.items()):
-        colour, marker = SUBSETS[index]
-        spread = (index - (len(subsets) - 1) / 2) * 0.16
-        for axes, line, estimates in (
-            (left, "none", [stats["chosen_longer"][unit] for unit in units]),
-            (right, "-", [_if_many(part["longer_is_chosen"]) for part in stats["verbosity"]]),
-        ):
-            places = np.arange(len(estimates)) + spread
-            _intervals(axes, places, estimates, color=colour, marker=marker, linestyle=line, label=_short(name))
-    left.set_xticks(range(len(units)), units)
-    left.set_xlim(-0.5, len(units) - 0.5)
+    for index, ((name, stats), (color, marker)) in enumerate(zip(subsets.items(), SUBSETS, strict=False)):
+        shift = (index - (len(subsets) - 1) / 2) * 0.16
+        style = {"color": color, "marker": marker, "label": _short(name)}
+        _intervals(left, shift, [stats["chosen_longer"][unit] for unit in units], **style)
+        by_ratio = [part["longer_is_chosen"] for part in stats["verbosity"]]
+        many = [share if share and share["n"] >= FEW else None for share in by_ratio]
+        _intervals(right, shift, many, **{**style, "linestyle": "-"})
     left.set_xlabel("unit of length")
-    left.set_ylabel("share of the pairs, 95 % interval")
-    left.set_title("How often the longer answer is chosen (ties half)", fontsize=10)
-    right.set_xticks(range(len(bins)), [_ratio_label(part) for part in bins])
-    right.set_xlim(-0.5, len(bins) - 0.5)
+    left.set_title("How often the longer answer is chosen (ties half)")
     right.set_xlabel("words of the longer answer ÷ words of the shorter one")
-    right.set_title(f"… by how much longer it is (bins of {FEW} pairs or more)", fontsize=10)
-    low, high = left.get_ylim()
-    left.yaxis.set_major_locator(MultipleLocator(0.05 if high - low < 0.5 else 0.1))
+    right.set_title(f"… by how much longer it is (bins of {FEW} pairs or more)")
+    _label_places(left, units)
+    _label_places(right, [_ratio_label(part) for part in bins])
+    _label_shares(left, "share of the pairs, 95 % interval")
     for axes in (left, right):
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _mark_chance(axes)
-    _legend(figure, left)
-    return figure
 
 
-def _bias_finding(stats: dict[str, Any]) -> str:
+def _bias_finding(stats: Statistics) -> str:
     share = stats["chosen_longer"]["words"]
     verdict = " (long preferred)" if share["low"] > 0.5 else " (short preferred)" if share["high"] < 0.5 else ""
     return f"the longer answer is chosen {share['mean']:.0%} of the time{verdict}"
 
 
-def _if_many(share: dict[str, float] | None) -> dict[str, float] | None:
-    return share if share and share["n"] >= FEW else None
-
-
-def _ratio_label(part: dict[str, Any]) -> str:
+def _ratio_label(part: Statistics) -> str:
     return f"over {part['from']:g}" if part["to"] is None else f"{part['from']:g} – {part['to']:g}"
 
 
-def _draw_conversations(subsets: dict[str, Any]) -> Figure:
-    figure = _page(subsets, _conversation_finding, 10.5, 0.9 + 2.5 * len(subsets))
-    panels = figure.subplots(len(subsets), 2, squeeze=False, sharey="col", width_ratios=(2, 1))
+def _draw_conversations(figure: Figure, subsets: Statistics) -> None:
+    panels = figure.subplots(len(subsets), 2, squeeze=False, sharex="col", sharey="col", width_ratios=(2, 1))
     for (left, right), (name, stats) in zip(panels, subsets.items(), strict=True):
         shares = [0.0] * DEEPEST
         for turns, count in stats["depth"]["counts"].items():
             shares[min(int(turns), DEEPEST) - 1] += count / stats["pairs"]
-        left.bar(range(1, DEEPEST + 1), shares, color=GREY)
-        left.set_xticks(range(1, DEEPEST + 1), [*map(str, range(1, DEEPEST)), f"{DEEPEST}+"])
-        left.set_title(f"{_short(name)}: depth of the conversation", fontsize=10, parse_math=False)
+        left.bar(range(DEEPEST), shares, color=GREY)
+        left.set_title(f"{_short(name)}: depth of the conversation")
         alike = [stats["shared_prefix"]["first_word"], stats["shared_prefix"]["first_three_words"]]
-        _intervals(right, np.arange(2), alike, color=GREY, marker="o")
-        right.set_xticks(range(2), ["first word", "first three words"])
-        right.set_xlim(-0.6, 1.6)
-        right.set_title(f"{_short(name)}: answers that begin alike", fontsize=10, parse_math=False)
-        for axes, label in ((left, "share of the pairs"), (right, "share, 95 % interval")):
-            axes.set_ylabel(label)
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _intervals(right, 0, alike, color=GREY, marker="o")
+        right.set_title(f"{_short(name)}: answers that begin alike")
+        _label_places(left, [*map(str, range(1, DEEPEST)), f"{DEEPEST}+"])
+        _label_places(right, ["first word", "first three words"])
+        _label_shares(left, "share of the pairs")
+        _label_shares(right, "share, 95 % interval")
     panels[0, 1].set_ylim(0, None)
     panels[-1, 0].set_xlabel("turns of the user in the prompt")
-    return figure
 
 
-def _conversation_finding(stats: dict[str, Any]) -> str:
+def _conversation_finding(stats: Statistics) -> str:
     several = 1 - stats["depth"]["counts"].get("1", 0) / stats["pairs"]
     alike = stats["shared_prefix"]["first_word"]["mean"]
     return f"{several:.0%} of the prompts have several turns and {alike:.0%} of the pairs share the first word"
 
 
-def _draw_refusals(subsets: dict[str, Any]) -> Figure:
-    figure = _page(subsets, _refusal_finding, 11, 4.8)
+def _draw_refusals(figure: Figure, subsets: Statistics) -> None:
     left, right = figure.subplots(1, 2)
-    places = np.arange(len(subsets))
-    for offset, (side, (colour, _, marker)) in zip((-0.1, 0.1), SIDES.items(), strict=True):
+    for shift, (side, style) in zip((-0.1, 0.1), SIDES.items(), strict=True):
         shares = [stats["refusals"][side] for stats in subsets.values()]
-        _intervals(left, places + offset, shares, color=colour, marker=marker, label=side)
+        _intervals(left, shift, shares, **{**style, "linestyle": "none", "label": side})
     alone = [stats["refusals"]["refusal_is_chosen"] for stats in subsets.values()]
-    _intervals(right, places, alone, color=GREY, marker="o")
-    for place, share in zip(places, alone, strict=True):
-        if share:
-            where = (place, share["mean"])
-            right.annotate(f"{share['n']:,} pairs", where, (8, 0), textcoords="offset points", fontsize=8, va="center")
-        else:
-            right.text(place, 0.05, "no such\npair", fontsize=8, ha="center")
-    left.set_title("Answers with a plain refusal", fontsize=10)
-    left.set_ylabel("share of the answers, 95 % interval")
+    _intervals(right, 0, alone, color=GREY, marker="o")
+    for place, share in enumerate(alone):
+        text = f"{share['n']:,} pairs" if share else "no such\npair"
+        right.annotate(
+            text, (place, share["mean"] if share else 0.05), (8, 0), textcoords="offset points", va="center"
+        )
+    left.set_title("Answers with a plain refusal")
+    right.set_title("One of two answers refuses: how often it is chosen")
+    _label_shares(left, "share of the answers, 95 % interval", decimals=1)
+    _label_shares(right, "share of these pairs, 95 % interval")
     top = max(left.get_ylim()[1], 0.01)
     left.set_ylim(-0.03 * top, top)
-    _legend(figure, left)
-    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    right.set_title("Where exactly one answer refuses: how often it is the chosen one", fontsize=10)
-    right.set_ylabel("share of these pairs, 95 % interval")
     right.set_ylim(-0.03, 1.03)
-    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _mark_chance(right)
     for axes in (left, right):
-        axes.set_xticks(places, [textwrap.fill(_short(name), 14) for name in subsets], parse_math=False)
-        axes.set_xlim(-0.5, len(places) - 0.5)
-    return figure
+        _label_places(axes, [textwrap.fill(_short(name), 14) for name in subsets])
 
 
-def _refusal_finding(stats: dict[str, Any]) -> str:
+def _refusal_finding(stats: Statistics) -> str:
     share = stats["refusals"]["refusal_is_chosen"]
     if share is None:
         return "no pair has just one refusal"
@@ -211,29 +188,23 @@ def _refusal_finding(stats: dict[str, Any]) -> str:
     return f"a plain refusal {verdict} ({share['mean']:.0%} of {share['n']:,} pairs)"
 
 
-def _draw_words(subsets: dict[str, Any]) -> Figure:
+def _draw_words(figure: Figure, subsets: Statistics) -> None:
     columns = min(len(subsets), 2)
-    rows = -(-len(subsets) // columns)
-    figure = _page(subsets, _word_finding, 1 + 4.8 * columns, 0.6 + 6 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(subsets) :]:
-        axes.set_visible(False)
-    for axes, (name, stats) in zip(panels, subsets.items(), strict=False):
+    for place, (name, stats) in enumerate(subsets.items(), start=1):
+        axes = figure.add_subplot(-(-len(subsets) // columns), columns, place)
         # The strongest word of the chosen answers stands at the top, that of the rejected ones at the bottom.
         words = [*stats["words"]["rejected"], *stats["words"]["chosen"][::-1]]
-        colours = [SIDES["chosen" if item["z"] > 0 else "rejected"][0] for item in words]
-        axes.barh(range(len(words)), [item["z"] for item in words], color=colours)
-        axes.set_yticks(range(len(words)), [_short(item["word"], 14) for item in words], fontsize=9, parse_math=False)
+        colors = [SIDES["chosen" if item["z"] > 0 else "rejected"]["color"] for item in words]
+        axes.barh(range(len(words)), [item["z"] for item in words], color=colors)
+        axes.set_yticks(range(len(words)), [_short(item["word"], 14) for item in words])
         axes.axvline(0, color="black", linewidth=0.8)
-        for place in (-stats["words"]["threshold"], stats["words"]["threshold"]):
-            axes.axvline(place, color="black", linestyle=":", linewidth=1)
+        for limit in (-stats["words"]["threshold"], stats["words"]["threshold"]):
+            axes.axvline(limit, color="black", linestyle=":", linewidth=1)
         axes.set_xlabel("← rejected      z of the log-odds ratio      chosen →")
-        note = f"dotted: the limit of chance for {stats['words']['tested']:,} words"
-        axes.set_title(f"{_short(name)}\n{note}", fontsize=10, parse_math=False)
-    return figure
+        axes.set_title(f"{_short(name)}\ndotted: the limit of chance for {stats['words']['tested']:,} words")
 
 
-def _word_finding(stats: dict[str, Any]) -> str:
+def _word_finding(stats: Statistics) -> str:
     words = stats["words"]
     parts = []
     for side in SIDES:
@@ -246,35 +217,27 @@ def _word_finding(stats: dict[str, Any]) -> str:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _page(subsets: dict[str, Any], finding: Callable[[dict[str, Any]], str], width: float, height: float) -> Figure:
-    """A page whose title says what there is to see in each subset."""
-    text = "\n".join(f"In {_short(name)}, {finding(stats)}" for name, stats in subsets.items())
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(text, **TITLE)
-    return figure
-
-
 def _short(text: str, width: int = 28) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _intervals(axes: Axes, places: np.ndarray, estimates: list[dict[str, float] | None], **style: Any) -> None:
-    """Draw estimates with their intervals; there may be none for lack of pairs."""
-    drawn = [(place, estimate) for place, estimate in zip(places, estimates, strict=True) if estimate]
+def _intervals(axes: Axes, shift: float, estimates: list[dict[str, float] | None], **style: Any) -> None:
+    """Draw estimates with their intervals at 0, 1, 2, ... plus a shift; there may be none for lack of pairs."""
+    drawn = {place + shift: estimate for place, estimate in enumerate(estimates) if estimate}
     if drawn:
-        means = np.array([estimate["mean"] for _, estimate in drawn])
-        below = means - [estimate["low"] for _, estimate in drawn]
-        above = [estimate["high"] for _, estimate in drawn] - means
-        style = {"linestyle": "none", "linewidth": 1.4, "markersize": 6, "capsize": 3, **style}
-        axes.errorbar([place for place, _ in drawn], means, np.maximum([below, above], 0), **style)
+        means, errors = with_errors([*drawn.values()])
+        axes.errorbar([*drawn], means, errors, **{"linestyle": "none", "linewidth": 1.4, "capsize": 3, **style})
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Put the legend below the panels, where it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a name is not a formula
+def _label_places(axes: Axes, labels: list[str]) -> None:
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlim(-0.5, len(labels) - 0.5)
+    axes.grid(axis="x", visible=False)
+
+
+def _label_shares(axes: Axes, label: str, decimals: int = 0) -> None:
+    axes.set_ylabel(label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=decimals))
 
 
 def _mark_chance(axes: Axes) -> None:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from rlhf_trl.figures.training import BLUE, GREEN, GREY, ORANGE
+from rlhf_trl.figures.style import BLUE, GREEN, GREY, ORANGE
 
 FEW = 5
 PERCENT = PercentFormatter(1, decimals=0)

@@ -27,10 +27,11 @@ from rlhf_trl.evaluate.figures import (
     plot_over_optimisation,
     plot_pareto,
     plot_reward_kl_tradeoff,
-    plot_training_curves,
 )
 from rlhf_trl.evaluate.measure import Measurements
 from rlhf_trl.evaluate.trade_off import build_over_optimisation, build_pareto
+from rlhf_trl.figures.style import save
+from rlhf_trl.figures.training import plot_training
 from rlhf_trl.models.base import recorded_tokenizer, start_path
 from rlhf_trl.models.policies import Policies
 from rlhf_trl.models.rewards import RewardModel, load_reward_model, score_pairs
@@ -218,10 +219,14 @@ def _draw(recipe: Recipe, run: RunDir, results: Mapping[Path, Any]) -> None:
     stats = {
         stage: read_json(run.training_stats(stage)) for stage in recipe.stages if run.training_stats(stage).exists()
     }
-    plot_kl(results[run.metrics], run.figure("kl_drift"))
-    if run.pareto in results:
-        plot_distributions(results[run.metrics], run.figure("reward_distributions"))
-        plot_pareto(results[run.pareto], run.figure("pareto"))
-        plot_over_optimisation(results[run.over_optimisation], run.figure("over_optimisation"))
-    plot_training_curves(stats, run.figure("training_curves"))
-    plot_reward_kl_tradeoff(stats, run.figure("reward_kl_tradeoff"))
+    metrics, over = results[run.metrics], results[run.over_optimisation]
+    figures = {
+        "kl_drift": plot_kl(metrics),
+        "reward_distributions": plot_distributions(metrics),
+        "pareto": plot_pareto(results.get(run.pareto, {"axes": {}})),
+        "over_optimisation": plot_over_optimisation(over),
+        "training_curves": plot_training(stats),
+        "reward_kl_tradeoff": plot_reward_kl_tradeoff(stats),
+    }
+    for name, figure in figures.items():
+        save(figure, run.figure(name))

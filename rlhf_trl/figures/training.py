@@ -1,21 +1,20 @@
-"""Figures of the run that more than one step draws. Pure functions from JSON to a PNG or an SVG text; no global
-state."""
+"""The training curves: every quantity that a stage logged, by step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito: told apart with every kind of colour vision.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+from rlhf_trl.figures.style import BLUE, GREEN, ORANGE, build_figure
+
+History = Sequence[Mapping[str, Any]]
 # The series of one panel: colour and line, never colour alone.
 SERIES_STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, ":"))
-
 # Panel title -> the series it shows, with their labels.
 PANELS: dict[str, dict[str, str]] = {
     "Loss": {"loss": "training", "validation_loss": "held-out", "value_loss": "value"},
@@ -29,27 +28,27 @@ PANELS: dict[str, dict[str, str]] = {
 }
 
 
-def plot_training(stats: dict[str, Any], path: Path) -> None:
-    """Draw the training curves of one stage, a panel for each quantity that was logged."""
-    history = stats["history"]
-    panels = logged_panels(history)
-    columns = min(3, max(1, len(panels)))
-    rows = -(-max(1, len(panels)) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
-    for index, (title, series) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        draw_series(axes, history, series)
-        axes.set_title(title, fontsize=10)
-        if title.startswith("KL"):
-            axes.set_ylabel("nats per token" if stats["trainer"] == "grpo" else "nats per answer")
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-    figure.suptitle(f"{stats['stage']} ({stats['trainer']})", fontsize=11, parse_math=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+def plot_training(stats: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+    """Draw the training curves of stages, a panel for each quantity that a stage logged.
+
+    Args:
+        stats: stage -> the content of its `training_stats.json`.
+    """
+    panels = [
+        partial(_draw_panel, history=entry["history"], title=title, series=series, stage=f"{stage} ({trainer})",
+                unit={"grpo": "\nnats per token", "ppo": "\nnats per answer"}.get(trainer, ""))
+        for stage, entry in stats.items() for trainer in [entry["trainer"]]
+        for title, series in logged_panels(entry["history"]).items()
+    ]  # fmt: skip
+    return build_figure(panels, columns=3 if len(stats) == 1 else 5, size=(3.6, 2.5)) if panels else None
 
 
-def logged_panels(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+def _draw_panel(axes: Axes, history: History, title: str, series: Mapping[str, str], stage: str, unit: str) -> None:
+    draw_series(axes, history, series)
+    axes.set_title(f"{stage}\n{title}{unit if title.startswith('KL') else ''}")
+
+
+def logged_panels(history: History) -> dict[str, dict[str, str]]:
     """Return the entries of `PANELS` that were logged: panel title -> key of the series -> its label."""
     panels = {
         title: {key: label for key, label in series.items() if any(key in row for row in history)}
@@ -58,20 +57,12 @@ def logged_panels(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, s
     return {title: series for title, series in panels.items() if series}
 
 
-def draw_series(axes: Axes, history: Sequence[Mapping[str, Any]], series: Mapping[str, str]) -> None:
-    """Draw logged quantities by step, with a legend if there are several; each must have been logged once or more."""
+def draw_series(axes: Axes, history: History, series: Mapping[str, str]) -> None:
+    """Draw logged quantities by step; each must have been logged once or more."""
     for (color, line), (key, label) in zip(SERIES_STYLES, series.items(), strict=False):
         steps, values = zip(*((row["step"], row[key]) for row in history if key in row), strict=True)
-        marker = "o" if len(steps) < 12 else ""
-        axes.plot(steps, values, color=color, linestyle=line, linewidth=1.4, marker=marker, markersize=3, label=label)
+        style: dict[str, Any] = {"color": color, "linestyle": line, "marker": "o" if len(steps) < 12 else ""}
+        axes.plot(steps, values, linewidth=1.5, markersize=3.5, label=label if len(series) > 1 else None, **style)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(format_tick)
-    axes.tick_params(labelsize=9)
-    if len(series) > 1:
-        axes.legend(fontsize=8, frameon=False)
-
-
-def format_tick(value: float, _: float | None) -> str:
-    """Write a tick in full: matplotlib would put a common factor or offset above the axis, where the title is."""
-    return f"{value:.6g}".replace("-", "−")
+    axes.set_xlabel("step")

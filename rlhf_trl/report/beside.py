@@ -18,7 +18,7 @@ from rlhf_trl.compare.evidence import read_judge, read_points, smallest_that_mat
 from rlhf_trl.compare.verdict import compare_groups, warn
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.report.svg import draw_frontiers
+from rlhf_trl.report.figures import draw_frontiers
 from rlhf_trl.report.values import Node, build_environment
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_text
 from rlhf_trl.run.layout import REFERENCE, RunDir

@@ -18,8 +18,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.report.figures import draw_comparison, draw_courses, draw_frontiers, draw_panels
 from rlhf_trl.report.sentences import judge_gain, order_alarms, view_judge
-from rlhf_trl.report.svg import draw_comparison, draw_courses, draw_frontiers, draw_panels
 from rlhf_trl.report.values import Node, build_environment, raw
 from rlhf_trl.run.files import read_json, read_jsonl, write_text
 from rlhf_trl.run.layout import PLACES, REFERENCE, RunDir

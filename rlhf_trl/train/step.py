@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from safetensors import safe_open
 from trl import ModelConfig, get_peft_config
 
+from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
 from rlhf_trl.models.base import load_causal, load_classifier, recorded_tokenizer, start_path
 from rlhf_trl.models.rewards import load_reward_model, score_completions
@@ -73,7 +74,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     if PartialState().is_main_process:
         history.stats["summary"] = _summarise(trainer, spec.trainer, history.seconds)
         write_json(history.path, history.stats)
-        plot_training(history.stats, run.training_curves(stage))
+        save(plot_training({stage: history.stats}), run.training_curves(stage))
         run.mark_done(recipe, stage, time.perf_counter() - started)
     # A process that leaves early aborts, and the launcher then kills the one that is still saving.
     trainer.accelerator.wait_for_everyone()

@@ -22,7 +22,7 @@ from rlhf_trl.compare.verdict import compare_groups, conclude
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
-from rlhf_trl.report.svg import draw_comparison
+from rlhf_trl.report.figures import draw_comparison
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 
 ALIKE = {"temperature": 1.0}

@@ -12,18 +12,19 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from report_fixtures import GOLD, PROMPTS, STAGES, SWEEP, write_run
 from ruamel.yaml import YAML
 
-from rlhf_trl.figures.policies import draw_frontier
+from rlhf_trl.figures.frontier import draw_frontier
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.report import svg as report_figures
+from rlhf_trl.report import figures as report_figures
 from rlhf_trl.report.beside import compare_runs, lay_beside
+from rlhf_trl.report.figures import draw_frontiers
 from rlhf_trl.report.sentences import judge_gain, judge_share, order_alarms, read_habits, shows_length
 from rlhf_trl.report.step import choose_samples, list_contents, render, report
-from rlhf_trl.report.svg import plot_frontier
 from rlhf_trl.report.values import MAX_CHARACTERS, Node, build_environment, printable, show_cell
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.run.layout import RunDir
@@ -283,9 +284,8 @@ def words(element: Element) -> str:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures out of a test of the words: drawing takes most of the time."""
-    for name in ("plot_curves", "plot_frontier", "plot_over_optimisation"):
-        svg = '<svg role="img" aria-label="a figure that this test does not need"></svg>'
-        monkeypatch.setattr(report_figures, name, lambda *_, svg=svg: svg)
+    svg = Markup('<svg role="img" aria-label="a figure that this test does not need"></svg>')
+    monkeypatch.setattr(report_figures, "draw_panel", lambda *_, **__: svg)
 
 
 @pytest.fixture
@@ -838,27 +838,29 @@ def frontier(*places: tuple[str, float, float], origin: float = 0.0, half: float
     return {"points": rows, "best_of_n": []}
 
 
-@pytest.mark.parametrize("width", [360, 900])
-def test_names_of_nearby_policies_do_not_cover_each_other(width: int) -> None:
-    drawn = frontier(("dpo", 4.0, 1.0), ("grpo", 4.2, 1.02), ("ppo", 4.4, 0.98))
-    svg = Tree(plot_frontier(drawn, "reward", width, 380, "key", "label")).root
+@pytest.mark.parametrize(("form", "width"), [("narrow", 360), ("wide", 900)])
+def test_every_policy_is_named_inside_the_figure(form: str, width: int) -> None:
+    names = [f"dpo-beta=0.0{place}" for place in range(1, 9)]
+    drawn = frontier(*((name, place / 9, place / 9) for place, name in enumerate(names)))
+    for point in drawn["points"][1:]:
+        point["trainer"] = "dpo"
+    svg = Tree(draw_frontiers({"axes": {"reward": drawn}})[0][form]).root
     labels = {element.text(): element.attrs for element in svg.all() if element.tag == "text"}
-    boxes = [(float(labels[name]["x"]), float(labels[name]["y"]), 3.3 * len(name))
-             for name in ("reference", "dpo", "grpo", "ppo")]  # fmt: skip
-    assert all(0 < x < width and 0 < y < 380 for x, y, _ in boxes)
-    for (x, y, half), (other_x, other_y, other_half) in itertools.combinations(boxes, 2):
-        assert abs(x - other_x) >= half + other_half or abs(y - other_y) >= 10
+    boxes = [(float(labels[name]["x"]), float(labels[name]["y"]), 6 * len(name)) for name in ("reference", *names)]
+    assert all(0 < x < x + size < width for x, _, size in boxes)
+    for (x, y, size), (other_x, other_y, other_size) in itertools.combinations(boxes, 2):
+        assert x + size <= other_x or other_x + other_size <= x or abs(y - other_y) >= 9
 
 
 def test_the_figure_of_win_rates_is_about_half() -> None:
     drawn = frontier(("dpo", 4.0, 0.93), ("ppo", 9.0, 0.52), origin=0.5)
-    svg = Tree(plot_frontier(drawn, "win_rate", 900, 380, "key", "label")).root
+    svg = Tree(draw_frontiers({"axes": {}}, drawn)[0]["wide"]).root
     texts = [e.text() for e in svg.all() if e.tag == "text"]
     ticks = [float(text.removesuffix(" %")) for text in texts if text.endswith(" %")]
     assert len(ticks) > 2 and min(ticks) >= 0 and max(ticks) <= 100
     assert "win rate against the reference" in texts
     axes = Figure().add_subplot()
-    draw_frontier(axes, drawn, 0.5)
+    draw_frontier(axes, drawn, "win_rate")
     assert list(axes.get_lines()[0].get_ydata()) == [0.5, 0.5]
     assert 0.3 < axes.get_ylim()[0] < 0.42  # the lowest interval ends at 0.42
 

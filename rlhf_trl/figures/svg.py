@@ -1,0 +1,56 @@
+"""A figure as SVG inside an HTML page: it follows the page's light or dark colours, and its text can be searched."""
+
+from __future__ import annotations
+
+import io
+import re
+from xml.etree import ElementTree
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from rlhf_trl.figures.style import BLUE, GREEN, GREY, GRID, INK, ORANGE, PAPER, STYLE
+
+# What a figure is drawn with -> what the page's style sheet calls it.
+THEME = {INK: "ink", GRID: "grid", PAPER: "paper", GREY: "muted", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
+
+
+def to_svg(figure: Figure, key: str, label: str) -> Markup:
+    """Write a figure as an SVG element, the same bytes for the same figure.
+
+    Ids that nothing refers to are dropped: matplotlib calls the parts of every figure alike, and a page has many.
+
+    Args:
+        key: names the figure; it keeps the ids of the page's figures apart.
+        label: says in words what the figure shows, for those who hear the page.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": key}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    root = ElementTree.fromstring(buffer.getvalue())
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', buffer.getvalue()))
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):  # its `*` selector would reach the whole page
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.tail = None
+        if element.tag != "text":
+            element.text = None
+        for name, text in list(element.attrib.items()):
+            del element.attrib[name]
+            if name != "id" or text in used:
+                element.set(name.rpartition("}")[2], _for_page(text))
+    for name in ("width", "height", "version"):
+        del root.attrib[name]
+    root.attrib |= {"role": "img", "aria-label": label}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _for_page(text: str) -> str:
+    """Put the page's colours in, and leave coordinates at a hundredth of a pixel."""
+    for color, variable in THEME.items():
+        text = text.replace(color.lower(), f"var(--{variable})")
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", text)
