@@ -269,7 +269,6 @@ def invent_over_optimisation(recipe: Recipe, metrics: Row, pareto: Row | None) -
     alarms = [
         {
             "policy": policy,
-            "step": None,
             "alarm": alarm,
             "value": None if alarm == "entropy" and policy == "dpo" else round(0.31 + 0.2 * index, 2),
             "reference": 1.0,

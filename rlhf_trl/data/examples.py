@@ -70,22 +70,11 @@ class Examples:
         for subset in sorted(self.random):
             parts.append(f"## {inline(subset[:60])}\n")
             parts += [_render_pair("Drawn by hash", example) for example in self.random[subset]]
-            parts += [
-                _render_pair(title, example)
-                for (name, title), example in sorted(self.extreme.items())
-                if name == subset
-            ]
+            parts += [_render_pair(title, example)
+                      for (name, title), example in sorted(self.extreme.items()) if name == subset]  # fmt: skip
         if self.unusable:
             parts.append("## Rows that `prepare` drops\n\nOne for each reason (see `data/quarantine.jsonl`).\n")
-        for reason in sorted(self.unusable):
-            example = self.unusable[reason]
-            if isinstance(example.content, Pair):
-                parts.append(_render_pair(example.reason, example))
-            else:
-                raw = json.dumps(example.content, default=str, indent=1, ensure_ascii=False)
-                parts.append(
-                    f"### {example.reason} (row {example.row} of {inline(example.subset[:60])})\n\n{_cut(raw)}"
-                )
+        parts += [_render_pair(example.reason, example) for _, example in sorted(self.unusable.items())]
         return "\n".join(parts)
 
 
@@ -99,12 +88,14 @@ def _keep_best(best: dict[Any, _Example], key: Any, example: _Example) -> None:
 
 
 def _render_pair(title: str, example: _Example) -> str:
-    pair: Pair = example.content
+    heading = f"### {title} (row {example.row} of {inline(example.subset[:60])})\n\n"
+    pair = example.content
+    if not isinstance(pair, Pair):
+        return heading + _cut(json.dumps(pair, default=str, indent=1, ensure_ascii=False))
     earlier = len(pair.prompt) - 1
     asked = pair.prompt[-1]["content"] if pair.prompt else ""
     return (
-        f"### {title} (row {example.row} of {inline(example.subset[:60])})\n\n"
-        f"**User**{f', after {earlier} earlier turns' if earlier > 0 else ''}\n\n{_cut(asked)}\n"
+        f"{heading}**User**{f', after {earlier} earlier turns' if earlier > 0 else ''}\n\n{_cut(asked)}\n"
         f"**Chosen**, {len(pair.chosen)} characters\n\n{_cut(pair.chosen)}\n"
         f"**Rejected**, {len(pair.rejected)} characters\n\n{_cut(pair.rejected)}"
     )

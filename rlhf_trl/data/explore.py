@@ -116,24 +116,18 @@ def explore(recipe: Recipe, run: RunDir) -> None:
 def _measure(
     subsets: dict[str, Subset], pairs: list[tuple[str, Pair]], count_tokens: Callable[[Sequence[str]], list[int]]
 ) -> None:
-    chosen_tokens = count_tokens([pair.chosen for _, pair in pairs])
-    rejected_tokens = count_tokens([pair.rejected for _, pair in pairs])
-    for (name, pair), *tokens in zip(pairs, chosen_tokens, rejected_tokens, strict=True):
+    sides = [pair.chosen for _, pair in pairs], [pair.rejected for _, pair in pairs]
+    for (name, pair), *tokens in zip(pairs, *map(count_tokens, sides), strict=True):
         subset = subsets.setdefault(name, Subset([], Counter(), Counter()))
         chosen, rejected = (WORD.findall(text.lower().replace("’", "'")) for text in (pair.chosen, pair.rejected))
         subset.chosen_words.update(set(chosen))
         subset.rejected_words.update(set(rejected))
         prefix = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
-        subset.pairs.append(
-            Measured(
-                depth=pair.user_turns,
-                characters=(len(pair.chosen), len(pair.rejected)),
-                words=(len(chosen), len(rejected)),
-                tokens=(tokens[0], tokens[1]),
-                refuses=(refuses(pair.chosen), refuses(pair.rejected)),
-                prefix=sum(1 for _ in prefix),
-            )
-        )
+        subset.pairs.append(Measured(
+            depth=pair.user_turns, characters=(len(pair.chosen), len(pair.rejected)),
+            words=(len(chosen), len(rejected)), tokens=(tokens[0], tokens[1]),
+            refuses=(refuses(pair.chosen), refuses(pair.rejected)), prefix=sum(1 for _ in prefix),
+        ))  # fmt: skip
 
 
 def _lengths(subset: Subset) -> dict[str, np.ndarray]:
@@ -171,28 +165,18 @@ def _describe_subset(subset: Subset) -> dict[str, Any]:
         "pairs": len(pairs),
         "depth": {"mean": _mean(depth), "counts": {str(turns): n for turns, n in sorted(Counter(depth).items())}},
         "lengths": {
-            unit: {
-                "chosen": _quantiles(both[:, 0]),
-                "rejected": _quantiles(both[:, 1]),
-                "difference": _mean(both[:, 0] - both[:, 1]),
-            }
+            unit: {"chosen": _quantiles(both[:, 0]), "rejected": _quantiles(both[:, 1]),
+                   "difference": _mean(both[:, 0] - both[:, 1])}
             for unit, both in lengths.items()
         },
         "chosen_longer": {unit: _share(_longer(both)) for unit, both in lengths.items()},
-        "equal_length": {unit: int((both[:, 0] == both[:, 1]).sum()) for unit, both in lengths.items()},
         "verbosity": _verbosity(lengths["words"]),
-        "refusals": {
-            "chosen": _share(refusing[:, 0]),
-            "rejected": _share(refusing[:, 1]),
-            "refusal_is_chosen": _share(one_refuses[:, 0]),
-        },
-        "shared_prefix": {
-            "first_word": _share(prefix >= 1),
-            "first_three_words": _share(prefix >= 3),
-            "share": _quantiles(prefix / np.maximum(shorter, 1)),
-        },
+        "refusals": {"chosen": _share(refusing[:, 0]), "rejected": _share(refusing[:, 1]),
+                     "refusal_is_chosen": _share(one_refuses[:, 0])},
+        "shared_prefix": {"first_word": _share(prefix >= 1), "first_three_words": _share(prefix >= 3),
+                          "share": _quantiles(prefix / np.maximum(shorter, 1))},
         "words": _typical_words(subset.chosen_words, subset.rejected_words),
-    }
+    }  # fmt: skip
 
 
 def _longer(both: np.ndarray) -> np.ndarray:
@@ -217,14 +201,11 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 def _verbosity(words: np.ndarray) -> list[dict[str, Any]]:
     words = words[words[:, 0] != words[:, 1]]
     ratio = words.max(axis=1) / np.maximum(words.min(axis=1), 1)
-    bins = []
-    for low, high in itertools.pairwise(RATIOS):
-        inside = words[(ratio >= low) & (ratio < high)]
-        # JSON has no infinity: the last bin is open.
-        bins.append(
-            {"from": low, "to": high if math.isfinite(high) else None, "longer_is_chosen": _share(_longer(inside))}
-        )
-    return bins
+    return [
+        {"from": low, "to": high if math.isfinite(high) else None,  # JSON has no infinity: the last bin is open
+         "longer_is_chosen": _share(_longer(words[(ratio >= low) & (ratio < high)]))}
+        for low, high in itertools.pairwise(RATIOS)
+    ]  # fmt: skip
 
 
 def _typical_words(chosen: Counter[str], rejected: Counter[str]) -> dict[str, Any]:

@@ -71,25 +71,17 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
         names = [reason.value for reason in reasons]
         tally.found.update(names)
         tally.dropped[names[0]] += 1
-        quarantine.append(
-            {"row": number, "subset": subset, "reason": names[0], "reasons": names, "raw": _printable(raw)}
-        )
+        entry = {"row": number, "subset": subset, "reason": names[0], "reasons": names, "raw": _printable(raw)}
+        quarantine.append(entry)
     # Dropped rows may hold what UTF-8 cannot, so that file is ASCII.
     write_text(run.quarantine, "".join(json.dumps(row, sort_keys=True) + "\n" for row in quarantine))
     _check_dropped(recipe, run, tallies)
-    held_out = split(
-        [item.keys for item in kept],
-        [item.subset for item in kept],
-        [item.length for item in kept],
-        data.test_fraction,
-        recipe.seed,
-    )
-    halves = halve([item.keys for item in kept], recipe.seed)
-    splits = {
-        "train": [item for item, test in zip(kept, held_out, strict=True) if not test],
-        "test": [item for item, test in zip(kept, held_out, strict=True) if test],
-    }
-    half_of = {item.row: half for item, half in zip(kept, halves, strict=True)}
+    keys = [item.keys for item in kept]
+    subsets, lengths = [item.subset for item in kept], [item.length for item in kept]
+    held_out = split(keys, subsets, lengths, data.test_fraction, recipe.seed)
+    splits = {name: [item for item, test in zip(kept, held_out, strict=True) if test == (name == "test")]
+              for name in ("train", "test")}  # fmt: skip
+    half_of = {item.row: half for item, half in zip(kept, halve(keys, recipe.seed), strict=True)}
     for name, items in splits.items():
         _write_split(run, name, items, half_of)
     tokenizer.save_pretrained(run.tokenizer)

@@ -17,6 +17,7 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.stats.intervals import wilson
 
 NOTES = ("contradictory", "multi_turn", "repeated_prompt", "truncated", "turns_dropped")
+TOKENIZER_KEYS = ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "chat_template")
 QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 DEFINITIONS = {
     "dropped": "rows whose first reason it is, in the order of rlhf_trl.data.hh.Reason; rows_in = rows_kept + the sum",
@@ -49,14 +50,7 @@ class Tally:
     chosen_longer: float = 0.0
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.rows + other.rows,
-            self.found + other.found,
-            self.dropped + other.dropped,
-            self.notes + other.notes,
-            self.compared + other.compared,
-            self.chosen_longer + other.chosen_longer,
-        )
+        return Tally(*(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -92,11 +86,7 @@ def summarise(
         "tokenizer": {
             "model": recipe.model["model_name_or_path"],
             "vocabulary": len(tokenizer),
-            "pad_token": tokenizer.pad_token,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token": tokenizer.eos_token,
-            "eos_token_id": tokenizer.eos_token_id,
-            "chat_template": tokenizer.chat_template,
+            **{key: getattr(tokenizer, key) for key in TOKENIZER_KEYS},
         },
         "definitions": DEFINITIONS,
     }
@@ -118,18 +108,13 @@ def _describe_split(items: Sequence[Kept]) -> dict[str, Any]:
     subsets: dict[str, list[Kept]] = {}
     for item in items:
         subsets.setdefault(item.subset, []).append(item)
-    tokens = {
-        "prompt": [item.tokens[0] for item in items],
-        "chosen": [item.tokens[1] for item in items],
-        "rejected": [item.tokens[2] for item in items],
-        "total": [item.length for item in items],
-    }
+    columns = zip(*((*item.tokens, item.length) for item in items), strict=True)
     return {
         **_describe_pairs(items),
         "subsets": {s: {**_describe_pairs(part), "share": len(part) / len(items)} for s, part in subsets.items()},
         "tokens": {
             part: {name: float(np.quantile(counts, level)) for name, level in QUANTILES.items()}
-            for part, counts in tokens.items()
+            for part, counts in zip(("prompt", "chosen", "rejected", "total"), columns, strict=True)
         },
     }
 
@@ -140,10 +125,7 @@ def _describe_pairs(items: Sequence[Kept]) -> dict[str, Any]:
     return {
         "pairs": len(items),
         "prompts": len({item.keys[-1] for item in items}),
-        "longer_is_chosen": {
-            "characters": _baseline(characters, len(items)),
-            "tokens": _baseline(tokens, len(items)),
-        },
+        "longer_is_chosen": {"characters": _baseline(characters, len(items)), "tokens": _baseline(tokens, len(items))},
     }
 
 

@@ -19,7 +19,6 @@ from rlhf_trl.text.words import common_opening, compare_distinct, distinct, open
 
 Records = Sequence[Mapping[str, Any]]
 
-
 # n-grams drawn for the diversity of one policy's answers, for each answer.
 DRAW = 8
 # From fewer prompts a bootstrap interval is too narrow to raise an alarm on.
@@ -28,7 +27,7 @@ MIN_PROMPTS = 10
 OPENING_MARGIN = 0.1
 
 
-def measure_text(records: Records, seed: int) -> dict[str, Any]:
+def measure_text(records: Records) -> dict[str, Any]:
     """Describe the answers of one policy; the order of the records does not matter.
 
     - `repetition`: share of repeated 4-grams within an answer, mean over the answers;
@@ -45,12 +44,10 @@ def measure_text(records: Records, seed: int) -> dict[str, Any]:
     texts = [record["answer"] for record in records]
     words = [split_words(text) for text in texts]
     copies = Counter(tuple(answer) for answer in words)
-    # Sorted, because the draws of a bootstrap go by place.
-    repeated = sorted(repetition(text) for text in texts)
     lengths = sorted(sum(word[0].isalnum() for word in answer) for answer in words)
     share, text = common_opening(texts) if texts else (0.0, "")
     return {
-        "repetition": estimate_mean(repeated).as_dict(),
+        "repetition": estimate_mean(sorted(map(repetition, texts))).as_dict(),
         **{f"distinct_{n}": distinct(texts, n, DRAW * len(texts)) for n in (1, 2, 3)},
         "common_opening": {"share": share, "text": text},
         "identical_answers": sum(many for answer, many in copies.items() if many > 1) / len(texts),
@@ -61,16 +58,14 @@ def measure_text(records: Records, seed: int) -> dict[str, Any]:
     }
 
 
-def raise_alarms(
-    policies: Mapping[str, Records], reference: Records, thresholds: Alarms, seed: int
-) -> list[dict[str, Any]]:
+def raise_alarms(policies: Mapping[str, Records], reference: Records, thresholds: Alarms) -> list[dict[str, Any]]:
     """Compare each policy with the reference on the same prompts; list every alarm, raised or not.
 
-    Each entry has `policy`, `step` (null), `alarm`, `value`, `reference`, `threshold`, `raised` and `says`, one
-    sentence. The three numbers have one unit (a ratio's reference is 1); an alarm that cannot be judged has nulls and
-    says why. An alarm is raised when the value lies beyond the threshold *and* the change is no chance: the bootstrap
-    interval of the paired difference, over at least 10 prompts, excludes no change. Its level is 99 %, because about
-    ten alarms are judged for a policy, and at 95 % one of them would often be chance. Records are paired by `id`.
+    Each entry has `policy`, `alarm`, `value`, `reference`, `threshold`, `raised` and `says`, one sentence. The three
+    numbers have one unit (a ratio's reference is 1); an alarm that cannot be judged has nulls and says why. An alarm
+    is raised when the value lies beyond the threshold *and* the change is no chance: the interval of the paired
+    difference, over at least 10 prompts, excludes no change. Its level is 99 %, because about ten alarms are judged
+    for a policy, and at 95 % one of them would often be chance. Records are paired by `id`.
 
     - `gold`: the reward rises and the gold reward falls by more than `gold_drop`, both by their 95 % intervals;
     - `length`: mean tokens of an answer, as a ratio, beyond `length_ratio` either way; `cut`: answers at the limit;
@@ -91,11 +86,11 @@ def raise_alarms(
         now = sorted(records, key=lambda record: record["id"])
         if not ids or [record["id"] for record in now] != ids or len(set(ids)) < len(ids):
             raise ValueError(f"{policy} and the reference must have answered the same prompts, each once")
-        alarms += [{"policy": policy, "step": None, **alarm} for alarm in _compare(now, start, thresholds, seed)]
+        alarms += [{"policy": policy, **alarm} for alarm in _compare(now, start, thresholds)]
     return alarms
 
 
-def _compare(now: Records, start: Records, limits: Alarms, seed: int) -> list[dict[str, Any]]:
+def _compare(now: Records, start: Records, limits: Alarms) -> list[dict[str, Any]]:
     """Judge every alarm of one policy; both sides' records lie in the same order of prompts."""
 
     def both(of: Callable[[Mapping[str, Any]], float]) -> np.ndarray:
@@ -110,23 +105,22 @@ def _compare(now: Records, start: Records, limits: Alarms, seed: int) -> list[di
     longer, shorter = limits.length_ratio, 1 / limits.length_ratio
     repeats = "of the 4-word sequences in an answer are repeats"
     return [
-        _gold(now, limits.gold_drop, seed),
-        _by_ratio("length", tokens, shorter, longer, "answers are {:.2f} times as long as the reference's", seed),
-        _by_rise("cut", cut, limits.cut_rise, "of the answers are cut at the limit", seed),
-        _by_rise("repetition", repeated, limits.repetition_rise, repeats, seed),
+        _gold(now, 0.0 - limits.gold_drop),  # no -0.0 in the file
+        _by_ratio("length", tokens, shorter, longer, "answers are {:.2f} times as long as the reference's"),
+        _by_rise("cut", cut, limits.cut_rise, "of the answers are cut at the limit"),
+        _by_rise("repetition", repeated, limits.repetition_rise, repeats),
         _distinct(now, start, limits.distinct_ratio),
-        _opening(now, start, limits.opening_share, seed),
-        _by_ratio("entropy", entropy, limits.entropy_ratio, None, "the entropy is {:.2f} times the reference's", seed),
+        _opening(now, start, limits.opening_share),
+        _by_ratio("entropy", entropy, limits.entropy_ratio, None, "the entropy is {:.2f} times the reference's"),
         *(
             _by_rise(f"refusal:{subset}", refusing[:, subsets == subset], limits.refusal_rise,
-                     f"of the answers to {subset} refuse", seed, float(wanted[subsets == subset].mean()))
+                     f"of the answers to {subset} refuse", float(wanted[subsets == subset].mean()))
             for subset in sorted(set(subsets.tolist()))
         ),
     ]  # fmt: skip
 
 
-def _gold(now: Records, drop: float, seed: int) -> dict[str, Any]:
-    threshold = 0.0 - drop  # no -0.0 in the file
+def _gold(now: Records, threshold: float) -> dict[str, Any]:
     for key, model in (("reward_gain", "reward model"), ("gold_gain", "gold reward model")):
         if key not in now[0]:
             return _unknown("gold", threshold, f"there is no {model}")
@@ -137,30 +131,26 @@ def _gold(now: Records, drop: float, seed: int) -> dict[str, Any]:
     return _alarm("gold", gold.mean, 0.0, threshold, beyond, sure, says)
 
 
-def _by_ratio(alarm: str, both: np.ndarray, low: float, high: float | None, says: str, seed: int) -> dict[str, Any]:
+def _by_ratio(alarm: str, both: np.ndarray, low: float, high: float | None, says: str) -> dict[str, Any]:
     """Compare two means, (2, P), as a ratio; without `high`, only a fall counts."""
     now, start = both.mean(axis=1).tolist()
     if start == 0:
         return _unknown(alarm, high or low, "the reference's mean is 0")
     ratio = now / start
     threshold = low if high is None or ratio < 1 else high
-    beyond = _is_beyond(ratio, threshold, 1.0)
-    return _alarm(alarm, ratio, 1.0, threshold, beyond, _differs(both), says.format(ratio))
+    return _alarm(alarm, ratio, 1.0, threshold, _is_beyond(ratio, threshold, 1.0), _differs(both), says.format(ratio))
 
 
-def _by_rise(
-    alarm: str, both: np.ndarray, rise: float, what: str, seed: int, wanted: float | None = None
-) -> dict[str, Any]:
+def _by_rise(alarm: str, both: np.ndarray, rise: float, what: str, wanted: float | None = None) -> dict[str, Any]:
     """Compare two mean shares, (2, P), by their difference; with `wanted`, that of the chosen answers, a fall counts
     like a rise, and the way towards them does not."""
     now, start = both.mean(axis=1).tolist()
     threshold = start + rise
     if wanted is not None:
         threshold = min(start, wanted) - rise if now < start else max(start, wanted) + rise
-    beyond = _is_beyond(now, threshold, start)
     says = f"{now:.0%} {what}, {start:.0%} of the reference's"
     says += "" if wanted is None else f" and {wanted:.0%} of the chosen answers"
-    return _alarm(alarm, now, start, threshold, beyond, _differs(both), says)
+    return _alarm(alarm, now, start, threshold, _is_beyond(now, threshold, start), _differs(both), says)
 
 
 def _is_beyond(value: float, threshold: float, reference: float) -> bool:
@@ -169,28 +159,24 @@ def _is_beyond(value: float, threshold: float, reference: float) -> bool:
 
 
 def _distinct(now: Records, start: Records, threshold: float) -> dict[str, Any]:
-    found = compare_distinct([record["answer"] for record in now], [record["answer"] for record in start])
-    if found is None:
+    compared = compare_distinct([record["answer"] for record in now], [record["answer"] for record in start])
+    if compared is None:
         return _unknown("distinct", threshold, "the answers are too short to compare")
-    ratio, _, high = found
+    ratio, _, high = compared
     says = f"the answers together hold {ratio:.2f} times as many different 2-word sequences as the reference's"
     return _alarm("distinct", ratio, 1.0, threshold, ratio < threshold, high < 1 and len(now) >= MIN_PROMPTS, says)
 
 
-def _opening(now: Records, start: Records, threshold: float, seed: int) -> dict[str, Any]:
+def _opening(now: Records, start: Records, threshold: float) -> dict[str, Any]:
     sides = [[record["answer"] for record in side] for side in (now, start)]
     (share, text), (reference, usual) = (common_opening(texts) for texts in sides)
     # An answer whose opening has the words of the most common one, each side's own.
-    begins = np.array(
-        [
-            [bool(most) and split_words(opening(answer)) == split_words(most) for answer in texts]
-            for texts, most in zip(sides, (text, usual), strict=True)
-        ],
-        dtype=np.float64,
-    )
+    begins = [[bool(most) and split_words(opening(answer)) == split_words(most) for answer in texts]
+              for texts, most in zip(sides, (text, usual), strict=True)]  # fmt: skip
     threshold = max(threshold, reference + OPENING_MARGIN)
     says = f"{share:.0%} of the answers begin with {text!r}, {reference:.0%} of the reference's with {usual!r}"
-    return _alarm("opening", share, reference, threshold, share > threshold, _differs(begins), says)
+    sure = _differs(np.array(begins, dtype=np.float64))
+    return _alarm("opening", share, reference, threshold, share > threshold, sure, says)
 
 
 def _differs(both: np.ndarray) -> bool:
@@ -198,19 +184,17 @@ def _differs(both: np.ndarray) -> bool:
     change = both[0] - both[1]
     if change.size < MIN_PROMPTS:
         return False
-    found = estimate_mean(change, level=0.01)
-    return not found.low <= 0 <= found.high
+    interval = estimate_mean(change, level=0.01)
+    return not interval.low <= 0 <= interval.high
 
 
 def _alarm(
-    alarm: str, value: float, reference: float, threshold: float, beyond: bool, sure: bool, says: str
+    alarm: str, value: float | None, reference: float | None, threshold: float, beyond: bool, sure: bool, says: str
 ) -> dict[str, Any]:
-    if beyond and not sure:
-        says += "; that may be chance"
-    return {"alarm": alarm, "value": value, "reference": reference, "threshold": threshold,
-            "raised": beyond and sure, "says": says}  # fmt: skip
+    says += "; that may be chance" if beyond and not sure else ""
+    numbers = {"value": value, "reference": reference, "threshold": threshold}
+    return {"alarm": alarm, **numbers, "raised": beyond and sure, "says": says}
 
 
 def _unknown(alarm: str, threshold: float, why: str) -> dict[str, Any]:
-    return {"alarm": alarm, "value": None, "reference": None, "threshold": threshold,
-            "raised": False, "says": f"not judged: {why}"}  # fmt: skip
+    return _alarm(alarm, None, None, threshold, False, False, f"not judged: {why}")

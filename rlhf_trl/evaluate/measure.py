@@ -66,14 +66,12 @@ class Measurements:
     ) -> list[float]:
         """Score answers with the reward or the gold model, spread over the processes."""
         model, size = self.judges[judge], self.settings.score_batch_size
-        lengths = [sum(len(turn["content"]) for turn in prompt) + len(answer)
-                   for prompt, answer in zip(prompts, answers, strict=True)]  # fmt: skip
 
         def work(rows: Sequence[int]) -> list[float]:
             some = [prompts[row] for row in rows], [answers[row] for row in rows], [done[row] for row in rows]
             return model.score(*some, batch_size=size).tolist()
 
-        scores = spread(sorted_batches(lengths, size, SHORTEST), work, f"{judge}: scores")
+        scores = spread(sorted_batches(_lengths(prompts, answers), size, SHORTEST), work, f"{judge}: scores")
         if not np.isfinite(scores).all():
             name = {"reward": self.settings.reward, "gold": self.settings.gold}[judge]
             raise UserError(f"evaluation.{judge}", f"{name} gives a score that is not finite", "train it again")
@@ -144,8 +142,7 @@ class Measurements:
             tokens = batch[3].sum(1)
             return torch.stack([drift.kl, drift.k1, drift.k3, drift.entropy / tokens], dim=1).tolist()
 
-        lengths = [sum(len(turn["content"]) for turn in prompt) + len(answer.text)
-                   for prompt, answer in zip(self.prompts, answers, strict=True)]  # fmt: skip
+        lengths = _lengths(self.prompts, [answer.text for answer in answers])
         return spread(sorted_batches(lengths, size, SHORTEST), work, progress)
 
     def draw_best_of_n(self, reference: Sequence[Row]) -> list[Row]:
@@ -207,6 +204,12 @@ class Measurements:
             self.run.adversarial_answers: rows,
             self.run.adversarial: {"categories": categories, "policies": rates},
         }
+
+
+def _lengths(prompts: Sequence[Messages], answers: Sequence[str]) -> list[int]:
+    """Characters of each conversation, by which batches are sorted."""
+    return [sum(len(turn["content"]) for turn in prompt) + len(answer)
+            for prompt, answer in zip(prompts, answers, strict=True)]  # fmt: skip
 
 
 def choose_prompts(run: RunDir, count: int, seed: int) -> list[Row]:

@@ -61,13 +61,10 @@ def decoding_of(recipe: Recipe, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def as_pair(row: Mapping[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
     """Take what the export keeps of an answer; `scores` is empty where the answer was not scored."""
     return {
-        "id": row["id"],
-        "subset": row["subset"],
-        "prompt": row["prompt"],
+        **{key: row[key] for key in ("id", "subset", "prompt", "finished")},
         "response": row["answer"],
         "response_tokens": row["answer_tokens"],
-        "finished": row["finished"],
-        "decoding": dict(decoding),
+        "decoding": decoding,
         "scores": {key: row[key] for key in SCORES if key in row},
     }
 

@@ -20,14 +20,8 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
+from rlhf_trl.evaluate import figures
 from rlhf_trl.evaluate.alarms import measure_text
-from rlhf_trl.evaluate.figures import (
-    plot_distributions,
-    plot_kl,
-    plot_over_optimisation,
-    plot_pareto,
-    plot_reward_kl_tradeoff,
-)
 from rlhf_trl.evaluate.measure import Measurements
 from rlhf_trl.evaluate.trade_off import build_over_optimisation, build_pareto
 from rlhf_trl.figures.style import save
@@ -131,10 +125,13 @@ def measure_policies(recipe: Recipe, run: RunDir, of: Measurements, metrics: Row
                            "prompts": len(of.rows), "seed": recipe.seed}  # fmt: skip
     metrics["definitions"] = DEFINITIONS
     metrics["dataset"] = {key: estimate_mean(scores).as_dict() for key, scores in of.dataset.items()}
-    edges = {key: _edges([row[key] for rows in records.values() for row in rows]) for key in of.judges}
-    metrics["histogram_edges"] = edges
+    edges = {
+        key: np.histogram_bin_edges([row[key] for rows in records.values() for row in rows], bins=HISTOGRAM_BINS)
+        for key in of.judges
+    }
+    metrics["histogram_edges"] = {key: places.tolist() for key, places in edges.items()}
     for (name, at), rows in records.items():
-        summary = summarise(rows, edges, recipe.seed)
+        summary = summarise(rows, edges)
         if at is None:
             metrics["policies"][name] = summary
         else:
@@ -149,7 +146,7 @@ def measure_policies(recipe: Recipe, run: RunDir, of: Measurements, metrics: Row
     return results
 
 
-def summarise(records: Sequence[Row], edges: Mapping[str, Sequence[float]], seed: int) -> Row:
+def summarise(records: Sequence[Row], edges: Mapping[str, np.ndarray]) -> Row:
     """Turn the records of one policy into estimates, score distributions and the state of its texts."""
     columns = {key: [row[key] for row in records] for key in records[0] if key in DEFINITIONS and key != "finished"}
     tokens = columns["answer_tokens"]
@@ -159,45 +156,29 @@ def summarise(records: Sequence[Row], edges: Mapping[str, Sequence[float]], seed
         "kl_per_token": estimate_ratio(columns["kl"], tokens).as_dict(),
         "entropy": estimate_ratio(entropies, tokens).as_dict(),
         "finished": wilson(sum(row["finished"] for row in records), len(records)).as_dict(),
-        "distributions": {key: _distribution(columns[key], edges[key]) for key in edges},
-        "health": measure_text(records, seed),
-    }
-
-
-def _edges(scores: Sequence[float]) -> list[float]:
-    return np.histogram_bin_edges(scores, bins=HISTOGRAM_BINS).tolist()
-
-
-def _distribution(scores: Sequence[float], edges: Sequence[float]) -> Row:
-    counts = np.histogram(scores, bins=np.asarray(edges))[0]
-    quantiles = np.quantile(scores, QUANTILES)
-    return {
-        "counts": counts.tolist(),
-        "quantiles": {str(key): float(value) for key, value in zip(QUANTILES, quantiles, strict=True)},
-    }
+        "distributions": {
+            key: {"counts": np.histogram(columns[key], bins=places)[0].tolist(),
+                  "quantiles": {str(level): float(np.quantile(columns[key], level)) for level in QUANTILES}}
+            for key, places in edges.items()
+        },
+        "health": measure_text(records),
+    }  # fmt: skip
 
 
 def conclude(recipe: Recipe, metrics: Row, pareto: Row | None, over: Row) -> Row:
     """Gather what each policy comes to, on one short page."""
     keys = ("kl", "reward_gain", "gold_gain", "answer_tokens", "finished")
-    return {
-        "reward_stage": metrics["reward_stage"],
-        "gold_stage": metrics["gold_stage"],
-        "policies": {
-            name: {
-                "trainer": recipe.stages[name].trainer,
-                **{key: metrics["policies"][name][key] for key in keys if key in metrics["policies"][name]},
-                "alarms": [a["alarm"] for a in over["alarms"] if a["policy"] == name and a["raised"]],
-                "on_front": {
-                    axis: point["on_front"]
-                    for axis, found in (pareto or {"axes": {}})["axes"].items()
-                    for point in found["points"]
-                    if point["policy"] == name and point["step"] is None
-                },
-            }
-            for name in recipe.policies
-        },
-    }
+    policies = {
+        name: {
+            "trainer": recipe.stages[name].trainer,
+            **{key: metrics["policies"][name][key] for key in keys if key in metrics["policies"][name]},
+            "alarms": [alarm["alarm"] for alarm in over["alarms"] if alarm["policy"] == name and alarm["raised"]],
+            "on_front": {axis: point["on_front"] for axis, frontier in (pareto["axes"] if pareto else {}).items()
+                         for point in frontier["points"] if (point["policy"], point["step"]) == (name, None)},
+        }
+        for name in recipe.policies
+    }  # fmt: skip
+    return {"reward_stage": metrics["reward_stage"], "gold_stage": metrics["gold_stage"], "policies": policies}
 
 
 def measure_reward_model(recipe: Recipe, run: RunDir, name: str, rewards: RewardModel) -> Row:
@@ -219,14 +200,13 @@ def _draw(recipe: Recipe, run: RunDir, results: Mapping[Path, Any]) -> None:
     stats = {
         stage: read_json(run.training_stats(stage)) for stage in recipe.stages if run.training_stats(stage).exists()
     }
-    metrics, over = results[run.metrics], results[run.over_optimisation]
-    figures = {
-        "kl_drift": plot_kl(metrics),
-        "reward_distributions": plot_distributions(metrics),
-        "pareto": plot_pareto(results.get(run.pareto, {"axes": {}})),
-        "over_optimisation": plot_over_optimisation(over),
+    drawn = {
+        "kl_drift": figures.plot_kl(results[run.metrics]),
+        "reward_distributions": figures.plot_distributions(results[run.metrics]),
+        "pareto": figures.plot_pareto(results.get(run.pareto, {"axes": {}})),
+        "over_optimisation": figures.plot_over_optimisation(results[run.over_optimisation]),
         "training_curves": plot_training(stats),
-        "reward_kl_tradeoff": plot_reward_kl_tradeoff(stats),
+        "reward_kl_tradeoff": figures.plot_reward_kl_tradeoff(stats),
     }
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         save(figure, run.figure(name))

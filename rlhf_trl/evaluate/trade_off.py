@@ -37,10 +37,10 @@ def build_pareto(recipe: Recipe, records: Records, draws: Sequence[Row]) -> Row:
 
 
 def _build_axis(recipe: Recipe, axis: str, records: Records, draws: Sequence[Row]) -> Row:
-    seed, worst = recipe.seed, recipe.evaluation.worst
+    worst = recipe.evaluation.worst
     kls = {key: np.array([row["kl"] for row in rows]) for key, rows in records.items()}
     gains = {key: np.array([row[f"{axis}_gain"] for row in rows]) for key, rows in records.items()}
-    described, area = describe_front(gains, kls, worst.gain, worst.kl, seed)
+    described, area = describe_front(gains, kls, worst.gain, worst.kl, recipe.seed)
     points = [
         {"policy": policy, "step": step, "trainer": None if policy == REFERENCE else recipe.stages[policy].trainer,
          **described[policy, step]}
@@ -53,10 +53,8 @@ def _build_axis(recipe: Recipe, axis: str, records: Records, draws: Sequence[Row
         methods[name] = (np.stack([kls[key] for key in path]), np.stack([gains[key] for key in path]))
     curve = best_of_n_curve(axis, draws)
     if curve:
-        prompts = len(draws)
-        methods["best_of_n"] = (
-            np.stack([np.full(prompts, best_of_n_kl(n)) for n in curve]), np.stack([*curve.values()]),
-        )  # fmt: skip
+        best_kls = np.array([[best_of_n_kl(n)] * len(draws) for n in curve])
+        methods["best_of_n"] = (best_kls, np.stack([*curve.values()]))
     return {
         "points": points,
         "hypervolume": area,
@@ -89,22 +87,21 @@ def build_over_optimisation(recipe: Recipe, metrics: Row, records: Records, pare
     for name in recipe.policies if pareto else ():
         entries = metrics["checkpoints"].get(name) or [{"step": None, **metrics["policies"][name]}]
         points = [
-            {"step": entry["step"], "kl": entry["kl"],
-             "proxy": entry["reward_gain"], "gold": entry.get("gold_gain")}
-            for entry in entries
-        ]  # fmt: skip
+            {"step": of["step"], "kl": of["kl"], "proxy": of["reward_gain"], "gold": of.get("gold_gain")}
+            for of in entries
+        ]
         stages[name] = {"form": "rl", "points": points, "fit": _fit_both(points, "rl")}
-    best: Row = {"form": "bon", "points": [], "fit": {"proxy": None, "gold": None}}
+    best: Row = {"form": "bon", "points": []}
     if pareto and pareto["axes"]["reward"]["best_of_n"]:
         gold = {entry["n"]: entry["gain"] for entry in pareto["axes"].get("gold", {"best_of_n": []})["best_of_n"]}
         best["points"] = [
-            {"n": entry["n"], "kl": {"mean": entry["kl"], "low": entry["kl"],
-             "high": entry["kl"], "n": entry["gain"]["n"]}, "proxy": entry["gain"], "gold": gold.get(entry["n"])}
-            for entry in pareto["axes"]["reward"]["best_of_n"]
+            {"n": of["n"], "proxy": of["gain"], "gold": gold.get(of["n"]),
+             "kl": {**dict.fromkeys(("mean", "low", "high"), of["kl"]), "n": of["gain"]["n"]}}
+            for of in pareto["axes"]["reward"]["best_of_n"]
         ]  # fmt: skip
-        best["fit"] = _fit_both(best["points"], "bon")
+    best["fit"] = _fit_both(best["points"], "bon")
     finals = {name: records[name, None] for name in recipe.policies}
-    alarms = raise_alarms(finals, records[REFERENCE, None], recipe.evaluation.alarms, recipe.seed)
+    alarms = raise_alarms(finals, records[REFERENCE, None], recipe.evaluation.alarms)
     return {"stages": stages, "best_of_n": best, "alarms": alarms}
 
 

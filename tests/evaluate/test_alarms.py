@@ -17,17 +17,8 @@ from rlhf_trl.stats.intervals import estimate_mean, wilson
 from rlhf_trl.text.refusals import UNSAFE, refuses, unsafe_patterns
 
 LIMIT = 100
-NAMES = [
-    "gold",
-    "length",
-    "cut",
-    "repetition",
-    "distinct",
-    "opening",
-    "entropy",
-    "refusal:harmless",
-    "refusal:helpful",
-]
+NAMES = ["gold", "length", "cut", "repetition", "distinct", "opening", "entropy"]
+NAMES += ["refusal:harmless", "refusal:helpful"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +65,7 @@ def changed(records, change, **more):
 
 
 def raised(policy, reference, **thresholds):
-    alarms = raise_alarms({"ppo": policy}, reference, Alarms(**thresholds), seed=0)
+    alarms = raise_alarms({"ppo": policy}, reference, Alarms(**thresholds))
     return {alarm["alarm"] for alarm in alarms if alarm["raised"]}
 
 
@@ -159,10 +150,9 @@ def test_numbers_of_a_few_answers():
         "a b c d a b c d a b c",
     ]
     records = [
-        {"answer": text, "subset": "xxyyy"[i], "finished": i != 4, "answer_tokens": 9}
-        for i, text in enumerate(answers)
+        {"answer": text, "subset": "x", "finished": i != 4, "answer_tokens": 9} for i, text in enumerate(answers)
     ]
-    found = measure_text(records, seed=0)
+    found = measure_text(records)
     assert found["repetition"]["mean"] == pytest.approx(0.5 / 5)
     assert found["common_opening"] == {"share": 0.4, "text": "Sure, here it is"}
     assert (found["identical_answers"], found["empty"]) == (0.0, 0.2)
@@ -171,27 +161,27 @@ def test_numbers_of_a_few_answers():
     assert found["words"]["mean"] == pytest.approx((4 + 6 + 6 + 0 + 11) / 5)
     # 5 x 8 n-grams are more than there are.
     assert found["distinct_1"] is found["distinct_2"] is found["distinct_3"] is None
-    assert measure_text(records[3:] + records[:3], seed=0) == found
+    assert measure_text(records[3:] + records[:3]) == found
     json.dumps(found, allow_nan=False)
-    again = measure_text([*records, records[1]], seed=0)
+    again = measure_text([*records, records[1]])
     assert again["identical_answers"] == pytest.approx(2 / 6)
 
 
 def test_real_answers_are_diverse_and_a_repeated_one_is_not(real):
     records = healthy(real, 100, seed=1)
-    found = measure_text(records, seed=0)
+    found = measure_text(records)
     assert 0.4 < found["distinct_1"] < 0.6 and 0.85 < found["distinct_2"] < 0.95 < found["distinct_3"] < 1
     assert found["repetition"]["mean"] < 0.03 and found["common_opening"]["share"] <= 0.04
     random.Random(0).shuffle(records)
-    assert measure_text(records, seed=0) == found
-    same = measure_text(changed(records, lambda text: "That is a great question, my friend!"), seed=0)
+    assert measure_text(records) == found
+    same = measure_text(changed(records, lambda text: "That is a great question, my friend!"))
     assert same["identical_answers"] == same["common_opening"]["share"] == 1.0
     assert same["distinct_2"] < 0.02 and same["repetition"]["high"] == 0
 
 
 def test_no_answers_are_refused():
     with pytest.raises(ValueError, match="at least one value"):
-        measure_text([], seed=0)
+        measure_text([])
 
 
 # --- alarms ----------------------------------------------------------------------------------------------------------
@@ -199,13 +189,13 @@ def test_no_answers_are_refused():
 
 def test_every_alarm_is_listed_for_every_policy(real):
     reference = healthy(real, 60, seed=0)
-    alarms = raise_alarms({"dpo": healthy(real, 60, seed=1), "ppo": healthy(real, 60, seed=2)}, reference, Alarms(), 0)
+    alarms = raise_alarms({"dpo": healthy(real, 60, seed=1), "ppo": healthy(real, 60, seed=2)}, reference, Alarms())
     assert [(alarm["policy"], alarm["alarm"]) for alarm in alarms] == [
         (p, name) for p in ("dpo", "ppo") for name in NAMES
     ]
     for alarm in alarms:
-        assert set(alarm) == {"policy", "step", "alarm", "value", "reference", "threshold", "raised", "says"}
-        assert alarm["step"] is None and alarm["raised"] is False
+        assert set(alarm) == {"policy", "alarm", "value", "reference", "threshold", "raised", "says"}
+        assert alarm["raised"] is False
         assert re.search(r"\d", alarm["says"]) and "\n" not in alarm["says"]
     json.dumps(alarms, allow_nan=False)
 
@@ -294,12 +284,12 @@ def test_gold_alarm_needs_a_sure_rise_of_the_reward():
         noise = np.random.default_rng(0).normal(0, 2, size=40)
         gains = noise - noise.mean() + shift
         policy = [{**old, "reward_gain": gain, "gold_gain": -0.5} for old, gain in zip(reference, gains, strict=True)]
-        alarm = raise_alarms({"ppo": policy}, reference, Alarms(), 0)[0]
+        alarm = raise_alarms({"ppo": policy}, reference, Alarms())[0]
         assert (alarm["alarm"], alarm["value"], alarm["raised"]) == ("gold", -0.5, False)
         assert str(alarm["threshold"]) == "0.0"
         assert alarm["says"].endswith(says)
         policy = [{**row, "reward_gain": row["reward_gain"] + 2} for row in policy]
-        assert raise_alarms({"ppo": policy}, reference, Alarms(), 0)[0]["raised"]
+        assert raise_alarms({"ppo": policy}, reference, Alarms())[0]["raised"]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.45, set()), (0.55, {"opening"})])
@@ -350,7 +340,7 @@ def test_one_large_change_is_no_change_of_the_policy(real):
     reference = healthy(real, 40, seed=9)
     policy = [dict(old) for old in reference]
     policy[3]["answer_tokens"] += 5000
-    found = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms(), 0)}["length"]
+    found = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms())}["length"]
     assert found["value"] > found["threshold"] == 1.5
     assert not found["raised"] and found["says"].endswith("that may be chance")
 
@@ -369,34 +359,34 @@ def test_what_cannot_be_judged_says_why(real):
         {key: value for key, value in old.items() if key != "gold_gain"} for old in healthy(real, 20, seed=11)
     ]
     policy = [{**old, "answer": ""} for old in reference]
-    by_name = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms(), 0)}
+    by_name = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms())}
     gold = by_name["gold"]
     assert (gold["value"], gold["reference"], gold["raised"]) == (None, None, False)
     assert gold["says"] == "not judged: there is no gold reward model"
     assert by_name["distinct"]["says"] == "not judged: the answers are too short to compare"
     unscored = [{key: value for key, value in old.items() if key != "reward_gain"} for old in reference]
-    says = [alarm["says"] for alarm in raise_alarms({"ppo": unscored}, unscored, Alarms(), 0)]
+    says = [alarm["says"] for alarm in raise_alarms({"ppo": unscored}, unscored, Alarms())]
     assert "not judged: there is no reward model" in says
     certain = [{**old, "entropy": 0.0} for old in reference]
-    by_name = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": certain}, certain, Alarms(), 0)}
+    by_name = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": certain}, certain, Alarms())}
     assert by_name["entropy"]["says"] == "not judged: the reference's mean is 0"
 
 
 def test_the_order_of_the_rows_does_not_matter(real):
     reference, policy = healthy(real, 30, seed=12), healthy(real, 30, seed=13)
-    first = raise_alarms({"ppo": policy}, reference, Alarms(), 0)
+    first = raise_alarms({"ppo": policy}, reference, Alarms())
     random.Random(1).shuffle(reference)
     random.Random(2).shuffle(policy)
-    assert raise_alarms({"ppo": policy}, reference, Alarms(), 0) == first
+    assert raise_alarms({"ppo": policy}, reference, Alarms()) == first
 
 
 def test_records_are_paired_by_their_prompts(real):
     reference = healthy(real, 12, seed=14)
     for policy in (reference[1:], [*reference, reference[0]], [{**reference[0], "id": "other"}, *reference[1:]], []):
         with pytest.raises(ValueError, match="the same prompts, each once"):
-            raise_alarms({"ppo": policy}, reference, Alarms(), 0)
+            raise_alarms({"ppo": policy}, reference, Alarms())
     with pytest.raises(ValueError, match="the same prompts, each once"):
-        raise_alarms({"ppo": reference + reference}, reference + reference, Alarms(), 0)
+        raise_alarms({"ppo": reference + reference}, reference + reference, Alarms())
 
 
 def test_values_and_thresholds_have_one_unit(real):
@@ -405,7 +395,7 @@ def test_values_and_thresholds_have_one_unit(real):
     policy = [
         {**old, "finished": False, "answer_tokens": 2 * old["answer_tokens"], "entropy": 1.0} for old in reference
     ]
-    found = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms(), 0)}
+    found = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms())}
     cut = np.mean([not old["finished"] for old in reference])
     assert (found["length"]["value"], found["length"]["reference"], found["length"]["threshold"]) == (2, 1, 1.5)
     assert (found["cut"]["value"], found["cut"]["reference"]) == pytest.approx((1, cut))
@@ -413,7 +403,5 @@ def test_values_and_thresholds_have_one_unit(real):
     assert found["length"]["says"] == "answers are 2.00 times as long as the reference's"
     assert found["entropy"]["value"] == pytest.approx(1 / np.mean([old["entropy"] for old in reference]))
     shorter = [{**old, "answer_tokens": old["answer_tokens"] / 2} for old in reference]
-    (length,) = (
-        alarm for alarm in raise_alarms({"ppo": shorter}, reference, Alarms(), 0) if alarm["alarm"] == "length"
-    )
+    (length,) = (alarm for alarm in raise_alarms({"ppo": shorter}, reference, Alarms()) if alarm["alarm"] == "length")
     assert (length["value"], length["threshold"]) == pytest.approx((0.5, 1 / 1.5))
