@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_trl.stats.intervals import Estimate, estimate_ratio
+from rlhf_trl.stats.intervals import Estimate, estimate_ratio, wilson
 from rlhf_trl.stats.trust import length_rule
 
 
@@ -34,8 +34,6 @@ def share(values: np.ndarray, prompts: np.ndarray) -> Estimate:
     Raises:
         ValueError: there are no values.
     """
-    from statsmodels.stats.proportion import proportion_confint
-
     values = np.asarray(values, dtype=float)
     sums, counts = _by_prompt(values, prompts)
     n, units = len(values), len(counts)
@@ -45,8 +43,8 @@ def share(values: np.ndarray, prompts: np.ndarray) -> Estimate:
     if 1 < units < n and 0 < mean < 1:
         variance = float(((sums - mean * counts) ** 2).sum()) / n**2 * units / (units - 1)
         effective = mean * (1 - mean) / max(variance, mean * (1 - mean) / n)
-    low, high = proportion_confint(mean * effective, effective, alpha=0.05, method="wilson")
-    return Estimate(mean, min(float(low), mean), max(float(high), mean), n)
+    found = wilson(mean * effective, effective)
+    return Estimate(mean, min(found.low, mean), max(found.high, mean), n)
 
 
 def average(values: np.ndarray, prompts: np.ndarray) -> Estimate:

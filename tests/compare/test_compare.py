@@ -49,6 +49,12 @@ def measured(recipe: Recipe, stats: dict[str, Any], names: list[str] | None = No
     return compare_stages(recipe, stats, {"policies": {}, "checkpoints": {}}, {}, names or recipe.policies)
 
 
+@pytest.fixture
+def rl() -> tuple[Recipe, dict[str, Any]]:
+    recipe = recipe_of(RL)
+    return recipe, stats_of(recipe)
+
+
 def words(results: dict[str, Any], stage: str) -> dict[str, str]:
     return {found["finding"]: found["quantity"] for found in results["stages"][stage]["findings"]}
 
@@ -84,37 +90,34 @@ def test_a_spike_a_divergence_and_slowness_are_each_named_for_what_they_are() ->
     assert words(results, "dpo-seed=4") == {}
 
 
+def of_rows(**columns: Any) -> Any:
+    """Overwrite what the rows of a run logged, by functions of the step."""
+    return lambda run: [row.update({key: of(row["step"]) for key, of in columns.items()}) for row in run["history"]]
+
+
 @pytest.mark.parametrize(
-    ("change", "quantity"),
+    ("stage", "change", "found"),
     [
-        (lambda row: row.update(reward=1.0 - 0.05 * row["step"]), "reward"),
-        (lambda row: row.update(grad_norm=1.4 if row["step"] < 50 else 90.0), "grad_norm"),
-        (lambda row: row.update(kl=0.8 * row["step"]), "kl"),
+        ("ppo", of_rows(reward=lambda step: 1.0 - 0.05 * step), ("diverging", "reward", "ends worse")),
+        ("ppo", of_rows(grad_norm=lambda step: 1.4 if step < 50 else 90.0), ("diverging", "grad_norm", "10 times")),
+        ("ppo", of_rows(kl=lambda step: 0.8 * step), ("diverging", "kl", "evaluation.worst.kl")),
+        # A surrogate whose level says nothing.
+        ("grpo", of_rows(loss=lambda step: -0.05 + 0.002 * step), None),
+        (
+            "ppo",
+            lambda run: run["summary"].update(stopped="max_kl of 6 nats was passed"),
+            ("stopped", "kl", "of 6 nats"),
+        ),
     ],
 )
-def test_a_policy_that_runs_away_is_diverging(change: Any, quantity: str) -> None:
-    recipe = recipe_of(RL)
-    stats = stats_of(recipe)
-    for row in stats["ppo"]["history"]:
-        change(row)
-    found = [of for of in measured(recipe, stats)["stages"]["ppo"]["findings"] if of["finding"] == "diverging"]
-    assert [of["quantity"] for of in found] == [quantity]
-
-
-def test_a_surrogate_loss_that_rises_is_no_divergence() -> None:
-    recipe = recipe_of(RL)
-    stats = stats_of(recipe)
-    for row in stats["grpo"]["history"]:
-        row["loss"] = -0.05 + 0.002 * row["step"]
-    assert "diverging" not in words(measured(recipe, stats), "grpo")
-
-
-def test_a_run_that_was_stopped_says_why() -> None:
-    recipe = recipe_of(RL)
-    stats = stats_of(recipe)
-    stats["ppo"]["summary"]["stopped"] = "max_kl of 6 nats was passed"
-    [found] = [of for of in measured(recipe, stats)["stages"]["ppo"]["findings"] if of["finding"] == "stopped"]
-    assert "max_kl of 6 nats" in found["says"]
+def test_what_stands_out_is_named_with_its_quantity(rl: Any, stage: str, change: Any, found: Any) -> None:
+    recipe, stats = rl
+    change(stats[stage])
+    named = [
+        of for of in measured(recipe, stats)["stages"][stage]["findings"] if of["finding"] in ("diverging", "stopped")
+    ]
+    assert [(of["finding"], of["quantity"]) for of in named] == ([found[:2]] if found else [])
+    assert not found or found[2] in named[0]["says"]
 
 
 def test_the_same_training_twice_is_called_identical() -> None:
@@ -130,9 +133,8 @@ def test_the_same_training_twice_is_called_identical() -> None:
 # --- what means the same ---------------------------------------------------------------------------------------------
 
 
-def test_losses_and_kls_of_different_trainers_never_share_a_table() -> None:
-    recipe = recipe_of(RL)
-    comparable = measured(recipe, stats_of(recipe))["comparable"]
+def test_losses_and_kls_of_different_trainers_never_share_a_table(rl: Any) -> None:
+    comparable = measured(*rl)["comparable"]
     assert [of["stages"] for of in comparable["loss"]] == [["dpo"], ["grpo"], ["ppo"]]
     assert [of["stages"] for of in comparable["kl"]] == [["grpo"], ["ppo"]]
     assert [of["stages"] for of in comparable["reward"]] == [["grpo", "ppo"]]
@@ -157,9 +159,8 @@ def test_a_loss_scaled_by_beta_is_another_loss_and_a_learning_rate_is_not() -> N
     ]
 
 
-def test_times_on_other_devices_or_threads_are_not_compared() -> None:
-    recipe = recipe_of(RL)
-    stats = stats_of(recipe)
+def test_times_on_other_devices_or_threads_are_not_compared(rl: Any) -> None:
+    recipe, stats = rl
     stats["ppo"]["summary"]["cpu_threads"] = 1
     stats["ppo"]["summary"]["seconds"] *= 100
     results = measured(recipe, stats)
@@ -193,17 +194,15 @@ def test_a_threshold_that_was_not_reached_is_censored() -> None:
     assert "> 17" in text
 
 
-def test_a_method_that_samples_nothing_has_no_reward_to_reach() -> None:
-    recipe = recipe_of(RL)
-    found = measured(recipe, stats_of(recipe))["stages"]["dpo"]
+def test_a_method_that_samples_nothing_has_no_reward_to_reach(rl: Any) -> None:
+    found = measured(*rl)["stages"]["dpo"]
     assert found["convergence"]["meaning"] is None
     assert "no checkpoint was evaluated" in found["convergence"]["why_not"]
     assert found["efficiency"]["generated_tokens"] is None
 
 
-def test_evaluated_checkpoints_let_every_method_be_compared() -> None:
-    recipe = recipe_of(RL)
-    stats = stats_of(recipe)
+def test_evaluated_checkpoints_let_every_method_be_compared(rl: Any) -> None:
+    recipe, stats = rl
     curve = [{"step": step, "reward": {"mean": step / 60}} for step in (15, 30, 45, 60)]
     reference = {"reference": {"reward": {"mean": -0.25}}}
     metrics = {"policies": reference, "checkpoints": dict.fromkeys(recipe.policies, curve)}
@@ -230,19 +229,17 @@ def test_a_run_that_logged_nothing_stands_beside_others() -> None:
     assert results["stages"]["again"]["efficiency"]["tokens_per_second"] is None
 
 
-def test_a_run_is_held_against_its_own_start() -> None:
+def test_a_run_is_held_against_its_own_start(rl: Any) -> None:
     """A run that begins high and stays there has not risen, whatever the others began with."""
-    recipe = recipe_of(RL)
-    stats = stats_of(recipe)
+    recipe, stats = rl
     for row in stats["ppo"]["history"]:
         row["reward"] = 2.0
     found = measured(recipe, stats)["stages"]["ppo"]["convergence"]
     assert (found["start"], found["rate"], found["area"]) == (2.0, 0.0, 0.0)
 
 
-def test_areas_are_over_the_time_that_all_of_them_trained() -> None:
-    recipe = recipe_of(RL)
-    stats = stats_of(recipe)
+def test_areas_are_over_the_time_that_all_of_them_trained(rl: Any) -> None:
+    recipe, stats = rl
     for row in stats["ppo"]["history"]:
         row["seconds"] *= 2
     stages = measured(recipe, stats)["stages"]

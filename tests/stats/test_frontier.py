@@ -188,19 +188,16 @@ def test_nothing_is_extrapolated_or_read_off_a_long_line(kls, budget):
     assert read(kls, [1.0] * len(kls), budget) is None
 
 
-def test_after_a_peak_the_loss_counts():
-    assert read([1, 2, 5, 10], [0.3, 0.6, 0.0, -1.0], 9.98) == pytest.approx(-1, abs=0.01)
-
-
-def test_of_several_crossings_the_last_counts():
-    """KL rises to 9, falls to 1 and rises again: at 6.25 the last stretch is read."""
-    assert read([1, 9, 1, 9], [0, 2, 10, 20], 6.25) == pytest.approx(10 + 10 * (2.5 - 1) / 2)
-
-
-def test_best_of_n_reaches_exactly_its_own_kl():
-    sizes = [2, 4, 8, 16]
-    for n, gain in zip(sizes, range(4), strict=True):
-        assert read([best_of_n_kl(n) for n in sizes], [0, 1, 2, 3], best_of_n_kl(n)) == pytest.approx(gain)
+@pytest.mark.parametrize(
+    ("kls", "gains", "budget", "gain"),
+    [
+        ([1, 2, 5, 10], [0.3, 0.6, 0.0, -1.0], 10, -1),  # after a peak the loss counts
+        ([1, 9, 1, 9], [0, 2, 10, 20], 6.25, 10 + 10 * (2.5 - 1) / 2),  # of several crossings the last one
+        *(([best_of_n_kl(n) for n in (2, 4, 8, 16)], [2, 4, 8, 16], best_of_n_kl(n), n) for n in (2, 4, 8, 16)),
+    ],
+)
+def test_a_path_is_read_where_it_crosses_last(kls, gains, budget, gain):
+    assert read(kls, gains, budget) == pytest.approx(gain)
 
 
 def test_the_spread_of_a_reading_holds_the_noise_of_the_kls():
