@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,9 +59,8 @@ class Trajectory:
     """`kl`, and `gold_gain` and `reward_gain` where there is such a model, (points, prompts) each."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """KL and gain at each point of a trajectory on each prompt, (K, P) both."""
+class Curve(NamedTuple):
+    """KL and gain at each point of a run on each prompt, (K, P) both."""
 
     stage: str
     steps: Sequence[int | None]
@@ -146,7 +145,7 @@ def measure_pair(
     if count < FEWEST:
         return {"why_not": f"only {count} prompts have a score for all of their runs; {FEWEST} are needed"}
     finals = [np.stack([curve.gains[-1] for curve in of]) for of in runs]
-    ends = [of.mean(axis=1)[:, None] for of in finals]
+    improvement = probability_of_improvement(*(of.mean(axis=1)[:, None] for of in finals))
     points = min(len(curve.steps) for curve in curves)
     return {
         "why_not": None,
@@ -155,8 +154,7 @@ def measure_pair(
         "smallest": smallest,
         "points": points,
         "equal_kl": {"smallest": smallest, **_compare_at_equal_kl(runs, points, measure)},
-        "as_trained": {"smallest": smallest, "kl": None, **_compare(*finals),
-                       "improvement": probability_of_improvement(*ends)},
+        "as_trained": {"smallest": smallest, "kl": None, **_compare(*finals), "improvement": improvement},
         "collapsed": [peak for curve in curves if (peak := find_collapse(curve, smallest))],
     }  # fmt: skip
 

@@ -154,26 +154,27 @@ def conclude(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, s
     Returns:
         `measure`, `winner`, the `sentence`, and `warnings`; None where no pair was measured.
     """
-    known = [(measure, pair) for pair in pairs for measure, found in pair["measures"].items() if not found["why_not"]]
-    if not known:
+    measures = pairs[0]["measures"] if pairs else ()
+    measure = next((of for of in measures if not all(pair["measures"][of]["why_not"] for pair in pairs)), None)
+    if measure is None:
         return None
-    measure = next(of for of in pairs[0]["measures"] if any(of == other for other, _ in known))
     results = [(pair, pair["measures"][measure]) for pair in pairs if not pair["measures"][measure]["why_not"]]
-    subjects = {pair[side]: _subject(pair, found, side) for pair, found in results for side in "ab"}
     adapters = any(found["unit"] == "adapters" for _, found in results)
+    unit = {"unit": "adapters" if adapters else "methods"}
+    subjects = {pair[side]: _subject(pair, {**found, **unit}, side) for pair, found in results for side in "ab"}
     beaten: dict[str, list[str]] = {name: [] for name in groups}
     for pair, found in results:
         equal_kl, trained = (found[question]["outcome"] for question in QUESTIONS)
         if equal_kl in OPPOSITE and trained != OPPOSITE[equal_kl]:
-            first, second = "ab" if equal_kl == "better" else "ba"
-            beaten[pair[first]].append(subjects[pair[second]])
+            first, second = _in_order(pair, equal_kl)
+            beaten[first].append(subjects[second])
     winner = next((name for name, others in beaten.items() if len(others) == len(groups) - 1), None)
     if winner is not None:
         subject, others = subjects[winner], _several(beaten[winner], "others")
         words = f"{subject[0].upper() + subject[1:] if adapters else subject} {_verb(subject, adapters)} {others} "
         words += f"{BY[measure]} at equal KL, and {'not lower' if adapters else 'no worse'} as trained."
     else:
-        told = [f"{title.capitalize().replace('kl', 'KL')}, {_tell(question, results, subjects, adapters)}."
+        told = [f"{title.capitalize().replace('kl', 'KL')}, {_tell(question, results, adapters)}."
                 for question, title in QUESTIONS.items()]  # fmt: skip
         words = " ".join([f"No winner {BY[measure]}.", *told])
     missing = [f"{pair['a']} and {pair['b']}" for pair in pairs if pair["measures"][measure]["why_not"]]
@@ -182,26 +183,30 @@ def conclude(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, s
     return {"measure": measure, "winner": winner, "sentence": words, "warnings": [of for of in warnings if of]}
 
 
-def _tell(question: str, results: Sequence[tuple[Row, Row]], subjects: Mapping[str, str], adapters: bool) -> str:
+def _tell(question: str, results: Sequence[tuple[Row, Row]], adapters: bool) -> str:
     """Tell the outcomes of one question for all pairs."""
     better: dict[str, list[str]] = {}
-    draws: dict[str, list[tuple[str, str]]] = {}
+    draws: dict[str, list[Row]] = {}
     for pair, found in results:
-        outcome, a, b = found[question]["outcome"], pair["a"], pair["b"]
+        outcome = found[question]["outcome"]
         if outcome in OPPOSITE:
-            first, second = (a, b) if outcome == "better" else (b, a)
+            first, second = _in_order(pair, outcome)
             better.setdefault(first, []).append(second)
         else:
-            draws.setdefault(outcome, []).append((a, b))
+            draws.setdefault(outcome, []).append(pair)
     told = [f"{name} {_verb(name, adapters)} {_several(others, 'others')}" for name, others in better.items()]
     for outcome, of in draws.items():
         sentence, between = DRAWS[outcome]
+        names = _several([f"{pair['a']} and {pair['b']}" for pair in of], "pairs", between)
         if len(of) == len(results):  # all pairs came out the same: the names say it
-            names = _several(list(dict.fromkeys(name for pair in of for name in pair)), "all")
-        else:
-            names = _several([f"{a} and {b}" for a, b in of], "pairs", between)
+            names = _several(list(dict.fromkeys(pair[side] for pair in of for side in "ab")), "all")
         told.append(sentence.format(names))
     return "; ".join(told)
+
+
+def _in_order(pair: Row, outcome: str) -> tuple[str, str]:
+    """The names of a pair, the better one first."""
+    return (pair["a"], pair["b"]) if outcome == "better" else (pair["b"], pair["a"])
 
 
 def warn(measured: Sequence[Row]) -> list[str]:

@@ -417,6 +417,12 @@ def test_one_seed_is_about_these_adapters_and_never_about_methods() -> None:
     assert [warning[:8] for warning in verdict["warnings"]] == ["one seed"]
     mixed, _ = judge({"dpo": five(4, 0.2, 0), "ppo": {1: answers([0.6, 0.6], [2.9, 4.1], 11)}})
     assert "the adapter ppo scores higher than the 5 adapters of dpo" in mixed[0]["sentence"]
+    _, verdict = judge(
+        {"dpo": five(4, 0.2, 0), "grpo": five(4, 0.9, 20), "ppo": {1: answers([0.5, 0.5], [2.9, 4.1], 11)}}
+    )
+    assert verdict["sentence"].startswith(
+        "The 5 adapters of grpo score higher than the 5 adapters of dpo and the adapter"
+    )
 
 
 def test_a_policy_that_never_moved_is_compared_as_trained_alone() -> None:
