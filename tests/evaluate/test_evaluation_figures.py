@@ -276,7 +276,7 @@ def test_ticks_are_round_rising_and_apart(right: float, share: float) -> None:
     assert 2 <= len(ticks) <= 7
     assert left <= ticks[0] and ticks[-1] <= right
     roots = np.sign(ticks) * np.sqrt(np.abs(ticks))
-    assert (np.diff(roots) >= 0.15 * math.sqrt(max(-left, right))).all()
+    assert (np.diff(roots) >= 0.11 * math.sqrt(max(-left, right))).all()
     assert all(float(f"{tick:.0e}") == pytest.approx(tick) for tick in ticks)
 
 
