@@ -138,7 +138,7 @@ def _add_evaluation(evidence: _Evidence, run: RunDir, stage: str) -> None:
     for key in METRICS:
         evidence.add(key, run.metrics, key)
     alarms = evidence.add("alarms", run.over_optimisation, "alarms")
-    evidence.parts["alarms"] = [alarm for alarm in alarms if alarm["policy"] == stage and alarm["step"] is None]
+    evidence.parts["alarms"] = [alarm for alarm in alarms if alarm["policy"] == stage]
     evidence.add("alarms_checked", run.over_optimisation, "alarms")
     evidence.parts["alarms_checked"] = sum(alarm["value"] is not None for alarm in evidence.parts["alarms"])
     front = evidence.add("front", run.final_results, "policies", stage, "on_front")
