@@ -27,6 +27,8 @@ STEPS = ("explore", "prepare", "evaluate", "judge", "compare", "errors", "sample
 RESERVED = {*STEPS, "data", "exploration", "evaluation", "comparison", "samples", "base", "reference", "judge", "run"}
 RESERVED |= {"logs", "replaced", "report.html", "recipe.json", "env.json"}
 MAX_STAGES = 100
+# Changes with the shape of what `evaluate` and `errors` write: an older run is measured again, and not trained again.
+DOCUMENTS = 2
 
 
 class Recipe(Strict):
@@ -154,6 +156,7 @@ class Recipe(Strict):
             return {name: fingerprint(name) if name in {*self.stages, *STEPS} else self._hash(name) for name in names}
 
         seeded = {"step": step, "seed": self.seed}
+        measured = {**seeded, "documents": DOCUMENTS}
         if step in ("explore", "prepare"):
             base = {key: self.model.get(key) for key in ("model_name_or_path", "model_revision")}
             hashes = [self._hash(self.data.source), self._hash(str(base["model_name_or_path"]))]
@@ -161,7 +164,7 @@ class Recipe(Strict):
         if step == "evaluate":
             inputs = fingerprints([*self.policies, *self._judges])
             own = self.evaluation.model_dump()
-            return {**seeded, "evaluation": own, "data": fingerprint("prepare"), "inputs": inputs}
+            return {**measured, "evaluation": own, "data": fingerprint("prepare"), "inputs": inputs}
         if step == "judge":
             return {**seeded, "judge": self.judge and self.judge.model_dump(), "inputs": fingerprint("evaluate")}
         if step == "compare":
@@ -169,7 +172,7 @@ class Recipe(Strict):
             return {**seeded, **own, "evaluation": fingerprint("evaluate"), "judge": fingerprint("judge")}
         if step == "errors":
             own = {"errors": self.errors.model_dump(), "inputs": fingerprints(self.reward_stages)}
-            return {**seeded, **own, "data": fingerprint("prepare")}
+            return {**measured, **own, "data": fingerprint("prepare")}
         if step == "samples":
             return {"step": step, "samples": self.samples.model_dump(), "inputs": fingerprint("evaluate")}
         if step == "report":

@@ -20,7 +20,7 @@ from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 from rlhf_trl.recipe.errors import Problem, UserError
 from rlhf_trl.recipe.load import load_recipe
-from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.recipe.recipe import STEPS, Recipe
 
 GOOD = """\
 name: good
@@ -664,3 +664,12 @@ def test_a_recipe_with_values_of_other_types_is_read_or_refused(load_or_refuse, 
 )
 def test_any_override_is_taken_or_refused(load_or_refuse, section, key, value):
     load_or_refuse(DEMO, f"{section}.{key}={value}")
+
+
+def test_a_run_of_an_older_version_is_measured_again_and_not_trained(accept, monkeypatch):
+    recipe = accept()
+    steps = (*STEPS, *recipe.stages)
+    before = {step: recipe.fingerprint(step) for step in steps}
+    monkeypatch.setattr("rlhf_trl.recipe.recipe.DOCUMENTS", 0)
+    again = {step for step in steps if recipe.fingerprint(step) != before[step]}
+    assert again == {"evaluate", "judge", "compare", "errors", "samples", "report"}
