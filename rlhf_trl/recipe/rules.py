@@ -100,6 +100,8 @@ CONDITIONS: tuple[Condition, ...] = (
     (("ppo",), "gradient_checkpointing_kwargs",
      lambda of: (of["gradient_checkpointing_kwargs"] or {}).get("use_reentrant"),
      "use_reentrant: true would recompute the value model under the policy's adapter", "leave it out"),
+    (("grpo", "ppo"), "train_sampling_strategy", lambda of: of["train_sampling_strategy"] != "random",
+     "has no effect: the trainer draws its prompts in an order of its own", "leave it out"),
     (("dpo",), "label_smoothing", lambda of: "exo_pair" in of["loss_type"] and of["label_smoothing"] <= 0,
      "the loss exo_pair needs it above 0", "set label_smoothing: 0.001"),
     (("dpo",), "beta", lambda of: of["beta"] <= 0, "is not above 0: nothing would be learned",

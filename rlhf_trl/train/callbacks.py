@@ -1,7 +1,7 @@
 """What happens around a training loop: history, health, interruption, and checkpoints that are whole or absent.
 
-Writes `<stage>/training_stats.json` at every log, and `<stage>/checkpoints/checkpoint-N/` with a `manifest.json` in
-each.
+Writes `<stage>/training_stats.json` as the logs come, and `<stage>/checkpoints/checkpoint-N/`, each with a
+`manifest.json`.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class History(TrainerCallback):
         self.stats: dict[str, Any] = {"stage": stage, "trainer": trainer, "definitions": definitions, "history": []}
         self.before = 0.0
         self.start = time.perf_counter()
+        self.next_write = 0.0
 
     @property
     def seconds(self) -> float:
@@ -96,8 +97,7 @@ class History(TrainerCallback):
             self.before = earlier[-1]["seconds"] if earlier else 0.0
         self.stats["max_steps"] = state.max_steps
         self.start = time.perf_counter()
-        if state.is_world_process_zero:  # before the first log, so that `status` sees that training has begun
-            write_json(self.path, self.stats)
+        self._write(state)  # before the first log, so that `status` sees that training has begun
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         finite = {key: value for key, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)}
@@ -109,8 +109,22 @@ class History(TrainerCallback):
             history.append({"step": state.global_step, "epoch": state.epoch, "log": {}})
         history[-1] |= {**named, "seconds": self.seconds, "peak_memory_bytes": peak_memory()}
         history[-1]["log"] |= finite
+        if control.should_save or time.perf_counter() >= self.next_write:
+            self._write(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save:  # a run that goes on from this checkpoint finds every row up to it
+            self._write(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._write(state)
+
+    def _write(self, state: Any) -> None:
+        """Write all rows, and not again before 20 times as long has passed: the cost stays below 5 % of the time."""
         if state.is_world_process_zero:
+            begin = time.perf_counter()
             write_json(self.path, self.stats)
+            self.next_write = begin + 21 * (time.perf_counter() - begin)
 
 
 class Health(TrainerCallback):

@@ -56,7 +56,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     resume = _prepare_directory(run, stage, recipe.fingerprint(stage))
     trainer = build_trainer(recipe, run, stage, config)
     history, health, interrupt = History(run.training_stats(stage), stage, spec.trainer), Health(), Interrupt()
-    for callback in (history, health, interrupt):
+    for callback in (interrupt, history, health):  # the history is written before a checkpoint that a signal asks for
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume and str(resume))
     steps = trainer.state.global_step

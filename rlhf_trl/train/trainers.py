@@ -15,6 +15,16 @@ from rlhf_trl.models.base import encode
 from rlhf_trl.train.callbacks import AtomicCheckpoints
 
 
+class GroupsByLength:
+    """Mixin for a `transformers.Trainer`: `train_sampling_strategy` finds the column `length` of the views.
+
+    The library asks the dataset for it after it has removed the columns that the model does not take.
+    """
+
+    def _get_train_sampler(self: Any, train_dataset: Dataset | None = None) -> Any:
+        return super()._get_train_sampler(self.train_dataset)  # type: ignore[misc]
+
+
 class DPOTrainer(trl.DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """Take the tokens as they are; unlike the other trainers, DPOTrainer has no test for that."""
@@ -40,7 +50,8 @@ def classes_of(trainer: str) -> tuple[Any, Any]:
 
         return PPOTrainer, PPOConfig
     library, config = CLASSES[trainer]
-    return type(library.__name__, (AtomicCheckpoints, library), {}), config
+    mixins = (AtomicCheckpoints,) if trainer == "grpo" else (AtomicCheckpoints, GroupsByLength)
+    return type(library.__name__, (*mixins, library), {}), config
 
 
 def load_view(path: Path, trainer: str, tokenizer: PreTrainedTokenizerBase, half: str | None = None) -> Dataset:
@@ -62,8 +73,10 @@ def to_example(trainer: str, tokenizer: PreTrainedTokenizerBase, row: Mapping[st
         return {"input_ids": encode(tokenizer, row["prompt"])[0]}
     prompt, chosen = encode(tokenizer, row["prompt"], row["chosen"])
     if trainer == "sft":  # the loss covers the tokens of the answer alone
-        return {"input_ids": prompt + chosen, "labels": [-100] * len(prompt) + chosen}
+        ids = prompt + chosen
+        return {"input_ids": ids, "labels": [-100] * len(prompt) + chosen, "length": len(ids)}
     rejected = encode(tokenizer, row["prompt"], row["rejected"])[1]
+    length = len(prompt) + max(len(chosen), len(rejected))
     if trainer == "dpo":
-        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-    return {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
+    return {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected, "length": length}

@@ -261,6 +261,42 @@ def test_the_statistics_are_there_from_the_first_moment_on(tmp_path):
     assert (stats["max_steps"], stats["history"]) == (7, [])
 
 
+def test_the_history_is_written_when_a_checkpoint_is_due_and_otherwise_seldom(tmp_path, monkeypatch):
+    history, clock, writes = History(tmp_path / "stats.json", "dpo", "dpo"), [0.0], []
+    monkeypatch.setattr("rlhf_trl.train.callbacks.time.perf_counter", lambda: clock[0])
+
+    def write(path, stats):
+        writes.append(len(stats["history"]))
+        clock[0] += 0.5
+
+    monkeypatch.setattr("rlhf_trl.train.callbacks.write_json", write)
+    state = SimpleNamespace(global_step=0, max_steps=100, epoch=0.0, is_world_process_zero=True)
+    history.on_train_begin(None, state, None)
+    for step in range(1, 101):  # a step a second, half a second for a write: one in ten steps may write
+        state.global_step, clock[0] = step, clock[0] + 1
+        control = SimpleNamespace(should_save=step in (50, 51))
+        history.on_step_end(None, state, control)
+        history.on_log(None, state, control, logs={"loss": 1.0})
+    history.on_train_end(None, state, None)
+    assert {49, 50, 51, 100} <= set(writes)
+    assert len(writes) <= 2 + 100 / 10 + 4
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_batches_hold_rows_of_similar_length(copy, stage):
+    """`group_by_length` finds the lengths of the views, through the library's removal of columns."""
+    recipe = small_recipe(copy.folder, [f"stages.{stage}.args.train_sampling_strategy=group_by_length"])
+    trainer = build_trainer(recipe, copy.run, stage, build_stage_config(recipe, copy.run, stage))
+    lengths = trainer.train_dataset["length"]
+
+    def slots(order):
+        return sum(8 * max(lengths[index] for index in order[at : at + 8]) for at in range(0, len(order), 8))
+
+    grouped = [index for batch in trainer.get_train_dataloader().batch_sampler for index in batch]
+    assert sorted(grouped) == list(range(len(trainer.train_dataset)))
+    assert slots(grouped) < 0.9 * slots(range(len(grouped)))
+
+
 # --- interruption
 
 
