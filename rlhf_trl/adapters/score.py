@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.adapters.load import positions
-from rlhf_trl.data.hh import RowError, normalise, read_completion
+from rlhf_trl.data.hh import normalise, read_completion
+from rlhf_trl.data.pair import RowError
 from rlhf_trl.models.base import Messages, encode
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.recipe.errors import UserError

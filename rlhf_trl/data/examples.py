@@ -13,7 +13,7 @@ from typing import Any
 
 from rapidfuzz.distance import Indel
 
-from rlhf_trl.data.hh import Pair, RowError
+from rlhf_trl.data.pair import Pair, RowError
 from rlhf_trl.data.sources import Row
 from rlhf_trl.text.display import fence, inline
 

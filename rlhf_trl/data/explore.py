@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from rlhf_trl.data.examples import Examples
 from rlhf_trl.data.figures import draw
-from rlhf_trl.data.hh import Pair, RowError, normalise
+from rlhf_trl.data.hh import normalise
+from rlhf_trl.data.pair import Pair, RowError
 from rlhf_trl.data.sources import read_rows
 from rlhf_trl.data.summary import QUANTILES
 from rlhf_trl.recipe.recipe import Recipe

@@ -4,94 +4,50 @@ Reads one row at a time; writes nothing:
 
     pair = normalise(raw)  # or RowError, which says what is wrong with the row
 
-A row has `chosen` and `rejected`, and may have `prompt` (or `conversations`) and `system`. A value is
+A row has `chosen` and `rejected`, and may have one of `PROMPTS`, `history` and a system message. A value is
 
-- an HH transcript, "\\n\\nHuman: …\\n\\nAssistant: …": the prompt is everything up to the last "\\n\\nAssistant:";
-- plain text: one user turn in `prompt`, an answer in `chosen` and `rejected` (which may repeat the prompt in front);
-- messages, {"role", "content"} or {"from", "value"}; `chosen` and `rejected` may repeat the prompt. One message may
-  stand without its list.
+- a transcript, "\\n\\nHuman: …\\n\\nAssistant: …" as in HH, or with single newlines, or CRLF: the prompt is everything
+  up to the last "Assistant:";
+- plain text: one user turn as the prompt, an answer in `chosen` and `rejected` (which may repeat the prompt in front);
+- messages, {"role", "content"} or {"from", "value"}, or their JSON or Python text; `chosen` and `rejected` may repeat
+  the prompt. One message may stand without its list; its content may be a list of text parts.
 
 Every turn is stripped of the whitespace around it; nothing else in a text is changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-Message = dict[str, str]
-Value = str | list[Message]
+from rlhf_trl.data.pair import Message, Pair, Reason, RowError
+from rlhf_trl.data.values import (
+    IS_TRANSCRIPT,
+    PARAGRAPH,
+    ROLES,
+    UNREAD,
+    Value,
+    cut_turns,
+    is_empty,
+    read_history,
+    read_text,
+    read_transcript,
+    read_value,
+    refuse_unread,
+)
 
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model"), "assistant"),
-    "system": "system",
-}
-IS_TRANSCRIPT = re.compile(r"\s*Human:")
-# Only a marker that begins a paragraph begins a turn: "Human:" also stands inside answers, and "\n\nHumans:" in some.
-TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class Reason(str, Enum):
-    """Why a row is dropped. A row with several reasons is dropped for the one that comes first here."""
-
-    MALFORMED = "malformed"
-    """Not an object or a transcript, text before the first turn, a system message inside, or the assistant begins."""
-    MISSING_FIELD = "missing_field"
-    NULL_FIELD = "null_field"
-    NOT_TEXT = "not_text"
-    INVALID_UNICODE = "invalid_unicode"
-    """A lone surrogate, which no UTF-8 file can hold."""
-    UNKNOWN_ROLE = "unknown_role"
-    ENDS_ON_HUMAN = "ends_on_human"
-    """A transcript goes on after its last answer, or has none."""
-    PROMPTS_DIFFER = "prompts_differ"
-    """What comes before the last answer is not the same on both sides, or is not the row's `prompt`."""
-    EMPTY_CHOSEN = "empty_chosen"
-    EMPTY_REJECTED = "empty_rejected"
-    EMPTY_PROMPT = "empty_prompt"
-    CONSECUTIVE_ROLES = "consecutive_roles"
-    """Two turns of one role in a row in the chosen transcript. (If only in the rejected one, the prompts differ.)"""
-    IDENTICAL = "identical"
-    """Both answers are the same. From here on, only rows without a reason above are looked at."""
-    TOO_SHORT = "too_short"
-    TIE = "tie"
-    CONTROL_TOKENS = "control_tokens"
-    DUPLICATE = "duplicate"
-    NEAR_DUPLICATE = "near_duplicate"
-    TOO_LONG = "too_long"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt, of which the first was preferred."""
-
-    prompt: list[Message]
-    chosen: str
-    rejected: str
-
-    @property
-    def user_turns(self) -> int:
-        return sum(message["role"] == "user" for message in self.prompt)
-
-
-class RowError(Exception):
-    """A row that is not a usable pair.
-
-    Attributes:
-        reasons: every reason that holds, in the order of `Reason`; the row is dropped for the first.
-        pair: the pair as far as it can be read (the prompt is the chosen side's), or None where a side has no answer.
-    """
-
-    def __init__(self, reasons: Iterable[Reason], pair: Pair | None = None):
-        found = set(reasons)
-        self.reasons = [reason for reason in Reason if reason in found]
-        self.pair = pair
-        super().__init__(", ".join(reason.value for reason in self.reasons))
+PROMPTS = ("prompt", "conversations", "question", "query", "instruction")
+SYSTEMS = ("system", "system_prompt")
+SCORES = (
+    *((f"{name}_chosen", f"{name}_rejected") for name in ("score", "rating", "reward")),
+    *((f"chosen_{name}", f"rejected_{name}") for name in ("score", "rating", "reward")),
+)
+READ = {"chosen", "rejected", "completion", "subset", "input", "history", *PROMPTS, *SYSTEMS, *UNREAD}
+READ.update(itertools.chain(*SCORES))
 
 
 @dataclass(frozen=True)
@@ -157,6 +113,20 @@ def read_completion(raw: Any) -> tuple[list[Message], str]:
     return side.prompt, side.answer
 
 
+def unread_columns(raw: Any) -> list[str]:
+    """Columns that say something and that nothing here reads."""
+    names = raw.keys() - READ if isinstance(raw, dict) else ()
+    return [str(name).encode(errors="backslashreplace").decode() for name in names if not is_empty(raw[name])]
+
+
+def score_not_higher(raw: dict[str, Any]) -> bool:
+    """Whether the row's own scores, in numbers or as text, do not put the chosen answer above the rejected one."""
+    for chosen, rejected in SCORES:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return float(raw[chosen]) <= float(raw[rejected])
+    return False
+
+
 def _faults(whole: _Side, *sides: _Side) -> dict[Reason, bool]:
     """Tell which reasons hold against one conversation, or the roles and ends of any."""
     roles = [turn["role"] for turn in whole.turns]
@@ -175,51 +145,44 @@ def _read_sides(raw: Any, *names: str) -> tuple[list[_Side], bool]:
     """Read answers as whole conversations, and tell whether all go on from the row's prompt."""
     if not isinstance(raw, dict):
         raise RowError([Reason.MALFORMED])
-    prompt: Value = []
-    values = tuple(_read_value(raw, name) for name in names)
-    if "prompt" in raw or "conversations" in raw:
-        prompt = _read_value(raw, "prompt" if "prompt" in raw else "conversations")
+    refuse_unread(raw)
+    values = tuple(_read_column(raw, name) for name in names)
+    prompt = _read_prompt(raw)
+    if prompt is not None:
         values = _without_repeat(prompt, *values)
     elif any(isinstance(value, str) and value and not IS_TRANSCRIPT.match(value) for value in values):
-        raise RowError([Reason.MALFORMED])
-    joined = [_join(prompt, value) for value in values]
-    if raw.get("system"):
-        opening = {"role": "system", "content": _text(raw["system"])}
+        raise RowError([Reason.NULL_FIELD if raw.keys() & set(PROMPTS) else Reason.MALFORMED])
+    joined = [_join(prompt or [], value) for value in values]
+    systems = _distinct(read_text(raw[name]) for name in SYSTEMS if not is_empty(raw.get(name)))
+    for opening in (read_history(raw.get("history")), [{"role": "system", "content": text} for text in systems]):
         for turns, _ in joined:
-            if turns and turns[0] != opening:
-                turns.insert(0, opening)
+            if turns and turns[: len(opening)] != opening:
+                turns[:0] = opening
     return [_Side(turns) for turns, _ in joined], all(fits for _, fits in joined)
 
 
-def _read_value(raw: dict[str, Any], name: str) -> Value:
-    """A field as stripped text or as messages with our names of the roles."""
+def _read_prompt(raw: dict[str, Any]) -> Value | None:
+    """The prompt, whichever column gives it; None where no column does."""
+    given = {name: _read_column(raw, name) for name in (*PROMPTS, "input") if not is_empty(raw.get(name))}
+    task, subject = given.get("instruction"), given.get("input")
+    if isinstance(task, str) and isinstance(subject, str):
+        given["instruction"] = f"{task}\n\n{given.pop('input')}"
+    absent = None if all(raw.get(name) is None or raw[name] != raw[name] for name in PROMPTS) else ""
+    return next(iter(_distinct(given.values())), absent)
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """The one value that all columns have, or none."""
+    found = [value for value, _ in itertools.groupby(values)]
+    if len(found) > 1:
+        raise RowError([Reason.SEVERAL_PROMPTS])
+    return found
+
+
+def _read_column(raw: dict[str, Any], name: str) -> Value:
     if name not in raw:
         raise RowError([Reason.MISSING_FIELD])
-    value = [raw[name]] if isinstance(raw[name], dict) else raw[name]
-    if not isinstance(value, list):
-        return _text(value)
-    messages = []
-    for item in value:
-        if not isinstance(item, dict):
-            raise RowError([Reason.NOT_TEXT])
-        role, content = ("from", "value") if "from" in item else ("role", "content")
-        if role not in item or content not in item:
-            raise RowError([Reason.MISSING_FIELD])
-        speaker = _text(item[role])
-        messages.append({"role": ROLES.get(speaker.lower(), speaker), "content": _text(item[content])})
-    return messages
-
-
-def _text(value: Any) -> str:
-    if value is None or value != value:  # NaN, as pandas writes a missing value
-        raise RowError([Reason.NULL_FIELD])
-    if not isinstance(value, str):
-        raise RowError([Reason.NOT_TEXT])
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError([Reason.INVALID_UNICODE]) from None
-    return value.strip()
+    return read_value(raw[name])
 
 
 def _without_repeat(prompt: Value, *sides: Value) -> tuple[Value, ...]:
@@ -236,21 +199,22 @@ def _without_repeat(prompt: Value, *sides: Value) -> tuple[Value, ...]:
 
 def _join(prompt: Value, side: Value) -> tuple[list[Message], bool]:
     """The whole conversation of one side, and whether it goes on from the prompt."""
+    marker = PARAGRAPH
     if isinstance(prompt, str) and IS_TRANSCRIPT.match(prompt):
-        context = _split_transcript(prompt)
+        context, marker = read_transcript(prompt)
         if context[-1] == {"role": "assistant", "content": ""}:  # the marker after which the answer goes
             context.pop()
         if isinstance(side, str) and not IS_TRANSCRIPT.match(side):
-            side = prompt.removesuffix("\n\nAssistant:") + "\n\nAssistant: " + side
+            side = context + cut_turns(marker, "Assistant: " + side)
     elif isinstance(prompt, str):
-        if TURN.search(prompt):  # a transcript after all, with text before its first turn
+        if PARAGRAPH.search(prompt) or prompt.endswith("\nAssistant:"):  # text before the first turn of a transcript
             raise RowError([Reason.MALFORMED])
         context = [{"role": "user", "content": prompt}] if prompt else []
     else:
         context = prompt
     if isinstance(side, str):
         if IS_TRANSCRIPT.match(side):
-            side = _split_transcript(side)
+            side = read_transcript(side)[0]
         else:
             side = [{"role": "assistant", "content": side}] if side or context else []
     if side[: len(context)] == context:
@@ -259,9 +223,3 @@ def _join(prompt: Value, side: Value) -> tuple[list[Message], bool]:
         return context + side, True
     # A plain prompt may be only the last of the user's turns in the messages.
     return [*side], isinstance(prompt, str) and _Side(side).prompt[-1:] == context
-
-
-def _split_transcript(text: str) -> list[Message]:
-    parts = TURN.split("\n\n" + text.lstrip())[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[role], "content": turn.strip()} for role, turn in zip(parts[::2], parts[1::2], strict=True)]

@@ -19,7 +19,8 @@ from typing import Any
 from rapidfuzz.distance import Indel
 from tqdm import tqdm
 
-from rlhf_trl.data.hh import Message, Pair, Reason, RowError, normalise
+from rlhf_trl.data.hh import normalise, score_not_higher, unread_columns
+from rlhf_trl.data.pair import Message, Pair, Reason, RowError
 from rlhf_trl.data.sources import read_rows
 from rlhf_trl.data.split import halve, prompt_keys, split
 from rlhf_trl.data.summary import Kept, Tally, longer, summarise
@@ -48,10 +49,12 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     seen: set[bytes] = set()
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
     kept: list[Kept] = []
+    not_read: Counter[str] = Counter()
     quarantine: list[dict[str, Any]] = []
     for number, subset, raw in tqdm(read_rows(data, recipe.seed), desc="prepare", unit=" rows"):
         tally = tallies[subset]
         tally.rows += 1
+        not_read.update(unread_columns(raw))
         pair, reasons = _read(raw)
         if pair:
             tally.compared += 1
@@ -64,6 +67,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
             if fitted:
                 short, tokens = fitted
                 tally.notes.update(_find_notes(pair, short, seen))
+                tally.notes["score_not_higher"] += score_not_higher(raw)
                 (*heads, whole), (*short_heads, short_whole) = prompt_keys(pair.prompt), prompt_keys(short.prompt)
                 kept.append(Kept(number, subset, short, (*heads, *short_heads, whole, short_whole), tokens))
                 continue
@@ -85,7 +89,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     for name, items in splits.items():
         _write_split(run, name, items, half_of)
     tokenizer.save_pretrained(run.tokenizer)
-    write_json(run.summary, summarise(recipe, tokenizer, tallies, splits))
+    write_json(run.summary, summarise(recipe, tokenizer, tallies, splits, not_read))
 
 
 def _write_split(run: RunDir, name: str, items: list[Kept], half_of: dict[int, str]) -> None:

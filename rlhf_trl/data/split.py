@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rlhf_trl.data.hh import Message
+from rlhf_trl.data.pair import Message
 from rlhf_trl.recipe.errors import UserError
 
 LENGTH_BINS = 5

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_trl.data.hh import Pair, Reason
+from rlhf_trl.data.pair import Pair, Reason
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.stats.intervals import wilson
 
-NOTES = ("contradictory", "multi_turn", "repeated_prompt", "truncated", "turns_dropped")
+NOTES = ("contradictory", "multi_turn", "repeated_prompt", "score_not_higher", "truncated", "turns_dropped")
 TOKENIZER_KEYS = ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "chat_template")
 QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 DEFINITIONS = {
@@ -31,6 +31,8 @@ DEFINITIONS = {
     "multi_turn": "rows of the source, dropped ones included, whose user speaks more than once",
     "repeated_prompt": "kept rows whose prompt an earlier kept row has",
     "truncated": "kept rows whose last user turn lost its beginning",
+    "score_not_higher": "kept rows whose own scores do not put the chosen answer above the rejected one",
+    "columns_not_read": "columns of the source that no step reads, and in how many rows they say something",
     "turns_dropped": "kept rows that lost whole turns, the oldest first",
     "prompts": "different prompts, letter case and whitespace apart. None is in both splits, and no prompt of one "
     "split continues one of the other",
@@ -76,11 +78,12 @@ def longer(chosen: int, rejected: int) -> float:
 
 
 def summarise(
-    recipe: Recipe, tokenizer: Any, tallies: dict[str, Tally], splits: dict[str, list[Kept]]
+    recipe: Recipe, tokenizer: Any, tallies: dict[str, Tally], splits: dict[str, list[Kept]], not_read: Counter[str]
 ) -> dict[str, Any]:
     return {
         **_describe_tally(sum(tallies.values(), Tally())),
         "subsets": {subset: _describe_tally(tally) for subset, tally in tallies.items()},
+        "columns_not_read": dict(not_read),
         "splits": {name: _describe_split(items) for name, items in splits.items()},
         "settings": {"seed": recipe.seed, **recipe.data.model_dump()},
         "tokenizer": {

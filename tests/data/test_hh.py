@@ -1,5 +1,6 @@
 """Rows of every source and shape, broken ones above all."""
 
+import csv
 import gzip
 import json
 import random
@@ -13,7 +14,8 @@ import pyarrow.parquet
 import pytest
 from conftest import shared
 
-from rlhf_trl.data.hh import Pair, Reason, RowError, normalise
+from rlhf_trl.data.hh import normalise
+from rlhf_trl.data.pair import Pair, Reason, RowError
 from rlhf_trl.data.sources import read_rows
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Data
@@ -47,8 +49,23 @@ BROKEN = [
     ("texts in a list", {"prompt": "Q", "chosen": ["yes"], "rejected": ["no"]}, "not_text"),
     ("parts, not text", {"prompt": "Q", "chosen": [{**YES, "content": [{}]}], "rejected": [NO]}, "not_text"),
     ("lone surrogate", hh("yes \ud83d", "no"), "invalid_unicode"),
+    ("tools", {"tools": [{"name": "f"}], "prompt": "Q", "chosen": "yes", "rejected": "no"}, "tools"),
+    ("tool calls", {"prompt": "Q", "chosen": [{**YES, "tool_calls": [{"id": 0}]}], "rejected": [NO]}, "tools"),
+    ("images", {"images": ["a.png"], "prompt": "Q", "chosen": "yes", "rejected": "no"}, "media"),
+    ("an image part", {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
+     "media"),
+    ("two prompts", {"prompt": "Q", "instruction": "R", "chosen": "yes", "rejected": "no"}, "several_prompts"),
+    ("two systems", {"system": "A", "system_prompt": "B", "prompt": "Q", "chosen": "yes", "rejected": "no"},
+     "several_prompts"),
+    ("unknown role", {"prompt": [{"role": "poet", "content": "Q"}], "chosen": "yes", "rejected": "no"},
+     "unknown_role empty_prompt"),
+    ("messages as text, cut off", {"prompt": "Q", "chosen": "[{'role': 'assistant', 'content': 'y", "rejected": "no"},
+     "malformed"),
+    ("history of texts", {"history": ["P"], "prompt": "Q", "chosen": "yes", "rejected": "no"}, "not_text"),
+    ("system, then a transcript", {"prompt": "Be kind.\nHuman: Q\nAssistant:", "chosen": "yes", "rejected": "no"},
+     "malformed"),
     ("tool turn", {"chosen": [USER, {"role": "tool", "content": "1"}, YES], "rejected": [USER, NO]},
-     "unknown_role prompts_differ"),
+     "tools"),
     ("human has the last word", hh(f"yes{H}Thanks", f"no{H}Thanks"), "ends_on_human"),
     ("one human has the last word", hh(f"yes{H}Thanks", "no"), "ends_on_human"),
     ("no answer", {"chosen": f"{H}Q", "rejected": f"{H}Q{A}no"}, "ends_on_human"),
@@ -115,6 +132,37 @@ SHAPES = [
 ]  # fmt: skip
 
 
+ANSWERS = {"chosen": "yes", "rejected": "no"}
+NULLS = {"tool_calls": None, "images": [None], "from": None}
+SHAPES += [
+    ("CRLF", {side: text.replace("\n", "\r\n") for side, text in hh("yes", "no").items()}, PLAIN),
+    ("single newlines", {side: f"Human: P\nAssistant: so\nHuman: Q\nAssistant: {text}" for side, text in ANSWERS.items()},
+     TALKED),
+    ("paragraphs of two lines", {side: f"Human: P\nAssistant: so\n\nHuman: Q\nAssistant: {text}"
+                                 for side, text in ANSWERS.items()}, TALKED),
+    ("prompt of single newlines", {"prompt": "Human: P\nAssistant: so\nHuman: Q\nAssistant:", **ANSWERS}, TALKED),
+    ("prompt of CRLF without marker", {"prompt": "Human: P\r\n\r\nAssistant: so\r\n\r\nHuman: Q", **ANSWERS}, TALKED),
+    ("question", {"question": "Q", "system": "", **ANSWERS}, PLAIN),
+    ("instruction", {"instruction": "Q", "input": "", **ANSWERS}, PLAIN),
+    ("instruction and input", {"instruction": "Do", "input": "it", **ANSWERS},
+     Pair([{"role": "user", "content": "Do\n\nit"}], "yes", "no")),
+    ("one prompt twice, one null", {"prompt": "Q", "question": "Q", "instruction": None, **ANSWERS}, PLAIN),
+    ("history of pairs", {"history": [["P", "so"]], "prompt": "Q", **ANSWERS}, TALKED),
+    ("history of messages", {"history": LONGER.prompt[1:3], "question": "Q", "system_prompt": "Be kind.", **ANSWERS}, LONGER),
+    ("history as text", {"history": "[['P', 'so']]", "prompt": "Q", "tools": "[]", **ANSWERS}, TALKED),
+    ("developer", {"prompt": [{"role": "developer", "content": "Be kind."}, *LONGER.prompt[1:]], **ANSWERS}, LONGER),
+    ("nulls of a union", {"prompt": [{**USER, **NULLS}], "chosen": [{**YES, **NULLS}], "rejected": [NO], **NULLS}, PLAIN),
+    ("text parts", {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Q", "image_url": None}]}], **ANSWERS},
+     PLAIN),
+    ("JSON text", {"prompt": "Q", "chosen": json.dumps([USER, YES]), "rejected": json.dumps([USER, NO])}, PLAIN),
+    ("JSON text of one message", {"prompt": "Q", "chosen": json.dumps(YES), "rejected": "no"}, PLAIN),
+    ("Python text", {"prompt": str([USER]), "chosen": str([{**YES, "name": None}]), "rejected": str([NO])}, PLAIN),
+    ("numpy's text", {"chosen": f"[{USER}\n {YES}]", "rejected": f"[{USER}\n {NO}]"}, PLAIN),
+    ("JSON that is an answer", {"prompt": "Q", "chosen": '{"role": "x"}', "rejected": '[{"a": {"role": 1, "value": 2}}]'},
+     Pair([USER], '{"role": "x"}', '[{"a": {"role": 1, "value": 2}}]')),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("raw", "pair"), [row[1:] for row in SHAPES], ids=[row[0] for row in SHAPES])
 def test_shape(raw, pair):
     before = json.dumps(raw)
@@ -167,11 +215,9 @@ def test_conditions_in_real_rows():
 ROWS = [{"prompt": f"Question {i}, “ünï”?", "chosen": f"yes,\n{i}", "rejected": f'no "{i}"'} for i in range(7)]
 
 
-def write_csv(path, rows):
-    import csv
-
-    with path.open("w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+def write_csv(path, rows, encoding="utf-8-sig", **form):
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), **form)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -185,6 +231,19 @@ WRITERS = {
     "data.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(lines(rows).encode())),
     "data.json": lambda path, rows: path.write_text("\n " + json.dumps(rows, indent=1)),
     "lines.json": lambda path, rows: path.write_text(lines(rows)),
+    "lines.ndjson": lambda path, rows: path.write_text(lines(rows), encoding="utf-16"),
+    "pretty.jsonl": lambda path, rows: path.write_text("\n".join(json.dumps(row, indent=1) for row in rows)),
+    "one_line.json": lambda path, rows: path.write_text(json.dumps(rows)),
+    "splits.json": lambda path, rows: path.write_text(json.dumps({"train": rows[:3], "test": rows[3:]})),
+    "columns.json": lambda path, rows: path.write_text(
+        json.dumps({key: [row[key] for row in rows] for key in rows[0]})
+    ),
+    "pandas.json": lambda path, rows: path.write_text(
+        json.dumps({key: {str(i): row[key] for i, row in enumerate(rows)} for key in rows[0]})
+    ),
+    "index.json": lambda path, rows: path.write_text(json.dumps({str(i): row for i, row in enumerate(rows)})),
+    "semicolons.csv": lambda path, rows: write_csv(path, rows, delimiter=";"),
+    "tabs.tsv": lambda path, rows: write_csv(path, rows, "utf-16", delimiter="\t"),
     "data.parquet": lambda path, rows: pa.parquet.write_table(pa.Table.from_pylist(rows), path),
     "data.csv": write_csv,
 }
@@ -225,7 +284,7 @@ def test_lines_that_are_no_json_objects_are_rows(tmp_path):
     ]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([lines(ROWS[:1]).strip().encode(), *broken]))
     rows = [raw for _, _, raw in read(tmp_path / "x.jsonl")]
-    assert rows[1:5] == ["{not json", [1], "text", "\\xff\\xfe"]
+    assert rows[1:5] == ["{not json", [1], "text", "\udcff\udcfe"]
     assert len(rows) == 7
     assert rows[6] == {"chosen": None, "rejected": "\ud800"}
 
@@ -238,6 +297,44 @@ def test_csv_line_with_too_many_cells_is_malformed(tmp_path):
             normalise(raw)
         reasons.append(error.value.reasons[0].value)
     assert reasons == ["malformed", "null_field"]
+
+
+def test_long_values_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf_trl.data.files.PIECE", 16)
+    for name in ("data.json", "pretty.jsonl", "data.jsonl", "splits.json"):
+        WRITERS[name](tmp_path / name, ROWS)
+        assert [raw for *_, raw in read(tmp_path / name)] == ROWS
+
+
+def test_saved_dataset_is_read_and_what_describes_or_hides_is_not(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / ".cache").mkdir()
+    for name in (".cache/old.jsonl", "dataset_infos.json"):
+        (tmp_path / "saved" / name).write_text(lines(ROWS))
+    assert read(tmp_path / "saved") == [(i, "saved", row) for i, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        (
+            "x.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a Git LFS pointer[\\s\\S]*git lfs pull",
+        ),
+        ("x.json", b"<!DOCTYPE html>", "a web page"),
+        ("x.jsonl", gzip.compress(b"{}"), "compressed with gzip[\\s\\S]*add .gz"),
+        (
+            "x.csv",
+            "prompt,chosen,rejected\nQ,café,no\n".encode("latin-1"),
+            "not UTF-8: it holds the byte 0xe9[\\s\\S]*iconv",
+        ),
+    ],
+)
+def test_file_of_another_form_is_named(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=problem):
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", [*WRITERS, "data.txt"])
@@ -254,7 +351,7 @@ def test_damaged_file_is_the_users_error(tmp_path, name):
     [
         ("", "no rows"),
         ("\n\n", "no rows"),
-        ("x\ny\n", "JSON object"),
+        ("x\ny\n", "the first is 'x'"),
         ('{"question": 1, "answer": 2}\n', "answer, question"),
     ],
 )
@@ -273,7 +370,8 @@ def test_missing_source_is_the_users_error(source):
 
 
 def test_empty_folder_is_the_users_error(tmp_path):
-    with pytest.raises(UserError, match="no data files"):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UserError, match="no data files; it holds notes.txt"):
         read(tmp_path)
 
 

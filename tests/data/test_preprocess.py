@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Indel
 
-from rlhf_trl.data.hh import Pair, Reason
+from rlhf_trl.data.pair import Pair, Reason
 from rlhf_trl.data.preprocess import fit, prepare
 from rlhf_trl.data.split import prompt_keys, split
 from rlhf_trl.models.base import encode, set_up_tokenizer
@@ -234,8 +234,11 @@ def test_notes(run_prepare):
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
         )
     )
-    summary = check_accounts(run_prepare(rows), 63)
+    rows += [{**row("b?"), "score_chosen": 5, "score_rejected": "5.0", "context": "x", "other": None}]
+    summary = check_accounts(run_prepare(rows), 64)
+    assert summary["columns_not_read"] == {"context": 1}
     assert summary["notes"] == {
+        "score_not_higher": 1,
         "contradictory": 1,
         "multi_turn": 1,
         "repeated_prompt": 2,

@@ -14,7 +14,8 @@ import pytest
 from conftest import shared
 from scipy.special import ndtri
 
-from rlhf_trl.data.hh import RowError, normalise
+from rlhf_trl.data.hh import normalise
+from rlhf_trl.data.pair import RowError
 from rlhf_trl.errors import step
 from rlhf_trl.errors.analysis import SIDES, analyse, tabulate
 from rlhf_trl.errors.figures import draw

@@ -1,0 +1,184 @@
+"""Rows of one local file, whichever form it has: JSON lines, JSON, CSV, Parquet or Arrow.
+
+Reads the file in pieces, never whole; writes nothing:
+
+    for raw in read_file(path):
+        ...
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_trl.recipe.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet", ".arrow")
+# What a file is whose first bytes are not of the form that its name says, and what to do.
+OTHERS = {
+    b"version https://git-lfs": ("a Git LFS pointer, not the data itself", "run `git lfs pull` in its folder"),
+    b"PAR1": ("a Parquet file", "name it .parquet"),
+    b"\x1f\x8b": ("compressed with gzip", "add .gz to its name"),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unpack it with `zstd -d`"),
+    b"<": ("a web page", "download the file itself, not the page about it"),
+}
+EXPECTED = {".parquet": b"PAR1", ".gz": b"\x1f\x8b"}
+SIDES = {"chosen", "rejected"}
+PIECE = 2**20  # characters
+BETWEEN = re.compile(r"[\s,]*")
+
+
+def read_file(path: Path) -> Iterator[Any]:
+    """Read the rows of a file as they stand there; what is no JSON on a line of its own stays text.
+
+    Raises:
+        UserError: the file is not what its name says, or it is damaged.
+    """
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(str(path), "the format of the file is not known", f"use one of {', '.join(SUFFIXES)}")
+    read = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".arrow": _read_arrow}
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+        for magic, (what, remedy) in OTHERS.items():
+            if start.startswith(magic) and magic != EXPECTED.get(path.suffix):
+                raise UserError(str(path), f"the file is {what}", remedy)
+        yield from read.get(suffix, _read_json)(path)
+    except UnicodeDecodeError as error:
+        byte = f"the byte 0x{error.object[error.start]:02x}"
+        problem = f"the text is not {error.encoding.upper()}: it holds {byte}, as Latin-1 or Windows-1252 does"
+        remedy = f"convert it: `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`, or save it as UTF-8"
+        raise UserError(str(path), problem, remedy) from error
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
+        problem = f"the file cannot be read: {one_line(error)}"
+        raise UserError(str(path), problem, "check that it is whole and of the format that its name says") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _open_text(path: Path, errors: str) -> io.TextIOWrapper:
+    """Open a text, which may be compressed, in the encoding that its first bytes tell."""
+    file: Any = gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb")
+    return io.TextIOWrapper(file, json.detect_encoding(file.peek(4)[:4]), errors, newline="")
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    # A byte that is not UTF-8 becomes a lone surrogate, for which its row alone is dropped.
+    with _open_text(path, "surrogateescape") as text:
+        first = next((line for line in iter(lambda: text.readline(PIECE), "") if line.strip()), "")
+        text.seek(0)
+        values = _read_values(text) if _goes_on(first) else (_decode(line) for line in text if line.strip())
+        for value in values:
+            yield from _unfold(value)
+
+
+def _goes_on(line: str) -> bool:
+    """Whether the first line is only the beginning of a JSON value, or of a list of rows."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line.rstrip()) or len(line) == PIECE or line.lstrip().startswith("[{")
+    except RecursionError:
+        return False
+    return re.match(r"\s*\[\s*[{\]]", line) is not None
+
+
+def _decode(line: str) -> Any:
+    """Parse one JSON line; what is not JSON stays text, which `normalise` calls malformed. NaN counts as null."""
+    try:
+        return json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return line.rstrip("\r\n")
+
+
+def _read_values(text: io.TextIOWrapper) -> Iterator[Any]:
+    """JSON values one after another, over any number of lines; of a list, its items."""
+    decoder = json.JSONDecoder(parse_constant=lambda _: None)
+    buffer, at, piece = text.read(PIECE).lstrip(), 0, PIECE
+    is_list = buffer.startswith("[")
+    at = int(is_list)
+    while True:
+        at = BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
+        if is_list and buffer.startswith("]", at):
+            return
+        try:
+            value, end = decoder.raw_decode(buffer, at)
+        except json.JSONDecodeError:
+            value, end = None, len(buffer)
+        if end == len(buffer):  # the value may go on: read more of it, more at a time the longer it is
+            more = text.read(piece)
+            buffer, at, piece = buffer[at:] + more, 0, 2 * piece
+            if more:
+                continue
+            if not buffer and not is_list:
+                return
+            value, end = decoder.raw_decode(buffer)
+        yield value
+        at, piece = end, PIECE
+
+
+def _unfold(value: Any) -> Iterator[Any]:
+    """The rows of a JSON value: of {"train": [rows]}, of {"0": row}, of columns; else the value itself."""
+    if isinstance(value, dict) and not SIDES & value.keys():
+        inside = itertools.chain(*(part if isinstance(part, list) else [part] for part in value.values()))
+        rows = [row for row in inside if isinstance(row, dict) and row.keys() >= SIDES]
+        yield from itertools.chain(*map(_unfold, rows)) if rows else [value]
+    elif isinstance(value, dict) and all(_is_column(value.get(side)) for side in SIDES):
+        columns = (column.values() if isinstance(column, dict) else column for column in value.values())
+        yield from (dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True))
+    else:
+        yield value
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a value has a cell for each row: in a list or, as pandas writes it, under numbered keys."""
+    if isinstance(value, dict):
+        return bool(value) and all(key.isdigit() for key in value)
+    return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _read_csv(path: Path) -> Iterator[Any]:
+    csv.field_size_limit(2**31 - 1)
+    with _open_text(path, "strict") as text:
+        header = text.readline()
+        text.seek(0)
+        # The separator that makes most columns of the header; of several, the first.
+        separator = max(",;\t|", key=header.count)
+        for row in csv.DictReader(text, delimiter=separator):
+            # More cells than the header names: an answer was cut at a comma, and no cell can be trusted.
+            yield list(row.values()) if None in row else row
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as table:
+        for batch in table.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+
+
+def _read_arrow(path: Path) -> Iterator[Any]:
+    """What `Dataset.save_to_disk` writes."""
+    import pyarrow
+
+    with path.open("rb") as file, pyarrow.ipc.open_stream(file) as batches:
+        for batch in batches:
+            yield from batch.to_pylist()
