@@ -1,6 +1,6 @@
 """Rows of one local file, whichever form it has: JSON lines, JSON, CSV, Parquet or Arrow.
 
-Reads the file in pieces, never whole; writes nothing:
+Reads the file in pieces, but JSON that has no row on each line whole; writes nothing:
 
     for raw in read_file(path):
         ...
@@ -33,7 +33,6 @@ OTHERS = {
 }
 EXPECTED = {".parquet": b"PAR1", ".gz": b"\x1f\x8b"}
 SIDES = {"chosen", "rejected"}
-PIECE = 2**20  # characters
 BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -80,22 +79,22 @@ def _open_text(path: Path, errors: str) -> io.TextIOWrapper:
 def _read_json(path: Path) -> Iterator[Any]:
     # A byte that is not UTF-8 becomes a lone surrogate, for which its row alone is dropped.
     with _open_text(path, "surrogateescape") as text:
-        first = next((line for line in iter(lambda: text.readline(PIECE), "") if line.strip()), "")
+        first = next((line for line in text if line.strip()), "")
         text.seek(0)
-        values = _read_values(text) if _goes_on(first) else (_decode(line) for line in text if line.strip())
+        values = _read_values(text.read()) if _goes_on(first) else (_decode(line) for line in text if line.strip())
         for value in values:
             yield from _unfold(value)
 
 
 def _goes_on(line: str) -> bool:
-    """Whether the first line is only the beginning of a JSON value, or of a list of rows."""
+    """Whether the first line is the beginning of a JSON value over several lines, or a list of rows."""
     try:
-        json.loads(line)
+        value = json.loads(line)
     except json.JSONDecodeError as error:
-        return error.pos >= len(line.rstrip()) or len(line) == PIECE or line.lstrip().startswith("[{")
+        return error.pos >= len(line.rstrip()) or line.lstrip().startswith("[{")
     except RecursionError:
         return False
-    return re.match(r"\s*\[\s*[{\]]", line) is not None
+    return isinstance(value, list) and all(isinstance(item, (dict, list)) for item in value)
 
 
 def _decode(line: str) -> Any:
@@ -106,30 +105,13 @@ def _decode(line: str) -> Any:
         return line.rstrip("\r\n")
 
 
-def _read_values(text: io.TextIOWrapper) -> Iterator[Any]:
+def _read_values(text: str) -> Iterator[Any]:
     """JSON values one after another, over any number of lines; of a list, its items."""
     decoder = json.JSONDecoder(parse_constant=lambda _: None)
-    buffer, at, piece = text.read(PIECE).lstrip(), 0, PIECE
-    is_list = buffer.startswith("[")
-    at = int(is_list)
-    while True:
-        at = BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
-        if is_list and buffer.startswith("]", at):
-            return
-        try:
-            value, end = decoder.raw_decode(buffer, at)
-        except json.JSONDecodeError:
-            value, end = None, len(buffer)
-        if end == len(buffer):  # the value may go on: read more of it, more at a time the longer it is
-            more = text.read(piece)
-            buffer, at, piece = buffer[at:] + more, 0, 2 * piece
-            if more:
-                continue
-            if not buffer and not is_list:
-                return
-            value, end = decoder.raw_decode(buffer)
-        yield value
-        at, piece = end, PIECE
+    at = 0
+    while (at := BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+        value, at = decoder.raw_decode(text, at)
+        yield from value if isinstance(value, list) else [value]
 
 
 def _unfold(value: Any) -> Iterator[Any]:
@@ -138,7 +120,7 @@ def _unfold(value: Any) -> Iterator[Any]:
         inside = itertools.chain(*(part if isinstance(part, list) else [part] for part in value.values()))
         rows = [row for row in inside if isinstance(row, dict) and row.keys() >= SIDES]
         yield from itertools.chain(*map(_unfold, rows)) if rows else [value]
-    elif isinstance(value, dict) and all(_is_column(value.get(side)) for side in SIDES):
+    elif isinstance(value, dict) and all(map(_is_column, value.values())) and len({*map(len, value.values())}) == 1:
         columns = (column.values() if isinstance(column, dict) else column for column in value.values())
         yield from (dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True))
     else:

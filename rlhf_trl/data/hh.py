@@ -21,58 +21,36 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from rlhf_trl.data import values
 from rlhf_trl.data.pair import Message, Pair, Reason, RowError
-from rlhf_trl.data.values import (
-    IS_TRANSCRIPT,
-    PARAGRAPH,
-    ROLES,
-    UNREAD,
-    Value,
-    cut_turns,
-    is_empty,
-    read_history,
-    read_text,
-    read_transcript,
-    read_value,
-    refuse_unread,
-)
+from rlhf_trl.data.values import IS_TRANSCRIPT, PARAGRAPH, Value, is_empty
 
 PROMPTS = ("prompt", "conversations", "question", "query", "instruction")
 SYSTEMS = ("system", "system_prompt")
-SCORES = (
-    *((f"{name}_chosen", f"{name}_rejected") for name in ("score", "rating", "reward")),
-    *((f"chosen_{name}", f"rejected_{name}") for name in ("score", "rating", "reward")),
+SCORES = tuple(
+    tuple(form.format(name, side) for side in ("chosen", "rejected"))
+    for name in ("score", "rating", "reward")
+    for form in ("{0}_{1}", "{1}_{0}")
 )
-READ = {"chosen", "rejected", "completion", "subset", "input", "history", *PROMPTS, *SYSTEMS, *UNREAD}
+READ = {"chosen", "rejected", "completion", "subset", "input", "history", *PROMPTS, *SYSTEMS, *values.UNREAD}
 READ.update(itertools.chain(*SCORES))
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One conversation, cut at its last assistant turn."""
+class _Side(NamedTuple):
+    """One conversation, cut at its last assistant turn; it is open if it ends on something else than an answer."""
 
     turns: list[Message]
+    prompt: list[Message]
+    answer: str
+    open: bool
 
-    @property
-    def end(self) -> int:
-        answers = [index for index, turn in enumerate(self.turns) if turn["role"] == "assistant"]
-        return answers[-1] if answers else len(self.turns)
 
-    @property
-    def prompt(self) -> list[Message]:
-        return self.turns[: self.end]
-
-    @property
-    def answer(self) -> str:
-        return self.turns[self.end]["content"] if self.end < len(self.turns) else ""
-
-    @property
-    def open(self) -> bool:
-        """Whether the conversation ends on something else than an answer."""
-        return bool(self.turns) and self.end != len(self.turns) - 1
+def _cut(turns: list[Message]) -> _Side:
+    last = len(turns) - 1
+    end = next((index for index in range(last, -1, -1) if turns[index]["role"] == "assistant"), len(turns))
+    return _Side(turns, turns[:end], turns[end]["content"] if end <= last else "", bool(turns) and end != last)
 
 
 def normalise(raw: Any) -> Pair:
@@ -134,7 +112,7 @@ def _faults(whole: _Side, *sides: _Side) -> dict[Reason, bool]:
     asked = [turn["content"] for turn in whole.prompt if turn["role"] == "user"]
     return {
         Reason.MALFORMED: "system" in spoken or (spoken[:1] == ["assistant"] and bool(asked)),
-        Reason.UNKNOWN_ROLE: any(turn["role"] not in ROLES.values() for side in sides for turn in side.turns),
+        Reason.UNKNOWN_ROLE: any(turn["role"] not in values.SPEAKERS for side in sides for turn in side.turns),
         Reason.ENDS_ON_HUMAN: any(side.open for side in sides),
         Reason.EMPTY_PROMPT: not asked or not asked[-1],
         Reason.CONSECUTIVE_ROLES: any(first == second for first, second in itertools.pairwise(spoken)),
@@ -145,20 +123,21 @@ def _read_sides(raw: Any, *names: str) -> tuple[list[_Side], bool]:
     """Read answers as whole conversations, and tell whether all go on from the row's prompt."""
     if not isinstance(raw, dict):
         raise RowError([Reason.MALFORMED])
-    refuse_unread(raw)
-    values = tuple(_read_column(raw, name) for name in names)
+    values.refuse_unread(raw)
+    answers = tuple(_read_column(raw, name) for name in names)
     prompt = _read_prompt(raw)
     if prompt is not None:
-        values = _without_repeat(prompt, *values)
-    elif any(isinstance(value, str) and value and not IS_TRANSCRIPT.match(value) for value in values):
+        answers = _without_repeat(prompt, *answers)
+    elif any(isinstance(value, str) and value and not IS_TRANSCRIPT.match(value) for value in answers):
         raise RowError([Reason.NULL_FIELD if raw.keys() & set(PROMPTS) else Reason.MALFORMED])
-    joined = [_join(prompt or [], value) for value in values]
-    systems = _distinct(read_text(raw[name]) for name in SYSTEMS if not is_empty(raw.get(name)))
-    for opening in (read_history(raw.get("history")), [{"role": "system", "content": text} for text in systems]):
+    joined = [_join(prompt or [], value) for value in answers]
+    given = [values.read_text(raw[name]) for name in SYSTEMS if not is_empty(raw.get(name))]
+    system = [{"role": "system", "content": text} for text in _distinct(given)]
+    for opening in (values.read_history(raw.get("history")), system):
         for turns, _ in joined:
             if turns and turns[: len(opening)] != opening:
                 turns[:0] = opening
-    return [_Side(turns) for turns, _ in joined], all(fits for _, fits in joined)
+    return [_cut(turns) for turns, _ in joined], all(fits for _, fits in joined)
 
 
 def _read_prompt(raw: dict[str, Any]) -> Value | None:
@@ -171,9 +150,9 @@ def _read_prompt(raw: dict[str, Any]) -> Value | None:
     return next(iter(_distinct(given.values())), absent)
 
 
-def _distinct(values: Iterable[Any]) -> list[Any]:
+def _distinct(given: Iterable[Any]) -> list[Any]:
     """The one value that all columns have, or none."""
-    found = [value for value, _ in itertools.groupby(values)]
+    found = [value for value, _ in itertools.groupby(given)]
     if len(found) > 1:
         raise RowError([Reason.SEVERAL_PROMPTS])
     return found
@@ -182,7 +161,7 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 def _read_column(raw: dict[str, Any], name: str) -> Value:
     if name not in raw:
         raise RowError([Reason.MISSING_FIELD])
-    return read_value(raw[name])
+    return values.read_value(raw[name])
 
 
 def _without_repeat(prompt: Value, *sides: Value) -> tuple[Value, ...]:
@@ -201,11 +180,11 @@ def _join(prompt: Value, side: Value) -> tuple[list[Message], bool]:
     """The whole conversation of one side, and whether it goes on from the prompt."""
     marker = PARAGRAPH
     if isinstance(prompt, str) and IS_TRANSCRIPT.match(prompt):
-        context, marker = read_transcript(prompt)
+        context, marker = values.read_transcript(prompt)
         if context[-1] == {"role": "assistant", "content": ""}:  # the marker after which the answer goes
             context.pop()
         if isinstance(side, str) and not IS_TRANSCRIPT.match(side):
-            side = context + cut_turns(marker, "Assistant: " + side)
+            side = context + values.cut_turns(marker, "Assistant: " + side)
     elif isinstance(prompt, str):
         if PARAGRAPH.search(prompt) or prompt.endswith("\nAssistant:"):  # text before the first turn of a transcript
             raise RowError([Reason.MALFORMED])
@@ -214,7 +193,7 @@ def _join(prompt: Value, side: Value) -> tuple[list[Message], bool]:
         context = prompt
     if isinstance(side, str):
         if IS_TRANSCRIPT.match(side):
-            side = read_transcript(side)[0]
+            side = values.read_transcript(side)[0]
         else:
             side = [{"role": "assistant", "content": side}] if side or context else []
     if side[: len(context)] == context:
@@ -222,4 +201,4 @@ def _join(prompt: Value, side: Value) -> tuple[list[Message], bool]:
     if [turn["role"] for turn in side] == ["assistant"]:
         return context + side, True
     # A plain prompt may be only the last of the user's turns in the messages.
-    return [*side], isinstance(prompt, str) and _Side(side).prompt[-1:] == context
+    return [*side], isinstance(prompt, str) and _cut(side).prompt[-1:] == context

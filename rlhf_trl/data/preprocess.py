@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import logging
 import math
 import re
 from collections import Counter, defaultdict
@@ -33,6 +34,8 @@ from rlhf_trl.text.names import prompt_id
 
 # Marks that may differ between two copies of one text; not those that carry meaning, such as the minus of a number.
 ROUGH = re.compile(r"[\s.,;:!?'\"“”‘’…()\[\]{}–—]+")
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(recipe: Recipe, run: RunDir) -> None:
@@ -89,6 +92,8 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     for name, items in splits.items():
         _write_split(run, name, items, half_of)
     tokenizer.save_pretrained(run.tokenizer)
+    if not_read:
+        logger.warning("columns of the source that no step reads: %s", ", ".join(sorted(not_read)))
     write_json(run.summary, summarise(recipe, tokenizer, tallies, splits, not_read))
 
 

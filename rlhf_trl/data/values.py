@@ -23,6 +23,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
+SPEAKERS = {*ROLES.values()}
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 KEYS = ({"role", "content"}, {"from", "value"})
 # Columns of a row, or keys of a message, without which its text is not the whole.

@@ -133,14 +133,14 @@ SHAPES = [
 
 
 ANSWERS = {"chosen": "yes", "rejected": "no"}
+LINES = "Human: P\nAssistant: so\nHuman: Q\nAssistant:"
 NULLS = {"tool_calls": None, "images": [None], "from": None}
 SHAPES += [
     ("CRLF", {side: text.replace("\n", "\r\n") for side, text in hh("yes", "no").items()}, PLAIN),
-    ("single newlines", {side: f"Human: P\nAssistant: so\nHuman: Q\nAssistant: {text}" for side, text in ANSWERS.items()},
-     TALKED),
+    ("single newlines", {side: f"{LINES} {text}" for side, text in ANSWERS.items()}, TALKED),
     ("paragraphs of two lines", {side: f"Human: P\nAssistant: so\n\nHuman: Q\nAssistant: {text}"
                                  for side, text in ANSWERS.items()}, TALKED),
-    ("prompt of single newlines", {"prompt": "Human: P\nAssistant: so\nHuman: Q\nAssistant:", **ANSWERS}, TALKED),
+    ("prompt of single newlines", {"prompt": LINES, **ANSWERS}, TALKED),
     ("prompt of CRLF without marker", {"prompt": "Human: P\r\n\r\nAssistant: so\r\n\r\nHuman: Q", **ANSWERS}, TALKED),
     ("question", {"question": "Q", "system": "", **ANSWERS}, PLAIN),
     ("instruction", {"instruction": "Q", "input": "", **ANSWERS}, PLAIN),
@@ -148,18 +148,20 @@ SHAPES += [
      Pair([{"role": "user", "content": "Do\n\nit"}], "yes", "no")),
     ("one prompt twice, one null", {"prompt": "Q", "question": "Q", "instruction": None, **ANSWERS}, PLAIN),
     ("history of pairs", {"history": [["P", "so"]], "prompt": "Q", **ANSWERS}, TALKED),
-    ("history of messages", {"history": LONGER.prompt[1:3], "question": "Q", "system_prompt": "Be kind.", **ANSWERS}, LONGER),
+    ("history of messages", {"history": LONGER.prompt[1:3], "question": "Q", "system_prompt": "Be kind.", **ANSWERS},
+     LONGER),
     ("history as text", {"history": "[['P', 'so']]", "prompt": "Q", "tools": "[]", **ANSWERS}, TALKED),
     ("developer", {"prompt": [{"role": "developer", "content": "Be kind."}, *LONGER.prompt[1:]], **ANSWERS}, LONGER),
-    ("nulls of a union", {"prompt": [{**USER, **NULLS}], "chosen": [{**YES, **NULLS}], "rejected": [NO], **NULLS}, PLAIN),
-    ("text parts", {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Q", "image_url": None}]}], **ANSWERS},
+    ("nulls of a union", {"prompt": [{**USER, **NULLS}], "chosen": [{**YES, **NULLS}], "rejected": [NO], **NULLS},
+     PLAIN),
+    ("text parts", {"prompt": [{**USER, "content": [{"type": "text", "text": "Q", "image_url": None}]}], **ANSWERS},
      PLAIN),
     ("JSON text", {"prompt": "Q", "chosen": json.dumps([USER, YES]), "rejected": json.dumps([USER, NO])}, PLAIN),
     ("JSON text of one message", {"prompt": "Q", "chosen": json.dumps(YES), "rejected": "no"}, PLAIN),
     ("Python text", {"prompt": str([USER]), "chosen": str([{**YES, "name": None}]), "rejected": str([NO])}, PLAIN),
     ("numpy's text", {"chosen": f"[{USER}\n {YES}]", "rejected": f"[{USER}\n {NO}]"}, PLAIN),
-    ("JSON that is an answer", {"prompt": "Q", "chosen": '{"role": "x"}', "rejected": '[{"a": {"role": 1, "value": 2}}]'},
-     Pair([USER], '{"role": "x"}', '[{"a": {"role": 1, "value": 2}}]')),
+    ("JSON that is an answer", {"prompt": "Q", "chosen": '{"role": "x"}', "rejected": '[{"a": {"role": 1}}]'},
+     Pair([USER], '{"role": "x"}', '[{"a": {"role": 1}}]')),
 ]  # fmt: skip
 
 
@@ -289,6 +291,12 @@ def test_lines_that_are_no_json_objects_are_rows(tmp_path):
     assert rows[6] == {"chosen": None, "rejected": "\ud800"}
 
 
+def test_one_odd_row_does_not_spoil_its_file(tmp_path):
+    rows = [ROWS[0], {"prompt": "Q?", "chosen": ["yes"], "rejected": ["no"]}, {"other": 1}]
+    (tmp_path / "x.jsonl").write_text(lines(rows))
+    assert [raw for *_, raw in read(tmp_path / "x.jsonl")] == rows
+
+
 def test_csv_line_with_too_many_cells_is_malformed(tmp_path):
     (tmp_path / "x.csv").write_text("prompt,chosen,rejected\nQ,yes,no\nQ,yes, but,no\nQ,yes\n")
     reasons = []
@@ -297,13 +305,6 @@ def test_csv_line_with_too_many_cells_is_malformed(tmp_path):
             normalise(raw)
         reasons.append(error.value.reasons[0].value)
     assert reasons == ["malformed", "null_field"]
-
-
-def test_long_values_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_trl.data.files.PIECE", 16)
-    for name in ("data.json", "pretty.jsonl", "data.jsonl", "splits.json"):
-        WRITERS[name](tmp_path / name, ROWS)
-        assert [raw for *_, raw in read(tmp_path / name)] == ROWS
 
 
 def test_saved_dataset_is_read_and_what_describes_or_hides_is_not(tmp_path):
@@ -371,7 +372,7 @@ def test_missing_source_is_the_users_error(source):
 
 def test_empty_folder_is_the_users_error(tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="no data files; it holds notes.txt"):
+    with pytest.raises(UserError, match=r"no data files; it holds notes\.txt"):
         read(tmp_path)
 
 
