@@ -20,7 +20,8 @@ NOTES = ("contradictory", "multi_turn", "repeated_prompt", "score_not_higher", "
 TOKENIZER_KEYS = ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "chat_template")
 QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 DEFINITIONS = {
-    "dropped": "rows whose first reason it is, in the order of rlhf_trl.data.pair.Reason; rows_in = rows_kept + the sum",
+    "dropped": "rows whose first reason it is, in the order of `Reason` in rlhf_trl/data/pair.py; rows_in = "
+    "rows_kept + the sum",
     "found": "rows in which it holds, whatever they are dropped for; too_short to near_duplicate are looked for in "
     "the rows with none of the earlier reasons, too_long in the rows with no other",
     "longer_is_chosen": "share of the pairs whose chosen answer is longer, a tie as half, with its 95 % Wilson "
