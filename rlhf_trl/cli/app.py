@@ -32,6 +32,7 @@ from rlhf_trl.cli.run import (
     status,
     timed,
 )
+from rlhf_trl.cli.tables import printable
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.library import suggest
 from rlhf_trl.run.launch import require_processes
@@ -52,7 +53,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger().handlers[0].setFormatter(Printable("%(message)s"))
     logging.getLogger("rlhf_trl").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import that an optional kernel is absent
     for library in ("DeepSpeed", "transformers.distributed.tensor_parallel"):
@@ -68,7 +70,7 @@ def main() -> None:
         rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"\n{count} problems found" if count > 1 else f"\nerror{rank}", file=sys.stderr)
         for problem in error.problems:
-            print(f"  {problem}", file=sys.stderr)
+            print(printable(f"  {problem}"), file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if not end.code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -78,6 +80,13 @@ def main() -> None:
             sys.stderr.flush()
             os._exit(0)
         raise
+
+
+class Printable(logging.Formatter):
+    """Log records may hold words of a server or of data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from rlhf_trl.cli.tables import console, duration, ending, progress_words
+from rlhf_trl.cli.tables import console, duration, ending, printable, progress_words
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import read_progress
 
@@ -97,7 +97,7 @@ class Live:
         """Write a line that stays, in the place of the progress lines until they are drawn again."""
         self.close()
         stream = stream or self.stream
-        stream.write(f"{line}\n")
+        stream.write(f"{printable(line)}\n")
         stream.flush()
 
     def close(self) -> None:

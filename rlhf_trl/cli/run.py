@@ -18,7 +18,7 @@ import typer
 from rlhf_trl.cli import options
 from rlhf_trl.cli.live import Live
 from rlhf_trl.cli.options import RUNS
-from rlhf_trl.cli.tables import plan_table, show, status_end, status_table, summary_table
+from rlhf_trl.cli.tables import plan_table, printable, show, status_end, status_table, summary_table
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import STEPS, Recipe
@@ -173,7 +173,7 @@ def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None
         try:
             action(asked or recipe, run)
         except NotRun as reason:
-            print(f"{step}: not run: {reason}", file=sys.stderr, flush=True)
+            print(printable(f"{step}: not run: {reason}"), file=sys.stderr, flush=True)
             return False
         run.mark_done(recipe, step, time.perf_counter() - start)
         return True

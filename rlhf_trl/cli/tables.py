@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from rlhf_trl.run.states import Progress, StepState
+from rlhf_trl.text.display import visible
+from rlhf_trl.text.redact import redact
 
 if TYPE_CHECKING:  # imported where something is printed: `--help` starts without it
     from rich.console import Console
@@ -35,6 +37,11 @@ def progress_words(progress: Progress) -> str:
     return ", ".join([*words, *(f"{LABELS[key]} {value:.4g}" for key, value in progress.values.items())])
 
 
+def printable(text: object) -> str:
+    """Make a text fit for the terminal: without secrets, and with every character that acts or hides spelt out."""
+    return visible(redact(str(text)))
+
+
 def console(stream: TextIO) -> Console:
     """A console that writes text as it is: as wide as the terminal, or without a limit where there is none."""
     from rich.console import Console
@@ -56,7 +63,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
     laid_out = Table(*head, box=None, show_header=any(head), header_style="", pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
-        laid_out.add_row(*row)
+        laid_out.add_row(*map(printable, row))
     return laid_out
 
 

@@ -13,8 +13,9 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from rlhf_trl.recipe.errors import SECRET, Kind, Problem, RecipeError, UserError
+from rlhf_trl.recipe.errors import Kind, Problem, RecipeError, UserError
 from rlhf_trl.recipe.library import nearest, show, suggest
+from rlhf_trl.text.redact import redact
 
 MAX_BYTES = 200_000
 MAX_DEPTH = 20
@@ -136,7 +137,7 @@ class Document:
     def secrets(self) -> list[Problem]:
         """Every text that looks like an access token."""
         remedy = "keep tokens in the environment (see .env.example)"
-        texts = [place for place, text in _texts(self.raw) if SECRET.search(text)]
+        texts = [place for place, text in _texts(self.raw) if redact(text) != text]
         return [Problem(place, "holds what looks like an access token", remedy) for place in texts]
 
     def error(self, later: Sequence[Problem]) -> RecipeError:

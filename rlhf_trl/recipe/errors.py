@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-# Tokens of Hugging Face and OpenAI; `hf_preferences` is a name.
-SECRET = re.compile(r"\b(hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|hf_[a-z]{20,}|sk-[A-Za-z0-9_-]{8,})")
+from rlhf_trl.text.redact import redact
 
 
 class Kind(Enum):
@@ -61,7 +59,10 @@ class NotRun(Exception):
     Reported as *not run*; later steps continue.
     """
 
+    def __init__(self, reason: str):
+        super().__init__(redact(reason))
+
 
 def _without_secrets(problem: Problem) -> Problem:
-    place, text, remedy = (SECRET.sub("<token>", part) for part in (problem.place, problem.problem, problem.remedy))
+    place, text, remedy = (redact(part) for part in (problem.place, problem.problem, problem.remedy))
     return replace(problem, place=place, problem=text, remedy=remedy)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -24,6 +25,24 @@ def _single_value(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str):
         raise ValueError("a sweep lists single values: numbers, texts, true or false")
     return value
+
+
+def check_address(address: str) -> str:
+    """Return the address of a server if it can be one; no message repeats it, as it may hold a password.
+
+    Raises:
+        ValueError: what to do instead.
+    """
+    try:
+        parts = urlsplit(address)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # the port, or the brackets of IPv6
+        whole = False
+    if not whole or not re.fullmatch(r"[!-~]+", address):
+        raise ValueError("give the address in full, with http:// or https://, such as http://127.0.0.1:8000/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("leave out the user, the password and all from ? or # on; the key goes into OPENAI_API_KEY")
+    return address
 
 
 Name = Annotated[str, AfterValidator(_valid_name)]
@@ -169,7 +188,7 @@ class Judge(Strict):
     """`openai`: a language model behind any OpenAI-compatible server; `reward`: the gold reward model; `offline`: a
     rule for tests."""
     model: str | None = Field(default=None, min_length=1)  # without it OPENAI_MODEL, else gpt-4.1-mini
-    base_url: str | None = Field(default=None, min_length=1)
+    base_url: Annotated[str, AfterValidator(check_address)] | None = None
     """Address of the server, up to and with `/v1`; without it OPENAI_BASE_URL, else OpenAI's."""
     prompts: int = Field(default=120, ge=1)
     """How many of evaluation's prompts are judged; each comparison takes two calls."""
@@ -183,7 +202,8 @@ class Judge(Strict):
     max_tokens: int = Field(default=512, ge=1)
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """OpenAI's reasoning models know the second alone, many local servers the first."""
-    temperature: float | None = Field(default=0.0, ge=0)  # without it none is sent
+    temperature: float | None = Field(default=0.0, ge=0)  # null: none is sent
+    seed: int | None = 0  # null: none is sent
     max_cost: float | None = Field(default=None, gt=0)  # US dollars that one run may spend
     max_requests: int | None = Field(default=None, ge=1)
     price: Price = Price()  # of gpt-4.1-mini when this was written; change it with the model
