@@ -47,7 +47,7 @@ class JudgeCache:
     """The replies in one file. A line whose call may pass is kept as a log, but is no hit."""
 
     def __init__(self, path: Path):
-        """Read the file, mend an end that a kill cut off, and hold the file for this process.
+        """Read the file, mend an end that a kill cut off, and hold the file, which its owner alone may read.
 
         Raises:
             UserError: another process holds the file.
@@ -63,6 +63,7 @@ class JudgeCache:
             raise UserError(str(path), "another process writes to this file of judge replies", remedy) from None
         self._load()
         self._file = path.open("ab")
+        path.chmod(0o600)  # a server may have sent anything
 
     def __enter__(self) -> JudgeCache:
         return self

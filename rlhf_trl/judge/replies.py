@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from rlhf_trl.text.redact import redact
+
 Stands = Literal["ok", "refusal", "content_filter", "length", "null_content", "context_length"]
 # The same call may bring something else another time: it is made again.
 Passes = Literal[
@@ -64,7 +66,7 @@ class Reply:
 
 def read_answer(content_type: str, body: bytes) -> Reply:
     """Tell what a server's 200 says."""
-    start = body.lstrip()[:DETAIL].decode(errors="replace")
+    start = body.decode(errors="replace").lstrip()
     if "text/html" in content_type or start.startswith("<"):
         return Reply("html", detail=words(start))
     try:
@@ -121,8 +123,8 @@ def _usage(value: Any) -> Usage | None:
 
 
 def _text(value: Any) -> str | None:
-    """A server's text without lone surrogates, which JSON can hold and no file can."""
-    return value.encode(errors="replace").decode() if isinstance(value, str) else None
+    """A server's text without secrets, and without lone surrogates, which JSON can hold and no file can."""
+    return redact(value.encode(errors="replace").decode()) if isinstance(value, str) else None
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -144,5 +146,6 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def words(text: str) -> str:
-    """Bring a server's or a library's own words onto one line, no longer than `DETAIL`."""
-    return " ".join(text.encode(errors="replace").decode().split())[:DETAIL]
+    """Bring a server's or a library's own words onto one line, no longer than `DETAIL`, without secrets."""
+    # Redacted before it is cut: a part of a secret is not known for one.
+    return redact(" ".join(text.encode(errors="replace").decode().split()))[:DETAIL]

@@ -103,7 +103,7 @@ def judge(recipe: Recipe, run: RunDir) -> None:
     by_key = {call.key(): call for call in itertools.chain(*calls.values())}
     try:
         if settings.kind == "openai":
-            lines, stopped, spent = ask_server(settings, recipe.seed, name, by_key, path)
+            lines, stopped, spent = ask_server(settings, name, by_key, path)
         else:
             lines, stopped, spent = ask_locally(settings.kind, by_key, path), None, None
     except NotRun as reason:
@@ -144,7 +144,7 @@ def ask_locally(kind: str, calls: Mapping[str, Call], path: Path) -> dict[str, L
 
 
 def ask_server(
-    settings: Judge, seed: int, model: str, calls: Mapping[str, Call], path: Path
+    settings: Judge, model: str, calls: Mapping[str, Call], path: Path
 ) -> tuple[dict[str, Line], str | None, dict[str, Any]]:
     """Make the calls that the cache lacks, and ask once more where a reply has no verdict.
 
@@ -162,7 +162,9 @@ def ask_server(
     lines: dict[str, Line] = {of: {"key": of, "status": "ok", "reply": SAME} for of in same}
     asked = {of: call for of, call in calls.items() if of not in same}
     options: dict[str, Any] = {settings.max_tokens_name: settings.max_tokens, "temperature": settings.temperature}
-    server = OpenAIClient(model, api_key=api_key, base_url=base_url, timeout=settings.timeout, seed=seed, **options)
+    server = OpenAIClient(
+        model, api_key=api_key, base_url=base_url, timeout=settings.timeout, seed=settings.seed, **options
+    )
     with JudgeCache(path) as cache, server as client:
         pending = [Request(of, call.messages(), (call, None)) for of, call in asked.items() if not cache.get(of)]
         messages = [request.messages for request in pending]

@@ -12,16 +12,25 @@ from urllib.parse import quote
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)(_|$)", re.IGNORECASE)
 SHORTEST = 8  # characters; a shorter value, such as EMPTY, may be an ordinary word
 # The forms that secret scanners know. What repeats before more must follow is bounded: a server may send megabytes.
+PREFIXES = (
+    "gsk_", "xai-", "r8_", "nvapi-", "pplx-", "csk-", "fw_", "jina_", "tgp_v1_", "lsv2_", "pcsk_", "AIza", "ya29[.]",
+    "gh[pousr]_", "github_pat_", "glpat-", "npm_", "pypi-", "rubygems_", "dckr_pat_", "do[opr]_v1_", "hv[sb][.]",
+    "lin_api_", "ntn_", "PMAK-", "shp(?:at|ca|pa|ss)_", "sq0[a-z]{3}-", "dapi(?=[0-9a-f]{16})", "ATATT3", "sntrys_",
+    "figd_", "AGE-SECRET-KEY-",
+)  # fmt: skip
 SECRET = re.compile(
-    r"\b("
+    r"\b(?:"
     r"hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|hf_[a-z]{20,}"  # Hugging Face; `hf_preferences` is a name
-    r"|sk-[A-Za-z0-9_-]{8,}|[sr]k_(live|test)_\w{10,}|gsk_\w{20,}|xai-\w{20,}|r8_\w{20,}|nvapi-[\w-]{20,}"
-    r"|pplx-\w{20,}|tgp_v1_[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|(AKIA|ASIA)[A-Z0-9]{16}"
-    r"|AIza[\w-]{30,}|ya29\.[\w-]{20,}|xox[abeoprs]-[\w-]{10,}|npm_\w{30,}|pypi-[\w-]{40,}|dop_v1_[0-9a-f]{20,}"
-    r"|SG\.[\w-]{16,40}\.[\w-]{16,}|eyJ[\w-]{10,300}\.eyJ[\w-]{10,}(\.[\w-]*)?"  # SendGrid, a JSON web token
-    r")|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    r"|(?<=://)([^\s/@:]{0,60}:\S{1,200}|[^\s/]{1,200})(?=@)"  # user and password of an address
-    r"|(?<=[?&])[\w-]{0,40}(key|token|secret|password)[\w-]{0,40}=[^\s&]+",
+    rf"|sk-[\w-]{{8,}}|(?:{'|'.join(PREFIXES)})[\w.-]{{15,}}[\w-]"
+    r"|(?:[sr]k|whsec)_(?:live_|test_)?[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}|(?:xox[abeoprs]|xapp)-[\w-]{10,}"
+    r"|SG\.[\w-]{16,40}\.[\w-]{16,}|eyJ[\w-]{10,300}\.eyJ[\w-]{10,}(?:\.[\w-]*)?"  # SendGrid, a JSON web token
+    r"|(?:SK|AC|key-)[0-9a-f]{32}|\d{8,10}:AA[\w-]{30,}|[MN][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,}"  # Discord at the end
+    r"|(?:Bearer|Basic)\s(?=\S{0,40}[\d=])[\w.~+/-]{16,}=*"
+    r")"
+    r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[\w+/=:,.\s\\-]*"
+    r"|(?<=://)(?:[^\s/@:]{0,60}:\S{1,200}|[^\s/]{1,200})(?=@)|(?<=hooks\.slack\.com/services/)[\w/]+"  # in addresses
+    r"|(?<=[?&])[\w-]{0,40}(?:key|token|secret|password)[\w-]{0,40}=[^\s&]+"
+    r"|(?i:(?<=key=)|(?<=secret=)|(?<=password=)|(?<=pwd=)|(?<=access_token=)|(?<=auth_token=))[^\s&;,\"']{8,}",
     re.ASCII,
 )
 _is_secret = functools.cache(SECRET_NAME.search)
