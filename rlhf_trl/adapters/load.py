@@ -15,12 +15,12 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from rlhf_trl.adapters.check import require_sound
 from rlhf_trl.adapters.files import BASE, CONFIG, LINEAGE, TOKENIZER_CONFIG
-from rlhf_trl.models.base import Messages, fetch, load_causal, load_classifier, set_up_tokenizer
+from rlhf_trl.models.base import Messages, fetch, load_causal, load_classifier, prompt_room, set_up_tokenizer
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import sample
 from rlhf_trl.recipe.errors import UserError
@@ -49,11 +49,7 @@ class Policy:
         Raises:
             UserError: the model has not more positions than `max_new_tokens`.
         """
-        limit = positions(self.model)
-        room = limit and limit - max_new_tokens
-        if limit is not None and limit <= max_new_tokens:
-            problem = f"{max_new_tokens} tokens leave no room for a prompt: the model has {limit} positions"
-            raise UserError("max_new_tokens", problem, f"give less than {limit}")
+        room = prompt_room(self.model, max_new_tokens)
         decoding = Decoding(temperature=temperature)
         found = sample(self.model, self.tokenizer, [prompt], max_new_tokens, 1, seed, decoding, max_prompt_tokens=room)
         return found[0].text
@@ -72,13 +68,6 @@ class Conversation:
         answer = self._policy.answer(self.turns, *self._how)
         self.turns.append({"role": "assistant", "content": answer})
         return visible(answer)
-
-
-def positions(model: PreTrainedModel | PeftModel) -> int | None:
-    """Tell how many tokens a model reads at most; None where it sets no limit, as with ALiBi or a state space."""
-    config, name = model.config.get_text_config(), "max_position_embeddings"
-    limit: int | None = config.to_dict().get(config.attribute_map.get(name, name))
-    return limit
 
 
 def load_policy(folder: str | Path, base: str | Path | None = None, dtype: str = "auto") -> Policy:

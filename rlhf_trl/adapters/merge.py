@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_trl.adapters.export import write_tokenizer
 from rlhf_trl.adapters.files import CONFIG, LINEAGE, PROBE, require_new
-from rlhf_trl.adapters.load import load_policy, load_reward_model, locate_base, positions
+from rlhf_trl.adapters.load import load_policy, load_reward_model, locate_base
 from rlhf_trl.adapters.verify import require_equal
-from rlhf_trl.models.base import encode, staged
+from rlhf_trl.models.base import encode, positions, staged
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, write_json
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.adapters.load import positions
 from rlhf_trl.data.hh import normalise, read_completion
 from rlhf_trl.data.pair import RowError
-from rlhf_trl.models.base import Messages, encode
+from rlhf_trl.models.base import Messages, encode, positions
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.stats.intervals import wilson

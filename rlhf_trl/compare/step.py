@@ -26,7 +26,7 @@ from rlhf_trl.compare.training import (
     measure_stability,
     needed,
 )
-from rlhf_trl.compare.verdict import compare_groups, conclude, join
+from rlhf_trl.compare.verdict import compare_groups, join, name_winner
 from rlhf_trl.figures.style import save
 from rlhf_trl.recipe.recipe import POLICY_TRAINERS, Recipe
 from rlhf_trl.run.files import read_json, write_json, write_text
@@ -73,7 +73,7 @@ def build(recipe: Recipe, run: RunDir) -> Row:
     smallest = smallest_that_matters(recipe, run) if policies else {}
     pairs, gains = compare_groups(list(combinations(methods, 2)), methods, trajectories, judged, smallest)
     doubts = {"gold": None, "reward": describe_doubt(recipe, policies), "win_rate": judged.doubt}
-    verdict = conclude(list(methods), pairs, doubts)
+    verdict = name_winner(list(methods), pairs, doubts)
     left_out = [name for name in recipe.policies if name not in names]
     if verdict and left_out:
         verdict["warnings"].append(f"not among the compared: {join(left_out)}")

@@ -145,7 +145,7 @@ def _format(estimate: Mapping[str, Any], measure: str) -> str:
     return format_estimate(estimate, "+", measure == "win_rate").replace("\u00a0%", " points")
 
 
-def conclude(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, str | None]) -> Row | None:
+def name_winner(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, str | None]) -> Row | None:
     """Name the winner, if there is one: the group that wins against every other by the first measure.
 
     Args:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rlhf_trl.evaluate.adversarial import load_adversarial
-from rlhf_trl.models.base import Messages
+from rlhf_trl.models.base import Messages, prompt_room
 from rlhf_trl.models.policies import Policies
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import (
@@ -26,7 +26,7 @@ from rlhf_trl.models.sampling import (
     answer_batch,
     answer_logits,
     head_logits,
-    measure_drift,
+    measure_kl,
     sample,
     sorted_batches,
     spread,
@@ -50,6 +50,7 @@ class Measurements:
     def __init__(self, recipe: Recipe, run: RunDir, policies: Policies, judges: Mapping[str, RewardModel]):
         self.recipe, self.run, self.policies, self.judges = recipe, run, policies, judges
         self.settings, self.tokenizer = recipe.evaluation, policies.tokenizer
+        self.room = prompt_room(policies.model, self.settings.max_new_tokens)
         self.rows = choose_prompts(run, self.settings.prompts, recipe.seed)
         self.prompts: list[Messages] = [row["prompt"] for row in self.rows]
         chosen: dict[str, str] = {}
@@ -94,16 +95,16 @@ class Measurements:
         return [(step, whole[step]) for step in sorted(chosen)]
 
     def measure_policy(self, name: str, checkpoint: Path | None = None, step: int | None = None) -> list[Row]:
-        """Sample one answer to each prompt, measure the policy's drift on it, and score it."""
+        """Sample one answer to each prompt, measure its KL to the reference, and score it."""
         label = name if step is None else f"{name} at step {step}"
         with self.policies.use(name, checkpoint) as model:
             answers = self._sample(model, self.prompts, f"{label}: answers", keep_hidden=True)
-            drift = self.measure_kl(model, answers, f"{label}: KL", name == REFERENCE)
+            kls = self.measure_policy_kl(model, answers, f"{label}: KL", name == REFERENCE)
         records = [
             {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "answer": answer.text,
              "finished": answer.finished, "answer_tokens": len(answer.ids), "chosen_refuses": refusal,
              **dict(zip(("kl", "kl_k1", "kl_k3", "entropy"), values, strict=True))}
-            for row, answer, values, refusal in zip(self.rows, answers, drift, self.chosen_refuses, strict=True)
+            for row, answer, values, refusal in zip(self.rows, answers, kls, self.chosen_refuses, strict=True)
         ]  # fmt: skip
         for key in self.judges:
             texts, done = [answer.text for answer in answers], [answer.finished for answer in answers]
@@ -119,8 +120,10 @@ class Measurements:
         return sample(model, self.tokenizer, prompts, *limits, progress=progress, **more)
 
     @torch.no_grad()
-    def measure_kl(self, policy: Any, answers: Sequence[Completion], progress: str, same: bool) -> list[list[float]]:
-        """Measure a policy's drift from the reference on its own answers.
+    def measure_policy_kl(
+        self, policy: Any, answers: Sequence[Completion], progress: str, same: bool
+    ) -> list[list[float]]:
+        """Measure the KL of a policy to the reference on its own answers.
 
         Returns:
             For each answer kl, k1 and k3 in nats, and entropy in nats per token.
@@ -138,9 +141,9 @@ class Measurements:
             if not same:
                 with self.policies.use(REFERENCE) as reference:
                     ref_logits = answer_logits(reference, *batch)
-            drift = measure_drift(logits, ref_logits, batch[1], batch[3])
+            kl = measure_kl(logits, ref_logits, batch[1], batch[3])
             tokens = batch[3].sum(1)
-            return torch.stack([drift.kl, drift.k1, drift.k3, drift.entropy / tokens], dim=1).tolist()
+            return torch.stack([kl.kl, kl.k1, kl.k3, kl.entropy / tokens], dim=1).tolist()
 
         lengths = _lengths(self.prompts, [answer.text for answer in answers])
         return spread(sorted_batches(lengths, size, SHORTEST), work, progress)
@@ -181,14 +184,13 @@ class Measurements:
     def answer_adversarial(self) -> dict[Path, Any]:
         """Answer the adversarial prompts with every policy; count refusals and unsafe patterns by category."""
         categories, prompts = load_adversarial()
-        room = self.policies.model.config.get_text_config().max_position_embeddings - self.settings.max_new_tokens
         rows: list[Row] = [{**prompt, "answers": {}} for prompt in prompts]
         questions = [row["prompt"] for row in rows]
         rates: Row = {}
         for name in (REFERENCE, *self.recipe.policies):
             with self.policies.use(name) as model:
                 label, decoding = f"{name}: adversarial prompts", self.settings.judge_decoding
-                answers = self._sample(model, questions, label, decoding=decoding, max_prompt_tokens=room)
+                answers = self._sample(model, questions, label, decoding=decoding, max_prompt_tokens=self.room)
             for row, answer in zip(rows, answers, strict=True):
                 text = answer.text
                 signs = {"refusal": refuses(text), "unsafe": unsafe_patterns(text)}

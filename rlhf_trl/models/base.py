@@ -263,6 +263,26 @@ def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = Tru
         raise _unreachable(path, error) from error
 
 
+def positions(model: PreTrainedModel | PeftModel) -> int | None:
+    """Return how many tokens a model reads at most; None where it sets no limit, as with ALiBi or a state space."""
+    config, name = model.config.get_text_config(), "max_position_embeddings"
+    limit: int | None = config.to_dict().get(config.attribute_map.get(name, name))
+    return limit
+
+
+def prompt_room(model: PreTrainedModel | PeftModel, max_new_tokens: int) -> int | None:
+    """Return how many tokens a prompt may have before an answer of `max_new_tokens`; None where there is no limit.
+
+    Raises:
+        UserError: none is left for a prompt.
+    """
+    limit = positions(model)
+    if limit is not None and limit <= max_new_tokens:
+        problem = f"{max_new_tokens} tokens leave no room for a prompt: the model has {limit} positions"
+        raise UserError("max_new_tokens", problem, f"give less than {limit}")
+    return limit and limit - max_new_tokens
+
+
 def _unreachable(path: str, error: Exception) -> UserError:
     problem = f"the model cannot be loaded: {first_line(error)}"
     return UserError(path, problem, "check `model.model_name_or_path`, the network, and access")

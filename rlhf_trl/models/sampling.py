@@ -164,8 +164,8 @@ def _read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Compl
     return Completion(tokens, tokenizer.decode(tokens, skip_special_tokens=True).strip(), finished)
 
 
-class Drift(NamedTuple):
-    """How far a policy is from its reference on answers of its own, in nats: sums over the answer's tokens, (B,)."""
+class KL(NamedTuple):
+    """KL(policy || reference) on answers of the policy, in nats: sums over the answer's tokens, (B,)."""
 
     kl: Tensor
     """Exact over the vocabulary at each position."""
@@ -177,7 +177,7 @@ class Drift(NamedTuple):
     """Of the policy's distribution at each position."""
 
 
-def measure_drift(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Tensor) -> Drift:
+def measure_kl(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Tensor) -> KL:
     """Compare two models on answers that were sampled from the first.
 
     At each position of an answer, kl = sum_v pi(v) [log pi(v) - log ref(v)]; its sum over the answer is the
@@ -200,7 +200,7 @@ def measure_drift(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: 
         kl = (p * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding alone puts it below
         terms = torch.stack([kl, -log_ratio, log_ratio.expm1() - log_ratio, entropy])
         sums += torch.where(mask[:, part].bool(), terms, 0.0).sum(-1)
-    return Drift(*sums.unbind())
+    return KL(*sums.unbind())
 
 
 @torch.no_grad()

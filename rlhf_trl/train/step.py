@@ -53,7 +53,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
         run.require(recipe, link, f"train RECIPE {link}")
     config = build_stage_config(recipe, run, stage)
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
-    resume = _prepare_directory(run, stage, recipe.fingerprint(stage))
+    resume = find_resume_point(run, stage, recipe.fingerprint(stage))
     trainer = build_trainer(recipe, run, stage, config)
     history, health, interrupt = History(run.training_stats(stage), stage, spec.trainer), Health(), Interrupt()
     for callback in (interrupt, history, health):  # the history is written before a checkpoint that a signal asks for
@@ -124,8 +124,8 @@ def build_configs(recipe: Recipe, run: RunDir) -> None:
         raise RecipeError(dict.fromkeys(problems))
 
 
-def _prepare_directory(run: RunDir, stage: str, fingerprint: str) -> Path | None:
-    """Give the stage a clean directory, or find the checkpoint to go on from."""
+def find_resume_point(run: RunDir, stage: str, fingerprint: str) -> Path | None:
+    """Return the newest whole checkpoint of an interrupted stage; otherwise None, with the directory made empty."""
     state, marker = PartialState(), run.started(stage)
     if state.is_main_process:
         same = marker.exists() and read_json(marker)["fingerprint"] == fingerprint

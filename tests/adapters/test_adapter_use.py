@@ -9,10 +9,9 @@ import pytest
 import torch
 from adapter_fixtures import write_base
 from conftest import ROOT
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import rlhf_trl
-from rlhf_trl.adapters.load import Conversation, positions
+from rlhf_trl.adapters.load import Conversation
 from rlhf_trl.adapters.score import score_file, summarise
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_jsonl, write_jsonl
@@ -89,13 +88,6 @@ def test_a_prompt_loses_its_beginning_where_it_is_too_long_and_an_answer_leaves_
     with pytest.raises(UserError, match="128 tokens leave no room for a prompt: the model has 128 positions"):
         policy.answer(PROMPT, max_new_tokens=128)
     assert isinstance(policy.answer(PROMPT, max_new_tokens=127), str)
-
-
-def test_the_positions_of_a_model_are_known():
-    bloom = BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1)
-    assert positions(BloomForCausalLM(bloom)) is None  # ALiBi: no limit
-    gpt2 = GPT2Config(vocab_size=8, n_positions=16, n_embd=8, n_layer=1, n_head=1)
-    assert positions(GPT2LMHeadModel(gpt2)) == 16
 
 
 def test_chat_answers_what_is_piped_in(gpt2_run, policy_export, tmp_path):

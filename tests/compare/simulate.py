@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_trl.compare.evidence import Judged, Trajectory
-from rlhf_trl.compare.verdict import compare_groups, conclude
+from rlhf_trl.compare.verdict import compare_groups, name_winner
 from rlhf_trl.stats.intervals import Estimate, compare_runs, estimate_mean, estimate_rate
 
 PROMPTS = 100
@@ -119,7 +119,7 @@ def judge(design: Design, seed: int) -> tuple[bool, bool, bool, bool]:
     """Run one experiment, as `Outcome` counts it."""
     groups, trajectories = draw(design, np.random.default_rng((seed, len(design.name))))
     pairs, _ = compare_groups(list(combinations(groups, 2)), groups, trajectories, NOBODY, {"gold": 0.1})
-    verdict = conclude(list(groups), pairs, {"gold": None})
+    verdict = name_winner(list(groups), pairs, {"gold": None})
     winner = verdict["winner"] if verdict else None
     wanted = {"better"} if design.winners == "a" else {"better", "worse"}
     claims = [found for found in (pair["measures"]["gold"] for pair in pairs)

@@ -18,7 +18,7 @@ from rlhf_trl.compare.evidence import Judged, Trajectory, read_judge
 from rlhf_trl.compare.step import build, compare, compare_stages, summarise, weigh
 from rlhf_trl.compare.text_report import render
 from rlhf_trl.compare.training import find, generated_tokens, needed
-from rlhf_trl.compare.verdict import compare_groups, conclude
+from rlhf_trl.compare.verdict import compare_groups, name_winner
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
@@ -303,7 +303,7 @@ def judge(methods: dict[str, dict[int, Trajectory]], smallest: float = 0.05) -> 
     groups = {name: [f"{name}-{seed}" for seed in runs] for name, runs in methods.items()}
     runs = {f"{name}-{seed}": run for name, of in methods.items() for seed, run in of.items()}
     pairs, _ = compare_groups(list(combinations(groups, 2)), groups, runs, NOBODY, {"gold": smallest})
-    return pairs, conclude(list(groups), pairs, SURE)
+    return pairs, name_winner(list(groups), pairs, SURE)
 
 
 def outcomes(pair: Any) -> tuple[str, str]:
@@ -437,7 +437,7 @@ def judged_runs(dpo: dict[str, float], ppo: dict[str, float], **about: Any) -> t
     judged = Judged({"dpo-0": dpo, "ppo-0": ppo}, {}, "gpt", **about)
     groups = {"dpo": ["dpo-0"], "ppo": ["ppo-0"]}
     pairs, _ = compare_groups([("dpo", "ppo")], groups, {"dpo-0": one, "ppo-0": one}, judged, {"win_rate": 0.02})
-    return pairs, conclude(["dpo", "ppo"], pairs, {**SURE, "win_rate": judged.doubt})
+    return pairs, name_winner(["dpo", "ppo"], pairs, {**SURE, "win_rate": judged.doubt})
 
 
 def test_without_scores_the_judge_decides_on_the_prompts_that_all_were_judged_on() -> None:

@@ -8,10 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 import demo_text
 import pytest
 from conftest import shared, small_recipe
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlhf_trl.models import tiny
-from rlhf_trl.models.base import base_path, encode, load_tokenizer, recorded_tokenizer, set_up_tokenizer
+from rlhf_trl.models.base import (
+    base_path,
+    encode,
+    load_tokenizer,
+    positions,
+    prompt_room,
+    recorded_tokenizer,
+    set_up_tokenizer,
+)
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.layout import RunDir
 
@@ -110,3 +118,12 @@ def test_the_tiny_base_is_built_once(tmp_path, monkeypatch):
     with ThreadPoolExecutor(2) as pool:  # two that need it at once
         paths = [*pool.map(lambda _: base_path({"model_name_or_path": "builtin:tiny"}, other), range(2))]
     assert paths == [str(other.base)] * 2 and len(built) == 1
+
+
+def test_the_positions_of_a_model_are_known():
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1))
+    assert (positions(bloom), prompt_room(bloom, 8)) == (None, None)  # ALiBi: no limit
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    assert (positions(gpt2), prompt_room(gpt2, 6)) == (16, 10)
+    with pytest.raises(UserError, match="16 tokens leave no room for a prompt"):
+        prompt_room(gpt2, 16)

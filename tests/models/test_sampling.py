@@ -1,4 +1,4 @@
-"""Sampling, and the drift of a policy from its reference, against closed forms; policies and rewards on one base."""
+"""Sampling, and the KL of a policy to its reference, against closed forms; policies and rewards on one base."""
 
 import math
 import shutil
@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from rlhf_trl.models.base import encode, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.models.policies import Policies
 from rlhf_trl.models.rewards import RewardModel, SharedClassifier, load_reward_model
-from rlhf_trl.models.sampling import InverseTransform, answer_logits, measure_drift, sample, sorted_batches, spread
+from rlhf_trl.models.sampling import InverseTransform, answer_logits, measure_kl, sample, sorted_batches, spread
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Decoding
 from rlhf_trl.run.files import read_jsonl
@@ -42,7 +42,7 @@ def draw(trained, base):
     return draw
 
 
-# --- drift
+# --- KL
 
 
 def test_kl_is_exact_over_the_vocabulary():
@@ -50,27 +50,27 @@ def test_kl_is_exact_over_the_vocabulary():
     exact = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
     logits, ref = p.log().expand(2, 40, 3), (q.log() + 5.0).expand(2, 40, 3)
     mask = torch.tensor([[1] * 33 + [0] * 7, [1] * 40])
-    drift = measure_drift(logits, ref, torch.zeros(2, 40, dtype=torch.long), mask)
+    kl = measure_kl(logits, ref, torch.zeros(2, 40, dtype=torch.long), mask)
     ratio = 0.2 / 0.5
     per_token = {"kl": exact, "entropy": 1.0296530, "k1": -math.log(ratio), "k3": ratio - 1 - math.log(ratio)}
     for name, value in per_token.items():
-        assert getattr(drift, name).tolist() == pytest.approx([33 * value, 40 * value], rel=1e-5), name
+        assert getattr(kl, name).tolist() == pytest.approx([33 * value, 40 * value], rel=1e-5), name
 
 
 def test_kl_to_itself_is_zero_and_never_negative():
     torch.manual_seed(0)
     logits, ids, mask = torch.randn(64, 20, 500), torch.randint(500, (64, 20)), torch.ones(64, 20)
-    drift = measure_drift(logits, logits.clone(), ids, mask)
-    assert drift.kl.tolist() == drift.k1.tolist() == drift.k3.tolist() == [0.0] * 64
-    assert (measure_drift(logits, logits + 1e-7 * torch.randn(64, 20, 500), ids, mask).kl >= 0).all()
+    kl = measure_kl(logits, logits.clone(), ids, mask)
+    assert kl.kl.tolist() == kl.k1.tolist() == kl.k3.tolist() == [0.0] * 64
+    assert (measure_kl(logits, logits + 1e-7 * torch.randn(64, 20, 500), ids, mask).kl >= 0).all()
 
 
 def test_what_is_masked_does_not_count_even_if_it_is_not_finite():
     logits, ref = torch.randn(2, 1, 4, 5)
     ids, mask = torch.tensor([[1, 2, 0, 0]]), torch.tensor([[1, 1, 0, 0]])
-    expected = measure_drift(logits[:, :2], ref[:, :2], ids[:, :2], mask[:, :2])
+    expected = measure_kl(logits[:, :2], ref[:, :2], ids[:, :2], mask[:, :2])
     ref[:, 2:] = float("nan")
-    assert torch.equal(torch.stack(measure_drift(logits, ref, ids, mask)), torch.stack(expected))
+    assert torch.equal(torch.stack(measure_kl(logits, ref, ids, mask)), torch.stack(expected))
 
 
 def test_sequence_kl_of_two_enumerated_policies():
@@ -86,12 +86,12 @@ def test_sequence_kl_of_two_enumerated_policies():
     )
     p = log_p.exp()
     exact = (p * (log_p - log_q)).sum().item()
-    drift = measure_drift(logits, ref, ids, torch.ones(9, 2))
+    kl = measure_kl(logits, ref, ids, torch.ones(9, 2))
     picks = torch.multinomial(p, 40_000, replacement=True)
-    for estimate in (drift.kl, drift.k1, drift.k3):
+    for estimate in (kl.kl, kl.k1, kl.k3):
         assert (p * estimate).sum().item() == pytest.approx(exact, abs=1e-6)
         values = estimate[picks]
-        assert estimate is drift.kl or abs(values.mean().item() - exact) < 3 * values.std().item() / 200
+        assert estimate is kl.kl or abs(values.mean().item() - exact) < 3 * values.std().item() / 200
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_the_estimators_spread_as_schulman_measured(mu, spreads, bias):
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
     log_p, log_q = -((x - mu) ** 2) / 2, -(x**2) / 2
     ids = torch.arange(4001)[:, None]
-    drift = measure_drift(log_p.expand(4001, 1, -1), log_q.expand(4001, 1, -1), ids, torch.ones(4001, 1))
-    weight, true, k2 = log_p.softmax(-1), mu * mu / 2, drift.k1**2 / 2
-    assert drift.kl.tolist() == pytest.approx([true] * 4001, rel=1e-3)
-    for values, expected in zip((drift.k1, k2, drift.k3), spreads, strict=True):
+    kl = measure_kl(log_p.expand(4001, 1, -1), log_q.expand(4001, 1, -1), ids, torch.ones(4001, 1))
+    weight, true, k2 = log_p.softmax(-1), mu * mu / 2, kl.k1**2 / 2
+    assert kl.kl.tolist() == pytest.approx([true] * 4001, rel=1e-3)
+    for values, expected in zip((kl.k1, k2, kl.k3), spreads, strict=True):
         deviation = (weight * (values - (weight * values).sum()) ** 2).sum().sqrt()
         assert (deviation / true).item() == pytest.approx(expected, rel=2e-3)
     assert (weight * k2).sum().item() / true - 1 == pytest.approx(bias, rel=0.02)
