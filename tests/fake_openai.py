@@ -55,9 +55,9 @@ def status(
     return lambda handler, body: handler.answer({"error": {"message": message, **(error or {})}}, code, headers or {})
 
 
-def raw(data: bytes, content_type: str = "application/json") -> Behaviour:
+def raw(data: bytes, content_type: str = "application/json", **headers: str) -> Behaviour:
     """Answer 200 with these bytes."""
-    return lambda handler, body: handler.send(200, data, {"Content-Type": content_type})
+    return lambda handler, body: handler.send(200, data, {"Content-Type": content_type} | headers)
 
 
 def hang(handler: "Handler", body: dict[str, Any]) -> None:
@@ -66,14 +66,16 @@ def hang(handler: "Handler", body: dict[str, Any]) -> None:
     handler.close_connection = True
 
 
-def drip(handler: "Handler", body: dict[str, Any]) -> None:
-    """Send an empty line now and then, as some servers do while a request waits for its turn."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    while not handler.server.over.wait(0.05):
-        handler.wfile.write(b"\n")
-    handler.close_connection = True
+def drip(first: bytes, again: bytes) -> Behaviour:
+    """Send one thing, and then another now and then, as some servers do while a request waits for its turn."""
+
+    def act(handler: "Handler", body: dict[str, Any]) -> None:
+        handler.wfile.write(first)
+        while not handler.server.over.wait(0.05):
+            handler.wfile.write(again)
+        handler.close_connection = True
+
+    return act
 
 
 def drop(handler: "Handler", body: dict[str, Any]) -> None:

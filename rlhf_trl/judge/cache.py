@@ -32,6 +32,7 @@ class Line(TypedDict):
     reply: str | None
     usage: NotRequired[Usage | None]
     model: NotRequired[str | None]
+    detail: NotRequired[str | None]
 
 
 LINE = TypeAdapter(Line)

@@ -1,7 +1,6 @@
 """Calls to a judge behind any OpenAI-compatible server: one with its retries, and many at once.
 
-The `openai` package sends the calls. They are repeated here: the package's own retries do not tell a quota from a rate
-limit, and its parsing takes an HTML page for an answer. How often a call is made in all, by its status:
+How often a call is made in all, by its status:
 
     ok, refusal, content_filter, length, context_length, quota, bad_request    once
     null_content, html, bad_json, no_choices: a 200 without use                until the second of these
@@ -11,6 +10,7 @@ limit, and its parsing takes an HTML page for an answer. How often a call is mad
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -18,27 +18,25 @@ import random
 import re
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
-from queue import SimpleQueue
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx2
-import openai
 
+from rlhf_trl.judge.advice import advise, proxy_of
 from rlhf_trl.judge.prompt import Message
-from rlhf_trl.judge.replies import MAY_PASS, Reply, Status, Usage, read_answer, read_failure, words
+from rlhf_trl.judge.replies import MAY_PASS, Reply, Status, Usage, read_answer, read_error, read_failure, words
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.schema import check_address
 
 logger = logging.getLogger(__name__)
 
 TRANSIENT: frozenset[Status] = frozenset({"rate_limit", "server_error", "timeout", "connection"})
 UNUSABLE: frozenset[Status] = frozenset({"null_content", "html", "bad_json", "no_choices"})
-OPENAI = "https://api.openai.com/v1"
 LONGEST_BACK_OFF = 30.0  # seconds: 1, doubled with every further attempt; half of it is left to chance
 LONGEST_WAIT = 60.0  # seconds; a server that asks for a longer wait (Retry-After) is not asked again
+LARGEST = 2 * 2**20  # bytes of a reply
 # So many calls that may pass, and nothing else between them: the server is down, or refuses everything.
 FAILURES_IN_A_ROW = 20
 
@@ -53,14 +51,14 @@ class Request:
 
 
 class OpenAIClient:
-    """A model of one server. Calls may be made from several threads."""
+    """A model of one server; its connections are open inside `async with`."""
 
     def __init__(
         self,
         model: str,
         *,
         api_key: str,
-        base_url: str | None = None,
+        base_url: str,
         timeout: float = 60.0,
         attempts: int = 5,
         **parameters: Any,
@@ -68,52 +66,66 @@ class OpenAIClient:
         """Set up the calls; none is made yet.
 
         Args:
-            base_url: up to and with the `/v1`; None is OpenAI's own.
-            timeout: seconds without a byte, and after which a reply that is still arriving is given up.
+            base_url: up to and with the `/v1`.
+            timeout: seconds for one attempt, from its connection to the last byte of its reply.
             parameters: sent along with each call, such as `max_tokens` or `temperature`; None is not sent.
 
         Raises:
-            UserError: the key or the address cannot be one.
+            UserError: the key or the address cannot be used.
         """
         if not re.fullmatch(r"[!-~]+", api_key):
             problem = "holds a space, a line break or another character that no key has" if api_key else "is empty"
             raise UserError("OPENAI_API_KEY", problem, "set it to the key alone, in the environment or an env file")
-        self._where = OPENAI if base_url is None else base_url
         try:
-            if not re.match(r"https?://[^/]", self._where):
-                raise httpx2.InvalidURL("it does not begin with http:// or https:// and a host")
-            # A redirect would hand the prompts to another host, and take its verdicts.
-            http = openai.DefaultHttpxClient(follow_redirects=False)
-            options: Any = {"timeout": timeout, "max_retries": 0, "http_client": http}
-            self._api = openai.OpenAI(api_key=api_key, base_url=self._where, **options)
-        except httpx2.InvalidURL as error:
-            problem = f"{base_url!r} is not the address of a server: {error}"
-            raise UserError("OPENAI_BASE_URL", problem, "give it in full, e.g. http://127.0.0.1:8000/v1") from None
+            self.where = check_address(base_url).rstrip("/")
+        except ValueError as error:
+            raise UserError("OPENAI_BASE_URL", "is not the address of a server", str(error)) from None
         self._model, self._timeout, self._attempts = model, timeout, attempts
         self._parameters = {name: value for name, value in parameters.items() if value is not None}
-        self._interrupted = threading.Event()
-        self.sleep: Callable[[float], Any] = self._interrupted.wait
+        self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+        self.sleep: Callable[[float], Awaitable[Any]] = self._pause
 
-    def __enter__(self) -> OpenAIClient:
+    async def __aenter__(self) -> OpenAIClient:
+        """Open the client in the event loop that makes the calls.
+
+        Raises:
+            UserError: a proxy or the certificates cannot be used.
+        """
+        self._interrupted = asyncio.Event()
+        try:
+            # A redirect would hand the prompts to another host. The deadline of a whole call is `_attempt`'s.
+            limits = httpx2.Limits(max_connections=None)
+            self._http = httpx2.AsyncClient(follow_redirects=False, timeout=None, limits=limits)
+        except OSError as error:  # ssl.SSLError is one
+            remedy = "let SSL_CERT_FILE and SSL_CERT_DIR name certificates that are there, or unset them"
+            raise UserError("SSL_CERT_FILE", f"the certificates cannot be read: {error}", remedy) from None
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            remedy = "give the address of an HTTP proxy, unset it, or name the judge's host in NO_PROXY"
+            raise UserError("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY", f"cannot be used: {error}", remedy) from None
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._api.close()
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
 
     def interrupt(self) -> None:
         """End the waits between attempts, now and from now on; a call under way comes back with what it has."""
         self._interrupted.set()
 
-    def complete(self, messages: Sequence[Message]) -> Reply:
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._interrupted.wait(), seconds)
+
+    async def complete(self, messages: Sequence[Message]) -> Reply:
         """Make one call, with the retries that are due to what comes back.
 
         Raises:
             UserError: the key, the model, the address or an option is wrong, so that no call can succeed.
         """
-        dice = random.Random(json.dumps(list(messages)))
+        body = json.dumps({"model": self._model, "messages": list(messages), **self._parameters})
+        dice = random.Random(body)
         replies: list[Reply] = []
         while True:
-            reply = self._attempt(messages)
+            reply = await self._attempt(body.encode())
             replies.append(reply)
             useless = sum(one.status in UNUSABLE for one in replies)
             repeat = reply.status in TRANSIENT or (reply.status in UNUSABLE and useless < 2)
@@ -122,52 +134,57 @@ class OpenAIClient:
                 break
             back_off = min(2.0 ** (len(replies) - 1), LONGEST_BACK_OFF) * dice.uniform(0.5, 1.0)
             # Calls that were sent away together do not come back at the same instant.
-            self.sleep(back_off if asked < 0 else max(asked + dice.uniform(0.0, 0.5), back_off))
+            await self.sleep(back_off if asked < 0 else max(asked + dice.uniform(0.0, 0.5), back_off))
             if self._interrupted.is_set():
                 break
         counted: list[Any] = [one.usage for one in replies if one.usage is not None]
         usage: Any = {name: sum(one[name] for one in counted) for name in Usage.__annotations__} if counted else None
         return replace(reply, usage=usage, attempts=len(replies))
 
-    def _attempt(self, messages: Sequence[Message]) -> Reply:
-        deadline = time.monotonic() + self._timeout
-        create: Any = self._api.chat.completions.with_streaming_response.create
+    async def _attempt(self, body: bytes) -> Reply:
         try:
-            with create(model=self._model, messages=list(messages), **self._parameters) as response:
-                parts = []
-                for part in response.iter_bytes():
-                    parts.append(part)
-                    # A byte now and then, as some proxies send while they wait, holds off the library's timeout.
-                    if time.monotonic() > deadline:
-                        return Reply("timeout", detail=f"the reply was still arriving after {self._timeout:g} s")
-                return read_answer(response.headers.get("content-type", ""), b"".join(parts))
-        except (openai.APITimeoutError, httpx2.TimeoutException) as error:
-            return Reply("timeout", detail=words(f"{type(error).__name__}: {error}"))
-        except openai.APIStatusError as error:
-            # The library's message ends with the server's where that is in OpenAI's form.
-            detail = words(error.message if " - " in error.message else f"{error.message} - {error.response.text}")
-            codes = {str(error.code), str(error.type)}  # a server may send anything here
-            reply = read_failure(error.status_code, codes, error.response.headers, detail)
-            if reply is None:
-                self._refuse(error, detail)
-            return reply
-        except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            cause = error.__cause__ or error
-            return Reply("connection", detail=words(f"{type(cause).__name__}: {cause}"))
+            # The HTTP library's timeouts are for single reads: a header or a byte now and then would hold them off.
+            return await asyncio.wait_for(self._post(body), self._timeout)
+        except asyncio.TimeoutError:
+            return Reply("timeout", detail=f"no whole reply within {self._timeout:g} s")
+        except (httpx2.HTTPError, OSError, ValueError) as error:  # ValueError: a header that no library can read
+            return Reply("connection", detail=words(f"{type(error).__name__}: {error}"))
 
-    def _refuse(self, error: openai.APIStatusError, detail: str) -> NoReturn:
-        place, remedy = f"judge model {self._model}", f"{self._where.rstrip('/')}/models lists those that it has"
-        if error.status_code in (401, 403):
+    async def _post(self, body: bytes) -> Reply:
+        # Uncompressed: a small body may unpack to one that fills the memory.
+        headers = self._headers | {"Accept-Encoding": "identity"}
+        url = f"{self.where}/chat/completions"
+        async with self._http.stream("POST", url, content=body, headers=headers) as response:
+            received = bytearray()
+            async for part in response.aiter_raw():
+                received += part
+                if len(received) > LARGEST:
+                    return Reply("bad_json", detail=f"a reply of more than {LARGEST // 2**20} MB")
+        packing = response.headers.get("content-encoding", "identity")
+        if packing != "identity":
+            return Reply("bad_json", detail=words(f"a body packed with {packing}, though plain text was asked for"))
+        if response.is_success:
+            return read_answer(response.headers.get("content-type", ""), bytes(received))
+        codes, said = read_error(bytes(received))
+        detail = words(f"HTTP {response.status_code}: {said}")
+        reply = read_failure(response.status_code, codes, response.headers, detail)
+        if reply is None:
+            raise self._refusal(response, detail)
+        return reply
+
+    def _refusal(self, response: httpx2.Response, detail: str) -> UserError:
+        place, remedy = f"judge model {self._model}", f"{self.where}/models lists those that it has"
+        if response.status_code in (401, 403):
             place = "OPENAI_API_KEY"
             remedy = "set it to a key that is valid there and may use the model, or set OPENAI_BASE_URL"
-        elif error.status_code < 400:
-            place, target = "OPENAI_BASE_URL", error.response.headers.get("location", "another address")
+        elif response.status_code < 400:
+            place, target = "OPENAI_BASE_URL", words(response.headers.get("location", "another address"))
             remedy = f"redirects are not followed: give the address of the server itself; this one points to {target}"
-        elif error.status_code != 404:
-            remedy = "change the judge's options: newer models of OpenAI take max_completion_tokens and no temperature"
+        elif response.status_code != 404:
+            remedy = advise("bad_request", detail)
         elif "model" not in detail.lower():
             place, remedy = "OPENAI_BASE_URL", "check the address; with most servers it ends in /v1"
-        raise UserError(place, f"{self._where} says: {detail}", remedy) from None
+        return UserError(place, f"{self.where} says: {detail}", "; or ".join([remedy, *proxy_of(self.where)]))
 
 
 def run_all(
@@ -177,7 +194,7 @@ def run_all(
     on_reply: Callable[[Request, Reply], None],
     stop: Callable[[int], str | None],
 ) -> str | None:
-    """Make calls, up to `workers` at once, and hand over each reply as it comes, in the calling thread.
+    """Make calls, up to `workers` at once, and hand over each reply as it comes.
 
     `stop` is asked before every call, with the number of those in flight, and may give the reason to begin no more.
     Exhausted quota, many failures in a row and Ctrl-C also end the run. What is in flight by then still comes back
@@ -186,49 +203,62 @@ def run_all(
     Raises:
         UserError: no call can succeed; those in flight were handed over first.
     """
-    arrived: SimpleQueue[tuple[Request, Reply] | BaseException | None] = SimpleQueue()
-    waiting, in_flight, failures = iter(requests), 0, 0
+    return asyncio.run(_run_all(requests, judge, workers, on_reply, stop))
+
+
+async def _run_all(
+    requests: Sequence[Request],
+    judge: OpenAIClient,
+    workers: int,
+    on_reply: Callable[[Request, Reply], None],
+    stop: Callable[[int], str | None],
+) -> str | None:
+    waiting, failures = iter(requests), 0
     reason: str | None = None
     error: BaseException | None = None
-
-    def call(request: Request) -> None:
-        arrived.put((request, judge.complete(request.messages)))
-
-    # Its threads are daemons: at the second Ctrl-C no call is waited for, as it would be with concurrent.futures.
-    with _first_ctrl_c(lambda: arrived.put(None)), ThreadPool(max(1, min(workers, len(requests)))) as pool:
-        while True:
-            while reason is None and in_flight < workers and (request := next(waiting, None)) is not None:
-                reason = stop(in_flight)
-                if reason is None:
-                    pool.apply_async(call, (request,), error_callback=arrived.put)
-                    in_flight += 1
-            if not in_flight:
-                break
-            ending, event = None, arrived.get()
-            in_flight -= event is not None
-            if isinstance(event, tuple):
-                request, reply = event
-                failures = failures + 1 if reply.status in MAY_PASS else 0
-                if reply.status == "quota":
-                    ending = f"quota: {reply.detail}"
-                elif failures == FAILURES_IN_A_ROW:
-                    ending = f"{failures} calls in a row failed, the last with {reply.status}: {reply.detail}"
-                on_reply(request, reply)
-            elif event is None:
-                logger.warning("stopping once the %d calls in flight are back; Ctrl-C again drops them", in_flight)
-                ending = "interrupted"
-            else:
-                error, ending = event, str(event)
-            if ending is not None:
-                reason = reason or ending
-                judge.interrupt()
+    in_flight: dict[asyncio.Task[Reply], Request] = {}
+    loop, interrupted = asyncio.get_running_loop(), asyncio.Event()
+    ctrl_c = asyncio.create_task(interrupted.wait())
+    async with judge:
+        with _first_ctrl_c(lambda: loop.call_soon_threadsafe(interrupted.set)):
+            while True:
+                while reason is None and len(in_flight) < workers and (request := next(waiting, None)) is not None:
+                    reason = stop(len(in_flight))
+                    if reason is None:
+                        in_flight[asyncio.create_task(judge.complete(request.messages))] = request
+                if not in_flight:
+                    break
+                watched = {*in_flight, ctrl_c} if reason is None else {*in_flight}
+                done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                endings = []
+                for task in done & in_flight.keys():
+                    request = in_flight.pop(task)
+                    if task.exception() is not None:
+                        error = task.exception()
+                        endings.append(str(error))
+                        continue
+                    reply = task.result()
+                    failures = failures + 1 if reply.status in MAY_PASS else 0
+                    if reply.status == "quota":
+                        endings.append("quota")
+                    elif failures == FAILURES_IN_A_ROW:
+                        endings.append(f"{failures} calls in a row failed")
+                    on_reply(request, reply)
+                if interrupted.is_set() and reason is None:
+                    logger.warning("stopping once the %d calls in flight are back; Ctrl-C again drops them",
+                                   len(in_flight))  # fmt: skip
+                    endings.append("interrupted")
+                if endings:
+                    reason = reason or endings[0]
+                    judge.interrupt()
+    ctrl_c.cancel()
     if error is not None:
         raise error
     return reason
 
 
 @contextlib.contextmanager
-def _first_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
+def _first_ctrl_c(act: Callable[[], Any]) -> Iterator[None]:
     """Take the first Ctrl-C to be a wish to stop, so that it breaks off nothing half-way; the second acts as ever."""
     before = signal.getsignal(signal.SIGINT)
     # Only the main thread is told of signals, and a job in the background may have been told to ignore this one.

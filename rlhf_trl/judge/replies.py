@@ -109,6 +109,18 @@ def read_failure(status: int, codes: set[str], headers: Mapping[str, str], detai
     return Reply("context_length" if TOO_LONG.search(" ".join([*codes, detail])) else "bad_request", detail=detail)
 
 
+def read_error(body: bytes) -> tuple[set[str], str]:
+    """Read a server's error in any form: its `code` and `type`, and its message or, without one, the whole of it."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        answer = None
+    error = answer.get("error", answer) if isinstance(answer, dict) else None
+    error = error if isinstance(error, dict) else {}
+    codes = {code for name in ("code", "type") if isinstance(code := error.get(name), str)}
+    return codes, words(_text(error.get("message")) or body.decode(errors="replace"))
+
+
 def _usage(value: Any) -> Usage | None:
     """Read OpenAI's token counts; None where they are missing or cannot be."""
     if not isinstance(value, dict):

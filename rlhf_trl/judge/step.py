@@ -19,24 +19,27 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from rlhf_trl.judge.advice import tell_failures
 from rlhf_trl.judge.cache import JudgeCache, Line, key
 from rlhf_trl.judge.client import OpenAIClient, Request, run_all
 from rlhf_trl.judge.comparisons import Comparison, compare_labelled, compare_policies, inject
 from rlhf_trl.judge.cost import LIKELY_REPLY, Budget, cost, forecast
 from rlhf_trl.judge.prompt import JudgePrompt, fill, load_prompt, nonce, re_ask
-from rlhf_trl.judge.replies import Reply, Usage
+from rlhf_trl.judge.replies import MAY_PASS, Reply, Usage
 from rlhf_trl.judge.results import conclude
 from rlhf_trl.judge.verdict import parse_verdict
-from rlhf_trl.judge.win_rate import Verdict, prompt_scores
+from rlhf_trl.judge.win_rate import Verdict, pair_up, prompt_scores
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Judge
 from rlhf_trl.run.files import write_json, write_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
+from rlhf_trl.text.redact import redact
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "gpt-4.1-mini"
+OPENAI = "https://api.openai.com/v1"
 SAME = "The answers are the same text, so no call was made. [[C]]"
 
 
@@ -72,7 +75,8 @@ def judge(recipe: Recipe, run: RunDir) -> None:
 
     Raises:
         UserError: the recipe has no judge, `evaluate` is not finished, or no call can succeed.
-        NotRun: there is no judge to ask, or it was stopped; `winrate.json` says so, too.
+        NotRun: there is no judge to ask, it was stopped, calls that may pass are left, or there is no verdict to use;
+            `winrate.json` says so, too.
     """
     settings = recipe.judge
     if settings is None:
@@ -101,25 +105,32 @@ def judge(recipe: Recipe, run: RunDir) -> None:
     document = {"judge": about, "evaluation": recipe.fingerprint("evaluate")}
     path = run.judge_replies(re.sub(r"[^A-Za-z0-9._@-]+", "-", judge_id))
     by_key = {call.key(): call for call in itertools.chain(*calls.values())}
+    where = settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
     try:
         if settings.kind == "openai":
-            lines, stopped, spent = ask_server(settings, name, by_key, path)
+            lines, stopped, spent = ask_server(settings, where, name, by_key, path)
         else:
             lines, stopped, spent = ask_locally(settings.kind, by_key, path), None, None
-    except NotRun as reason:
-        write_json(run.winrate, {"status": "not run", "reason": str(reason), **document})
+        verdicts = {
+            group: [call.verdict(lines[of]) for call in rows if (of := call.key()) in lines]
+            for group, rows in calls.items()
+        }
+        judged = [bool(pair_up(rows).policies) for rows in verdicts.values() if rows]
+        failed = [line for line in lines.values() if _score(line) is None]
+        told = [line for line in failed if line["status"] in MAY_PASS] or ([] if all(judged) else failed)
+        reason = "; ".join(filter(None, [stopped, tell_failures(where, told)]))
+        if by_key and not any(judged):
+            raise NotRun(reason)
+    except NotRun as why:
+        write_json(run.winrate, {"status": "not run", "reason": str(why), **document})
         raise
-    verdicts = {
-        group: [call.verdict(lines[of]) for call in rows if (of := call.key()) in lines]
-        for group, rows in calls.items()
-    }
     result = conclude(recipe, run, settings, verdicts)
     scores = {name: prompt_scores(verdicts["policies"], name, REFERENCE) for name in recipe.policies}
     write_json(run.prompt_scores, scores)
-    status = {"status": "partial" if stopped else "complete", "reason": stopped}
+    status = {"status": "partial" if reason else "complete", "reason": reason or None}
     write_json(run.winrate, {**status, **document, "cost": spent, **result})
-    if stopped:
-        raise NotRun(f"stopped early: {stopped}. The same command goes on from there")
+    if reason:
+        raise NotRun(f"not finished: {reason}. The same command goes on from there")
 
 
 def choose_prompt(settings: Judge, subset: str) -> Literal["helpful", "harmless"]:
@@ -144,28 +155,27 @@ def ask_locally(kind: str, calls: Mapping[str, Call], path: Path) -> dict[str, L
 
 
 def ask_server(
-    settings: Judge, model: str, calls: Mapping[str, Call], path: Path
+    settings: Judge, where: str, model: str, calls: Mapping[str, Call], path: Path
 ) -> tuple[dict[str, Line], str | None, dict[str, Any]]:
     """Make the calls that the cache lacks, and ask once more where a reply has no verdict.
 
     Returns:
-        The line of each call by its key, why the calls ended before their time (or None), and what all of them cost.
+        The last line of each call by its key, why the calls ended before their time (or None), and what all cost.
 
     Raises:
-        NotRun: there is neither a key nor an address, or nothing that can be used came back.
+        NotRun: there is neither a key nor an address.
+        UserError: the key, the address, the name of the model or an option cannot be used.
     """
-    base_url = settings.base_url or os.environ.get("OPENAI_BASE_URL") or None
-    api_key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if base_url else None)
+    api_key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if where != OPENAI else None)
     if api_key is None:
         raise NotRun("OPENAI_API_KEY is not set, and neither judge.base_url nor OPENAI_BASE_URL names a local server")
-    same = {of for of, call in calls.items() if len(set(call.comparison.texts(call.a_first))) == 1}
-    lines: dict[str, Line] = {of: {"key": of, "status": "ok", "reply": SAME} for of in same}
-    asked = {of: call for of, call in calls.items() if of not in same}
+    if redact(model) != model:
+        raise UserError("OPENAI_MODEL", "holds what looks like an access token", "set it to the name of a model")
     options: dict[str, Any] = {settings.max_tokens_name: settings.max_tokens, "temperature": settings.temperature}
-    server = OpenAIClient(
-        model, api_key=api_key, base_url=base_url, timeout=settings.timeout, seed=settings.seed, **options
-    )
-    with JudgeCache(path) as cache, server as client:
+    options |= {"timeout": settings.timeout, "seed": settings.seed}
+    client = OpenAIClient(model, api_key=api_key, base_url=where, **options)
+    asked = {of: call for of, call in calls.items() if len(set(call.comparison.texts(call.a_first))) == 2}
+    with JudgeCache(path) as cache:
         pending = [Request(of, call.messages(), (call, None)) for of, call in asked.items() if not cache.get(of)]
         messages = [request.messages for request in pending]
         most = forecast(messages, settings.price, settings.max_tokens)
@@ -175,21 +185,19 @@ def ask_server(
             logger.info("%s: %d calls to make, %d known already; about $%.2f, at most $%.2f", model,
                         len(pending), len(calls) - len(pending), likely, sum(most))  # fmt: skip
         stopped = _make(pending, client, cache, budget, settings.workers)
-        replies = {of: line for of in asked if (line := cache.latest(of)) is not None}
-        ok = {of: line for of, line in replies.items() if line["status"] == "ok"}
-        unreadable = {of: line["reply"] or "" for of, line in ok.items() if _score(line) is None}
-        second_keys = {of: asked[of].key(reply) for of, reply in unreadable.items()}
+        first = {of: line for of in asked if (line := cache.latest(of)) is not None}
+        unread = {
+            of: line["reply"] or "" for of, line in first.items() if line["status"] == "ok" and _score(line) is None
+        }
+        keys = {of: asked[of].key(reply) for of, reply in unread.items()}
         again = [
-            Request(second_keys[of], re_ask(asked[of].messages(), reply), (asked[of], of))
-            for of, reply in unreadable.items()
-            if not cache.get(second_keys[of])
+            Request(keys[of], re_ask(asked[of].messages(), reply), (asked[of], of))
+            for of, reply in unread.items()
+            if not cache.get(keys[of])
         ]
         stopped = stopped or _make(again, client, cache, budget, settings.workers)
-        seconds = {of: line for of, second in second_keys.items() if (line := cache.latest(second)) is not None}
-    lines |= replies | {of: line for of, line in seconds.items() if line["status"] == "ok"}
-    every_line = [*replies.values(), *seconds.values()]
-    if every_line and not any(line["status"] == "ok" for line in every_line):
-        raise NotRun(stopped or f"no call came back with a verdict; the last: {every_line[-1]['status']}")
+        second = {of: line for of, key_again in keys.items() if (line := cache.latest(key_again)) is not None}
+    every_line = [*first.values(), *second.values()]
     usages: list[Any] = [line.get("usage") for line in every_line]
     spent = {
         "calls": len(every_line),
@@ -198,7 +206,8 @@ def ask_server(
         "price": settings.price.model_dump(),
         "models": sorted({name for line in every_line if (name := line.get("model"))}),
     }
-    return lines, stopped, spent
+    same: dict[str, Line] = {of: {"key": of, "status": "ok", "reply": SAME} for of in calls.keys() - asked.keys()}
+    return same | first | second, stopped, spent
 
 
 def _make(

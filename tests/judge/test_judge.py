@@ -183,12 +183,34 @@ def test_failures_are_missing_with_their_cause_and_made_again_next_time(made):
     recipe, run = made("judge.prompts=5", "judge.workers=1")
     quick = [status(400, {"code": "context_length_exceeded"}, "context length"), status(400, {"code": "x"}, "bad")]
     with FakeOpenAI(quick, then=ok(prefer(len))) as server:
-        result = run_judge(recipe, run, server)
-        assert len(server.requests) == 20
+        with pytest.raises(NotRun, match=r"bad_request: 1.*: HTTP 400: bad; what to do: "):
+            run_judge(recipe, run, server)
+        result = read_json(run.winrate)
+        assert (result["status"], len(server.requests)) == ("partial", 20)
         assert rate_of(result, "dpo")["missing"]["verdicts"] == {"bad_request": 1, "context_length": 1}
         again = run_judge(recipe, run, server)
         assert len(server.requests) == 21  # what may pass is asked again, what is final is not
+    assert again["status"] == "complete"
     assert rate_of(again, "dpo")["missing"]["verdicts"] == {"context_length": 1}
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "says"),
+    [
+        (ok("Hard to say."), "no verdict in the reply: 16"),
+        (ok(lambda messages: "[[A]]" if answers_of(messages)[0] < answers_of(messages)[1] else "No."), "no verdict"),
+        (status(400, {"code": "context_length_exceeded"}, "too long"), "longer context"),
+        (status(400, message="Unrecognized request argument supplied: seed"), "judge.seed: null"),
+    ],
+)
+def test_a_judge_without_a_verdict_to_use_is_not_run_and_says_what_to_do(made, behaviour, says):
+    """Such as a judge whose verdict can be read in one of the orders alone."""
+    recipe, run = made("judge.prompts=4", "judge.workers=1")
+    with FakeOpenAI(then=behaviour) as server, pytest.raises(NotRun, match=says):
+        run_judge(recipe, run, server)
+    assert read_json(run.winrate)["status"] == "not run"
+    (replies,) = (run.root / "judge").glob("*.jsonl")
+    assert replies.stat().st_mode & 0o777 == 0o600
 
 
 def test_without_key_and_server_nothing_is_run(made):

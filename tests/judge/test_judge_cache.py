@@ -150,7 +150,8 @@ from pathlib import Path
 from rlhf_trl.judge.cache import JudgeCache, key
 from rlhf_trl.judge.client import OpenAIClient, Request, run_all
 talk = [{"role": "user", "content": "Hello"}]
-with JudgeCache(Path(sys.argv[2])) as cache, OpenAIClient("m", api_key="EMPTY", base_url=sys.argv[1]) as client:
+client = OpenAIClient("m", api_key="EMPTY", base_url=sys.argv[1])
+with JudgeCache(Path(sys.argv[2])) as cache:
     names = {key("m@1", talk, f"a{n}", "b"): n for n in range(50)}
     asks = {name: [{"role": "user", "content": f"{n}"}] for name, n in names.items()}
     run_all([Request(name, ask) for name, ask in asks.items() if not cache.get(name)], client, int(sys.argv[3]),

@@ -1,5 +1,7 @@
 """Calls to a judge, against a real HTTP server that misbehaves as real ones do."""
 
+import asyncio
+import gzip
 import json
 import random
 import signal
@@ -12,7 +14,8 @@ from email.utils import formatdate
 import pytest
 from fake_openai import USAGE, FakeOpenAI, completion, cut, drip, drop, hang, json_of, ok, raw, status
 
-from rlhf_trl.judge.client import FAILURES_IN_A_ROW, OpenAIClient, Request, run_all
+from rlhf_trl.judge.advice import tell_failures
+from rlhf_trl.judge.client import FAILURES_IN_A_ROW, LARGEST, OpenAIClient, Request, run_all
 from rlhf_trl.judge.cost import Budget
 from rlhf_trl.judge.replies import Reply, read_answer, retry_after
 from rlhf_trl.recipe.errors import UserError
@@ -23,10 +26,24 @@ COUNTED = {"prompt_tokens": 100, "cached_tokens": 40, "completion_tokens": 10}
 NO_TEXT = {"error": {"message": "upstream failed", "code": 502}}
 
 
-def client_of(server: FakeOpenAI, sleep=lambda seconds: None, **options) -> OpenAIClient:
+def client_of(server: FakeOpenAI, waits: list | None = None, **options) -> OpenAIClient:
+    """A client that notes its waits between attempts instead of waiting."""
     client = OpenAIClient("judge", api_key="EMPTY", base_url=server.url, **{"attempts": 3, "timeout": 20} | options)
+
+    async def sleep(seconds):
+        if waits is not None:
+            waits.append(seconds)
+
     client.sleep = sleep
     return client
+
+
+def complete(client: OpenAIClient, messages=ASK) -> Reply:
+    async def call():
+        async with client:
+            return await client.complete(messages)
+
+    return asyncio.run(call())
 
 
 def requests_of(count: int) -> list[Request]:
@@ -47,7 +64,13 @@ TABLE = {
     "502, then ok": ([status(502), ok("[[A]]")], "ok", 2, "[[A]]"),
     "hang": ([hang] * 9, "timeout", 3, None),
     "hang, then ok": ([hang, ok("[[A]]")], "ok", 2, "[[A]]"),
-    "drip": ([drip] * 9, "timeout", 3, None),
+    "a body that drips": ([drip(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"\n")] * 9, "timeout", 3, None),
+    "headers that drip": ([drip(b"HTTP/1.1 200 OK\r\n", b"X-Wait: 1\r\n")] * 9, "timeout", 3, None),
+    "102 for ever": ([drip(b"", b"HTTP/1.1 102 Processing\r\n\r\n")] * 9, "timeout", 3, None),
+    "endless headers": ([raw(b"{}", X="x" * 10**6)] * 9, "connection", 3, None),
+    "a huge body": ([raw(b" " * (LARGEST + 1))] * 9, "bad_json", 2, None),
+    "a packed body": ([raw(gzip.compress(b" " * 10**6), **{"Content-Encoding": "gzip"})] * 9, "bad_json", 2, None),
+    "a failure packed": ([status(400, headers={"Content-Encoding": "br"})] * 9, "bad_json", 2, None),
     "HTML": ([raw(b"<!doctype html><title>Sign in</title>", "text/html")] * 9, "html", 2, None),
     "HTML that says it is JSON": ([raw(b"\n<html>")] * 9, "html", 2, None),
     "truncated JSON": ([raw(json.dumps(completion("[[A]]")).encode()[:-30])] * 9, "bad_json", 2, None),
@@ -78,8 +101,8 @@ TABLE = {
 def test_what_a_call_comes_to(name):
     script, expected, attempts, text = TABLE[name]
     timeout = 1.5 if name == "hang, then ok" else 0.2 if expected == "timeout" else 20
-    with FakeOpenAI(script) as server, client_of(server, timeout=timeout) as client:
-        reply = client.complete(ASK)
+    with FakeOpenAI(script) as server:
+        reply = complete(client_of(server, timeout=timeout))
         assert (reply.status, reply.attempts, len(server.requests)) == (expected, attempts, attempts)
         assert reply.text == text
         assert (reply.detail is None) == (expected == "ok")
@@ -100,9 +123,9 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_no_call_can_succeed_with_is_the_users_to_mend_after_one_attempt(name):
     behaviour, place, says = REFUSALS[name]
-    with FakeOpenAI(then=behaviour) as server, client_of(server) as client:
+    with FakeOpenAI(then=behaviour) as server:
         with pytest.raises(UserError) as caught:
-            client.complete(ASK)
+            complete(client_of(server))
         assert len(server.requests) == 1
     assert place in caught.value.problems[0].place
     assert says in str(caught.value)
@@ -112,8 +135,8 @@ def test_the_words_of_a_server_with_a_form_of_its_own_are_kept():
     def unprocessable(handler, body):
         handler.answer({"detail": [{"loc": ["body", "seed"], "msg": "field not known"}]}, 422)
 
-    with FakeOpenAI(then=unprocessable) as server, client_of(server) as client:
-        reply = client.complete(ASK)
+    with FakeOpenAI(then=unprocessable) as server:
+        reply = complete(client_of(server))
     assert reply.status == "bad_request"
     assert "field not known" in reply.detail
 
@@ -121,38 +144,87 @@ def test_the_words_of_a_server_with_a_form_of_its_own_are_kept():
 @pytest.mark.parametrize("key", ["", "sk-1\n", "two words", "schlüssel"])
 def test_a_key_that_cannot_be_one_is_refused_before_a_call(key):
     with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
-        OpenAIClient("judge", api_key=key)
+        OpenAIClient("judge", api_key=key, base_url="http://h/v1")
     assert not key or key not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000/v1", "http://", "http://[::1/v1", "ftp://host/v1"])
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000", "http://", "http://[::1/v1", "ftp://h/v1", "http://a:b@h/v1", "http://h/v1?key=a"]
+)
 def test_an_address_that_cannot_be_one_is_refused_before_a_call(url):
     with pytest.raises(UserError, match="OPENAI_BASE_URL"):
         OpenAIClient("judge", api_key="EMPTY", base_url=url)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "place"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "ALL_PROXY"),
+        ("HTTP_PROXY", "localhost:x", "HTTP_PROXY"),
+        ("SSL_CERT_FILE", "/nowhere/ca.pem", "SSL_CERT_FILE"),
+        ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE"),
+    ],
+)
+def test_a_proxy_or_certificates_that_cannot_be_used_are_the_users_to_mend(monkeypatch, name, value, place):
+    monkeypatch.setenv(name, value)
+    with FakeOpenAI() as server, pytest.raises(UserError) as caught:
+        complete(client_of(server))
+    assert place in caught.value.problems[0].place
+
+
+def line_of(status: str, detail: str | None = None, reply: str | None = None):
+    return {"key": "k", "status": status, "reply": reply, "detail": detail}
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([line_of("ok", reply="Hard to say.")] * 2, "the reply: 2); http://h: Hard to say.; what to do: raise"),
+        ([line_of("rate_limit", "slow down"), line_of("refusal"), line_of("rate_limit")], "rate_limit: 2, refusal: 1"),
+        ([line_of("bad_request", "use 'max_completion_tokens' instead")], "set judge.max_tokens_name"),
+        ([line_of("bad_request", "Unrecognized request argument supplied: seed")], "set judge.seed: null"),
+        ([line_of("bad_request", "temperature does not support 0")], "set judge.temperature: null"),
+        ([line_of("bad_request", "no")], "change the options of `judge:`"),
+        ([line_of("connection", "refused")], "see that the server runs"),
+    ],
+)
+def test_calls_that_came_to_nothing_are_told_with_the_servers_words_and_what_to_do(lines, says):
+    assert says in tell_failures("http://h", lines)
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "all_proxy"])
+def test_a_proxy_that_catches_a_local_address_is_named(monkeypatch, name):
+    refused = [line_of("connection", "refused")]
+    assert tell_failures("http://127.0.0.1:1/v1", []) is None
+    monkeypatch.setenv(name, "http://p:1")
+    assert f"{name.upper()}: set NO_PROXY=127.0.0.1" in tell_failures("http://127.0.0.1:1/v1", refused)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert "NO_PROXY" not in tell_failures("http://127.0.0.1:1/v1", refused)
+
+
 def test_what_is_sent_and_what_is_recorded():
     options = {"max_completion_tokens": 64, "temperature": 0.0, "seed": 7, "top_p": None}
-    with FakeOpenAI() as server, client_of(server, **options) as client:
-        reply = client.complete(ASK)
+    with FakeOpenAI() as server:
+        reply = complete(client_of(server, **options))
         sent = {"model": "judge", "messages": ASK, "temperature": 0.0, "seed": 7, "max_completion_tokens": 64}
         assert server.requests == [sent], "what is None is not sent"
         assert server.paths == ["/v1/chat/completions"]
         assert server.headers[0]["Authorization"] == "Bearer EMPTY"
+        assert server.headers[0]["Accept-Encoding"] == "identity"
     assert reply == Reply("ok", "A reason.\n[[A]]", usage=COUNTED, model="judge-2025-04-14")
 
 
 def test_tokens_of_every_counted_attempt_are_paid_for():
     script = [json_of(completion(None)), status(500), ok("[[A]]")]
-    with FakeOpenAI(script) as server, client_of(server) as client:
-        assert client.complete(ASK).usage == {name: 2 * count for name, count in COUNTED.items()}
+    with FakeOpenAI(script) as server:
+        assert complete(client_of(server)).usage == {name: 2 * count for name, count in COUNTED.items()}
 
 
 def test_the_waits_double_leave_a_half_to_chance_and_are_the_same_for_the_same_call():
     def waits_of(messages):
         waits = []
-        with FakeOpenAI(then=status(500)) as server, client_of(server, waits.append, attempts=7) as client:
-            client.complete(messages)
+        with FakeOpenAI(then=status(500)) as server:
+            complete(client_of(server, waits, attempts=7), messages)
         return waits
 
     waits = waits_of(ASK)
@@ -170,8 +242,8 @@ def test_a_server_is_given_the_time_it_asks_for_up_to_the_limit():
         status(429, headers={"Retry-After": "0"}),
         status(429, headers={"Retry-After": "61"}),
     ]
-    with FakeOpenAI(script) as server, client_of(server, waits.append, attempts=9) as client:
-        reply = client.complete(ASK)
+    with FakeOpenAI(script) as server:
+        reply = complete(client_of(server, waits, attempts=9))
     assert (reply.status, reply.attempts) == ("rate_limit", 5)
     lowest, highest = (20, 28, 40, 4), (20.5, 30.5, 40.5, 8)  # the last one is the back-off of a fourth attempt
     assert all(low <= wait <= high for low, wait, high in zip(lowest, waits, highest, strict=True)), waits
@@ -239,7 +311,13 @@ class Scripted:
     def __init__(self, replies):
         self.replies, self.calls, self.interrupted = replies, 0, False
 
-    def complete(self, messages):
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+    async def complete(self, messages):
         self.calls += 1
         return self.replies(self.calls - 1)
 
@@ -260,8 +338,10 @@ def run_scripted(replies, count: int, workers: int) -> tuple[Scripted, str | Non
 def test_every_request_is_handed_over_once_with_its_reply():
     got = {}
     echo = ok(lambda messages: f"on {messages[-1]['content']} [[A]]")
-    with FakeOpenAI(then=echo) as server, client_of(server) as client:
-        said = run_all(requests_of(30), client, 8, lambda request, reply: got.update({request.key: reply}), stop_never)
+    with FakeOpenAI(then=echo) as server:
+        said = run_all(
+            requests_of(30), client_of(server), 8, lambda request, reply: got.update({request.key: reply}), stop_never
+        )
         assert len(server.requests) == 30
     assert said is None
     assert {key: reply.text for key, reply in got.items()} == {f"key-{n}": f"on pair {n} [[A]]" for n in range(30)}
@@ -274,26 +354,28 @@ def stop_never(in_flight: int) -> None:
 def test_quota_ends_the_run_and_keeps_what_was_in_flight():
     script = [ok("[[A]]", latency=0.2), QUOTA, ok("[[B]]", latency=0.2)]
     got = []
-    with FakeOpenAI(script) as server, client_of(server) as client:
-        said = run_all(requests_of(20), client, 3, lambda request, reply: got.append(reply.status), stop_never)
+    with FakeOpenAI(script) as server:
+        said = run_all(
+            requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status), stop_never
+        )
         assert len(server.requests) == 3
-    assert said is not None and said.startswith("quota: ")
+    assert said == "quota"
     assert sorted(got) == ["ok", "ok", "quota"]
 
 
 def test_a_refused_key_ends_the_run_and_keeps_what_was_in_flight():
     got = []
     script = [ok("[[A]]", latency=0.2), status(401), ok("[[B]]", latency=0.2)]
-    with FakeOpenAI(script) as server, client_of(server) as client:
+    with FakeOpenAI(script) as server:
         with pytest.raises(UserError, match="OPENAI_API_KEY"):
-            run_all(requests_of(20), client, 3, lambda request, reply: got.append(reply.status), stop_never)
+            run_all(requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status), stop_never)
         assert len(server.requests) == 3
     assert got == ["ok", "ok"]
 
 
 def test_a_server_that_is_gone_ends_the_run():
     judge, said, got = run_scripted(lambda n: reply_of("connection"), 200, 4)
-    assert said == f"{FAILURES_IN_A_ROW} calls in a row failed, the last with connection: why"
+    assert said == f"{FAILURES_IN_A_ROW} calls in a row failed"
     assert judge.interrupted
     assert judge.calls == len(got) <= FAILURES_IN_A_ROW + 4
 
@@ -327,8 +409,8 @@ def test_a_limit_is_never_gone_over_however_many_calls_are_in_flight(workers, li
     def count(request, reply):
         budget.add(reply.usage)
 
-    with FakeOpenAI(then=ok(latency=0.01)) as server, client_of(server) as client:
-        said = run_all(requests_of(50), client, workers, count, budget.stop)
+    with FakeOpenAI(then=ok(latency=0.01)) as server:
+        said = run_all(requests_of(50), client_of(server), workers, count, budget.stop)
         assert len(server.requests) == budget.calls == calls
     assert (said is None) == (not limits)
     if limits:
@@ -343,8 +425,14 @@ def test_as_many_calls_as_there_are_workers_are_made_at_once():
         handler.answer(completion("[[A]]"))
 
     got = []
-    with FakeOpenAI(then=meet) as server, client_of(server, attempts=1) as client:
-        run_all(requests_of(40), client, 8, lambda request, reply: got.append(reply.status), stop_never)
+    with FakeOpenAI(then=meet) as server:
+        run_all(
+            requests_of(40),
+            client_of(server, attempts=1),
+            8,
+            lambda request, reply: got.append(reply.status),
+            stop_never,
+        )
     assert got == ["ok"] * 40
 
 
@@ -352,8 +440,8 @@ CHILD = """
 import sys
 from rlhf_trl.judge.client import OpenAIClient, Request, run_all
 requests = [Request(f"key-{n}", [{"role": "user", "content": f"pair {n}"}]) for n in range(40)]
-with OpenAIClient("judge", api_key="EMPTY", base_url=sys.argv[1]) as client:
-    said = run_all(requests, client, 4, lambda request, reply: print(reply.status, flush=True), lambda in_flight: None)
+client = OpenAIClient("judge", api_key="EMPTY", base_url=sys.argv[1])
+said = run_all(requests, client, 4, lambda request, reply: print(reply.status, flush=True), lambda in_flight: None)
 print(said, flush=True)
 """
 
@@ -408,6 +496,6 @@ def test_the_handler_of_ctrl_c_is_put_back():
 def test_the_jitter_takes_nothing_from_the_global_generator():
     random.seed(1)
     expected = random.Random(1).random()
-    with FakeOpenAI([status(500)]) as server, client_of(server) as client:
-        client.complete(ASK)
+    with FakeOpenAI([status(500)]) as server:
+        complete(client_of(server))
     assert random.random() == expected
