@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass_environment
+from urllib.request import getproxies, proxy_bypass
 
 from rlhf_trl.judge.cache import Line
 from rlhf_trl.judge.replies import Status, words
@@ -48,7 +48,7 @@ def proxy_of(address: str) -> list[str]:
     """Say, where calls to an address go through a proxy of the environment, how to pass it by; else nothing."""
     parts, proxies = urlsplit(address), getproxies()
     used = next((name for name in (parts.scheme, "all") if proxies.get(name)), None)
-    if used is None or proxy_bypass_environment(parts.hostname or ""):
+    if used is None or proxy_bypass(parts.hostname or ""):
         return []
     return [
         f"calls go through {used.upper()}_PROXY: set NO_PROXY={parts.hostname} if the server is in your own network"

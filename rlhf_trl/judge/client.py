@@ -187,7 +187,7 @@ class OpenAIClient:
         return UserError(place, f"{self.where} says: {detail}", "; or ".join([remedy, *proxy_of(self.where)]))
 
 
-def run_all(
+async def run_all(
     requests: Sequence[Request],
     judge: OpenAIClient,
     workers: int,
@@ -203,24 +203,20 @@ def run_all(
     Raises:
         UserError: no call can succeed; those in flight were handed over first.
     """
-    return asyncio.run(_run_all(requests, judge, workers, on_reply, stop))
-
-
-async def _run_all(
-    requests: Sequence[Request],
-    judge: OpenAIClient,
-    workers: int,
-    on_reply: Callable[[Request, Reply], None],
-    stop: Callable[[int], str | None],
-) -> str | None:
     waiting, failures = iter(requests), 0
     reason: str | None = None
     error: BaseException | None = None
     in_flight: dict[asyncio.Task[Reply], Request] = {}
-    loop, interrupted = asyncio.get_running_loop(), asyncio.Event()
-    ctrl_c = asyncio.create_task(interrupted.wait())
+    loop, ctrl_c = asyncio.get_running_loop(), asyncio.Event()
+    watch: asyncio.Task[Any] = asyncio.create_task(ctrl_c.wait())
+
+    def end(why: str) -> None:
+        nonlocal reason
+        reason = reason or why
+        judge.interrupt()
+
     async with judge:
-        with _first_ctrl_c(lambda: loop.call_soon_threadsafe(interrupted.set)):
+        with _first_ctrl_c(lambda: loop.call_soon_threadsafe(ctrl_c.set)):
             while True:
                 while reason is None and len(in_flight) < workers and (request := next(waiting, None)) is not None:
                     reason = stop(len(in_flight))
@@ -228,30 +224,27 @@ async def _run_all(
                         in_flight[asyncio.create_task(judge.complete(request.messages))] = request
                 if not in_flight:
                     break
-                watched = {*in_flight, ctrl_c} if reason is None else {*in_flight}
-                done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-                endings = []
-                for task in done & in_flight.keys():
+                watched = {*in_flight} if ctrl_c.is_set() else {*in_flight, watch}
+                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in in_flight if task.done()]:
                     request = in_flight.pop(task)
                     if task.exception() is not None:
                         error = task.exception()
-                        endings.append(str(error))
+                        end("a call cannot succeed")
                         continue
                     reply = task.result()
                     failures = failures + 1 if reply.status in MAY_PASS else 0
                     if reply.status == "quota":
-                        endings.append("quota")
+                        end("quota")
                     elif failures == FAILURES_IN_A_ROW:
-                        endings.append(f"{failures} calls in a row failed")
+                        end(f"{failures} calls in a row failed")
                     on_reply(request, reply)
-                if interrupted.is_set() and reason is None:
-                    logger.warning("stopping once the %d calls in flight are back; Ctrl-C again drops them",
-                                   len(in_flight))  # fmt: skip
-                    endings.append("interrupted")
-                if endings:
-                    reason = reason or endings[0]
-                    judge.interrupt()
-    ctrl_c.cancel()
+                if ctrl_c.is_set() and reason is None:
+                    logger.warning(
+                        "stopping once %d calls in flight are back; Ctrl-C again drops them", len(in_flight)
+                    )
+                    end("interrupted")
+    watch.cancel()
     if error is not None:
         raise error
     return reason

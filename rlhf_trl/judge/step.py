@@ -7,6 +7,7 @@ when the step is started again so that only missing calls are made, `judge/winra
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import logging
@@ -235,4 +236,4 @@ def _make(
             bar.set_postfix_str(f"win rate {rate}, ${budget.spent:.2f}", refresh=False)
             bar.update()
 
-        return run_all(requests, client, workers, store, budget.stop)
+        return asyncio.run(run_all(requests, client, workers, store, budget.stop))

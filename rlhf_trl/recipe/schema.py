@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from rlhf_trl.text.redact import redact
+
 Trainer = Literal["sft", "reward", "dpo", "grpo", "ppo"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,127}")
 
@@ -40,8 +42,8 @@ def check_address(address: str) -> str:
         whole = False
     if not whole or not re.fullmatch(r"[!-~]+", address):
         raise ValueError("give the address in full, with http:// or https://, such as http://127.0.0.1:8000/v1")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError("leave out the user, the password and all from ? or # on; the key goes into OPENAI_API_KEY")
+    if "@" in parts.netloc or parts.query or parts.fragment or redact(address) != address:
+        raise ValueError("leave out user, password, keys and all from ? or # on; the key goes into OPENAI_API_KEY")
     return address
 
 

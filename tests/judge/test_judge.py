@@ -11,10 +11,11 @@ import time
 
 import pytest
 from conftest import ROOT, small_recipe
-from fake_openai import FakeOpenAI, ok, status
+from fake_openai import FakeOpenAI, completion, json_of, ok, raw, status
 
+from rlhf_trl.cli.tables import printable
 from rlhf_trl.judge.client import OpenAIClient
-from rlhf_trl.judge.step import choose_prompt, judge
+from rlhf_trl.judge.step import ask_server, choose_prompt, judge
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.run.layout import RunDir
@@ -100,6 +101,11 @@ def run_judge(recipe, run, server) -> dict:
     finally:
         del os.environ["OPENAI_BASE_URL"]
     return read_json(run.winrate)
+
+
+def command(run: RunDir, *more: str) -> list[str]:
+    recipe = str(run.root.parent.parent / "small.yaml")
+    return [sys.executable, "-m", "rlhf_trl", "judge", recipe, "--runs", str(run.root.parent), *more]
 
 
 def rate_of(result, name: str) -> dict:
@@ -357,11 +363,6 @@ def test_another_prompt_or_model_is_another_judge(made):
     assert len(list((run.root / "judge").glob("*.jsonl"))) == 2
 
 
-def command(run: RunDir, *more: str) -> list[str]:
-    recipe = str(run.root.parent.parent / "small.yaml")
-    return [sys.executable, "-m", "rlhf_trl", "judge", recipe, "--runs", str(run.root.parent), *more]
-
-
 @pytest.mark.parametrize("row", [1, 23, 49])
 def test_a_killed_run_makes_exactly_the_missing_calls(made, row):
     recipe, run = made("judge.prompts=25", "judge.workers=1")
@@ -413,3 +414,72 @@ def test_an_env_file_gives_the_address(made, tmp_path):
     assert result["calibration"]["all"]["n"] == 6
     # What the command asks for beyond the recipe does not make it another recipe's result.
     assert run.is_done(made("judge.prompts=2")[0], "judge")
+
+
+# --- secrets and terminals -------------------------------------------------------------------------------------------
+
+LETTERS = "aB3dE5gH" * 5
+CANARIES = [
+    *(form + LETTERS for form in ("hf_", "sk-proj-", "sk-ant-", "sk_live_", "gsk_", "ghp_", "github_pat_", "glpat-",
+                                  "AIza", "ya29.", "xoxb-", "npm_", "pypi-", "r8_", "dop_v1_", "Bearer ")),
+    "AKIAIOSFODNN7EXAMPLE", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl",
+    f"https://me:{LETTERS}@host/v1", f"-----BEGIN PRIVATE KEY-----\n{LETTERS}\n-----END PRIVATE KEY-----",
+]  # fmt: skip
+ECHO = "\x1b]0;owned\x07 \u202e " + " ".join([*CANARIES, "a value without a form"])
+
+
+def environment_of(**more: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")} | more
+
+
+def assert_hidden(run: RunDir, shown: str, but: str = "small.yaml") -> None:
+    """No canary and no character that acts on a terminal is in a text or in a file of the run."""
+    files = [path.read_bytes().decode() for path in run.root.parent.parent.rglob("*") if path.is_file()]
+    for text in [shown, *files]:
+        assert [canary for canary in (*CANARIES, "value without") if canary in text or LETTERS in text] == []
+    assert not set("\x1b\x07\u202e") & set(shown)
+
+
+@pytest.mark.parametrize("place", ["environment", "env file"])
+def test_secrets_that_a_server_sends_back_are_in_no_file_and_no_message(made, place, tmp_path_factory):
+    """The server knows them all, and puts them into replies, names of models, errors and headers of every kind."""
+    _, run = made()
+    script = [status(400, {"code": ECHO}, ECHO), raw(f"<html>{ECHO}".encode(), "text/html"), raw(ECHO.encode()),
+              json_of(completion(None, refusal=ECHO) | {"model": ECHO}), json_of({"choices": [], "x": ECHO}),
+              status(500, message=ECHO[300:], headers={"Retry-After": CANARIES[0]}), ok(ECHO)]  # fmt: skip
+    secrets = {f"CANARY_{n}_KEY": canary for n, canary in enumerate([*CANARIES, "a value without a form"])}
+    with FakeOpenAI(script, then=ok(lambda messages: f"{ECHO}\n[[A]]")) as server:
+        values = secrets | {"OPENAI_API_KEY": CANARIES[0], "OPENAI_BASE_URL": server.url}
+        file = tmp_path_factory.mktemp("env") / "env"
+        file.write_text("".join(f"{name}={json.dumps(value)}\n" for name, value in values.items()))
+        environment = environment_of(**(values if place == "environment" else {}))
+        words = command(run, *([] if place == "environment" else ["--env-file", str(file)]))
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "what to do" in done.stderr and "<secret>" in done.stderr
+    assert len(read_jsonl(next((run.root / "judge").glob("*.jsonl")))) > 100
+    assert_hidden(run, done.stdout + done.stderr)
+
+
+def test_secrets_in_overrides_and_addresses_are_refused_and_not_repeated(made):
+    recipe, run = made()
+    words = command(run, "--set", f"judge.harmless={json.dumps(CANARIES)}", "--set", f"judge.base_url={CANARIES[-2]}")
+    done = subprocess.run(words, cwd=ROOT, env=environment_of(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("looks like an access token") >= len(CANARIES)
+    assert_hidden(run, done.stdout + done.stderr)
+    for canary in CANARIES:
+        for place, address, model in (("MODEL", "http://h", canary), ("BASE_URL", f"http://u:{canary}@h", "m"),
+                                      ("BASE_URL", f"http://h/{canary}/v1", "m")):  # fmt: skip
+            with pytest.raises(UserError, match=f"OPENAI_{place}") as caught:
+                ask_server(recipe.judge, address, model, {}, run.root / "x")
+            assert_hidden(run, str(caught.value))
+
+
+@pytest.mark.parametrize("code", [307, 401, 404])
+def test_secrets_in_what_ends_a_run_are_hidden(made, monkeypatch, code):
+    monkeypatch.setenv("OPENAI_API_KEY", CANARIES[0])
+    recipe, run = made("judge.prompts=2")
+    behaviour = status(code, message=ECHO, headers={"Location": f"http://h/?key={CANARIES[0]}"})
+    with FakeOpenAI(then=behaviour) as server, pytest.raises(UserError) as caught:
+        run_judge(recipe, run, server)
+    assert_hidden(run, printable(caught.value))

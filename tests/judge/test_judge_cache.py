@@ -145,6 +145,7 @@ def test_a_key_names_all_that_decides_a_verdict():
 
 
 RUN = """
+import asyncio
 import sys
 from pathlib import Path
 from rlhf_trl.judge.cache import JudgeCache, key
@@ -154,9 +155,10 @@ client = OpenAIClient("m", api_key="EMPTY", base_url=sys.argv[1])
 with JudgeCache(Path(sys.argv[2])) as cache:
     names = {key("m@1", talk, f"a{n}", "b"): n for n in range(50)}
     asks = {name: [{"role": "user", "content": f"{n}"}] for name, n in names.items()}
-    run_all([Request(name, ask) for name, ask in asks.items() if not cache.get(name)], client, int(sys.argv[3]),
-            lambda request, reply: cache.append({"key": request.key, "status": reply.status, "reply": reply.text}),
-            lambda in_flight: None)
+    asyncio.run(run_all(
+        [Request(name, ask) for name, ask in asks.items() if not cache.get(name)], client, int(sys.argv[3]),
+        lambda request, reply: cache.append({"key": request.key, "status": reply.status, "reply": reply.text}),
+        lambda in_flight: None))
 """
 ANSWER = ok(lambda messages: f"{messages[0]['content']} [[A]]")
 

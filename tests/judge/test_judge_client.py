@@ -305,6 +305,10 @@ def test_token_counts_that_cannot_be_are_not_counted(wrong, counted):
     assert (outcome.status, outcome.usage) == ("ok", counted)
 
 
+def make(requests, judge, workers, on_reply, stop=lambda in_flight: None):
+    return asyncio.run(run_all(requests, judge, workers, on_reply, stop))
+
+
 class Scripted:
     """A judge without a server: the n-th call's reply is `replies(n)`."""
 
@@ -331,7 +335,7 @@ def reply_of(status="ok") -> Reply:
 
 def run_scripted(replies, count: int, workers: int) -> tuple[Scripted, str | None, list[str]]:
     judge, got = Scripted(replies), []
-    said = run_all(requests_of(count), judge, workers, lambda request, reply: got.append(reply.status), stop_never)
+    said = make(requests_of(count), judge, workers, lambda request, reply: got.append(reply.status))
     return judge, said, got
 
 
@@ -339,25 +343,17 @@ def test_every_request_is_handed_over_once_with_its_reply():
     got = {}
     echo = ok(lambda messages: f"on {messages[-1]['content']} [[A]]")
     with FakeOpenAI(then=echo) as server:
-        said = run_all(
-            requests_of(30), client_of(server), 8, lambda request, reply: got.update({request.key: reply}), stop_never
-        )
+        said = make(requests_of(30), client_of(server), 8, lambda request, reply: got.update({request.key: reply}))
         assert len(server.requests) == 30
     assert said is None
     assert {key: reply.text for key, reply in got.items()} == {f"key-{n}": f"on pair {n} [[A]]" for n in range(30)}
-
-
-def stop_never(in_flight: int) -> None:
-    return None
 
 
 def test_quota_ends_the_run_and_keeps_what_was_in_flight():
     script = [ok("[[A]]", latency=0.2), QUOTA, ok("[[B]]", latency=0.2)]
     got = []
     with FakeOpenAI(script) as server:
-        said = run_all(
-            requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status), stop_never
-        )
+        said = make(requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status))
         assert len(server.requests) == 3
     assert said == "quota"
     assert sorted(got) == ["ok", "ok", "quota"]
@@ -368,7 +364,7 @@ def test_a_refused_key_ends_the_run_and_keeps_what_was_in_flight():
     script = [ok("[[A]]", latency=0.2), status(401), ok("[[B]]", latency=0.2)]
     with FakeOpenAI(script) as server:
         with pytest.raises(UserError, match="OPENAI_API_KEY"):
-            run_all(requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status), stop_never)
+            make(requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status))
         assert len(server.requests) == 3
     assert got == ["ok", "ok"]
 
@@ -410,7 +406,7 @@ def test_a_limit_is_never_gone_over_however_many_calls_are_in_flight(workers, li
         budget.add(reply.usage)
 
     with FakeOpenAI(then=ok(latency=0.01)) as server:
-        said = run_all(requests_of(50), client_of(server), workers, count, budget.stop)
+        said = make(requests_of(50), client_of(server), workers, count, budget.stop)
         assert len(server.requests) == budget.calls == calls
     assert (said is None) == (not limits)
     if limits:
@@ -426,22 +422,18 @@ def test_as_many_calls_as_there_are_workers_are_made_at_once():
 
     got = []
     with FakeOpenAI(then=meet) as server:
-        run_all(
-            requests_of(40),
-            client_of(server, attempts=1),
-            8,
-            lambda request, reply: got.append(reply.status),
-            stop_never,
-        )
+        make(requests_of(40), client_of(server, attempts=1), 8, lambda request, reply: got.append(reply.status))
     assert got == ["ok"] * 40
 
 
 CHILD = """
+import asyncio
 import sys
 from rlhf_trl.judge.client import OpenAIClient, Request, run_all
 requests = [Request(f"key-{n}", [{"role": "user", "content": f"pair {n}"}]) for n in range(40)]
 client = OpenAIClient("judge", api_key="EMPTY", base_url=sys.argv[1])
-said = run_all(requests, client, 4, lambda request, reply: print(reply.status, flush=True), lambda in_flight: None)
+said = asyncio.run(run_all(requests, client, 4, lambda request, reply: print(reply.status, flush=True),
+                           lambda in_flight: None))
 print(said, flush=True)
 """
 
