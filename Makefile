@@ -8,8 +8,7 @@ ARGS ?=
 demo: .venv/.installed
 	$(BIN)/rlhf-trl run recipes/demo.yaml $(ARGS)
 
-# The test processes share the cores: two threads each would make both slower. In the order of the files, the
-# longest one, test_demo, begins early.
+# The test processes share the cores: two threads each would make both slower. test_demo, the longest, begins first.
 test: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

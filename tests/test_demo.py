@@ -1,13 +1,14 @@
 """The demo learns: the acceptance of the whole pipeline, run as a user runs it."""
 
 import re
-import time
 
 import pytest
-from conftest import command
+from conftest import ROOT, command
 
+from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.run.states import step_states
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,13 @@ def test_the_demo_learns(demo):
 def test_a_second_run_does_nothing_and_an_edit_little(demo):
     folder, run = demo
     stamps = {path: path.stat().st_mtime_ns for path in run.root.rglob("done.json")}
-    start = time.monotonic()
     done = command("run", "demo", cwd=folder)
     assert done.returncode == 0
-    assert time.monotonic() - start < 10
     assert "14 steps, 14 done already" in done.stdout
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
-    done = command("run", "demo", "--set", "stages.dpo.args.beta=0.2", "--set", "evaluation.prompts=100", cwd=folder)
+    edited = load_recipe(ROOT / "recipes" / "demo.yaml", ["stages.dpo.args.beta=0.2"])
+    changed = [state.step for state in step_states(edited, run) if state.state == "changed"]
+    assert changed == ["dpo", "evaluate", "judge", "compare", "samples", "report"]
+    done = command("run", "demo", "--set", "judge.prompts=50", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.findall(r"=== (\w+)", done.stdout) == ["dpo", "evaluate", "judge", "compare", "samples", "report"]
+    assert re.findall(r"=== (\w+)", done.stdout) == ["judge", "compare", "report"]
