@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+NEWEST := test_library or mistake_is or libraries_say or shipped or left_out or leaves_behind or changes_the_adapter
 
-.PHONY: demo test lint size bench simulate clean
+.PHONY: demo test test-newest lint size bench simulate clean
 
 demo: .venv/.installed
 	$(BIN)/rlhf-trl run recipes/demo.yaml $(ARGS)
@@ -11,6 +12,11 @@ demo: .venv/.installed
 # The test processes share the cores: two threads each would make both slower. test_demo, the longest, begins first.
 test: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The options, the recipes and one short training of the four trainers that are still in the newest TRL.
+test-newest: .venv-newest/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest tests/recipe/test_library.py \
+		tests/recipe/test_recipe.py tests/train/test_train.py -k "$(NEWEST)" $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -32,7 +38,14 @@ simulate: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/compare/simulate.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-newest build dist .pytest_cache .ruff_cache .mypy_cache
+
+.venv-newest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet torch
+	.venv-newest/bin/python -m pip install --quiet -e ".[dev]"
+	touch $@
 
 # torch comes first and alone: a later package must not choose another build of it.
 .venv/.installed: pyproject.toml constraints.txt

@@ -25,6 +25,7 @@ from rlhf_trl.cli.run import (
     launch,
     load_env,
     open_run,
+    overriding,
     planned_processes,
     run,
     run_step,
@@ -33,9 +34,10 @@ from rlhf_trl.cli.run import (
     timed,
 )
 from rlhf_trl.cli.tables import printable
-from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.errors import RecipeError, UserError
 from rlhf_trl.recipe.library import suggest
-from rlhf_trl.run.launch import require_processes
+from rlhf_trl.recipe.load import locate
+from rlhf_trl.run.launch import require_processes, shipped
 from rlhf_trl.run.layout import RunDir
 
 app = typer.Typer(
@@ -107,15 +109,19 @@ def show_version(
 def validate(
     recipe: options.Recipe = "demo",
     overrides: options.Overrides = None,
+    without: options.Without = None,
     processes: options.Processes = None,
     show: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as JSON.")] = False,
 ) -> None:
     """Check a recipe and report every problem. Nothing is run or written."""
+    overrides = overriding(overrides, without)
     loaded, directory = open_run(recipe, overrides, RUNS, processes or 1)
-    if (processes or 1) == 1:  # the libraries check batch sizes for the processes that are running
-        from rlhf_trl.train.step import build_configs
+    from rlhf_trl.train.check import check_stages
 
-        build_configs(loaded, directory)
+    try:
+        check_stages(loaded, directory, processes or 1)
+    except RecipeError as error:
+        raise locate(error, shipped("recipes", recipe), overrides) from error
     if show:
         print(json.dumps(loaded.model_dump(), indent=2))
     else:
@@ -142,6 +148,7 @@ def train(
     recipe: options.Recipe,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="The name of a stage.")],
     overrides: options.Overrides = None,
+    without: options.Without = None,
     runs: options.Runs = RUNS,
     accelerate: options.Accelerate = None,
     processes: options.Processes = None,
@@ -149,6 +156,7 @@ def train(
 ) -> None:
     """Train one stage. Also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
     planned_processes(accelerate, processes)
+    overrides = overriding(overrides, without)
     if accelerate:
         with timed(stage):
             launch(["train", recipe, stage, "--runs", str(runs)], overrides, accelerate, processes)

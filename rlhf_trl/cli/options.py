@@ -11,6 +11,10 @@ Overrides = Annotated[
     list[str] | None,
     Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set stages.dpo.args.beta=0.3. Repeatable."),
 ]
+Without = Annotated[
+    list[str] | None,
+    Option("--without", metavar="STAGE", help="Leave a stage out, as --set stages.STAGE=null does. Repeatable."),
+]
 Runs = Annotated[Path, Option("--runs", help="Folder that holds the runs.")]
 Accelerate = Annotated[
     str | None,

@@ -34,6 +34,7 @@ MODULES = {"explore": "data.explore", "prepare": "data.preprocess", "samples": "
 def run(
     recipe: options.Recipe = "demo",
     overrides: options.Overrides = None,
+    without: options.Without = None,
     runs: options.Runs = RUNS,
     accelerate: options.Accelerate = None,
     processes: options.Processes = None,
@@ -47,6 +48,7 @@ def run(
     planned = planned_processes(accelerate, processes)
     if accelerate and jobs > 1:
         require_one_machine(shipped("accelerate_configs", accelerate))
+    overrides = overriding(overrides, without)
     loaded, directory = open_run(recipe, overrides, runs, planned)
     waiting = steps_to_run(loaded, directory)
     print(f"run {directory.root}: {len(loaded.plan)} steps, {len(loaded.plan) - len(waiting)} done already")
@@ -116,6 +118,11 @@ def status(
     else:
         print(f"run {directory.root}")
         show(status_table(states), status_end(states, directory.is_held("run")))
+
+
+def overriding(overrides: list[str] | None, without: list[str] | None) -> list[str]:
+    """The overrides, with those that leave stages out."""
+    return [*(overrides or []), *(f"stages.{stage}=null" for stage in without or [])]
 
 
 def open_run(recipe: str, overrides: list[str] | None, runs: Path, processes: int = 1) -> tuple[Recipe, RunDir]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from rlhf_trl.recipe.errors import Kind, Problem, RecipeError, UserError
-from rlhf_trl.recipe.library import nearest, show, suggest
+from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
+from rlhf_trl.recipe.library import show, suggest
 from rlhf_trl.text.redact import redact
 
 MAX_BYTES = 200_000
@@ -46,6 +47,7 @@ class Document:
     lines: dict[str, int] = field(default_factory=dict)  # of each dotted key
     problems: list[Problem] = field(default_factory=list)
     overridden: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # stages
 
     # Nodes, not ruamel's round-trip loader: that stops at the first duplicate key, and follows anchors and merge keys.
     def plain(self, node: Node | None, place: str, depth: int = 0) -> Any:
@@ -130,15 +132,39 @@ class Document:
             if not isinstance(node, dict):
                 remedy = "check the path of the key; a list is given whole"
                 return Problem(place, f"{part!r} is a value, not a section", remedy)
+        if stage is not None and len(parts) == 2 and value.strip() == "null":
+            self.left_out.append(stage)
+            return None
         node[parts[-1]] = new
         self.overridden.append(key)
         return None
 
+    def leave_out(self) -> Iterator[Problem]:
+        """Remove the stages that are left out; `evaluation` and `comparison` go on without them."""
+        sections = {key: value for key, value in self.raw.items() if isinstance(value, dict)}
+        evaluation, comparison = sections.get("evaluation", {}), sections.get("comparison", {})
+        kept = {key: stage for key, stage in sections.get("stages", {}).items() if key not in self.left_out}
+        links = {key: [str(stage.get(link)) for link in ("init", "reward")]
+                 for key, stage in kept.items() if isinstance(stage, dict)}  # fmt: skip
+        for name in dict.fromkeys(self.left_out):
+            own = re.compile(rf"{re.escape(name)}(-\w+=.*)?")  # itself, or what its sweep expands to
+            if readers := [key for key in links if any(map(own.fullmatch, links[key]))]:
+                remedy = "leave out these, too: " + " ".join(f"--without {key}" for key in readers)
+                yield Problem(f"--without {name}", f"{', '.join(readers)} cannot be trained without it", remedy)
+                continue
+            del sections["stages"][name]
+            for key in [key for key in ("reward", "gold") if own.fullmatch(str(evaluation.get(key)))]:
+                del evaluation[key]
+                if key == "gold" and sections.get("judge", {}).get("kind") == "reward":  # that judge is the gold model
+                    del self.raw["judge"]
+            if isinstance(given := comparison.get("stages"), list):
+                comparison["stages"] = [other for other in given if not own.fullmatch(str(other))]
+
     def secrets(self) -> list[Problem]:
         """Every text that looks like an access token."""
         remedy = "keep tokens in the environment (see .env.example)"
-        texts = [place for place, text in _texts(self.raw) if redact(text) != text]
-        return [Problem(place, "holds what looks like an access token", remedy) for place in texts]
+        problem = "holds what looks like an access token"
+        return [Problem(place, problem, remedy) for place, text in _texts(self.raw) if redact(text) != text]
 
     def error(self, later: Sequence[Problem]) -> RecipeError:
         """Build the error from the document's own problems and later ones, each once and with its line.
@@ -152,14 +178,14 @@ class Document:
             problem
             for problem in later
             if problem.place not in {*own, *misspelt}
-            and (problem.kind is Kind.UNKNOWN_KEY or not any(place.startswith(f"{problem.place}.") for place in own))
+            and (problem.meant is not None or not any(place.startswith(f"{problem.place}.") for place in own))
         ]
         problems = dict.fromkeys([*self.problems, *rest])
         return RecipeError(replace(problem, place=self._locate(problem.place)) for problem in problems)
 
     def _locate(self, place: str) -> str:
         """A place with its file and line, or with the option that it comes from."""
-        if place.startswith("--set"):
+        if place.startswith("--"):
             return place
         for key in self.overridden:
             if f"{place}.".startswith(f"{key}."):
@@ -183,11 +209,6 @@ def read_document(path: Path) -> Document:
         problem = f"the recipe {what}", "begin with `name:`, `model:`, `data:` and `stages:`"
         if len(text) > MAX_BYTES:
             problem = f"the file is larger than {MAX_BYTES} bytes", "give the path of a recipe: a page of YAML"
-    except FileNotFoundError:
-        others = sorted(file.name for file in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        near = nearest(path.name, others)
-        remedy = f"did you mean {str(path.parent / near)!r}?" if near else "give the path of a YAML file"
-        problem = "there is no such file", remedy
     except OSError as error:
         problem = f"cannot read the recipe: {error.strerror}", "give the path of a YAML file"
     except UnicodeDecodeError:

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from enum import Enum
 
 from rlhf_trl.text.redact import redact
-
-
-class Kind(Enum):
-    """What the program needs to know of a problem; people read its text."""
-
-    OTHER = "other"
-    UNKNOWN_KEY = "unknown key"
 
 
 @dataclass(frozen=True)
@@ -23,8 +15,8 @@ class Problem:
     place: str
     problem: str
     remedy: str
-    kind: Kind = field(default=Kind.OTHER, compare=False)
-    meant: str | None = field(default=None, compare=False)  # the key that an unknown key probably misspells
+    meant: str | None = field(default=None, compare=False)
+    """Of an unknown key: the key that it probably misspells, or ""."""
 
     @property
     def meant_place(self) -> str:

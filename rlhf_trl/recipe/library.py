@@ -24,20 +24,26 @@ from typing import Any
 
 import pydantic
 
+
+def _source(path: str) -> Path:
+    """A file of a package, found without importing it."""
+    package, _, inside = path.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    return Path(spec.submodule_search_locations[0]) / inside
+
+
 BASES = (("transformers/training_args.py", "TrainingArguments"), ("trl/trainer/base_config.py", "_BaseConfig"))
 # Trainer word -> the classes whose fields it takes, base class first.
 CLASSES = {
     "model": [("trl/trainer/model_config.py", "ModelConfig")],
-    "sft": [*BASES, ("trl/trainer/sft_config.py", "SFTConfig")],
-    "reward": [*BASES, ("trl/trainer/reward_config.py", "RewardConfig")],
-    "dpo": [*BASES, ("trl/trainer/dpo_config.py", "DPOConfig")],
-    "grpo": [*BASES, ("trl/trainer/grpo_config.py", "GRPOConfig")],
-    "ppo": [
-        *BASES,
-        ("trl/experimental/ppo/ppo_config.py", "PPOConfig"),
-        ("rlhf_trl/train/ppo/config.py", "PPOConfig"),
-    ],
-}
+    **{kind: [*BASES, (f"trl/trainer/{kind}_config.py", f"{name}Config")]
+       for kind, name in {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "grpo": "GRPO"}.items()},
+}  # fmt: skip
+PPO = "trl/experimental/ppo/ppo_config.py"
+if _source(PPO).exists():  # up to TRL 1.12
+    CLASSES["ppo"] = [*BASES, (PPO, "PPOConfig"), ("rlhf_trl/train/ppo/config.py", "PPOConfig")]
 ENUM_FILES = ("transformers/trainer_utils.py", "transformers/training_args.py")
 
 # Choices that the libraries test only once training runs.
@@ -63,14 +69,17 @@ POSITIVE = frozenset({
     "max_length", "num_iterations", "max_completion_length", "generation_batch_size", "steps_per_generation",
     "temperature", "num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size",
     "total_episodes", "lora_r", "lora_alpha", "missing_eos_penalty", "save_steps", "eval_steps", "logging_steps",
-    "dataset_num_proc", "repetition_penalty", "kl_target", "kl_horizon", "max_kl",
+    "dataset_num_proc", "repetition_penalty", "kl_target", "kl_horizon", "max_kl", "max_steps", "top_p",
+    "eval_accumulation_steps",
 })
 # fmt: on
 # ... and these lie in a closed interval.
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("label_smoothing", "adam_beta1", "adam_beta2", "lora_dropout", "cliprange"), (0, 1)),
-    **dict.fromkeys(("gamma", "lam", "top_p", "min_p", "epsilon", "ref_model_mixup_alpha", "ld_alpha"), (0, 1)),
+    **dict.fromkeys(("label_smoothing", "label_smoothing_factor", "adam_beta1", "adam_beta2", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(("gamma", "lam", "top_p", "min_p", "epsilon", "cliprange", "top_entropy_quantile"), (0, 1)),
+    **dict.fromkeys(("ref_model_mixup_alpha", "ld_alpha"), (0, 1)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    **dict.fromkeys(("dataloader_num_workers", "dataset_num_proc"), (0, 256)),  # processes, each with the data
     "num_generations": (2, math.inf),
 }
 # Stands for a default that the source computes (that of `optim` depends on torch).
@@ -98,12 +107,8 @@ class Option:
 
 
 def _classes(path: str) -> dict[str, ast.ClassDef]:
-    package, _, inside = path.partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    source = (Path(spec.submodule_search_locations[0]) / inside).read_text(encoding="utf-8")
-    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    nodes = ast.parse(_source(path).read_text(encoding="utf-8")).body
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
 
 @functools.cache
@@ -184,7 +189,7 @@ def check_value(kind: str, name: str, value: Any) -> tuple[str, str] | None:
         allows_negative = isinstance(option.default, int | float) and option.default < 0
         if not math.isfinite(value):
             return f"{shown} is not a finite number", "give a finite number"
-        if name in POSITIVE and value <= 0:
+        if name in POSITIVE and value <= 0 and not _is_one_of(value, [option.default]):
             return f"{shown} is not above 0", "give a positive number"
         if not allows_negative and not low <= value <= high:
             limits = f"from {low} to {high}" if high < math.inf else f"of {low} or more"

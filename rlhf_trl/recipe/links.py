@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from rlhf_trl.recipe.errors import Kind, Problem
+from rlhf_trl.recipe.errors import Problem
 from rlhf_trl.recipe.library import CLASSES, check_value, nearest, read_options, suggest
 from rlhf_trl.recipe.recipe import MAX_STAGES, Recipe, combinations
 from rlhf_trl.recipe.rules import Values, check_values
@@ -38,6 +38,21 @@ OWNED = {
         ("batch_size", "mini_batch_size", "micro_batch_size", "local_batch_size", "local_mini_batch_size"),
         "PPOTrainer computes it from per_device_train_batch_size",
     ),
+}
+# Names of one thing in several trainers, older releases and other projects ...
+ALIKE = (
+    {"beta", "kl_coef", "init_kl_coef"}, {"max_completion_length", "response_length", "max_new_tokens"},
+    {"num_iterations", "num_ppo_epochs", "ppo_epochs"}, {"epsilon", "cliprange", "clip_range"},
+    {"eval_strategy", "evaluation_strategy"}, {"dtype", "torch_dtype"}, {"learning_rate", "lr"},
+    {"num_train_epochs", "epochs"}, {"num_generations", "group_size"}, {"lora_r", "r", "rank"},
+    {"lora_target_modules", "target_modules"}, {"lora_modules_to_save", "modules_to_save"},
+    {"train_sampling_strategy", "group_by_length"},
+)  # fmt: skip
+# ... and what a recipe says in a section of its own.
+MOVED = {
+    **dict.fromkeys(("max_prompt_length", "max_seq_length", "max_target_length"), "data.max_length"),
+    **dict.fromkeys(("dataset_name", "dataset_config", "train_file"), "data.source"),
+    **dict.fromkeys(("reward_model", "reward_funcs", "reward_model_name_or_path"), "`reward:` of the stage"),
 }
 
 
@@ -91,11 +106,12 @@ def check_block(place: str, kind: str, values: Mapping[str, Any]) -> Iterator[Pr
             yield Problem(where, f"{key!r} is not set in a recipe", OWNED[key])
         elif key not in options:
             owner = "trl.ModelConfig" if kind == "model" else f"the {kind} trainer"
-            near = nearest(key, [name for name in options if name not in OWNED])
-            elsewhere = _elsewhere(key)
-            remedy = f"did you mean {near!r}?" if near else "see the documentation of TRL 1.12 for its options"
-            problem = f"unknown key {key!r}: {owner} has no such option"
-            yield Problem(where, problem, elsewhere or remedy, Kind.UNKNOWN_KEY, None if elsewhere else near)
+            alike = next((sorted(names & options.keys()) for names in ALIKE if key in names), [])
+            near = next(iter(alike), nearest(key, [name for name in options if name not in OWNED]))
+            elsewhere = None if alike else _elsewhere(key)
+            remedy = f"did you mean {near!r}?" if near else "see TRL's documentation for its options"
+            meant = "" if elsewhere else near or ""
+            yield Problem(where, f"unknown key {key!r}: {owner} has no such option", elsewhere or remedy, meant)
         elif texts := check_value(kind, key, value):
             yield Problem(where, *texts)
 
@@ -109,6 +125,8 @@ def _check_source(place: str, source: Any, builtin: str) -> Iterator[Problem]:
 
 def _elsewhere(key: str) -> str | None:
     """Where a key belongs that is a real one, but not of this block."""
+    if key in MOVED:
+        return f"set it by {MOVED[key]}"
     if key in Stage.model_fields and key != "args":
         return f"`{key}:` stands beside `args:`, not below it"
     kinds = [kind for kind in CLASSES if key in read_options(kind)]

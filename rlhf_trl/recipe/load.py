@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from rlhf_trl.recipe.document import read_document
-from rlhf_trl.recipe.errors import Kind, Problem
-from rlhf_trl.recipe.library import nearest, show, suggest
+from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
+from rlhf_trl.recipe.library import CLASSES, nearest, show, suggest
 from rlhf_trl.recipe.links import check_block, check_recipe
 from rlhf_trl.recipe.recipe import RESERVED, Recipe, expand_sweeps
 from rlhf_trl.recipe.schema import Stage, Trainer
@@ -29,8 +30,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -
         RecipeError: with every problem found, each with its place (file, line and key).
     """
     document = read_document(path)
-    overrides_refused = [document.override(override) for override in overrides]
-    document.problems += [*filter(None, overrides_refused), *document.secrets()]
+    refused = filter(None, map(document.override, overrides))
+    document.problems += [*refused, *document.leave_out(), *document.secrets()]
     recipe, problems = _parse(document.raw)
     if recipe is not None:
         wrong = {place for p in (*document.problems, *problems) for place in (p.place, p.meant_place)}
@@ -42,6 +43,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -
     return expand_sweeps(recipe)
 
 
+def locate(error: UserError, path: Path, overrides: Sequence[str]) -> RecipeError:
+    """Give the problems that the libraries find in a loaded recipe their places in its file."""
+    document = read_document(path)
+    for override in overrides:
+        document.override(override)
+    return document.error(error.problems)
+
+
 def _parse(raw: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """Parse the document; on mistakes, also try it without them so that the later checks can find more."""
     stages = raw.get("stages")
@@ -50,6 +59,13 @@ def _parse(raw: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         for name in (stages if isinstance(stages, dict) else ())
         if str(name) in RESERVED
     ]
+    if isinstance(stages, dict) and "ppo" not in CLASSES:
+        gone = [name for name, stage in stages.items() if isinstance(stage, dict) and stage.get("trainer") == "ppo"]
+        for name in gone:
+            problem = f"TRL {importlib.metadata.version('trl')} has no PPO trainer: the last with one is 1.12"
+            remedy = f"pip install -c constraints.txt trl, or leave the stage out: --without {name}"
+            problems.append(Problem(f"stages.{name}.trainer", problem, remedy))
+        raw = {**raw, "stages": {name: stage for name, stage in stages.items() if name not in gone}}
     try:
         return Recipe.model_validate(raw), problems
     except ValidationError as error:
@@ -113,7 +129,7 @@ def _unknown_key(place: str, loc: list[str]) -> Problem:
     near = nearest(loc[-1], section.model_fields)
     hint = "; options of the trainer go under `args:`" if section is Stage else ""
     remedy = f"did you mean {near!r}?" if near else f"the keys here are: {', '.join(section.model_fields)}{hint}"
-    return Problem(place, f"unknown key {loc[-1]!r}", remedy, Kind.UNKNOWN_KEY, near)
+    return Problem(place, f"unknown key {loc[-1]!r}", remedy, near or "")
 
 
 def _remove(raw: Any, loc: list[str]) -> None:

@@ -6,6 +6,8 @@ Each rule sees one stage, its sweep expanded, and is silent where a value that i
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.recipe.errors import Problem
-from rlhf_trl.recipe.library import value_of
+from rlhf_trl.recipe.library import read_options, value_of
 from rlhf_trl.recipe.recipe import POLICY_TRAINERS, Recipe
 
 Found = Iterator[tuple[str, str, str]]
@@ -77,24 +79,19 @@ def check_values(values: Values) -> list[Problem]:
         if values.trainer in trainers:
             with contextlib.suppress(_Unusable):
                 if breaks(values):
-                    stage = f" for the stage {values.name}"
-                    own = stage if "use_peft" in values.recipe.stages[values.name].model else ""
-                    problems.append(Problem(values.place(key), problem, remedy.format(stage=stage, own=own)))
+                    problems.append(Problem(values.place(key), problem, remedy))
     return problems
 
 
 # Trainers, key, when it is wrong, problem, remedy.
-Condition = tuple[tuple[str, ...], str, Callable[[Values], Any], str, str]
-CONDITIONS: tuple[Condition, ...] = (
+CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...] = (
     (("ppo",), "model.use_peft", lambda of: not of.model("use_peft"),
      "PPO holds its policy, value model and reference as adapters on one base",
-     "set use_peft: true{stage}"),
-    (("ppo",), "fp16", lambda of: of["fp16"], "has no effect in PPO's loop", "set bf16: true"),
-    (("ppo",), "max_steps", lambda of: of["max_steps"] not in (-1, None), "has no effect in PPO's loop",
-     "set total_episodes: steps times batch"),
-    (("ppo",), "data_seed", lambda of: of["data_seed"] is not None, "has no effect in PPO's loop", "set seed"),
-    (("ppo",), "eval_strategy", lambda of: of["eval_strategy"] not in ("no", None), "has no effect in PPO's loop",
-     "leave it out: `evaluate` measures the checkpoints"),
+     "set use_peft: true, here or in the `model:` of the stage"),
+    *((("ppo",), key, lambda of, key=key, off=off: of[key] not in off, "has no effect in PPO's loop", remedy)
+      for key, off, remedy in (
+          ("fp16", [False], "set bf16: true"), ("max_steps", [-1], "set total_episodes: steps times batch"),
+          ("data_seed", [None], "set seed"), ("eval_strategy", ["no"], "leave it out: checkpoints are evaluated"))),
     (("ppo",), "save_strategy", lambda of: of["save_strategy"] not in ("no", "steps"),
      "PPO's loop knows steps alone", "set save_strategy: steps"),
     (("ppo",), "gradient_checkpointing_kwargs",
@@ -104,10 +101,16 @@ CONDITIONS: tuple[Condition, ...] = (
      "has no effect: the trainer draws its prompts in an order of its own", "leave it out"),
     (("dpo",), "label_smoothing", lambda of: "exo_pair" in of["loss_type"] and of["label_smoothing"] <= 0,
      "the loss exo_pair needs it above 0", "set label_smoothing: 0.001"),
+    (("dpo",), "label_smoothing", lambda of: of["label_smoothing"] >= 0.5,
+     "at 0.5 the loss no longer tells the chosen answer from the rejected one", "set it below 0.5"),
+    (("dpo",), "padding_free", lambda of: of["padding_free"], "TRL's DPO trainer switches it off without an error",
+     "leave it out"),
+    (EVERY, "fsdp", lambda of: of["fsdp"] and of.processes == 1, "shards over processes, and this is one",
+     "leave it out, and launch with --accelerate fsdp2"),
     (("dpo",), "beta", lambda of: of["beta"] <= 0, "is not above 0: nothing would be learned",
      "give a positive number, such as 0.1"),
     *((EVERY, f"model.{key}", lambda of, key=key: of.model(key) and not of.model("use_peft"),
-       "a quantised model can be trained only through an adapter", "set use_peft: true{own}")
+       "a quantised model can be trained only through an adapter", "set use_peft: true beside it")
       for key in ("load_in_4bit", "load_in_8bit")),
     (EVERY, "model.load_in_8bit", lambda of: of.model("load_in_8bit") and of.model("load_in_4bit"),
      "cannot stand beside load_in_4bit", "choose one of the two"),
@@ -119,16 +122,9 @@ CONDITIONS: tuple[Condition, ...] = (
 
 
 def _check_rollout(of: Values) -> Found:
-    batch, group = of["per_device_train_batch_size"], of["num_generations"]
-    given, steps = of["generation_batch_size"], of["steps_per_generation"]
-    whole = batch * of.processes
-    if given and steps:
-        yield "steps_per_generation", "cannot stand beside generation_batch_size", "leave out one of the two"
-    elif given and given % whole:
-        problem = f"{given} is not a multiple of the {whole} answers of a batch"
-        yield "generation_batch_size", problem, f"set it to a multiple of {whole}"
-    steps = steps or of["gradient_accumulation_steps"]
-    rollout = given or whole * steps
+    batch, group, given = of["per_device_train_batch_size"], of["num_generations"], of["generation_batch_size"]
+    steps = of["steps_per_generation"] or of["gradient_accumulation_steps"]
+    rollout = given or batch * of.processes * steps
     if group is None:
         yield "num_generations", "is empty", "give a number of 2 or more"
     elif rollout % group:
@@ -139,15 +135,6 @@ def _check_rollout(of: Values) -> Found:
         remedy = "set per_device_train_batch_size or gradient_accumulation_steps to a multiple of it"
         remedy = f"use num_generations: {best}, or {remedy}" if best else remedy
         yield "num_generations", f"{problem} ({'generation_batch_size' if given else made})", remedy
-
-
-def _check_evaluation_batch(of: Values) -> Found:
-    if of["eval_strategy"] != "no":
-        batch = of["per_device_eval_batch_size"] * of.processes
-        group = of["num_generations_eval"] or of["num_generations"]
-        if group is not None and batch % group:
-            problem = f"the {batch} answers of an evaluation batch are not whole groups of {group}"
-            yield "per_device_eval_batch_size", problem, f"set it to a multiple of {group}, or eval_strategy: 'no'"
 
 
 def _check_mini_batches(of: Values) -> Found:
@@ -207,32 +194,50 @@ def _check_positions(of: Values) -> Found:
             yield key, f"{tokens} tokens {prompt} are more than the {positions} positions of the model", remedy
 
 
+# Option, the values that need a package, its module, what brings it.
+NEEDS = (
+    ("use_vllm", "True", "vllm", '"rlhf-trl[vllm]"'),
+    ("use_liger_kernel", "True", "liger_kernel", '"rlhf-trl[liger]"'),
+    ("deepspeed", "*", "deepspeed", '"rlhf-trl[deepspeed]"'),
+    ("report_to", "trackio", "trackio", '"rlhf-trl[trackio]"'),
+    *(("report_to", name, name, name) for name in ("wandb", "mlflow", "tensorboard", "swanlab", "clearml")),
+    ("model.attn_implementation", "flash_attention_2", "flash_attn", "flash-attn"),
+    ("model.attn_implementation", "*/*", "kernels", "kernels"),
+)
+
+
+def _check_packages(of: Values) -> Found:
+    for key, pattern, module, package in NEEDS:
+        own = key.startswith("model.")
+        if own or key in read_options(of.trainer):
+            value = of.model(key.removeprefix("model.")) if own else of[key]
+            given = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
+            if fnmatch.filter(given, pattern) and importlib.util.find_spec(module) is None:
+                yield key, f"needs the package {module}, which is not installed", f"pip install {package}"
+
+
 def max_positions(model: str) -> int | None:
     """The longest input of a model whose config is at hand (a local folder, or the Hub's cache), else None."""
     if model == "builtin:tiny":
         return 512
     config = Path(model) / "config.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not one that is here: loading the model will say so
         if not config.exists():
             from huggingface_hub import try_to_load_from_cache
 
-            cached = try_to_load_from_cache(model, "config.json")
-            if not isinstance(cached, str):
-                return None
-            config = Path(cached)
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no model's name, or no JSON: loading the model will say so
-        return None
-    keys = ("max_position_embeddings", "n_positions") if isinstance(values, dict) else ()
-    return next((values[key] for key in keys if isinstance(values.get(key), int)), None)
+            config = Path(str(try_to_load_from_cache(model, "config.json")))
+        values = dict(json.loads(config.read_text(encoding="utf-8")))
+        keys = ("max_position_embeddings", "n_positions")
+        return next((values[key] for key in keys if isinstance(values.get(key), int)), None)
+    return None
 
 
 RULES: tuple[tuple[tuple[str, ...], Callable[[Values], Found]], ...] = (
     (("grpo",), _check_rollout),
-    (("grpo",), _check_evaluation_batch),
     (("ppo",), _check_mini_batches),
     (("reward", *POLICY_TRAINERS), _check_dropout),
     (("sft", "reward", "dpo"), _check_cut),
     (POLICY_TRAINERS, _check_kept),
     (EVERY, _check_positions),
+    (EVERY, _check_packages),
 )

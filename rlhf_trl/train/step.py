@@ -9,6 +9,7 @@ where the stage is fine-tuned whole), `checkpoints/`, `training_stats.json` and 
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import signal
@@ -27,7 +28,7 @@ from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
 from rlhf_trl.models.base import load_causal, load_classifier, recorded_tokenizer, start_path
 from rlhf_trl.models.rewards import load_reward_model, score_completions
-from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
+from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import last_valid_checkpoint
 from rlhf_trl.run.environment import environment
@@ -92,36 +93,28 @@ def build_config(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     try:
         return cls(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(where, " ".join(str(error).split()), f"see the options of {cls.__name__}") from error
 
 
-def build_stage_config(recipe: Recipe, run: RunDir, stage: str) -> Any:
-    """Construct the library's config of a stage's trainer: the recipe's `args`, and what is always set."""
+def build_stage_config(recipe: Recipe, run: RunDir, stage: str, **other: Any) -> Any:
+    """Construct the library's config of a stage's trainer: its `args`, those in `other`, and what is always set."""
     trainer = recipe.stages[stage].trainer
     # The library's default turns a NaN loss into 0.0 in the logs (huggingface/trl#6702).
-    values = {**recipe.args_of(stage), "output_dir": str(run.checkpoints(stage)), "logging_nan_inf_filter": False,
-              "use_cpu": not torch.accelerator.is_available()}  # fmt: skip
+    always = {"output_dir": str(run.checkpoints(stage)), "logging_nan_inf_filter": False}
+    values = {**recipe.args_of(stage), **other, **always, "use_cpu": not torch.accelerator.is_available()}
     if trainer == "ppo":
         values["num_sample_generations"] = 0  # its table reads answers as markup: `[/b]` ends the run
-    return build_config(classes_of(trainer)[1], values, f"stages.{stage}.args")
+    config = build_config(classes_of(trainer)[1], values, f"stages.{stage}.args")
+    if config.n_gpu > 1:  # transformers would wrap the model in DataParallel, which TRL does not support
+        _say_one_gpu(config.n_gpu)
+        config._n_gpu = 1
+    return config
 
 
-def build_configs(recipe: Recipe, run: RunDir) -> None:
-    """Construct the config of every stage, so that what only the libraries find is found before the first step.
-
-    Raises:
-        RecipeError: with every stage's problem.
-    """
-    problems: list[Problem] = []
-    for stage in recipe.stages:
-        try:
-            build_stage_config(recipe, run, stage)
-            build_config(ModelConfig, recipe.model_block(stage), "model")
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise RecipeError(dict.fromkeys(problems))
+@functools.cache
+def _say_one_gpu(visible: int) -> None:
+    logger.warning("%d GPUs are visible and one is used: to train on all of them, add --accelerate ddp", visible)
 
 
 def find_resume_point(run: RunDir, stage: str, fingerprint: str) -> Path | None:

@@ -1,10 +1,12 @@
 """Recipes: every mistake is named with place and remedy, all at once; sweeps and fingerprints keep their promise."""
 
 import copy
+import importlib.util
 import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -12,15 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import NO_PPO, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
-from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 from rlhf_trl.recipe.errors import Problem, UserError
-from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.recipe.library import CLASSES
+from rlhf_trl.recipe.load import load_recipe, locate
 from rlhf_trl.recipe.recipe import STEPS, Recipe
+from rlhf_trl.recipe.rules import NEEDS
+from rlhf_trl.run.layout import RunDir
 
 GOOD = """\
 name: good
@@ -72,7 +76,10 @@ evaluation:
 """
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 TOKEN = "hf_" + "aB3dE5gH" * 4
-TABLE = YAML(typ="safe", pure=True).load(Path(__file__).with_name("mistakes.yaml"))
+TABLE = {
+    part: {name: row for name, row in rows.items() if "ppo" in CLASSES or "ppo" not in str(row)}
+    for part, rows in YAML(typ="safe", pure=True).load(Path(__file__).with_name("mistakes.yaml")).items()
+}
 
 
 @pytest.fixture
@@ -94,7 +101,7 @@ def refuse(recipe_file):
     def load(text: str | bytes, *overrides: str, processes: int = 1) -> list[Problem]:
         path = recipe_file(text)
         with pytest.raises(UserError) as caught:
-            load_recipe(path, overrides, processes)
+            load_recipe(path, [*overrides, *NO_PPO], processes)
         return [replace(p, place=p.place.replace(str(path), "")) for p in caught.value.problems]
 
     return load
@@ -103,7 +110,7 @@ def refuse(recipe_file):
 @pytest.fixture
 def accept(recipe_file):
     def load(text: str = GOOD, *overrides: str) -> Recipe:
-        return load_recipe(recipe_file(text), overrides)
+        return load_recipe(recipe_file(text), [*overrides, *NO_PPO])
 
     return load
 
@@ -148,8 +155,17 @@ def test_a_mistake_is_named_with_its_line_its_key_and_the_remedy(row, refuse):
     assert row["says"] in says(problem)
 
 
-def test_the_table_holds_what_the_acceptance_asks_for():
-    assert len(TABLE["mistakes"]) >= 100
+@pytest.mark.parametrize("row", TABLE["libraries"].values(), ids=TABLE["libraries"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_the_libraries_say_is_named_before_the_first_step(row, processes, recipe_file, tmp_path):
+    from rlhf_trl.train.check import check_stages
+
+    path = recipe_file(edited(row["edit"]))
+    with pytest.raises(UserError) as caught:
+        check_stages(load_recipe(path, NO_PPO, processes), RunDir(tmp_path / "run"), processes)
+    (problem,) = locate(caught.value, path, ()).problems
+    assert problem.place.endswith(f": {row['place']}") and row["says"] in says(problem)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_number_that_python_would_not_read_is_named(refuse):
@@ -159,7 +175,26 @@ def test_a_number_that_python_would_not_read_is_named(refuse):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_shipped_recipe_is_valid(path, processes):
-    assert load_recipe(path, processes=processes).name
+    assert load_recipe(path, NO_PPO if "trainer: ppo" in path.read_text() else [], processes).name
+
+
+def test_a_trl_without_ppo_is_named_and_the_stage_can_be_left_out(recipe_file, monkeypatch):
+    monkeypatch.delitem(CLASSES, "ppo", raising=False)
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file(GOOD))
+    (problem,) = caught.value.problems
+    assert problem.place.endswith(":36: stages.ppo.trainer") and "constraints.txt" in problem.remedy
+    assert "--without ppo" in problem.remedy and "ppo" not in load_recipe(recipe_file(GOOD), ["stages.ppo=null"]).plan
+
+
+@pytest.mark.parametrize(("key", "pattern", "module", "package"), NEEDS, ids=lambda part: str(part))
+def test_an_option_that_needs_a_package_is_named_with_it(key, pattern, module, package, refuse, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    value = {"True": "true", "*": "{}", "*/*": "kernels-community/flash-attn2"}.get(pattern, pattern)
+    where = key if key.startswith("model.") else f"stages.grpo.args.{key}"
+    (problem,) = refuse(GOOD, f"{where}={value}")
+    assert problem.place == f"--set {where}" and module in problem.problem and package in problem.remedy
 
 
 @pytest.mark.parametrize("row", TABLE["missing"].values(), ids=TABLE["missing"])
@@ -256,7 +291,7 @@ def test_anchors_are_refused_before_they_grow_or_circle(refuse):
 def test_a_path_that_cannot_be_read_is_named(tmp_path, recipe_file):
     path = recipe_file(GOOD)
     for place, words in {
-        tmp_path / "recipe.yml": f"did you mean '{path}'",
+        tmp_path / "recipe.yml": "No such file",
         tmp_path / "none" / "recipe.yaml": "give the path of a YAML file",
         tmp_path: "Is a directory",
         path / "x": "Not a directory",
@@ -332,33 +367,17 @@ def test_a_single_stage_with_an_unknown_trainer_hides_nothing_of_the_model(refus
 # --- one letter wrong in any key of any shipped recipe ---------------------------------------------------------------
 
 
-def keys_of(text: str) -> list[tuple[list[str], int]]:
-    """The path and the position of every key that a recipe names itself (stages are named by the user)."""
-    found: list[tuple[list[str], int]] = []
-
-    def walk(node, path):
-        for key, value in node.value if isinstance(node, MappingNode) else ():
-            here = [*path, key.value]
-            if here[:-1] != ["stages"]:
-                found.append((here, key.start_mark.index))
-            if len(here) < 4 and here[-1] != "sweep" and not isinstance(value, SequenceNode):
-                walk(value, here)
-
-    walk(YAML(typ="safe", pure=True).compose(text), [])
-    return found
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_wrong_letter_in_any_key_is_refused_with_the_right_key(path, refuse):
     text, draw = path.read_text(), random.Random(5)
-    found = keys_of(text)
-    for parts, start in found:
-        key = parts[-1]
-        letter = draw.randrange(len(key))
+    stages = YAML(typ="safe", pure=True).load(text)["stages"]  # the user's own words
+    found = [match for match in re.finditer(r"^ *(\w+):", text, re.MULTILINE) if match[1] not in stages]
+    for match in found:
+        key, letter = match[1], draw.randrange(len(match[1]))
         wrong = key[:letter] + ("z" if key[letter] != "z" else "q") + key[letter + 1 :]
-        problems = refuse(text[:start] + wrong + text[start + len(key) :])
-        place = f":{text.count(chr(10), 0, start) + 1}: {'.'.join([*parts[:-1], wrong])}"
-        assert [p.remedy for p in problems if p.place == place] == [f"did you mean {key!r}?"], problems
+        place = re.compile(rf":{text.count(chr(10), 0, match.start(1)) + 1}: (.+\.)?{wrong}")
+        problems = refuse(text[: match.start(1)] + wrong + text[match.end(1) :])
+        assert [p.remedy for p in problems if place.fullmatch(p.place)] == [f"did you mean {key!r}?"], problems
     assert len(found) > 40
 
 
@@ -414,6 +433,19 @@ def test_overrides_are_read_as_yaml_and_change_one_key(accept):
     assert recipe.model_block("sft")["lora_r"] == 2 and "lora_r" not in recipe.model
     dotted = accept(change("  dpo:\n", "  dpo-v1.5:\n"), "stages.dpo-v1.5.args.beta=0.3")
     assert dotted.stages["dpo-v1.5"].args["beta"] == 0.3
+
+
+def test_a_stage_is_left_out_together_with_what_names_it(accept, refuse):
+    others = "comparison: {stages: [dpo, ppo]}\njudge: {kind: reward}\n"
+    gold = change("  prompts: 20", "  gold: gold") + others
+    gold = change("  dpo:\n", "  gold: {trainer: reward, init: sft, half: second}\n  dpo:\n", gold)
+    recipe = accept(gold, "stages.ppo=null", "stages.gold=null")
+    assert list(recipe.stages) == ["sft", "rm", "dpo", "grpo"] and recipe.compared == ["dpo"]
+    assert (recipe.evaluation.reward, recipe.evaluation.gold, recipe.judge) == ("rm", None, None)
+    swept = add("trainer: reward", "sweep: {seed: [1, 2]}").replace("reward: rm", "reward: rm-seed=1")
+    assert accept(swept, *(f"stages.{name}=null" for name in ("rm", "grpo", "ppo"))).evaluation.reward is None
+    (problem,) = refuse(swept, "stages.rm=null", "stages.ppo=null")
+    assert problem.place == "--without rm" and problem.remedy == "leave out these, too: --without grpo"
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------

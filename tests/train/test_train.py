@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RECIPE, ROOT, small_recipe
+from conftest import NO_PPO, RECIPE, ROOT, small_recipe
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +32,7 @@ from rlhf_trl.train import step as train_module
 from rlhf_trl.train.callbacks import History
 from rlhf_trl.train.step import build_stage_config, build_trainer, train
 
-ALIGNED = ("rm", "dpo", "grpo", "ppo")
+ALIGNED = ("rm", "dpo", "grpo", *(["ppo"] if not NO_PPO else []))
 
 
 class Copy:
@@ -63,6 +63,16 @@ def build(trained, tmp_path):
     """Build the trainer of a stage of the trained run, with checkpoints elsewhere."""
     recipe, run = trained
     return lambda stage: build_trainer(recipe, run, stage, build_stage_config(recipe, RunDir(tmp_path), stage))
+
+
+def test_of_several_gpus_without_a_launcher_one_is_used_and_the_profile_named(trained, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("accelerate.PartialState._shared_state", {})
+    with caplog.at_level("WARNING", "rlhf_trl"):
+        config = build_stage_config(trained[0], RunDir(tmp_path), "dpo")
+    assert (config.n_gpu, config.train_batch_size) == (1, config.per_device_train_batch_size)
+    assert "2 GPUs are visible and one is used" in caplog.text and "--accelerate ddp" in caplog.text
 
 
 @pytest.mark.parametrize("stage", ALIGNED)
