@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from trl import ModelConfig
 
 from rlhf_trl.data.preprocess import prepare
-from rlhf_trl.models.base import load_causal, load_classifier, recorded_tokenizer, start_path
+from rlhf_trl.models.base import load_causal, load_classifier, start_path
 from rlhf_trl.models.tiny import build_tiny
+from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.environment import environment

@@ -97,9 +97,9 @@ def report(seconds: float) -> None:
 
 def ours(path: str) -> None:
     from rlhf_trl.evaluate.measure import Measurements
-    from rlhf_trl.models.base import recorded_tokenizer
     from rlhf_trl.models.policies import Policies
     from rlhf_trl.models.rewards import load_reward_model
+    from rlhf_trl.models.tokenizer import recorded_tokenizer
 
     recipe, run = open_run(path)
     policies = Policies(recipe, run, recorded_tokenizer(recipe, run))
@@ -120,7 +120,7 @@ def plain(path: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf_trl.evaluate.measure import choose_prompts
-    from rlhf_trl.models.base import recorded_tokenizer
+    from rlhf_trl.models.tokenizer import recorded_tokenizer
 
     recipe, run = open_run(path)
     tokenizer = recorded_tokenizer(recipe, run)

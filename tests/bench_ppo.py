@@ -62,7 +62,7 @@ def resident() -> int:
 
 def make(path: str) -> None:
     from rlhf_trl.data.preprocess import prepare
-    from rlhf_trl.models.base import encode, recorded_tokenizer
+    from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
     from rlhf_trl.run.files import read_jsonl
 
     recipe, run = open_run(path)
@@ -114,7 +114,7 @@ def build(path: str, ours: bool):
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from rlhf_trl.models.base import recorded_tokenizer
+    from rlhf_trl.models.tokenizer import recorded_tokenizer
 
     tokenizer = recorded_tokenizer(recipe, run)
     base, dtype = recipe.model["model_name_or_path"], getattr(torch, recipe.model["dtype"])

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_trl.adapters.files import BASE, REPOSITORY
-from rlhf_trl.models.base import TINY, base_path, fetch
+from rlhf_trl.models.base import fetch
+from rlhf_trl.models.tokenizer import TINY, base_path
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir

@@ -29,13 +29,14 @@ from rlhf_trl.adapters.combine import combine
 from rlhf_trl.adapters.evidence import describe, gather, kind_of
 from rlhf_trl.adapters.probe_program import outputs
 from rlhf_trl.adapters.verify import verify
-from rlhf_trl.models.base import MODEL_FILES, encode, load_classifier, load_weights, recorded_tokenizer, staged
+from rlhf_trl.models.base import MODEL_FILES, load_classifier, load_weights
 from rlhf_trl.models.policies import adapter_config
+from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.environment import now
-from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_text
+from rlhf_trl.run.files import read_json, read_jsonl, staged, write_json, write_text
 from rlhf_trl.run.layout import RunDir
 
 PROBE_PAIRS = 4  # of the held-out data, whose texts are the probe

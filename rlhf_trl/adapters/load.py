@@ -20,9 +20,10 @@ from trl import ModelConfig
 
 from rlhf_trl.adapters.check import require_sound
 from rlhf_trl.adapters.files import BASE, CONFIG, LINEAGE, TOKENIZER_CONFIG
-from rlhf_trl.models.base import Messages, fetch, load_causal, load_classifier, prompt_room, set_up_tokenizer
+from rlhf_trl.models.base import fetch, load_causal, load_classifier, prompt_room
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import sample
+from rlhf_trl.models.tokenizer import Messages, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Decoding
 from rlhf_trl.run.files import read_json

@@ -19,9 +19,9 @@ from rlhf_trl.adapters.export import write_tokenizer
 from rlhf_trl.adapters.files import CONFIG, LINEAGE, PROBE, require_new
 from rlhf_trl.adapters.load import load_policy, load_reward_model, locate_base
 from rlhf_trl.adapters.verify import require_equal
-from rlhf_trl.models.base import encode, positions, staged
+from rlhf_trl.models.base import positions
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.files import read_json, write_json
+from rlhf_trl.run.files import read_json, staged, write_json
 
 # What an adapter without a probe of its own is compared on.
 TEXTS = (("What is a good way to learn a language?", "Read a little every day, and talk to people."),

@@ -14,8 +14,9 @@ from typing import Any
 
 from rlhf_trl.data.hh import normalise, read_completion
 from rlhf_trl.data.pair import RowError
-from rlhf_trl.models.base import Messages, encode, positions
+from rlhf_trl.models.base import positions
 from rlhf_trl.models.rewards import RewardModel
+from rlhf_trl.models.tokenizer import Messages, encode
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.stats.intervals import wilson
 

@@ -42,8 +42,7 @@ class Examples:
     def add(self, row: Row, pair: Pair, refuses: tuple[bool, bool]) -> None:
         number, subset, raw = row
         key = _hash(self.seed, raw)
-        best = [*self.random.get(subset, []), _Example((0, key), number, subset, pair)]
-        self.random[subset] = sorted(best, key=lambda example: example.rank)[:RANDOM_PAIRS]
+        self._draw(subset, [_Example((0, key), number, subset, pair)])
         ratio = (1 + len(pair.chosen)) / (1 + len(pair.rejected))
         alike = Indel.normalized_similarity(pair.chosen, pair.rejected, score_cutoff=0.8)
         ranks = {
@@ -62,6 +61,18 @@ class Examples:
         reasons = ", ".join(reason.value for reason in error.reasons)
         example = _Example((0, _hash(self.seed, raw)), number, subset, error.pair or raw, reasons)
         _keep_best(self.unusable, error.reasons[0].value, example)
+
+    def merge(self, other: Examples) -> None:
+        """Take over what is better in the examples of other rows."""
+        for subset, drawn in other.random.items():
+            self._draw(subset, drawn)
+        for best, others in ((self.extreme, other.extreme), (self.unusable, other.unusable)):
+            for key, example in others.items():
+                _keep_best(best, key, example)
+
+    def _draw(self, subset: str, examples: list[_Example]) -> None:
+        best = [*self.random.get(subset, []), *examples]
+        self.random[subset] = sorted(best, key=lambda example: example.rank)[:RANDOM_PAIRS]
 
     def render(self, source: str) -> str:
         """Write the page."""

@@ -11,20 +11,24 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ruamel.yaml import YAML
 from tqdm import tqdm
 
+from rlhf_trl.data.chunks import map_chunks
 from rlhf_trl.data.examples import Examples
 from rlhf_trl.data.figures import draw
 from rlhf_trl.data.hh import normalise
 from rlhf_trl.data.pair import Pair, RowError
-from rlhf_trl.data.sources import read_rows
-from rlhf_trl.data.summary import QUANTILES
+from rlhf_trl.data.sources import Row, read_rows
+from rlhf_trl.data.summary import QUANTILES, longer
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import write_json, write_text
 from rlhf_trl.run.layout import RunDir
@@ -37,45 +41,28 @@ RATIOS = (1.0, 1.25, 1.5, 2.0, 3.0, math.inf)
 TOP_WORDS = 12
 MIN_WORD_COUNT = 20
 WORD = re.compile(r"\w+(?:'\w+)*")
-DEFINITIONS = {
-    "pairs": "rows of the source with one prompt and two different, non-empty answers; what else `prepare` drops "
-    "(ties, duplicates, over-long rows) is included",
-    "depth": "how often the user speaks in the prompt",
-    "lengths": "of an answer without the whitespace around it: characters, words (runs of letters and digits), tokens "
-    "of the text alone",
-    "chosen_longer": "share of the pairs whose chosen answer is longer; an equal length counts half; Wilson interval",
-    "verbosity": "the same share in words, by how many times longer the longer answer is; equal lengths left out",
-    "difference": "chosen minus rejected, mean with its normal 95 % interval",
-    "refusals": f"answers with a plain refusal in the first {REFUSAL_CHARACTERS} characters, by the patterns listed; "
-    "refusal_is_chosen: of the pairs in which exactly one answer refuses",
-    "shared_prefix": "words that both answers begin with, as a share of the shorter answer; first_word, "
-    "first_three_words: share of the pairs whose answers begin with the same one, three",
-    "words": "words that more of the chosen (rejected) answers hold than of the others: z of the log-odds ratio with "
-    "an informative Dirichlet prior (Monroe, Colaresi and Quinn 2008, eq. 22); each answer counts a word once; "
-    "beyond the threshold, a word stands out by chance in 1 of 20 data sets (Bonferroni)",
-}
+DEFINITIONS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))["explore"]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One pair in numbers."""
-
-    depth: int
-    characters: tuple[int, int]
-    words: tuple[int, int]
-    tokens: tuple[int, int]
-    refuses: tuple[bool, bool]
-    prefix: int
-    """Words that both answers begin with."""
+# One pair in numbers; two stand for the chosen and the rejected answer. `prefix`: words that both answers begin with.
+PAIR = np.dtype([("depth", int), *((unit, int, 2) for unit in UNITS), ("refuses", bool, 2), ("prefix", int)])
 
 
 @dataclass
 class Subset:
-    """The pairs of one subset, and how many of their answers hold each word."""
+    """The pairs of one subset, in arrays of dtype `PAIR`, and how many answers of each side hold each word."""
 
-    pairs: list[Measured]
-    chosen_words: Counter[str]
-    rejected_words: Counter[str]
+    parts: list[np.ndarray] = field(default_factory=list)
+    words: tuple[Counter[str], Counter[str]] = field(default_factory=lambda: (Counter(), Counter()))
+
+    @property
+    def pairs(self) -> np.ndarray:
+        return np.concatenate([np.empty(0, PAIR), *self.parts])
+
+    def add(self, other: Subset) -> None:
+        self.parts += other.parts
+        for mine, others in zip(self.words, other.words, strict=True):
+            mine.update(others)
 
 
 def explore(recipe: Recipe, run: RunDir) -> None:
@@ -84,115 +71,103 @@ def explore(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: the source cannot be used.
     """
-    from rlhf_trl.models.base import load_tokenizer
+    from rlhf_trl.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(recipe, run)
-
-    def count_tokens(texts: Sequence[str]) -> list[int]:
-        ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
-        return [len(answer) for answer in ids]
-
-    subsets: dict[str, Subset] = {}
-    examples = Examples(recipe.seed)
+    subsets: defaultdict[str, Subset] = defaultdict(Subset)
     unreadable: Counter[str] = Counter()
-    rows = iter(tqdm(read_rows(recipe.data, recipe.seed), desc="explore", unit=" rows"))
-    while chunk := list(itertools.islice(rows, 1000)):
-        pairs: list[tuple[str, Pair]] = []
-        for row in chunk:
-            try:
-                pair = normalise(row[2])
-            except RowError as error:
-                unreadable[error.reasons[0].value] += 1
-                examples.add_unusable(row, error)
-            else:
-                pairs.append((row[1], pair))
-                examples.add(row, pair, (refuses(pair.chosen), refuses(pair.rejected)))
-        _measure(subsets, pairs, count_tokens)
+    examples = Examples(recipe.seed)
+    rows = tqdm(read_rows(recipe.data, recipe.seed), desc="explore", unit=" rows")
+    work = partial(measure, load_tokenizer(recipe, run), recipe.seed)
+    for _, (measured, dropped, chunk) in map_chunks(work, iter(rows)):
+        for name, subset in measured.items():
+            subsets[name].add(subset)
+        unreadable.update(dropped)
+        examples.merge(chunk)
     statistics = _describe(subsets, unreadable)
     write_json(run.exploration / "statistics.json", statistics)
-    draw(run.exploration, statistics, {name: _lengths(subset) for name, subset in subsets.items()})
+    draw(run.exploration, statistics, {name: subset.pairs for name, subset in subsets.items()})
     write_text(run.exploration / "samples.md", examples.render(recipe.data.source))
 
 
-def _measure(
-    subsets: dict[str, Subset], pairs: list[tuple[str, Pair]], count_tokens: Callable[[Sequence[str]], list[int]]
-) -> None:
-    sides = [pair.chosen for _, pair in pairs], [pair.rejected for _, pair in pairs]
-    for (name, pair), *tokens in zip(pairs, *map(count_tokens, sides), strict=True):
-        subset = subsets.setdefault(name, Subset([], Counter(), Counter()))
-        chosen, rejected = (WORD.findall(text.lower().replace("’", "'")) for text in (pair.chosen, pair.rejected))
-        subset.chosen_words.update(set(chosen))
-        subset.rejected_words.update(set(rejected))
-        prefix = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
-        subset.pairs.append(Measured(
-            depth=pair.user_turns, characters=(len(pair.chosen), len(pair.rejected)),
-            words=(len(chosen), len(rejected)), tokens=(tokens[0], tokens[1]),
-            refuses=(refuses(pair.chosen), refuses(pair.rejected)), prefix=sum(1 for _ in prefix),
-        ))  # fmt: skip
-
-
-def _lengths(subset: Subset) -> dict[str, np.ndarray]:
-    """Lengths in each unit, shape (pairs, 2): chosen, rejected."""
-    return {unit: np.array([getattr(pair, unit) for pair in subset.pairs]) for unit in UNITS}
+def measure(tokenizer: Any, seed: int, rows: Sequence[Row]) -> tuple[dict[str, Subset], Counter[str], Examples]:
+    """Measure rows: the pairs of each subset, the reasons against the others, and the best of both to be read."""
+    usable: defaultdict[str, list[tuple[Row, Pair]]] = defaultdict(list)
+    unreadable: Counter[str] = Counter()
+    examples = Examples(seed)
+    for row in rows:
+        try:
+            usable[row[1]].append((row, normalise(row[2])))
+        except RowError as error:
+            unreadable[error.reasons[0].value] += 1
+            examples.add_unusable(row, error)
+    subsets = {name: Subset() for name, pairs in usable.items() if pairs}
+    for name, subset in subsets.items():
+        answers = [(pair.chosen, pair.rejected) for _, pair in usable[name]]
+        ids = tokenizer([*itertools.chain(*answers)], add_special_tokens=False, verbose=False).input_ids
+        numbers = []
+        for (row, pair), both, *tokens in zip(usable[name], answers, ids[::2], ids[1::2], strict=True):
+            words = [WORD.findall(text.lower().replace("’", "'")) for text in both]
+            for count, side in zip(subset.words, words, strict=True):
+                count.update({*side})
+            prefix = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*words, strict=False))
+            refusing = refuses(pair.chosen), refuses(pair.rejected)
+            lengths = ((len(one), len(other)) for one, other in (both, words, tokens))
+            numbers.append((pair.user_turns, *lengths, refusing, sum(1 for _ in prefix)))
+            examples.add(row, pair, refusing)
+        subset.parts.append(np.array(numbers, PAIR))
+    return subsets, unreadable, examples
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
 def _describe(subsets: dict[str, Subset], unreadable: Counter[str]) -> dict[str, Any]:
-    whole = Subset([], Counter(), Counter())
+    whole = Subset()
     for subset in subsets.values():
-        whole.pairs += subset.pairs
-        whole.chosen_words += subset.chosen_words
-        whole.rejected_words += subset.rejected_words
+        whole.add(subset)
+    pairs = sum(map(len, whole.parts))
     return {
-        "rows": len(whole.pairs) + unreadable.total(),
+        "rows": pairs + unreadable.total(),
         "unusable": dict(unreadable),
-        "overall": _describe_subset(whole) if whole.pairs else None,
+        "overall": _describe_subset(whole) if pairs else None,
         "subsets": {name: _describe_subset(subset) for name, subset in subsets.items()},
         "refusal_patterns": REFUSALS,
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS
+        | {"refusals": DEFINITIONS["refusals"].format(REFUSAL_CHARACTERS=REFUSAL_CHARACTERS)},
     }
 
 
 def _describe_subset(subset: Subset) -> dict[str, Any]:
-    pairs, lengths = subset.pairs, _lengths(subset)
-    refusing = np.array([pair.refuses for pair in pairs])
+    pairs = subset.pairs
+    refusing, prefix, words = pairs["refuses"], pairs["prefix"], pairs["words"]
     one_refuses = refusing[refusing[:, 0] != refusing[:, 1]]
-    shorter = lengths["words"].min(axis=1)
-    prefix = np.array([pair.prefix for pair in pairs])
-    depth = [pair.depth for pair in pairs]
+    depths = zip(*np.unique(pairs["depth"], return_counts=True), strict=True)
     return {
         "pairs": len(pairs),
-        "depth": {"mean": _mean(depth), "counts": {str(turns): n for turns, n in sorted(Counter(depth).items())}},
+        "depth": {"mean": _mean(pairs["depth"]), "counts": {str(turns): int(count) for turns, count in depths}},
         "lengths": {
-            unit: {"chosen": _quantiles(both[:, 0]), "rejected": _quantiles(both[:, 1]),
-                   "difference": _mean(both[:, 0] - both[:, 1])}
-            for unit, both in lengths.items()
+            unit: {"chosen": _quantiles(pairs[unit][:, 0]), "rejected": _quantiles(pairs[unit][:, 1]),
+                   "difference": _mean(pairs[unit][:, 0] - pairs[unit][:, 1])}
+            for unit in UNITS
         },
-        "chosen_longer": {unit: _share(_longer(both)) for unit, both in lengths.items()},
-        "verbosity": _verbosity(lengths["words"]),
+        "chosen_longer": {unit: _share(longer(*pairs[unit].T)) for unit in UNITS},
+        "verbosity": _verbosity(words),
         "refusals": {"chosen": _share(refusing[:, 0]), "rejected": _share(refusing[:, 1]),
                      "refusal_is_chosen": _share(one_refuses[:, 0])},
         "shared_prefix": {"first_word": _share(prefix >= 1), "first_three_words": _share(prefix >= 3),
-                          "share": _quantiles(prefix / np.maximum(shorter, 1))},
-        "words": _typical_words(subset.chosen_words, subset.rejected_words),
+                          "share": _quantiles(prefix / np.maximum(words.min(axis=1), 1))},
+        "words": _typical_words(*subset.words),
     }  # fmt: skip
-
-
-def _longer(both: np.ndarray) -> np.ndarray:
-    """(pairs, 2) -> (pairs,): 1 where the chosen answer is longer, 0.5 where both are equal."""
-    return (np.sign(both[:, 0] - both[:, 1]) + 1) / 2
 
 
 def _share(values: np.ndarray) -> dict[str, float] | None:
     return wilson(float(values.sum()), len(values)).as_dict() if len(values) else None
 
 
-def _mean(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    array = np.asarray(values, dtype=float)
-    half = 1.96 * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
-    return Estimate(float(array.mean()), float(array.mean() - half), float(array.mean() + half), len(array)).as_dict()
+def _mean(values: np.ndarray) -> dict[str, float]:
+    mean = float(values.mean())
+    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Estimate(mean, mean - half, mean + half, len(values)).as_dict()
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
@@ -204,7 +179,7 @@ def _verbosity(words: np.ndarray) -> list[dict[str, Any]]:
     ratio = words.max(axis=1) / np.maximum(words.min(axis=1), 1)
     return [
         {"from": low, "to": high if math.isfinite(high) else None,  # JSON has no infinity: the last bin is open
-         "longer_is_chosen": _share(_longer(words[(ratio >= low) & (ratio < high)]))}
+         "longer_is_chosen": _share(longer(*words[(ratio >= low) & (ratio < high)].T))}
         for low, high in itertools.pairwise(RATIOS)
     ]  # fmt: skip
 

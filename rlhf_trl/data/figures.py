@@ -30,13 +30,13 @@ Statistics = dict[str, Any]
 
 
 @matplotlib.rc_context(STYLE)
-def draw(folder: Path, statistics: Statistics, lengths: dict[str, dict[str, np.ndarray]]) -> None:
+def draw(folder: Path, statistics: Statistics, pairs: dict[str, np.ndarray]) -> None:
     """Draw every figure, of the largest subsets where there are more than fit on a page.
 
     Args:
         folder: where the files go.
         statistics: what `explore` writes to `statistics.json`.
-        lengths: for each subset and unit, the lengths of the answers, shape (pairs, 2): chosen, rejected.
+        pairs: of each subset, the lengths of the answers in each unit, shape (pairs, 2): chosen, rejected.
     """
     all_subsets = statistics["subsets"]
     largest = sorted(all_subsets, key=lambda name: (-all_subsets[name]["pairs"], name))[: len(SUBSETS)]
@@ -44,9 +44,9 @@ def draw(folder: Path, statistics: Statistics, lengths: dict[str, dict[str, np.n
         return
     subsets = {name: all_subsets[name] for name in sorted(largest)}
     count = len(subsets)
-    units = list(lengths[largest[0]])
+    units = [*all_subsets[largest[0]]["lengths"]]
     pages: dict[str, tuple[Callable[[Figure, Statistics], None], Callable[[Statistics], str], float, float]] = {
-        "lengths": (lambda figure, some: _draw_lengths(figure, some, lengths), _length_finding,
+        "lengths": (lambda figure, some: _draw_lengths(figure, some, pairs), _length_finding,
                     4.2 * len(units), 0.9 + 2.7 * count),
         "length_bias": (_draw_length_bias, _bias_finding, 11, 4.8),
         "conversations": (_draw_conversations, _conversation_finding, 10.5, 0.9 + 2.5 * count),
@@ -67,18 +67,18 @@ def draw(folder: Path, statistics: Statistics, lengths: dict[str, dict[str, np.n
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
-def _draw_lengths(figure: Figure, subsets: Statistics, lengths: dict[str, dict[str, np.ndarray]]) -> None:
-    units = list(lengths[next(iter(subsets))])
+def _draw_lengths(figure: Figure, subsets: Statistics, pairs: dict[str, np.ndarray]) -> None:
+    units = [*next(iter(subsets.values()))["lengths"]]
     panels = figure.subplots(len(subsets), len(units), squeeze=False, sharex="col", sharey=True)
     for column, unit in zip(panels.T, units, strict=True):
-        low, high = np.quantile(np.concatenate([lengths[name][unit].ravel() for name in subsets]), (0.002, 0.998))
+        low, high = np.quantile(np.concatenate([pairs[name][unit].ravel() for name in subsets]), (0.002, 0.998))
         low, high = max(1, low), max(2, high)
         wide = high > 10 * low
         for axes, (name, stats) in zip(column, subsets.items(), strict=True):
             for index, (side, style) in enumerate(SIDES.items()):
                 line = {**style, "marker": ""}
                 median = stats["lengths"][unit][side]["p50"]
-                axes.ecdf(lengths[name][unit][:, index], linewidth=1.8, label=f"{side}, median {median:,.0f}", **line)
+                axes.ecdf(pairs[name][unit][:, index], linewidth=1.8, label=f"{side}, median {median:,.0f}", **line)
                 axes.vlines(median, 0, 0.5, color=style["color"], linestyle=style["linestyle"], linewidth=1)
             axes.axhline(0.5, color=GREY, linestyle=":", linewidth=1)
             axes.set_title(f"{_short(name)}: {unit}")

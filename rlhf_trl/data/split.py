@@ -1,32 +1,32 @@
-"""The split into train and test: by prompt, with the lengths and subsets of both alike.
+"""The split into train and test: by conversation, with the lengths and subsets of both alike.
 
-Works on values in memory; the same prompts and seed give the same split in any order, process or Python.
+Works on arrays in memory; the same prompts and seed give the same split in any order, process or Python.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from rlhf_trl.data.pair import Message
 from rlhf_trl.recipe.errors import UserError
 
+KEY = "S16"
 LENGTH_BINS = 5
 
 
-@dataclass
-class Group:
-    """Prompts that have to stay together."""
+@dataclass(frozen=True)
+class Split:
+    """Arrays of shape (rows,)."""
 
-    key: bytes = b"\xff" * 17
-    subset: str = ""
-    length: int = 0
-    prompts: set[bytes] = field(default_factory=set)
+    held_out: np.ndarray
+    first_half: np.ndarray
+    """Whether the row is in the first of two halves that share no conversation."""
+    prompts: np.ndarray
+    """Equal numbers are equal prompts."""
 
 
 def prompt_keys(prompt: list[Message]) -> list[bytes]:
@@ -41,9 +41,9 @@ def prompt_keys(prompt: list[Message]) -> list[bytes]:
 
 
 def split(
-    keys: Sequence[Sequence[bytes]], subsets: Sequence[str], lengths: Sequence[int], test_fraction: float, seed: int
-) -> list[bool]:
-    """Choose the rows that are held out.
+    keys: np.ndarray, counts: np.ndarray, subsets: np.ndarray, lengths: np.ndarray, test_fraction: float, seed: int
+) -> Split:
+    """Choose the rows that are held out, and halve the rows.
 
     Rows with one prompt stay together. So do two prompts of which one continues the other: in HH-RLHF the longer one
     shows the answer to the shorter one that the user went on with, which is the chosen one in helpful-base and the
@@ -51,77 +51,72 @@ def split(
     subset and each fifth of the lengths.
 
     Args:
-        keys: for each row, the keys of the beginnings of its prompt, then that of the prompt as it was in the source,
-            last that of the prompt as it is kept.
-        subsets: the subset of each row.
-        lengths: tokens of each row.
+        keys: the keys of all rows after one another; those of a row are of the beginnings of its prompt, then that of
+            the prompt as it was in the source, last that of the prompt as it is kept; dtype `KEY`, shape (keys,).
+        counts: how many keys each row has, (rows,).
+        subsets: the number of each row's subset in the order of their names, (rows,).
+        lengths: tokens of each row, (rows,).
         test_fraction: the share of the prompts that is held out.
         seed: what the hashes are seeded with.
 
     Raises:
         UserError: all rows would have to stay together.
     """
-    roots = _join(keys)
-    groups: defaultdict[bytes, Group] = defaultdict(Group)
-    for row, subset, length, root in zip(keys, subsets, lengths, roots, strict=True):
-        group = groups[root]
-        group.key = min(group.key, row[-1])
-        group.subset = min(group.subset or subset, subset)
-        group.length = max(group.length, length)
-        group.prompts.add(row[-1])
-    if len(groups) < 2:
-        remedy = "give more data; both the training and the held-out part need a conversation of their own"
+    prompts, distinct, groups = _group(keys, counts)
+    # Of each group: its smallest key, its first subset, its length, and how many prompts it has.
+    size = int(groups.max(initial=-1)) + 1
+    if size < 2:
+        problem = f"{len(counts)} usable rows with {size} separate conversation(s) cannot be split"
         raise UserError(
-            "data", f"{len(keys)} usable rows with {len(groups)} separate conversation(s) cannot be split", remedy
+            "data", problem, "give more data; both the training and the held-out part need a conversation of their own"
         )
-    order = {root: hashlib.sha256(b"%d " % seed + group.key).digest() for root, group in groups.items()}
-    by_subset: defaultdict[str, list[bytes]] = defaultdict(list)
-    for root, group in groups.items():
-        by_subset[group.subset].append(root)
-    strata: defaultdict[tuple[str, int], list[bytes]] = defaultdict(list)
-    for subset, members in by_subset.items():
-        edges = np.quantile([groups[root].length for root in members], np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
-        for root in members:
-            strata[subset, int(np.searchsorted(edges, groups[root].length))].append(root)
-    prompts = sum(len(group.prompts) for group in groups.values())
-    target = min(max(1, round(prompts * test_fraction)), prompts - 1)
-    held_out: set[bytes] = set()
+    smallest, subset, length = np.full(size, len(distinct)), np.full(size, len(counts)), np.zeros(size, int)
+    np.minimum.at(smallest, groups, prompts)
+    np.minimum.at(subset, groups, subsets)
+    np.maximum.at(length, groups, lengths)
+    weight = np.bincount(groups[np.unique(prompts, return_index=True)[1]])
+    names = [key.ljust(16, b"\0") for key in distinct[smallest].tolist()]
+    rank = np.array([hashlib.sha256(b"%d " % seed + name).digest() for name in names], "S32")
+    fifth = np.zeros(size, int)
+    for number in np.unique(subset):
+        inside = subset == number
+        edges = np.quantile(length[inside], np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
+        fifth[inside] = np.searchsorted(edges, length[inside])
+    order = np.lexsort((rank, fifth, subset))
+    stratum = subset * LENGTH_BINS + fifth
+    total = int(weight.sum())
+    target = min(max(1, round(total * test_fraction)), total - 1)
+    held_out = np.zeros(size, bool)
     due = taken = 0.0
-    for stratum in sorted(strata):
-        members = sorted(strata[stratum], key=order.__getitem__)
+    for members in np.split(order, np.flatnonzero(np.diff(stratum[order])) + 1):
         # Strata hand on what they could not give, so that small ones do not all round to nothing.
-        due += target * sum(len(groups[root].prompts) for root in members) / prompts
-        for root in members:
-            if taken + len(groups[root].prompts) <= round(due):
-                held_out.add(root)
-                taken += len(groups[root].prompts)
-    if not held_out:
-        held_out = {min(groups, key=lambda root: (len(groups[root].prompts), order[root]))}
-    return [root in held_out for root in roots]
+        due += target * int(weight[members].sum()) / total
+        for group in members:
+            if taken + weight[group] <= round(due):
+                held_out[group] = True
+                taken += weight[group]
+    if not held_out.any():
+        held_out[np.lexsort((rank, weight))[0]] = True
+    first_half = np.array([hashlib.sha256(b"half %d " % seed + name).digest()[0] < 128 for name in names])
+    return Split(held_out[groups], first_half[groups], prompts)
 
 
-def halve(keys: Sequence[Sequence[bytes]], seed: int) -> list[str]:
-    """Assign each row to the `first` or `second` half, so that what `split` keeps together stays together."""
-    roots = _join(keys)
-    names: dict[bytes, bytes] = {}
-    for row, root in zip(keys, roots, strict=True):
-        names[root] = min(names.get(root, row[-1]), row[-1])
-    return ["first" if hashlib.sha256(b"half %d " % seed + names[root]).digest()[0] < 128 else "second"
-            for root in roots]  # fmt: skip
+def _group(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Number the prompts by their keys, and the groups: a prompt joins the rows that have it or begin with it.
 
+    Returns:
+        The number of each row's prompt, the keys in the order of these numbers, and the group of each row.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-def _join(keys: Sequence[Sequence[bytes]]) -> list[bytes]:
-    """Name the group of each row; a prompt joins the rows that have it and those whose prompt begins with it."""
-    parents: dict[bytes, bytes] = {}
-
-    def root(key: bytes) -> bytes:
-        while parents.setdefault(key, key) != key:
-            parents[key] = key = parents[parents[key]]
-        return key
-
-    whole = {key for row in keys for key in row[-2:]}
-    for row in keys:
-        for key in row[:-1]:
-            if key in whole:
-                parents[root(key)] = root(row[-1])
-    return [root(row[-1]) for row in keys]
+    distinct, codes = np.unique(keys, return_inverse=True)
+    last = np.cumsum(counts) - 1
+    whole = np.zeros(len(distinct), bool)
+    whole[codes[last]] = whole[codes[last - 1]] = True
+    joins = whole[codes]
+    rows = np.repeat(np.arange(len(counts)), counts)[joins]
+    size = len(counts) + len(distinct)
+    edges = coo_array((np.ones(len(rows), bool), (rows, len(counts) + codes[joins])), (size, size))
+    labels = connected_components(edges, directed=False)[1][: len(counts)]
+    return codes[last], distinct, np.unique(labels, return_inverse=True)[1]

@@ -8,37 +8,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ruamel.yaml import YAML
 
-from rlhf_trl.data.pair import Pair, Reason
+from rlhf_trl.data.check import Checked
+from rlhf_trl.data.pair import Reason
+from rlhf_trl.data.split import Split
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.stats.intervals import wilson
 
+SIDES = ("chosen", "rejected")
 NOTES = ("contradictory", "multi_turn", "repeated_prompt", "score_not_higher", "truncated", "turns_dropped")
 TOKENIZER_KEYS = ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "chat_template")
 QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
-DEFINITIONS = {
-    "dropped": "rows whose first reason it is, in the order of `Reason` in rlhf_trl/data/pair.py; rows_in = "
-    "rows_kept + the sum",
-    "found": "rows in which it holds, whatever they are dropped for; too_short to near_duplicate are looked for in "
-    "the rows with none of the earlier reasons, too_long in the rows with no other",
-    "longer_is_chosen": "share of the pairs whose chosen answer is longer, a tie as half, with its 95 % Wilson "
-    "interval: what a judge scores who looks at nothing but length. An answer is the last turn without the whitespace "
-    "around it. At the top and in `subsets`: characters, over all rows of the source with two last turns, dropped "
-    "ones and empty answers included; in `splits`: over the pairs of the split",
-    "contradictory": "kept rows whose answers an earlier kept row has the other way round; both stay, as two votes",
-    "multi_turn": "rows of the source, dropped ones included, whose user speaks more than once",
-    "repeated_prompt": "kept rows whose prompt an earlier kept row has",
-    "truncated": "kept rows whose last user turn lost its beginning",
-    "score_not_higher": "kept rows whose own scores do not put the chosen answer above the rejected one",
-    "columns_not_read": "columns of the source that no step reads, and in how many rows they say something",
-    "turns_dropped": "kept rows that lost whole turns, the oldest first",
-    "prompts": "different prompts, letter case and whitespace apart. None is in both splits, and no prompt of one "
-    "split continues one of the other",
-    "tokens": "prompt up to where the answer begins, answers with their end token, total with the longer answer",
-}
+DEFINITIONS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))["prepare"]
 
 
 @dataclass
@@ -49,43 +35,51 @@ class Tally:
     found: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    not_read: Counter[str] = field(default_factory=Counter)
     compared: int = 0
     chosen_longer: float = 0.0
+
+    def add(self, row: Checked, reasons: list[str]) -> None:
+        """Count a row that is dropped for the first of these reasons, or kept without one."""
+        self.rows += 1
+        self.found.update(reasons)
+        self.dropped.update(reasons[:1])
+        self.not_read.update(row.not_read)
+        self.notes["multi_turn"] += row.multi_turn
+        if row.answers:
+            self.compared += 1
+            self.chosen_longer += float(longer(*row.answers))
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(*(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A pair that fits the length limit."""
-
-    row: int
-    subset: str
-    pair: Pair
-    keys: tuple[bytes, ...]
-    """`prompt_keys` of the prompt as it was and as it is kept; those of the whole prompts come last."""
-    tokens: tuple[int, int, int]
-    """Of the prompt, the chosen and the rejected answer."""
-
-    @property
-    def length(self) -> int:
-        return self.tokens[0] + max(self.tokens[1:])
+# What is counted of a pair that is kept: its row, its subset in the order of the tallies, the keys and tokens of its
+# prompt, the tokens of its answers, and their characters.
+KEPT = np.dtype([(name, "i8") for name in ("row", "subset", "keys", "prompt", *SIDES, "chosen_text", "rejected_text")])
 
 
-def longer(chosen: int, rejected: int) -> float:
-    """1 if the chosen answer is longer, 0.5 for a tie, else 0."""
-    return 0.5 if chosen == rejected else float(chosen > rejected)
+def total_length(kept: np.ndarray) -> np.ndarray:
+    """Tokens of the prompt with the longer answer, (pairs,)."""
+    return kept["prompt"] + np.maximum(kept["chosen"], kept["rejected"])
+
+
+def longer(chosen: Any, rejected: Any) -> Any:
+    """1 if the chosen answer is longer, 0.5 for a tie, else 0; of two numbers or arrays."""
+    return (np.sign(chosen - rejected) + 1) / 2
 
 
 def summarise(
-    recipe: Recipe, tokenizer: Any, tallies: dict[str, Tally], splits: dict[str, list[Kept]], not_read: Counter[str]
+    recipe: Recipe, tokenizer: Any, tallies: dict[str, Tally], kept: np.ndarray, parts: Split
 ) -> dict[str, Any]:
+    """Describe the rows of the source by their tallies, and the pairs that are kept, of dtype `KEPT`, by split."""
+    splits = {"train": ~parts.held_out, "test": parts.held_out}
+    whole, names = sum(tallies.values(), Tally()), [*tallies]
     return {
-        **_describe_tally(sum(tallies.values(), Tally())),
+        **_describe_tally(whole),
+        "columns_not_read": dict(whole.not_read),
         "subsets": {subset: _describe_tally(tally) for subset, tally in tallies.items()},
-        "columns_not_read": dict(not_read),
-        "splits": {name: _describe_split(items) for name, items in splits.items()},
+        "splits": {name: _describe_split(kept[rows], parts.prompts[rows], names) for name, rows in splits.items()},
         "settings": {"seed": recipe.seed, **recipe.data.model_dump()},
         "tokenizer": {
             "model": recipe.model["model_name_or_path"],
@@ -108,28 +102,31 @@ def _describe_tally(tally: Tally) -> dict[str, Any]:
     }
 
 
-def _describe_split(items: Sequence[Kept]) -> dict[str, Any]:
-    subsets: dict[str, list[Kept]] = {}
-    for item in items:
-        subsets.setdefault(item.subset, []).append(item)
-    columns = zip(*((*item.tokens, item.length) for item in items), strict=True)
+def _describe_split(kept: np.ndarray, prompts: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    inside = {names[number]: kept["subset"] == number for number in np.unique(kept["subset"])}
+    counts = {**{part: kept[part] for part in ("prompt", *SIDES)}, "total": total_length(kept)}
     return {
-        **_describe_pairs(items),
-        "subsets": {s: {**_describe_pairs(part), "share": len(part) / len(items)} for s, part in subsets.items()},
+        **_describe_pairs(kept, prompts),
+        "subsets": {
+            name: {**_describe_pairs(kept[rows], prompts[rows]), "share": float(rows.mean())}
+            for name, rows in inside.items()
+        },
         "tokens": {
-            part: {name: float(np.quantile(counts, level)) for name, level in QUANTILES.items()}
-            for part, counts in zip(("prompt", "chosen", "rejected", "total"), columns, strict=True)
+            part: {name: float(np.quantile(lengths, level)) for name, level in QUANTILES.items()}
+            for part, lengths in counts.items()
         },
     }
 
 
-def _describe_pairs(items: Sequence[Kept]) -> dict[str, Any]:
-    characters = sum(longer(len(item.pair.chosen), len(item.pair.rejected)) for item in items)
-    tokens = sum(longer(item.tokens[1], item.tokens[2]) for item in items)
+def _describe_pairs(kept: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+    units = {"characters": ("chosen_text", "rejected_text"), "tokens": SIDES}
     return {
-        "pairs": len(items),
-        "prompts": len({item.keys[-1] for item in items}),
-        "longer_is_chosen": {"characters": _baseline(characters, len(items)), "tokens": _baseline(tokens, len(items))},
+        "pairs": len(kept),
+        "prompts": len(np.unique(prompts)),
+        "longer_is_chosen": {
+            unit: _baseline(float(longer(kept[chosen], kept[rejected]).sum()), len(kept))
+            for unit, (chosen, rejected) in units.items()
+        },
     }
 
 

@@ -38,8 +38,8 @@ SERIALISED = re.compile(
 )
 IS_TRANSCRIPT = re.compile(r"\s*Human:")
 # In HH only a marker that begins a paragraph begins a turn ("Human:" also stands inside answers); elsewhere on a line.
-PARAGRAPH = re.compile(r"(?:\r?\n){2}(Human|Assistant):")
-LINE = re.compile(r"(?:\r?\n)+(Human|Assistant):")
+PARAGRAPH = re.compile(r"\n\r?\n(Human|Assistant):")
+LINE = re.compile(r"\n(Human|Assistant):")
 
 
 def is_empty(value: Any) -> bool:

@@ -24,8 +24,8 @@ from rlhf_trl.errors.figures import draw
 from rlhf_trl.errors.findings import find
 from rlhf_trl.errors.probes import Messages, Reader, probe
 from rlhf_trl.errors.text import points, render
-from rlhf_trl.models.base import encode
 from rlhf_trl.models.rewards import load_reward_model, score_pairs
+from rlhf_trl.models.tokenizer import encode
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json, write_jsonl, write_text

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rlhf_trl.evaluate.adversarial import load_adversarial
-from rlhf_trl.models.base import Messages, prompt_room
+from rlhf_trl.models.base import prompt_room
 from rlhf_trl.models.policies import Policies
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import (
@@ -31,6 +31,7 @@ from rlhf_trl.models.sampling import (
     sorted_batches,
     spread,
 )
+from rlhf_trl.models.tokenizer import Messages
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import damage, list_checkpoints

@@ -26,9 +26,10 @@ from rlhf_trl.evaluate.measure import Measurements
 from rlhf_trl.evaluate.trade_off import build_over_optimisation, build_pareto
 from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
-from rlhf_trl.models.base import recorded_tokenizer, start_path
+from rlhf_trl.models.base import start_path
 from rlhf_trl.models.policies import Policies
 from rlhf_trl.models.rewards import RewardModel, load_reward_model, score_pairs
+from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl

@@ -23,8 +23,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import ModelConfig
 
 from rlhf_trl.models import base
-from rlhf_trl.models.base import Messages, RewardHead
+from rlhf_trl.models.base import RewardHead
 from rlhf_trl.models.policies import Policies
+from rlhf_trl.models.tokenizer import Messages, encode, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
@@ -46,7 +47,7 @@ class RewardModel:
         Batches are sorted by length and padded on the right, so that neither their size nor their order matters.
         """
         texts = zip(prompts, answers, finished, strict=True)
-        ids = [list(chain(*base.encode(self.tokenizer, *text))) for text in texts]
+        ids = [list(chain(*encode(self.tokenizer, *text))) for text in texts]
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         scores = torch.empty(len(ids))
         device = self.model.eval().device
@@ -71,7 +72,7 @@ def score_pairs(
     answers = {side: [pair[side] for pair in pairs] for side in ("chosen", "rejected")}
     scores = [reward.score(prompts, texts, finished, batch_size).double().numpy() for texts in answers.values()]
     encoded = [
-        [base.encode(reward.tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        [encode(reward.tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         for texts in answers.values()
     ]
     lengths = [[len(start) for start, _ in encoded[0]], *([len(answer) for _, answer in side] for side in encoded)]
@@ -135,14 +136,14 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
     """
     if name not in recipe.stages:
         config = ModelConfig(model_name_or_path=name, dtype=recipe.evaluation.dtype or "auto")
-        tokenizer = base.set_up_tokenizer(name, {"model_name_or_path": name})
+        tokenizer = set_up_tokenizer(name, {"model_name_or_path": name})
         model: Any = base.load_weights(AutoModelForSequenceClassification, name, config)
         if model.config.num_labels != 1:
             problem = f"the model has {model.config.num_labels} outputs, and a reward model has one"
             raise UserError(name, problem, "name a reward model in evaluation")
         model.config.pad_token_id = tokenizer.pad_token_id
         return _freeze(model, tokenizer)
-    tokenizer = base.recorded_tokenizer(recipe, run, name)
+    tokenizer = recorded_tokenizer(recipe, run, name)
     config = ModelConfig(**recipe.model_block(name))
     if policies is not None and recipe.evaluation.dtype:
         config.dtype = recipe.evaluation.dtype

@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_trl.models.base import Messages, encode, pad_right
+from rlhf_trl.models.base import pad_right
+from rlhf_trl.models.tokenizer import Messages, encode
 from rlhf_trl.recipe.schema import Decoding
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rlhf_trl.text.redact import redact
 
@@ -32,6 +33,10 @@ class UserError(Exception):
 
     def __init__(self, place: str, problem: str, remedy: str):
         self._keep([Problem(place, problem, remedy)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker process hands it over as one with all its problems."""
+        return RecipeError, (self.problems,)
 
     def _keep(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(_without_secrets(problem) for problem in problems)

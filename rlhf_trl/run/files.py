@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_trl.text.redact import without_values
 
+AT_ONCE = 1000  # pieces of text that a file takes in one
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never half of it; and without secrets."""
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Callable[[str], None]]:
+    """Open a file, as a function that writes to it, without secrets; a reader sees the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    waiting: list[str] = []
+
+    def write(text: str, at_once: bool = False) -> None:
+        waiting.append(text)
+        if at_once or len(waiting) == AT_ONCE:
+            file.write(without_values("".join(waiting)))
+            waiting.clear()
+
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(without_values(text))
+            yield write
+            write("", at_once=True)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, as `writing` does."""
+    with writing(path) as write:
+        write(text)
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is complete."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -39,9 +72,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON object a line."""
-    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) for row in rows)
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    """Write one JSON object a line, row by row."""
+    with writing(path) as write:
+        for row in rows:
+            write(json_line(row))
+
+
+def json_line(row: Any) -> str:
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_jsonl(path: Path) -> list[Any]:

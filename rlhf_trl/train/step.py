@@ -26,8 +26,9 @@ from trl import ModelConfig, get_peft_config
 
 from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
-from rlhf_trl.models.base import load_causal, load_classifier, recorded_tokenizer, start_path
+from rlhf_trl.models.base import load_causal, load_classifier, start_path
 from rlhf_trl.models.rewards import load_reward_model, score_completions
+from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import last_valid_checkpoint

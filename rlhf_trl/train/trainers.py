@@ -11,7 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_trl.models.base import encode
+from rlhf_trl.models.tokenizer import encode_all
 from rlhf_trl.train.callbacks import AtomicCheckpoints
 
 
@@ -60,23 +60,27 @@ def load_view(path: Path, trainer: str, tokenizer: PreTrainedTokenizerBase, half
         rows = Dataset.from_json(str(path))
         if half:
             rows = rows.filter(lambda row: row["half"] == half, desc=f"The {half} half of {path.name}")
-        columns = rows.column_names
-        return rows.map(lambda row: to_example(trainer, tokenizer, row), remove_columns=columns,
-                        desc=f"Encoding {path.name}")  # fmt: skip
+        return rows.map(lambda batch: to_examples(trainer, tokenizer, batch), batched=True,
+                        remove_columns=rows.column_names, desc=f"Encoding {path.name}")  # fmt: skip
 
 
-def to_example(trainer: str, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a row of `data/` into one of a trainer's dataset: token ids, apart from the prompts of GRPO."""
+def to_examples(trainer: str, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Turn columns of `data/` into those of a trainer's dataset: token ids, apart from the prompts of GRPO."""
     if trainer == "grpo":
-        return {"prompt": row["prompt"]}
+        return {"prompt": rows["prompt"]}
+    sides = {"ppo": (), "sft": ("chosen",)}.get(trainer, ("chosen", "rejected"))
+    encoded = encode_all(tokenizer, rows["prompt"], *(rows[side] for side in sides))
+    examples = [_to_example(trainer, *ids) for ids in encoded]
+    return {column: [example[column] for example in examples] for column in examples[0]}
+
+
+def _to_example(trainer: str, prompt: list[int], *answers: list[int]) -> dict[str, Any]:
     if trainer == "ppo":
-        return {"input_ids": encode(tokenizer, row["prompt"])[0]}
-    prompt, chosen = encode(tokenizer, row["prompt"], row["chosen"])
+        return {"input_ids": prompt}
+    length = len(prompt) + max(map(len, answers))
     if trainer == "sft":  # the loss covers the tokens of the answer alone
-        ids = prompt + chosen
-        return {"input_ids": ids, "labels": [-100] * len(prompt) + chosen, "length": len(ids)}
-    rejected = encode(tokenizer, row["prompt"], row["rejected"])[1]
-    length = len(prompt) + max(len(chosen), len(rejected))
+        return {"input_ids": prompt + answers[0], "labels": [-100] * len(prompt) + answers[0], "length": length}
+    chosen, rejected = answers
     if trainer == "dpo":
         return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
     return {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected, "length": length}

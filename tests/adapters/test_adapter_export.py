@@ -19,8 +19,9 @@ from rlhf_trl.adapters import export as adapter_export
 from rlhf_trl.adapters.combine import combine
 from rlhf_trl.adapters.export import export
 from rlhf_trl.adapters.verify import loading_lines
-from rlhf_trl.models.base import encode, load_classifier, set_up_tokenizer, start_path
+from rlhf_trl.models.base import load_classifier, start_path
 from rlhf_trl.models.rewards import RewardModel, load_reward_model, score_completions
+from rlhf_trl.models.tokenizer import encode, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir

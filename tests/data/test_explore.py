@@ -9,6 +9,7 @@ import matplotlib.image
 import pytest
 from conftest import shared
 
+from rlhf_trl.data import chunks
 from rlhf_trl.data.examples import Examples
 from rlhf_trl.data.explore import _typical_words, explore, refuses
 from rlhf_trl.data.hh import normalise
@@ -221,6 +222,15 @@ def test_samples_do_not_depend_on_the_order():
         pages.append(examples.render("source"))
     assert pages[0] == pages[1]
     assert pages[0].count("Drawn by hash") == 6
+
+
+def test_any_number_of_processes_gives_the_same_files(tmp_path, monkeypatch):
+    rows = [row(f"yes {i} " * (i % 5 + 1), f"no {i} " * (i % 3 + 1), "ab"[i % 2], f"Q{i}") for i in range(40)]
+    rows[9] = row("", "no")
+    alone = {path.name: path.read_bytes() for path in make_run(tmp_path, rows).exploration.iterdir()}
+    monkeypatch.setattr(chunks, "ROWS", 7)
+    monkeypatch.setattr(chunks, "ALONE", 2)
+    assert alone == {path.name: path.read_bytes() for path in make_run(tmp_path, rows).exploration.iterdir()}
 
 
 def test_import_has_no_side_effects():

@@ -6,16 +6,18 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 from conftest import shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Indel
 
+from rlhf_trl.data import check, chunks
 from rlhf_trl.data.pair import Pair, Reason
-from rlhf_trl.data.preprocess import fit, prepare
-from rlhf_trl.data.split import prompt_keys, split
-from rlhf_trl.models.base import encode, set_up_tokenizer
+from rlhf_trl.data.preprocess import prepare
+from rlhf_trl.data.split import KEY, prompt_keys, split
+from rlhf_trl.models.tokenizer import encode, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl
@@ -291,13 +293,18 @@ def turns(*texts, system=None):
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
+def fit(tokenizer, pair, max_length):
+    (fitted,) = check.fit(tokenizer, [pair], max_length)
+    return fitted
+
+
 def length(tokenizer, pair):
     return max(sum(map(len, encode(tokenizer, pair.prompt, answer))) for answer in (pair.chosen, pair.rejected))
 
 
 def test_pair_that_fits_stays(tokenizer):
     pair = Pair(turns("one", "two", "three"), "yes", "no")
-    fitted = fit(tokenizer, pair, length(tokenizer, pair), "row 0")
+    fitted = fit(tokenizer, pair, length(tokenizer, pair))
     assert fitted is not None
     assert fitted[0] == pair
     prompt, chosen, rejected = fitted[1]
@@ -311,28 +318,28 @@ def test_whole_oldest_turns_go_first(tokenizer, system):
     pair = Pair(turns(*texts, system=system), "yes", "no")
     limit = length(tokenizer, Pair(turns(*texts[4:], system=system), "yes", "no"))
     for spare in (0, 5):
-        shorter, tokens = fit(tokenizer, pair, limit + spare, "row 0")
+        shorter, tokens = fit(tokenizer, pair, limit + spare)
         assert shorter.prompt == turns(*texts[4:], system=system)
         assert tokens[0] + max(tokens[1:]) == limit
-    assert fit(tokenizer, pair, limit - 1, "row 0")[0].prompt == turns(*texts[6:], system=system)
+    assert fit(tokenizer, pair, limit - 1)[0].prompt == turns(*texts[6:], system=system)
 
 
 @pytest.mark.parametrize("system", [None, "Be kind."])
 def test_beginning_of_the_last_question_goes_next(tokenizer, system):
     pair = Pair(turns("x", "y", "abcdefghij klmnop", system=system), "yes", "no")
     limit = length(tokenizer, Pair(turns("abcdefghij klmnop", system=system), "yes", "no"))
-    assert fit(tokenizer, pair, limit - 3, "row 0")[0].prompt == turns("defghij klmnop", system=system)
-    assert fit(tokenizer, pair, limit - 10, "row 0")[0].prompt == turns("klmnop", system=system)
-    assert fit(tokenizer, pair, limit - 16, "row 0")[0].prompt == turns("p", system=system)
-    assert fit(tokenizer, pair, limit - 17, "row 0") is None
-    assert fit(tokenizer, pair, 5, "row 0") is None
+    assert fit(tokenizer, pair, limit - 3)[0].prompt == turns("defghij klmnop", system=system)
+    assert fit(tokenizer, pair, limit - 10)[0].prompt == turns("klmnop", system=system)
+    assert fit(tokenizer, pair, limit - 16)[0].prompt == turns("p", system=system)
+    assert fit(tokenizer, pair, limit - 17) is None
+    assert fit(tokenizer, pair, 5) is None
 
 
 def test_cut_never_breaks_a_character(tokenizer):
     pair = Pair(turns("日本語の文字🙂です"), "yes", "no")
     whole = length(tokenizer, pair)
     for limit in range(whole - 1, whole - 27, -1):
-        fitted = fit(tokenizer, pair, limit, "row 0")
+        fitted = fit(tokenizer, pair, limit)
         if fitted:
             assert pair.prompt[0]["content"].endswith(fitted[0].prompt[0]["content"])
             assert length(tokenizer, fitted[0]) <= limit
@@ -344,7 +351,7 @@ def test_cut_follows_the_tokens_of_a_real_tokenizer():
     text = text.strip()
     pair = Pair(turns("old", "older", text), "A short answer.", "No.")
     for limit in range(20, length(gpt2, pair)):
-        fitted = fit(gpt2, pair, limit, "row 0")
+        fitted = fit(gpt2, pair, limit)
         assert fitted is not None
         assert length(gpt2, fitted[0]) <= limit
         assert length(gpt2, fitted[0]) >= limit - 12  # nothing more is cut than has to be
@@ -360,7 +367,7 @@ def test_template_that_refuses_a_conversation_is_the_users_error(run_prepare, by
     )
     strict.save_pretrained(tmp_path / "strict")
     rows = [*GOOD, row(turns("hello", system="Be kind."))]
-    with pytest.raises(UserError, match="refuses the conversation of row 60: no system"):
+    with pytest.raises(UserError, match="refuses the conversation that ends on 'hello': no system"):
         run_prepare(rows, model=str(tmp_path / "strict"))
 
 
@@ -412,15 +419,17 @@ class Words(types.SimpleNamespace):
         return 9
     def save_pretrained(self, folder):
         pass
-models = types.ModuleType("rlhf_trl.models.base")
+models = types.ModuleType("rlhf_trl.models.tokenizer")
 models.load_tokenizer = lambda recipe, run: Words(
     all_special_tokens=["<s>", "</s>"], added_tokens_decoder={}, chat_template="t", pad_token="<p>", pad_token_id=1,
     eos_token="</s>", eos_token_id=2)
-def render(tokenizer, prompt, answer):
-    return " ".join(m["content"] for m in prompt) + " :", answer + " </s>"
-models.render = render
-models.encode = lambda tokenizer, prompt, answer=None: (render(tokenizer, prompt, "")[0].split(), [])
-sys.modules["rlhf_trl.models.base"] = models
+def encode_all(tokenizer, prompts, *sides):
+    for prompt, *answers in zip(prompts, *sides):
+        asked = " ".join(m["content"] for m in prompt).split() + [":"]
+        yield [asked, *([*answer.split(), "</s>"] for answer in answers)]
+models.encode_all = encode_all
+models.encode = lambda tokenizer, prompt: next(encode_all(tokenizer, [prompt])) + [[]]
+sys.modules["rlhf_trl.models.tokenizer"] = models
 """
 MAIN = """
 import sys, hashlib, pathlib
@@ -448,6 +457,20 @@ def test_outputs_are_the_same_for_any_hash_seed(tmp_path):
     assert [process.returncode for process in running] == [0] * 4
     assert len(outputs) == 1
     assert len(outputs.pop().splitlines()) == 6
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_any_number_of_processes_writes_the_same_files(run_prepare, monkeypatch, processes):
+    rows = [*GOOD, row(TEXTS[0]), row("a?", chosen=""), row(turns("x " * 80, "so", "y " * 80)), row(TEXTS[1].upper())]
+    alone = contents(run_prepare(rows, max_length=128).data)
+    monkeypatch.setattr(chunks, "ROWS", 7)
+    monkeypatch.setattr(chunks, "ALONE", 2)
+    monkeypatch.setattr("os.cpu_count", lambda: processes)
+    assert contents(run_prepare(rows, max_length=128).data) == alone
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
@@ -493,7 +516,9 @@ def test_split_keeps_together_what_belongs_together(talks, fraction, seed, order
     rows = [(*keys[tuple(talk)], keys[tuple(talk)][-1]) for talk in talks]
 
     def held_out(order):
-        test = split([rows[i] for i in order], ["s"] * len(order), [len(talks[i]) for i in order], fraction, seed)
+        keys = np.array([key for i in order for key in rows[i]], KEY)
+        counts, lengths = ([len(items[i]) for i in order] for items in (rows, talks))
+        test = split(keys, np.array(counts), np.zeros(len(order), int), np.array(lengths), fraction, seed).held_out
         return {tuple(talks[i]) for i, test in zip(order, test, strict=True) if test}
 
     try:

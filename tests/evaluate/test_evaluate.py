@@ -18,9 +18,9 @@ from rlhf_trl.errors.step import errors
 from rlhf_trl.evaluate.samples import samples
 from rlhf_trl.evaluate.step import evaluate
 from rlhf_trl.judge.step import judge
-from rlhf_trl.models.base import encode, recorded_tokenizer
 from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.models.sampling import sample
+from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.report.step import report

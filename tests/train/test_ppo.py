@@ -10,8 +10,8 @@ from conftest import small_recipe
 from safetensors.torch import load_file
 from transformers import set_seed
 
-from rlhf_trl.models.base import encode, recorded_tokenizer
 from rlhf_trl.models.rewards import load_reward_model
+from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.utils import get_reward
 
-from rlhf_trl.models.base import encode, recorded_tokenizer, start_path
+from rlhf_trl.models.base import start_path
 from rlhf_trl.models.rewards import load_reward_model
+from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.checkpoints import last_valid_checkpoint, seal
 from rlhf_trl.run.files import read_json, read_jsonl, write_json

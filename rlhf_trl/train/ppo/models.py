@@ -24,9 +24,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.models.base import Messages, RewardHead, encode, load_causal, start_path
+from rlhf_trl.models.base import RewardHead, load_causal, start_path
 from rlhf_trl.models.policies import load_adapter, shares_base
 from rlhf_trl.models.rewards import RewardModel, SharedClassifier, load_reward_model, score_completions
+from rlhf_trl.models.tokenizer import Messages, encode
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json

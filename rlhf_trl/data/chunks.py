@@ -1,0 +1,67 @@
+"""Chunks of rows, worked on in this process or, of a long source, in several; the results come in order.
+
+Works on values in memory:
+
+    for rows, result in map_chunks(work, read_rows(recipe.data, recipe.seed)):
+        ...
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, TypeVar
+
+from rlhf_trl.data.sources import Row
+
+T = TypeVar("T")
+
+ROWS = 1000
+ALONE = 10  # chunks, before other processes are worth their start
+_worker: Callable[[list[Row]], Any]
+
+
+def map_chunks(work: Callable[[list[Row]], T], rows: Iterator[Row]) -> Iterator[tuple[list[Row], T]]:
+    """Yield the rows in chunks, each with what `work` makes of it.
+
+    Args:
+        work: a function that can be pickled; its result depends on its chunk alone.
+    """
+    chunks = iter(lambda: list(itertools.islice(rows, ROWS)), [])
+    yield from ((chunk, work(chunk)) for chunk in itertools.islice(chunks, ALONE))
+    cores = os.cpu_count() or 1
+    waiting: deque[tuple[list[Row], Future[T]]] = deque()
+    # Spawned: a process that is forked off one with threads, such as the tokenizer's, may hang. None starts before it
+    # has something to do.
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (work,)) as pool:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_run, chunk)))
+            if len(waiting) > 2 * cores:
+                done, result = waiting.popleft()
+                yield done, result.result()
+        yield from ((done, result.result()) for done, result in waiting)
+
+
+def _start(work: Callable[[list[Row]], Any]) -> None:
+    """Set up a worker process, which ends with its parent and leaves Ctrl-C to it."""
+    global _worker
+    _worker = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
+
+
+def _run(chunk: list[Row]) -> Any:
+    return _worker(chunk)

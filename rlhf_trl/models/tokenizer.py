@@ -1,0 +1,152 @@
+"""The tokenizer, and the text encoding that all share; it loads no weights, and neither peft nor trl.
+
+One encoding (`encode`) serves reward training, preference optimisation, the rewards of online training and
+evaluation, so that all score the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.files import staged
+from rlhf_trl.run.layout import RunDir
+from rlhf_trl.text.display import first_line
+
+Messages = list[dict[str, str]]
+
+TINY = "builtin:tiny"
+HH_TEMPLATE = Path(__file__).parent / "hh.jinja"
+# Bytes that no UTF-8 text holds: in a byte-level BPE their tokens never come out of text, so one can serve as padding.
+NON_UTF8_BYTE_TOKENS = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø")
+
+
+def load_tokenizer(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
+    """Set up the tokenizer of the recipe's base model; `prepare` records it in the run for every later step."""
+    return set_up_tokenizer(base_path(recipe.model, run), recipe.model)
+
+
+def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the run's tokenizer, or that of a reward stage which has a base of its own."""
+    block = recipe.model_block(stage) if stage else recipe.model
+    if block["model_name_or_path"] != recipe.model["model_name_or_path"]:
+        return set_up_tokenizer(base_path(block, run), block)
+    return AutoTokenizer.from_pretrained(run.tokenizer, padding_side="left")
+
+
+def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and give it what every stage needs.
+
+    That is: a padding token that differs from the end-of-sequence token (else the end of an answer is masked and can
+    be neither learned nor scored) and lies inside the vocabulary (so that the embedding is not resized and adapters
+    fit the public base); padding on the left; a chat template that does not depend on the date.
+
+    Raises:
+        UserError: there is no end-of-sequence token, or no token to pad with.
+    """
+    revision = model.get("model_revision", "main")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise unreachable(path, error) from error
+    if tokenizer.eos_token is None:
+        raise UserError(path, "the tokenizer has no end-of-sequence token", "use a model with one")
+    template = tokenizer.chat_template or HH_TEMPLATE.read_text(encoding="utf-8")
+    date = '{%- set date_string = "26 Jul 2024" -%}' if "strftime_now" in template else ""
+    tokenizer.chat_template = date + template
+    tokenizer.padding_side = "left"
+    tokenizer.add_special_tokens({"pad_token": _pad_token(tokenizer, path)})
+    return tokenizer
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
+    in_use = {tokenizer.eos_token, tokenizer.bos_token}
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in in_use and tokenizer.pad_token in vocabulary:
+        return tokenizer.pad_token
+    added = sorted((index, token.content) for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    spare = [token for _, token in added if token not in in_use and token not in tokenizer.chat_template]
+    named = [token for token in spare if "pad" in token.lower()]
+    bytes_ = [token for token in NON_UTF8_BYTE_TOKENS if token in vocabulary and len(tokenizer(token).input_ids) > 1]
+    for token in (*named, *spare, *bytes_):
+        return token
+    raise UserError(path, "no token of the vocabulary can serve for padding", "use a tokenizer with a pad token")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: str) -> list[str]:
+    """Render a conversation: the prompt up to where an answer begins, and each answer up to its end-of-sequence token.
+
+    Raises:
+        UserError: the chat template refuses the conversation, or renders a prompt differently once an answer follows.
+    """
+    try:
+        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        talks = [[*prompt, {"role": "assistant", "content": answer.strip()}] for answer in answers]
+        wholes = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+    except TemplateError as error:
+        problem = f"it refuses the conversation that ends on {prompt[-1]['content'][:60]!r}: {error}"
+        remedy = "use a model whose template takes such conversations, or leave these rows out of the data"
+        raise UserError("chat template", problem, remedy) from error
+    if not all(whole.startswith(start) for whole in wholes):
+        problem = "the prompt's text changes when an answer follows"
+        raise UserError("chat template", problem, "use a prefix-preserving template")
+    ends = [whole[len(start) :].rpartition(tokenizer.eos_token) for whole in wholes]
+    return [start, *(text + eos if eos else rest + tokenizer.eos_token for text, eos, rest in ends)]
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], *sides: Sequence[str]
+) -> Iterator[list[list[int]]]:
+    """Encode prompts, each with its answers of every side, in one call of the tokenizer.
+
+    Returns:
+        For each prompt, the token ids of it (with the generation prompt) and of its answers (with the end token).
+
+    Raises:
+        UserError: as in `render`.
+    """
+    texts = [text for row in zip(prompts, *sides, strict=True) for text in render(tokenizer, *row)]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+    return (ids[at : at + 1 + len(sides)] for at in range(0, len(ids), 1 + len(sides)))
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str | None = None, finished: bool = True
+) -> tuple[list[int], list[int]]:
+    """Encode a prompt and an answer as the policy sees them.
+
+    Args:
+        prompt: messages that end on a user turn.
+        finished: whether the answer ended by itself; one cut at the length limit is scored without the end token.
+
+    Returns:
+        Token ids of the prompt (with the generation prompt) and of the answer (with its end token; empty without an
+        answer).
+    """
+    prompt_ids, *answers = next(encode_all(tokenizer, [prompt], *([] if answer is None else [[answer]])))
+    return prompt_ids, [] if answer is None else answers[0] if finished else answers[0][:-1]
+
+
+def base_path(model: dict[str, Any], run: RunDir) -> str:
+    """Where the base model of a `model` block lies; builds `builtin:tiny` on first use."""
+    if model["model_name_or_path"] != TINY:
+        return str(model["model_name_or_path"])
+    if not run.base.exists():
+        with run.model_lock("base"):
+            if not run.base.exists():
+                from rlhf_trl.models.tiny import build_tiny
+
+                with staged(run.base) as folder:
+                    build_tiny(folder)
+    return str(run.base)
+
+
+def unreachable(path: str, error: Exception) -> UserError:
+    problem = f"the model cannot be loaded: {first_line(error)}"
+    return UserError(path, problem, "check `model.model_name_or_path`, the network, and access")
