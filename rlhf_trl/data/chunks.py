@@ -49,9 +49,10 @@ def map_chunks(work: Callable[[list[Row]], T], rows: Iterator[Row]) -> Iterator[
 
 
 def _start(work: Callable[[list[Row]], Any]) -> None:
-    """Set up a worker process, which ends with its parent and leaves Ctrl-C to it."""
+    """Set up a worker process, which ends with its parent and leaves Ctrl-C and the other cores to it."""
     global _worker
     _worker = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

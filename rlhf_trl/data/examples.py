@@ -6,7 +6,7 @@ control characters spelt out.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 from rapidfuzz.distance import Indel
 
 from rlhf_trl.data.pair import Pair, RowError
-from rlhf_trl.data.sources import Row
+from rlhf_trl.data.sources import Row, seeded_hash
 from rlhf_trl.text.display import fence, inline
 
+RANDOM = "Drawn by hash"
 RANDOM_PAIRS = 3
 MAX_CHARACTERS = 1200
 
@@ -27,25 +28,24 @@ class _Example:
     row: int
     subset: str
     content: Pair | Any
-    reason: str = ""
+    title: str
 
 
 @dataclass
 class Examples:
-    """The best examples so far, as rows go by."""
+    """The best examples so far, as rows go by: by subset and title, or by the reason against a row."""
 
     seed: int
-    random: dict[str, list[_Example]] = field(default_factory=dict)
-    extreme: dict[tuple[str, str], _Example] = field(default_factory=dict)
-    unusable: dict[str, _Example] = field(default_factory=dict)
+    usable: dict[tuple[str, str], list[_Example]] = field(default_factory=dict)
+    unusable: dict[str, list[_Example]] = field(default_factory=dict)
 
     def add(self, row: Row, pair: Pair, refuses: tuple[bool, bool]) -> None:
-        number, subset, raw = row
-        key = _hash(self.seed, raw)
-        self._draw(subset, [_Example((0, key), number, subset, pair)])
+        number, subset, _ = row
+        key = seeded_hash(self.seed, row)
         ratio = (1 + len(pair.chosen)) / (1 + len(pair.rejected))
         alike = Indel.normalized_similarity(pair.chosen, pair.rejected, score_cutoff=0.8)
         ranks = {
+            RANDOM: 0.0,
             "The chosen answer is the longest beside its rejected one": -ratio,
             "The chosen answer is the shortest beside its rejected one": ratio,
             "The two answers are nearly the same": -alike if alike else None,
@@ -54,52 +54,40 @@ class Examples:
         }
         for title, rank in ranks.items():
             if rank is not None:
-                _keep_best(self.extreme, (subset, title), _Example((rank, key), number, subset, pair))
+                _keep_best(self.usable, (subset, title), [_Example((rank, key), number, subset, pair, title)])
 
     def add_unusable(self, row: Row, error: RowError) -> None:
         number, subset, raw = row
         reasons = ", ".join(reason.value for reason in error.reasons)
-        example = _Example((0, _hash(self.seed, raw)), number, subset, error.pair or raw, reasons)
-        _keep_best(self.unusable, error.reasons[0].value, example)
+        example = _Example((0, seeded_hash(self.seed, row)), number, subset, error.pair or raw, reasons)
+        _keep_best(self.unusable, error.reasons[0].value, [example])
 
     def merge(self, other: Examples) -> None:
         """Take over what is better in the examples of other rows."""
-        for subset, drawn in other.random.items():
-            self._draw(subset, drawn)
-        for best, others in ((self.extreme, other.extreme), (self.unusable, other.unusable)):
-            for key, example in others.items():
-                _keep_best(best, key, example)
-
-    def _draw(self, subset: str, examples: list[_Example]) -> None:
-        best = [*self.random.get(subset, []), *examples]
-        self.random[subset] = sorted(best, key=lambda example: example.rank)[:RANDOM_PAIRS]
+        for mine, others in ((self.usable, other.usable), (self.unusable, other.unusable)):
+            for place, examples in others.items():
+                _keep_best(mine, place, examples)
 
     def render(self, source: str) -> str:
         """Write the page."""
         note = "Pairs as they stand in the data; some may offend. Row numbers count from 0 over the source."
         parts = [f"# Samples of {inline(source[:60])}\n\n{note}\n"]
-        for subset in sorted(self.random):
+        for subset, places in itertools.groupby(sorted(self.usable), key=lambda place: place[0]):
             parts.append(f"## {inline(subset[:60])}\n")
-            parts += [_render_pair("Drawn by hash", example) for example in self.random[subset]]
-            parts += [_render_pair(title, example)
-                      for (name, title), example in sorted(self.extreme.items()) if name == subset]  # fmt: skip
+            parts += [_render_pair(example) for place in places for example in self.usable[place]]
         if self.unusable:
             parts.append("## Rows that `prepare` drops\n\nOne for each reason (see `data/quarantine.jsonl`).\n")
-        parts += [_render_pair(example.reason, example) for _, example in sorted(self.unusable.items())]
+        parts += [_render_pair(example) for _, examples in sorted(self.unusable.items()) for example in examples]
         return "\n".join(parts)
 
 
-def _hash(seed: int, raw: Any) -> str:
-    return hashlib.sha256(f"{seed} {json.dumps(raw, sort_keys=True, default=str)}".encode()).hexdigest()
+def _keep_best(best: dict[Any, list[_Example]], place: Any, examples: list[_Example]) -> None:
+    ranked = sorted([*best.get(place, []), *examples], key=lambda example: example.rank)
+    best[place] = ranked[: RANDOM_PAIRS if examples[0].title == RANDOM else 1]
 
 
-def _keep_best(best: dict[Any, _Example], key: Any, example: _Example) -> None:
-    if key not in best or example.rank < best[key].rank:
-        best[key] = example
-
-
-def _render_pair(title: str, example: _Example) -> str:
-    heading = f"### {title} (row {example.row} of {inline(example.subset[:60])})\n\n"
+def _render_pair(example: _Example) -> str:
+    heading = f"### {example.title} (row {example.row} of {inline(example.subset[:60])})\n\n"
     pair = example.content
     if not isinstance(pair, Pair):
         return heading + _cut(json.dumps(pair, default=str, indent=1, ensure_ascii=False))

@@ -116,7 +116,9 @@ def _read_values(text: str) -> Iterator[Any]:
 
 def _unfold(value: Any) -> Iterator[Any]:
     """The rows of a JSON value: of {"train": [rows]}, of {"0": row}, of columns; else the value itself."""
-    if isinstance(value, dict) and not SIDES & value.keys():
+    if isinstance(value, dict) and value.keys() >= {"columns", "data"}:  # as pandas writes with `orient="split"`
+        yield from (dict(zip(value["columns"], cells, strict=True)) for cells in value["data"])
+    elif isinstance(value, dict) and not SIDES & value.keys():
         inside = itertools.chain(*(part if isinstance(part, list) else [part] for part in value.values()))
         rows = [row for row in inside if isinstance(row, dict) and row.keys() >= SIDES]
         yield from itertools.chain(*map(_unfold, rows)) if rows else [value]

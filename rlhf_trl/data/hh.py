@@ -184,7 +184,7 @@ def _join(prompt: Value, side: Value) -> tuple[list[Message], bool]:
         if context[-1] == {"role": "assistant", "content": ""}:  # the marker after which the answer goes
             context.pop()
         if isinstance(side, str) and not IS_TRANSCRIPT.match(side):
-            side = context + values.cut_turns(marker, "Assistant: " + side)
+            side = context + values.cut_turns(marker, "Assistant: " + side.removeprefix("Assistant:"))
     elif isinstance(prompt, str):
         if PARAGRAPH.search(prompt) or prompt.endswith("\nAssistant:"):  # text before the first turn of a transcript
             raise RowError([Reason.MALFORMED])

@@ -36,14 +36,15 @@ def read_rows(data: Data, seed: int) -> Iterator[Row]:
     Raises:
         UserError: the source is missing, unreadable or empty, lacks a subset, or has no preference columns.
     """
-    rows = _number(data)
-    if data.max_rows is not None:
-        kept = heapq.nsmallest(data.max_rows, rows, key=lambda row: (_seeded_hash(seed, row), row[0]))
-        rows = iter(sorted(kept, key=lambda row: row[0]))
-    return rows
+    if data.max_rows is None:
+        return _number(data)
+    ranks = ((seeded_hash(seed, row), row[0]) for row in _number(data))
+    kept = {number for _, number in heapq.nsmallest(data.max_rows, ranks)}
+    return (row for row in _number(data) if row[0] in kept)
 
 
-def _seeded_hash(seed: int, row: Row) -> str:
+def seeded_hash(seed: int, row: Row) -> str:
+    """Hash a row without its number."""
     content = json.dumps(row[1:], sort_keys=True, default=str)
     return hashlib.sha256(f"{seed} {content}".encode()).hexdigest()
 

@@ -31,10 +31,11 @@ UNREAD = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), Reason.TOOLS),
     **dict.fromkeys(("image", "images", "image_url", "audio", "audios", "video", "videos"), Reason.MEDIA),
 }
-# Messages as text, "[{'role': 'user', …", in JSON, in Python, or as numpy prints an array; and their first key.
+WRAPPERS = ("messages", "conversation", "conversations")
+# Messages as text, "[{'role': 'user', …", in JSON (also twice), in Python, or as numpy prints them; their first key.
 SERIALISED = re.compile(
-    r"""(?s)\s*(?:array\()?[\[({]\s*[\[{(]?\s*(?=.*["'](?:role|from)["']\s*:)(?=.*["'](?:content|value)["']\s*:)"""
-    r"""["'](\w+)["']\s*:"""
+    r"""(?s)\s*["']?\s*(?:array\()?[\[({]\s*[\[{(]?\s*(?=.*["'](?:role|from)\\*["']\s*:)"""
+    r"""(?=.*["'](?:content|value)\\*["']\s*:)\\*["'](\w+)\\*["']\s*:"""
 )
 IS_TRANSCRIPT = re.compile(r"\s*Human:")
 # In HH only a marker that begins a paragraph begins a turn ("Human:" also stands inside answers); elsewhere on a line.
@@ -60,9 +61,15 @@ def refuse_unread(item: dict[str, Any]) -> None:
 
 def read_value(value: Any) -> Value:
     """Read a column as stripped text or as messages."""
-    value = _read_serialised(value)
-    value = [value] if isinstance(value, dict) else value
+    value = _unwrap(_read_serialised(value))
     return [_read_message(item) for item in value] if isinstance(value, list) else read_text(value)
+
+
+def _unwrap(value: Any) -> Any:
+    """The list of messages where there is one under a name of its own, or one message without its list."""
+    if isinstance(value, dict):
+        return next((value[name] for name in WRAPPERS if isinstance(value.get(name), list)), [value])
+    return value
 
 
 def read_text(value: Any) -> str:
@@ -98,13 +105,14 @@ def _read_serialised(value: Any) -> Any:
     try:
         read = _parse(value)
     except RowError:
-        if start.group(1) in KEYS[0] | KEYS[1]:
+        if start.group(1) in (*WRAPPERS, *itertools.chain(*KEYS)):
             raise
         return value
-    items = read if isinstance(read, list) else [read]
-    return (
-        items if all(isinstance(item, dict) and any(item.keys() >= keys for keys in KEYS) for item in items) else value
-    )
+    if isinstance(read, str):
+        return _read_serialised(read)
+    items = _unwrap([*read] if isinstance(read, tuple) else read)
+    is_messages = all(isinstance(item, dict) and any(item.keys() >= keys for keys in KEYS) for item in items)
+    return items if is_messages else value
 
 
 def _parse(text: str) -> Any:
@@ -116,7 +124,7 @@ def _parse(text: str) -> Any:
     # Python writes no raw newline inside a string, so this is between items, where numpy puts no comma.
     commas = re.sub(r"\}\s*\n\s*\{", "}, {", text.strip())
     for read, written in ((json.loads, text), (ast.literal_eval, commas)):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return read(written)
     raise RowError([Reason.MALFORMED])
 
@@ -139,7 +147,7 @@ def _read_part(part: Any) -> str:
     """One part of a message's content, which has to be text."""
     if not isinstance(part, dict):
         return read_text(part)
-    kind = str(part.get("type", "text"))
+    kind = str(part.get("type") or "text")
     if not kind.endswith("text"):
         raise RowError([Reason.TOOLS if kind.startswith("tool") else Reason.MEDIA])
     refuse_unread(part)

@@ -154,10 +154,16 @@ SHAPES += [
     ("developer", {"prompt": [{"role": "developer", "content": "Be kind."}, *LONGER.prompt[1:]], **ANSWERS}, LONGER),
     ("nulls of a union", {"prompt": [{**USER, **NULLS}], "chosen": [{**YES, **NULLS}], "rejected": [NO], **NULLS},
      PLAIN),
-    ("text parts", {"prompt": [{**USER, "content": [{"type": "text", "text": "Q", "image_url": None}]}], **ANSWERS},
+    ("text parts", {"prompt": [{**USER, "content": [{"type": None, "text": "Q", "image_url": None}]}], **ANSWERS},
      PLAIN),
     ("JSON text", {"prompt": "Q", "chosen": json.dumps([USER, YES]), "rejected": json.dumps([USER, NO])}, PLAIN),
     ("JSON text of one message", {"prompt": "Q", "chosen": json.dumps(YES), "rejected": "no"}, PLAIN),
+    ("JSON text in JSON text", {"prompt": "Q", "chosen": json.dumps(json.dumps([YES])), "rejected": "no"}, PLAIN),
+    ("a list under a name", {"prompt": "Q", "chosen": {"messages": [USER, YES]},
+                             "rejected": json.dumps({"messages": [USER, NO]})}, PLAIN),
+    ("Python tuple", {"prompt": "Q", "chosen": str((YES,)), "rejected": str((NO,))}, PLAIN),
+    ("marker before the answers", {"prompt": "Human: Q", "chosen": "Assistant: yes", "rejected": "Assistant: no"},
+     PLAIN),
     ("Python text", {"prompt": str([USER]), "chosen": str([{**YES, "name": None}]), "rejected": str([NO])}, PLAIN),
     ("numpy's text", {"chosen": f"[{USER}\n {YES}]", "rejected": f"[{USER}\n {NO}]"}, PLAIN),
     ("JSON that is an answer", {"prompt": "Q", "chosen": '{"role": "x"}', "rejected": '[{"a": {"role": 1}}]'},
@@ -242,6 +248,9 @@ WRITERS = {
     ),
     "pandas.json": lambda path, rows: path.write_text(
         json.dumps({key: {str(i): row[key] for i, row in enumerate(rows)} for key in rows[0]})
+    ),
+    "split.json": lambda path, rows: path.write_text(
+        json.dumps({"columns": [*rows[0]], "index": [*range(7)], "data": [[*row.values()] for row in rows]})
     ),
     "index.json": lambda path, rows: path.write_text(json.dumps({str(i): row for i, row in enumerate(rows)})),
     "semicolons.csv": lambda path, rows: write_csv(path, rows, delimiter=";"),
