@@ -20,6 +20,7 @@ from rlhf_trl.adapters.files import CONFIG, LINEAGE, PROBE, require_new
 from rlhf_trl.adapters.load import load_policy, load_reward_model, locate_base
 from rlhf_trl.adapters.verify import require_equal
 from rlhf_trl.models.base import positions
+from rlhf_trl.models.tokenizer import encode
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, staged, write_json
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from rlhf_trl.models.policies import Policies
 from rlhf_trl.models.rewards import RewardModel, SharedClassifier, load_reward_model
 from rlhf_trl.models.sampling import InverseTransform, answer_logits, measure_kl, sample, sorted_batches, spread
+from rlhf_trl.models.tokenizer import encode, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Decoding
 from rlhf_trl.run.files import read_jsonl
