@@ -11,15 +11,8 @@ from conftest import shared, small_recipe
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlhf_trl.models import tiny
-from rlhf_trl.models.base import (
-    base_path,
-    encode,
-    load_tokenizer,
-    positions,
-    prompt_room,
-    recorded_tokenizer,
-    set_up_tokenizer,
-)
+from rlhf_trl.models.base import positions, prompt_room
+from rlhf_trl.models.tokenizer import base_path, encode, load_tokenizer, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.layout import RunDir
 
