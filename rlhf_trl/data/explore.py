@@ -15,11 +15,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ruamel.yaml import YAML
 from tqdm import tqdm
 
 from rlhf_trl.data.chunks import map_chunks
@@ -41,7 +39,6 @@ RATIOS = (1.0, 1.25, 1.5, 2.0, 3.0, math.inf)
 TOP_WORDS = 12
 MIN_WORD_COUNT = 20
 WORD = re.compile(r"\w+(?:'\w+)*")
-DEFINITIONS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))["explore"]
 
 
 # One pair in numbers; two stand for the chosen and the rejected answer. `prefix`: words that both answers begin with.
@@ -132,8 +129,7 @@ def _describe(subsets: dict[str, Subset], unreadable: Counter[str]) -> dict[str,
         "overall": _describe_subset(whole) if pairs else None,
         "subsets": {name: _describe_subset(subset) for name, subset in subsets.items()},
         "refusal_patterns": REFUSALS,
-        "definitions": DEFINITIONS
-        | {"refusals": DEFINITIONS["refusals"].format(REFUSAL_CHARACTERS=REFUSAL_CHARACTERS)},
+        "definitions": {key: text.format(REFUSAL_CHARACTERS) for key, text in TERMS["explore"].items()},
     }
 
 

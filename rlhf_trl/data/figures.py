@@ -13,10 +13,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from jinja2 import Template
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from rlhf_trl.data.summary import TERMS
 from rlhf_trl.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, add_legend, save, with_errors
 
 SIDES: dict[str, dict[str, Any]] = {
@@ -45,17 +47,17 @@ def draw(folder: Path, statistics: Statistics, pairs: dict[str, np.ndarray]) -> 
     subsets = {name: all_subsets[name] for name in sorted(largest)}
     count = len(subsets)
     units = [*all_subsets[largest[0]]["lengths"]]
-    pages: dict[str, tuple[Callable[[Figure, Statistics], None], Callable[[Statistics], str], float, float]] = {
-        "lengths": (lambda figure, some: _draw_lengths(figure, some, pairs), _length_finding,
-                    4.2 * len(units), 0.9 + 2.7 * count),
-        "length_bias": (_draw_length_bias, _bias_finding, 11, 4.8),
-        "conversations": (_draw_conversations, _conversation_finding, 10.5, 0.9 + 2.5 * count),
-        "refusals": (_draw_refusals, _refusal_finding, 11, 4.8),
-        "words": (_draw_words, _word_finding, 1 + 4.8 * min(count, 2), 0.6 + 6 * -(-count // 2)),
-    }  # fmt: skip
-    for name, (draw_page, find, width, height) in pages.items():
+    pages: dict[str, tuple[Callable[[Figure, Statistics], None], float, float]] = {
+        "lengths": (lambda page, some: _draw_lengths(page, some, pairs), 4.2 * len(units), 0.9 + 2.7 * count),
+        "length_bias": (_draw_length_bias, 11, 4.8),
+        "conversations": (_draw_conversations, 10.5, 0.9 + 2.5 * count),
+        "refusals": (_draw_refusals, 11, 4.8),
+        "words": (_draw_words, 1 + 4.8 * min(count, 2), 0.6 + 6 * -(-count // 2)),
+    }
+    for name, (draw_page, width, height) in pages.items():
         figure = Figure(figsize=(width, height), layout="constrained")
-        title = [f"In {_short(subset)}, {find(stats)}" for subset, stats in subsets.items()]
+        finding = Template(TERMS["findings"][name])
+        title = [f"In {_short(subset)}, {finding.render(stats)}" for subset, stats in subsets.items()]
         if len(all_subsets) > count:
             title.append(f"({count} of {len(all_subsets)} subsets; statistics.json has all)")
         figure.suptitle("\n".join(title), fontsize=11, fontweight="bold")
@@ -93,12 +95,6 @@ def _draw_lengths(figure: Figure, subsets: Statistics, pairs: dict[str, np.ndarr
         _label_shares(axes, "answers up to this length")
 
 
-def _length_finding(stats: Statistics) -> str:
-    chosen, rejected = (stats["lengths"]["words"][side]["p50"] for side in SIDES)
-    verdict = "longer" if chosen > rejected else "shorter" if chosen < rejected else "as long"
-    return f"chosen answers are {verdict} (median {chosen:.0f} words, rejected {rejected:.0f})"
-
-
 def _draw_length_bias(figure: Figure, subsets: Statistics) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4), sharey=True)
     any_subset = next(iter(subsets.values()))
@@ -119,12 +115,6 @@ def _draw_length_bias(figure: Figure, subsets: Statistics) -> None:
     _label_shares(left, "share of the pairs, 95 % interval")
     for axes in (left, right):
         _mark_chance(axes)
-
-
-def _bias_finding(stats: Statistics) -> str:
-    share = stats["chosen_longer"]["words"]
-    verdict = " (long preferred)" if share["low"] > 0.5 else " (short preferred)" if share["high"] < 0.5 else ""
-    return f"the longer answer is chosen {share['mean']:.0%} of the time{verdict}"
 
 
 def _ratio_label(part: Statistics) -> str:
@@ -148,12 +138,6 @@ def _draw_conversations(figure: Figure, subsets: Statistics) -> None:
         _label_shares(right, "share, 95 % interval")
     panels[0, 1].set_ylim(0, None)
     panels[-1, 0].set_xlabel("turns of the user in the prompt")
-
-
-def _conversation_finding(stats: Statistics) -> str:
-    several = 1 - stats["depth"]["counts"].get("1", 0) / stats["pairs"]
-    alike = stats["shared_prefix"]["first_word"]["mean"]
-    return f"{several:.0%} of the prompts have several turns and {alike:.0%} of the pairs share the first word"
 
 
 def _draw_refusals(figure: Figure, subsets: Statistics) -> None:
@@ -180,14 +164,6 @@ def _draw_refusals(figure: Figure, subsets: Statistics) -> None:
         _label_places(axes, [textwrap.fill(_short(name), 14) for name in subsets])
 
 
-def _refusal_finding(stats: Statistics) -> str:
-    share = stats["refusals"]["refusal_is_chosen"]
-    if share is None:
-        return "no pair has just one refusal"
-    verdict = "mostly wins" if share["low"] > 0.5 else "mostly loses" if share["high"] < 0.5 else "may win or lose"
-    return f"a plain refusal {verdict} ({share['mean']:.0%} of {share['n']:,} pairs)"
-
-
 def _draw_words(figure: Figure, subsets: Statistics) -> None:
     columns = min(len(subsets), 2)
     for place, (name, stats) in enumerate(subsets.items(), start=1):
@@ -202,16 +178,6 @@ def _draw_words(figure: Figure, subsets: Statistics) -> None:
             axes.axvline(limit, color="black", linestyle=":", linewidth=1)
         axes.set_xlabel("← rejected      z of the log-odds ratio      chosen →")
         axes.set_title(f"{_short(name)}\ndotted: the limit of chance for {stats['words']['tested']:,} words")
-
-
-def _word_finding(stats: Statistics) -> str:
-    words = stats["words"]
-    parts = []
-    for side in SIDES:
-        marked = [_short(item["word"]) for item in words[side] if abs(item["z"]) > words["threshold"]][:3]
-        if marked:
-            parts.append(f"{side} answers say “{'”, “'.join(marked)}”")
-    return " and ".join(parts) or "no word sets the chosen answers apart"
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ SIDES = ("chosen", "rejected")
 NOTES = ("contradictory", "multi_turn", "repeated_prompt", "score_not_higher", "truncated", "turns_dropped")
 TOKENIZER_KEYS = ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "chat_template")
 QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
-DEFINITIONS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))["prepare"]
+TERMS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))
 
 
 @dataclass
@@ -86,7 +86,7 @@ def summarise(
             "vocabulary": len(tokenizer),
             **{key: getattr(tokenizer, key) for key in TOKENIZER_KEYS},
         },
-        "definitions": DEFINITIONS,
+        "definitions": TERMS["prepare"],
     }
 
 
