@@ -26,7 +26,7 @@ from rlhf_trl.data.figures import draw
 from rlhf_trl.data.hh import normalise
 from rlhf_trl.data.pair import Pair, RowError
 from rlhf_trl.data.sources import Row, read_rows
-from rlhf_trl.data.summary import QUANTILES, longer
+from rlhf_trl.data.summary import QUANTILES, TERMS, longer
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import write_json, write_text
 from rlhf_trl.run.layout import RunDir
