@@ -35,12 +35,8 @@ def make_run(folder, rows, max_rows=None, model=None):
 
 
 def explore_source(folder, source, model, max_rows=None):
-    recipe = Recipe(
-        name="t",
-        model={"model_name_or_path": model},
-        data={"source": str(source), "max_rows": max_rows},
-        stages={"sft": {"trainer": "sft"}},
-    )
+    recipe = Recipe(name="t", model={"model_name_or_path": model}, stages={"sft": {"trainer": "sft"}},
+                    data={"source": str(source), "max_rows": max_rows})  # fmt: skip
     run = RunDir(folder / "run")
     run.replace("explore")
     explore(recipe, run)
@@ -88,13 +84,9 @@ def test_real_rows_show_their_biases(real_run):
 
 def test_real_samples_can_be_read(real_run):
     page = (real_run.exploration / "samples.md").read_text()
-    for heading in (
-        "## `harmless-base`",
-        "## `helpful-base`",
-        "## Rows that `prepare` drops",
-        "Only the chosen answer refuses",
-    ):
-        assert heading in page
+    for heading in ("`harmless-base`", "`helpful-base`", "Rows that `prepare` drops"):
+        assert f"## {heading}" in page
+    assert "### Only the chosen answer refuses" in page
     for reason in ("consecutive_roles", "empty_chosen", "empty_rejected", "identical", "prompts_differ"):
         assert re.search(rf"^### {reason}.* \(row \d+ of", page, re.MULTILINE)
 
@@ -118,12 +110,8 @@ def test_numbers_of_a_few_pairs(tmp_path):
     assert x["lengths"]["words"]["difference"]["mean"] == pytest.approx(1 / 3)
     assert x["lengths"]["characters"]["rejected"]["max"] == 13
     assert x["refusals"]["chosen"]["mean"] == pytest.approx(1 / 3)
-    assert x["refusals"]["refusal_is_chosen"] == {
-        "mean": 1.0,
-        "low": pytest.approx(0.2065, abs=1e-4),
-        "high": 1.0,
-        "n": 1,
-    }
+    alone = {"mean": 1.0, "low": pytest.approx(0.2065, abs=1e-4), "high": 1.0, "n": 1}
+    assert x["refusals"]["refusal_is_chosen"] == alone
     assert y["refusals"]["refusal_is_chosen"] is None
     assert x["shared_prefix"]["first_word"]["mean"] == pytest.approx(2 / 3)
     assert x["shared_prefix"]["share"]["max"] == 1.0
@@ -168,11 +156,8 @@ def test_refusals(answer, expected):
 
 def test_hostile_text_stays_inside_its_fence(tmp_path):
     subsets = ["$\\foo{$", "_hidden", "a\nb # c", "x" * 90, "two", "`three`"]
-    rows = [
-        row(f"{text} {i}", f"{other} {j}", subsets[(i + j) % 6], prompt=text)
-        for i, text in enumerate(HOSTILE)
-        for j, other in enumerate(HOSTILE)
-    ]
+    rows = [row(f"{text} {i}", f"{other} {j}", subsets[(i + j) % 6], prompt=text)
+            for i, text in enumerate(HOSTILE) for j, other in enumerate(HOSTILE)]  # fmt: skip
     run = make_run(tmp_path, [*rows, "`````` not a row", row("\ud800", "no")])
     page = (run.exploration / "samples.md").read_bytes().decode("utf-8")
     assert "\x1b" not in page
@@ -189,9 +174,8 @@ def test_hostile_text_stays_inside_its_fence(tmp_path):
         elif fence is None:
             outside.append(line)
     assert fence is None
-    assert not [
-        line for line in outside if line and not line.startswith(("# ", "## ", "### ", "**", "Pairs as", "One for"))
-    ]
+    ours = ("# ", "## ", "### ", "**", "Pairs as", "One for")
+    assert not [line for line in outside if line and not line.startswith(ours)]
     assert len(statistics(run)["subsets"]) == 6
     check_figures(run)
 
@@ -203,9 +187,11 @@ def test_one_pair_is_enough_and_none_is_no_crash(tmp_path):
     assert "empty_chosen" in (run.exploration / "samples.md").read_text()
 
 
-def test_same_rows_give_the_same_files(tmp_path):
+def test_same_rows_give_the_same_files_from_any_number_of_processes(tmp_path, monkeypatch):
     rows = [row(f"yes {i} " * (i % 5 + 1), f"no {i} " * (i % 3 + 1), "ab"[i % 2], f"Q{i}") for i in range(40)]
     first = {path.name: path.read_bytes() for path in make_run(tmp_path, rows, max_rows=30).exploration.iterdir()}
+    monkeypatch.setattr(chunks, "ROWS", 7)
+    monkeypatch.setattr(chunks, "ALONE", 2)  # two more chunks go to other processes
     again = {path.name: path.read_bytes() for path in make_run(tmp_path, rows, max_rows=30).exploration.iterdir()}
     assert first == again
     assert len(first) == len(FIGURES) + 2
@@ -222,15 +208,6 @@ def test_samples_do_not_depend_on_the_order():
         pages.append(examples.render("source"))
     assert pages[0] == pages[1]
     assert pages[0].count("Drawn by hash") == 6
-
-
-def test_any_number_of_processes_gives_the_same_files(tmp_path, monkeypatch):
-    rows = [row(f"yes {i} " * (i % 5 + 1), f"no {i} " * (i % 3 + 1), "ab"[i % 2], f"Q{i}") for i in range(40)]
-    rows[9] = row("", "no")
-    alone = {path.name: path.read_bytes() for path in make_run(tmp_path, rows).exploration.iterdir()}
-    monkeypatch.setattr(chunks, "ROWS", 7)
-    monkeypatch.setattr(chunks, "ALONE", 2)
-    assert alone == {path.name: path.read_bytes() for path in make_run(tmp_path, rows).exploration.iterdir()}
 
 
 def test_import_has_no_side_effects():

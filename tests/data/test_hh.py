@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -243,15 +244,9 @@ WRITERS = {
     "pretty.jsonl": lambda path, rows: path.write_text("\n".join(json.dumps(row, indent=1) for row in rows)),
     "one_line.json": lambda path, rows: path.write_text(json.dumps(rows)),
     "splits.json": lambda path, rows: path.write_text(json.dumps({"train": rows[:3], "test": rows[3:]})),
-    "columns.json": lambda path, rows: path.write_text(
-        json.dumps({key: [row[key] for row in rows] for key in rows[0]})
-    ),
-    "pandas.json": lambda path, rows: path.write_text(
-        json.dumps({key: {str(i): row[key] for i, row in enumerate(rows)} for key in rows[0]})
-    ),
-    "split.json": lambda path, rows: path.write_text(
-        json.dumps({"columns": [*rows[0]], "index": [*range(7)], "data": [[*row.values()] for row in rows]})
-    ),
+    "columns.json": lambda path, rows: path.write_text(pd.DataFrame(rows).to_json(orient="columns")),
+    "lists.json": lambda path, rows: path.write_text(json.dumps(pd.DataFrame(rows).to_dict(orient="list"))),
+    "split.json": lambda path, rows: path.write_text(pd.DataFrame(rows).to_json(orient="split")),
     "index.json": lambda path, rows: path.write_text(json.dumps({str(i): row for i, row in enumerate(rows)})),
     "semicolons.csv": lambda path, rows: write_csv(path, rows, delimiter=";"),
     "tabs.tsv": lambda path, rows: write_csv(path, rows, "utf-16", delimiter="\t"),
@@ -284,15 +279,8 @@ def test_folder_has_a_subset_for_each_file_or_folder(tmp_path):
 
 
 def test_lines_that_are_no_json_objects_are_rows(tmp_path):
-    broken = [
-        b"{not json",
-        b"[1]",
-        b'"text"',
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b"",
-        b'{"chosen": NaN, "rejected": "\\ud800"}',
-    ]
+    broken = [b"{not json", b"[1]", b'"text"', b"\xff\xfe", b"[" * 100_000, b"",
+              b'{"chosen": NaN, "rejected": "\\ud800"}']  # fmt: skip
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([lines(ROWS[:1]).strip().encode(), *broken]))
     rows = [raw for _, _, raw in read(tmp_path / "x.jsonl")]
     assert rows[1:5] == ["{not json", [1], "text", "\udcff\udcfe"]
@@ -326,21 +314,11 @@ def test_saved_dataset_is_read_and_what_describes_or_hides_is_not(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
-    [
-        (
-            "x.jsonl",
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            "a Git LFS pointer[\\s\\S]*git lfs pull",
-        ),
-        ("x.json", b"<!DOCTYPE html>", "a web page"),
-        ("x.jsonl", gzip.compress(b"{}"), "compressed with gzip[\\s\\S]*add .gz"),
-        (
-            "x.csv",
-            "prompt,chosen,rejected\nQ,café,no\n".encode("latin-1"),
-            "not UTF-8: it holds the byte 0xe9[\\s\\S]*iconv",
-        ),
-    ],
-)
+    [("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", r"Git LFS pointer[\s\S]*git lfs pull"),
+     ("x.json", b"<!DOCTYPE html>", "a web page"),
+     ("x.jsonl", gzip.compress(b"{}"), r"compressed with gzip[\s\S]*add .gz"),
+     ("x.csv", "prompt,chosen,rejected\nQ,café,no\n".encode("latin-1"), r"not UTF-8[\s\S]*byte 0xe9[\s\S]*iconv")],
+)  # fmt: skip
 def test_file_of_another_form_is_named(tmp_path, name, content, problem):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=problem):
@@ -358,13 +336,9 @@ def test_damaged_file_is_the_users_error(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [
-        ("", "no rows"),
-        ("\n\n", "no rows"),
-        ("x\ny\n", "the first is 'x'"),
-        ('{"question": 1, "answer": 2}\n', "answer, question"),
-    ],
-)
+    [("", "no rows"), ("\n\n", "no rows"), ("x\ny\n", "the first is 'x'"),
+     ('{"question": 1, "answer": 2}\n', "answer, question")],
+)  # fmt: skip
 def test_unusable_source_is_the_users_error(tmp_path, content, problem):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(UserError, match=problem):

@@ -48,6 +48,11 @@ def tokenizer(byte_model):
     return set_up_tokenizer(byte_model, {})
 
 
+def make_recipe(source, model, seed=0, **data):
+    return Recipe(name="t", seed=seed, model={"model_name_or_path": str(model)}, data={"source": str(source), **data},
+                  stages={"sft": {"trainer": "sft"}})  # fmt: skip
+
+
 @pytest.fixture
 def run_prepare(tmp_path, byte_model):
     """Run `prepare` on rows; returns the run directory."""
@@ -55,16 +60,9 @@ def run_prepare(tmp_path, byte_model):
     def run(rows, seed=0, model=byte_model, **data):
         source = tmp_path / "rows.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        recipe = Recipe(
-            name="t",
-            seed=seed,
-            model={"model_name_or_path": model},
-            data={"source": str(source), "max_dropped_fraction": 1.0, **data},
-            stages={"sft": {"trainer": "sft"}},
-        )
         directory = RunDir(tmp_path / "run")
         directory.replace("prepare")
-        prepare(recipe, directory)
+        prepare(make_recipe(source, model, seed, max_dropped_fraction=1.0, **data), directory)
         return directory
 
     return run
@@ -119,14 +117,8 @@ def check_split(run):
 
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
-    recipe = Recipe(
-        name="t",
-        model={"model_name_or_path": str(shared("gpt2-tokenizer"))},
-        data={"source": str(shared("hh-rlhf")), "max_length": 256},
-        stages={"sft": {"trainer": "sft"}},
-    )
     run = RunDir(tmp_path_factory.mktemp("real"))
-    prepare(recipe, run)
+    prepare(make_recipe(shared("hh-rlhf"), shared("gpt2-tokenizer"), max_length=256), run)
     return run
 
 
@@ -168,13 +160,8 @@ def test_real_rows_fit_and_are_split_evenly(real_run):
 
 def test_real_conversations_do_not_straddle_the_split(real_run):
     """About 200 of the real rows go on from the conversation of another row, with one of its two answers."""
-    sides = {
-        name: [
-            tuple((turn["role"], turn["content"]) for turn in pair["prompt"])
-            for pair in read_jsonl(real_run.pairs(name))
-        ]
-        for name in ("train", "test")
-    }
+    sides = {name: [tuple((turn["role"], turn["content"]) for turn in pair["prompt"])
+                    for pair in read_jsonl(real_run.pairs(name))] for name in ("train", "test")}  # fmt: skip
     for one, other in (("train", "test"), ("test", "train")):
         prompts = set(sides[one])
         assert not any(prompt[:end] in prompts for prompt in sides[other] for end in range(1, len(prompt) + 1))
@@ -216,15 +203,9 @@ def test_tie_threshold_is_inclusive(run_prepare):
 
 @pytest.mark.parametrize(
     ("one", "other", "same"),
-    [
-        ("Well, then.", "well then", True),
-        ("“Quoted”", "quoted", True),
-        ("a  b", "A b!", True),
-        ("minus -5", "minus 5", False),
-        ("3 > 2", "3 < 2", False),
-        ("!!!", "???", False),
-    ],
-)
+    [("Well, then.", "well then", True), ("“Quoted”", "quoted", True), ("a  b", "A b!", True),
+     ("minus -5", "minus 5", False), ("3 > 2", "3 < 2", False), ("!!!", "???", False)],
+)  # fmt: skip
 def test_near_duplicates_differ_only_in_case_space_and_punctuation(run_prepare, one, other, same):
     run = run_prepare([*GOOD, row("q?", one, "Something else"), row("q?", other, "Something else")])
     assert dropped(run) == ({61: "near_duplicate"} if same else {})
@@ -232,31 +213,19 @@ def test_near_duplicates_differ_only_in_case_space_and_punctuation(run_prepare, 
 
 def test_notes(run_prepare):
     rows = [*GOOD, row(TEXTS[0], "Go away.", "The sky, I think."), row(TEXTS[1], "Another.", "One.")]
-    rows.append(
-        row(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-        )
-    )
-    rows += [{**row("b?"), "score_chosen": 5, "score_rejected": "5.0", "context": "x", "other": None}]
+    rows += [
+        row(turns("a", "b", "c")),
+        {**row("b?"), "score_chosen": 5, "score_rejected": "5.0", "context": "x", "other": None},
+    ]
     summary = check_accounts(run_prepare(rows), 64)
     assert summary["columns_not_read"] == {"context": 1}
-    assert summary["notes"] == {
-        "score_not_higher": 1,
-        "contradictory": 1,
-        "multi_turn": 1,
-        "repeated_prompt": 2,
-        "truncated": 0,
-        "turns_dropped": 0,
-    }
+    assert summary["notes"] == {"score_not_higher": 1, "contradictory": 1, "multi_turn": 1, "repeated_prompt": 2,
+                                "truncated": 0, "turns_dropped": 0}  # fmt: skip
 
 
 def test_quarantine_holds_what_utf8_and_json_cannot(run_prepare):
-    bad = [
-        row(chosen="\ud800 lone"),
-        {**row(), "chosen": None, "score": float("inf")},
-        "just text",
-        {**row(), "chosen": 1},
-    ]
+    bad = [row(chosen="\ud800 lone"), {**row(), "chosen": None, "score": float("inf")}, "just text",
+           {**row(), "chosen": 1}]  # fmt: skip
     run = run_prepare([*GOOD, *bad])
     items = read_jsonl(run.quarantine)
     assert [item["reason"] for item in items] == ["invalid_unicode", "null_field", "malformed", "not_text"]
@@ -336,16 +305,6 @@ def test_beginning_of_the_last_question_goes_next(tokenizer, system):
     assert fit(tokenizer, pair, 5) is None
 
 
-def test_cut_never_breaks_a_character(tokenizer):
-    pair = Pair(turns("日本語の文字🙂です"), "yes", "no")
-    whole = length(tokenizer, pair)
-    for limit in range(whole - 1, whole - 27, -1):
-        fitted = fit(tokenizer, pair, limit)
-        if fitted:
-            assert pair.prompt[0]["content"].endswith(fitted[0].prompt[0]["content"])
-            assert length(tokenizer, fitted[0]) <= limit
-
-
 def test_cut_follows_the_tokens_of_a_real_tokenizer():
     gpt2 = set_up_tokenizer(str(shared("gpt2-tokenizer")), {})
     text = "Considerations regarding internationalisation, naïve façades and 日本語 🙂🙂. " * 6
@@ -363,9 +322,7 @@ def test_template_that_refuses_a_conversation_is_the_users_error(run_prepare, by
     from transformers import AutoTokenizer
 
     strict = AutoTokenizer.from_pretrained(byte_model)
-    strict.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
-    )
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     strict.save_pretrained(tmp_path / "strict")
     rows = [*GOOD, row(turns("hello", system="Be kind."))]
     with pytest.raises(UserError, match="refuses the conversation that ends on 'hello': no system"):
@@ -481,12 +438,8 @@ conversations = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    talks=conversations,
-    fraction=st.floats(0.01, 0.99),
-    seed=st.integers(0, 5),
-    order=st.randoms(use_true_random=False),
-)
+@given(talks=conversations, fraction=st.floats(0.01, 0.99), seed=st.integers(0, 5),
+       order=st.randoms(use_true_random=False))  # fmt: skip
 def test_split_keeps_together_what_belongs_together(talks, fraction, seed, order):
     """A conversation is a path of questions; its beginnings may be conversations of their own."""
     roots = {talk[0] for talk in talks if [talk[0]] in talks}
