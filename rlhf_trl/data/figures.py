@@ -28,6 +28,7 @@ SIDES: dict[str, dict[str, Any]] = {
 SUBSETS = ((GREEN, "o"), (PURPLE, "s"), ("#56B4E9", "^"), ("#E69F00", "D"))
 DEEPEST = 9
 FEW = 10
+LEVELS = np.linspace(0, 1, 1001)
 Statistics = dict[str, Any]
 
 
@@ -80,7 +81,8 @@ def _draw_lengths(figure: Figure, subsets: Statistics, pairs: dict[str, np.ndarr
             for index, (side, style) in enumerate(SIDES.items()):
                 line = {**style, "marker": ""}
                 median = stats["lengths"][unit][side]["p50"]
-                axes.ecdf(pairs[name][unit][:, index], linewidth=1.8, label=f"{side}, median {median:,.0f}", **line)
+                up_to = np.quantile(pairs[name][unit][:, index], LEVELS, method="inverted_cdf")
+                axes.step(up_to, LEVELS, linewidth=1.8, where="post", label=f"{side}, median {median:,.0f}", **line)
                 axes.vlines(median, 0, 0.5, color=style["color"], linestyle=style["linestyle"], linewidth=1)
             axes.axhline(0.5, color=GREY, linestyle=":", linewidth=1)
             axes.set_title(f"{_short(name)}: {unit}")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.text.display import first_line
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet", ".arrow")
 # What a file is whose first bytes are not of the form that its name says, and what to do.
@@ -59,12 +60,8 @@ def read_file(path: Path) -> Iterator[Any]:
         remedy = f"convert it: `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`, or save it as UTF-8"
         raise UserError(str(path), problem, remedy) from error
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
-        problem = f"the file cannot be read: {one_line(error)}"
+        problem = f"the file cannot be read: {first_line(error)}"
         raise UserError(str(path), problem, "check that it is whole and of the format that its name says") from error
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _open_text(path: Path, errors: str) -> io.TextIOWrapper:

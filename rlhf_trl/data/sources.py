@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.data.files import SUFFIXES, one_line, read_file
+from rlhf_trl.data.files import SUFFIXES, read_file
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Data
+from rlhf_trl.text.display import first_line
 
 Row = tuple[int, str, Any]
 
@@ -124,7 +125,7 @@ def _read_hub(data: Data) -> Iterator[tuple[str, Any]]:
             splits = load_dataset(data.source, data_dir=subset, revision=data.revision)
         except (OSError, ValueError, DatasetsError) as error:
             remedy = "check the name, `data.subsets`, the network and your access, or give a local folder"
-            raise UserError(where, f"the dataset cannot be loaded: {one_line(error)}", remedy) from error
+            raise UserError(where, f"the dataset cannot be loaded: {first_line(error)}", remedy) from error
         present = [split for split in HUB_SPLITS if split in splits]
         if not present:
             remedy = f"use a dataset with one of {', '.join(HUB_SPLITS)}"
