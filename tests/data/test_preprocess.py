@@ -62,7 +62,7 @@ def run_prepare(tmp_path, byte_model):
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
         directory = RunDir(tmp_path / "run")
         directory.replace("prepare")
-        prepare(make_recipe(source, model, seed, max_dropped_fraction=1.0, **data), directory)
+        prepare(make_recipe(source, model, seed, **{"max_dropped_fraction": 1.0, **data}), directory)
         return directory
 
     return run
