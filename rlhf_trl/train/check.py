@@ -25,8 +25,8 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.models.base import TINY
 from rlhf_trl.models.tiny import tiny_config
+from rlhf_trl.models.tokenizer import TINY
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.library import suggest, value_of
 from rlhf_trl.recipe.recipe import Recipe
