@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from rlhf_trl.adapters import files
-from rlhf_trl.adapters.files import AGAIN, BASE, CLEAN
-from rlhf_trl.adapters.rules import Tensors, check_base, check_settings, check_tensors
+from rlhf_trl.adapters import files, rules
+from rlhf_trl.adapters.files import AGAIN, BASE, BASE_CONFIG, CLEAN
+from rlhf_trl.adapters.rules import Tensors, check_base, check_model, check_tensors
+from rlhf_trl.adapters.settings import IMPORTS, check_settings
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.safetensors import hash_weights, is_finite, read_header, read_weights
 from rlhf_trl.text.display import visible
 
-BASE_CONFIG, BASE_SETTINGS = f"{BASE}/config.json", f"{BASE}/generation_config.json"
+BASE_SETTINGS = f"{BASE}/generation_config.json"
 BASE_SINGLE, BASE_INDEX = f"{BASE}/model.safetensors", f"{BASE}/model.safetensors.index.json"
-# Settings that make a loader import what they name.
-IMPORTS = ("auto_mapping", "megatron_config", "auto_map")
+RENDER = Path(__file__).with_name("render_program.py")
 MODEL_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 MAX_JSON = 20_000_000
 
@@ -63,6 +65,12 @@ def check_adapter(folder: Path, base: Path | None = None) -> list[Problem]:
     return [Problem(place, problem, remedy) for place, problem, remedy in lines]
 
 
+def notes(folder: Path) -> list[str]:
+    """Say what whoever uses a sound adapter should know of it."""
+    config, tensors = _read_objects(folder, (files.CONFIG,))[files.CONFIG], read_header(folder / files.ADAPTER)
+    return list(rules.notes(config, tensors))
+
+
 def _collect(folder: Path, base: Path | None, problems: list[Problem]) -> None:
     problems += files.check_files(folder)
     if problems:
@@ -73,6 +81,7 @@ def _collect(folder: Path, base: Path | None, problems: list[Problem]) -> None:
     if problems:
         return
     problems += _check_places(folder, documents)
+    problems += _check_template(folder, documents.get(files.TOKENIZER_CONFIG, {}))
     tensors = read_header(folder / files.ADAPTER)
     problems += (Problem(files.ADAPTER, text, f"do not use it; {AGAIN}") for text in check_tensors(config, tensors))
     if lineage is not None:
@@ -113,9 +122,22 @@ def _check_places(folder: Path, documents: dict[str, Settings]) -> Iterator[Prob
             yield Problem(files.TOKENIZER_CONFIG, f"{key} is {value!r}, a place outside the folder", CLEAN)
 
 
+def _check_template(folder: Path, settings: Settings) -> Iterator[Problem]:
+    """Render the chat template of a tokenizer once, in a process with limits on time and memory."""
+    file = folder / files.TEMPLATE
+    if not file.exists() and not settings.get("chat_template"):
+        return
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else None
+    done = subprocess.run([sys.executable, "-I", str(RENDER)], input=json.dumps({"text": text, "settings": settings}),
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    if done.returncode != 0:
+        why = (done.stderr.strip() or "it takes too long").splitlines()[-1]
+        yield Problem(files.TEMPLATE, f"the chat template cannot be rendered: {why}", CLEAN)
+
+
 def _check_imports(documents: dict[str, Settings]) -> Iterator[Problem]:
     for file, document in documents.items():
-        for key in filter(document.get, IMPORTS):
+        for key in dict.fromkeys(key for key, value in rules.walk(document) if key in IMPORTS and value):
             yield Problem(file, f"{key} makes the loader import code that the adapter names", CLEAN)
 
 
@@ -176,7 +198,13 @@ def _check_against(
 ) -> Iterator[Problem]:
     """Check an adapter against its base: shapes, the hash of the weights, and the chat template."""
     weights = read_weights(base)
-    packed = _read_objects(base, ("config.json",)).get("config.json", {}).get("quantization_config")
+    settings = _read_objects(base, ("config.json",)).get("config.json", {})
+    packed = settings.get("quantization_config")
+    yield from (Problem(f"{base.name}/config.json", text, CLEAN) for text in check_model(settings, weights))
+    if not (folder / files.TOKENIZER_CONFIG).exists():
+        yield from _check_template(
+            base, _read_objects(base, (files.TOKENIZER_CONFIG,)).get(files.TOKENIZER_CONFIG, {})
+        )
     # The shapes of quantised weights are those of their packing.
     if unfit := None if packed else next(check_base(config, tensors, weights), None):
         yield Problem(files.ADAPTER, unfit, f"use the base that it was trained on, or {AGAIN}")

@@ -10,6 +10,7 @@ from rlhf_trl.recipe.errors import Problem, UserError
 
 ADAPTER, CONFIG, LINEAGE = "adapter_model.safetensors", "adapter_config.json", "lineage.json"
 EVIDENCE, PROBE, CARD, FIGURE, BASE = "evidence.json", "probe.json", "README.md", "pareto.png", "base"
+BASE_CONFIG = f"{BASE}/config.json"
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 TOKENIZER = {"tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "merges.txt", "tokenizer.model", TEMPLATE}  # fmt: skip

@@ -1,7 +1,7 @@
-"""What a LoRA adapter may say and hold: a type for each setting of `adapter_config.json`, names and shapes of tensors.
+"""What the tensors of a LoRA adapter must be: those that its settings ask for, and of its base, and no other.
 
-Works on parsed JSON and on headers of safetensors files, see `run.safetensors`; reads a tensor only to see whether its
-numbers are finite. A tensor other than LoRA and the reward head would replace one of the base, and is refused.
+Works on headers of safetensors files, see `run.safetensors`; reads a tensor only to see whether its numbers are
+finite, or all zero. A tensor other than LoRA and the reward head would replace one of the base, and is refused.
 """
 
 from __future__ import annotations
@@ -9,79 +9,40 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError
-
-from rlhf_trl.run.safetensors import FLOATS, Tensor, is_finite
+from rlhf_trl.adapters.settings import is_target, rank_of
+from rlhf_trl.run.safetensors import FLOATS, Tensor, is_finite, is_zero
 
 PREFIX = "base_model.model."
 HEAD = PREFIX + "score.weight"
 # Ends of the two factors of a module; those of an embedding are named otherwise.
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
-MAGNITUDE = ".lora_magnitude_vector"
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
 # Names of the input embedding in the families of models.
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 OUTPUT = "lm_head"
 LAYER = re.compile(r"\.\d+\.")
-REVISION = r"^\w([\w/-]|\.(?!\.))*\Z"
+# Settings of a model that count its layers, and its other parts.
+LAYERS, PARTS = (
+    re.compile(r"^(?!max_)(.*_)?(layers?|blocks|depths?)$"),
+    re.compile(r"^(n|num)_(?!ctx|pos)|_(heads|experts)$"),
+)
+# How a model computes, in the code of `transformers` itself: another name is that of a kernel to be fetched.
+IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "batched_mm",
+                   "grouped_mm")  # fmt: skip
+# The ranks that vLLM can be started for, and that for which it is without an option.
+RANKS, DEFAULT_RANK = (8, 16, 32, 64, 128, 256, 320, 512), 16
 
 Tensors = Mapping[str, Tensor]
 
 
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(str(error)) from error
-    return pattern
-
-
-Rank = Annotated[int, Field(ge=1, le=4096)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Names = Annotated[str, AfterValidator(_compiles)]
-# What `peft` saves whole for a classifier, under either name.
-Head = Literal["score", "classifier"]
-
-
-class LoraSettings(BaseModel):
-    """What `adapter_config.json` may hold; a field's description is said after its name and value."""
-
-    model_config = ConfigDict(strict=True, regex_engine="python-re")  # strict: `true` is no number
-
-    peft_type: Literal["LORA"] = Field(description=", not 'LORA'")
-    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = Field(description=", of neither a policy nor a reward model")
-    target_modules: str | list[str] = Field(description=", neither a pattern nor a list of names")
-    r: Rank = Field(description=", not a whole number from 1 to 4096")
-    lora_alpha: Number = Field(description=", not a finite number")
-    rank_pattern: dict[Names, Rank] = Field({}, description=", not names, each with a whole number from 1 to 4096")
-    alpha_pattern: dict[Names, Number] = Field({}, description=", not names with finite numbers")
-    revision: str | None = Field(None, pattern=REVISION, description=", not a branch, a tag or a commit")
-    bias: Literal["none"] = Field(description=": it would replace biases of the base")
-    init_lora_weights: StrictBool | Literal["gaussian"] = Field(True, description=", which changes the base")
-    layer_replication: None = Field(None, description=": it repeats layers of the base")
-    kasa_config: None = Field(None, description=": it cuts off small singular values of the base")
-    modules_to_save: list[Head] | None = Field(None, description=": only the reward head of a base may be replaced")
-
-
-def check_settings(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say which settings do not belong to a LoRA adapter for text."""
-    try:
-        LoraSettings.model_validate(config)
-    except ValidationError as error:
-        for key in dict.fromkeys(str(found["loc"][0]) for found in error.errors()):
-            yield f"{key} is {config.get(key)!r}{LoraSettings.model_fields[key].description}"
-    else:
-        if config.get("modules_to_save") and config["task_type"] != "SEQ_CLS":
-            yield f"modules_to_save is {config['modules_to_save']}: the head of a policy may not be replaced"
-
-
 def check_tensors(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     """Say what is wrong with an adapter by itself: a tensor that is neither LoRA nor the head, is empty, not finite or
-    half there, or missing in a layer."""
-    classifier = config["task_type"] == "SEQ_CLS"
+    half there, that the settings do not ask for, or that is missing in a layer."""
+    classifier, modules = config["task_type"] == "SEQ_CLS", modules_of(tensors)
     # With the name of an adapter in it (`lora_A.default.weight`), `peft` loads nothing and says nothing.
-    lora = (*LINEAR, *EMBEDDING, MAGNITUDE) if config.get("use_dora") else (*LINEAR, *EMBEDDING)
+    magnitudes = (MAGNITUDE,) if config.get("use_dora") else ()
     for key, tensor in tensors.items():
         if tensor.is_empty:
             yield f"the tensor {key} is empty: it was not gathered when it was saved"
@@ -89,7 +50,7 @@ def check_tensors(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
             yield f"the tensor {key} is of {tensor.dtype}, not of floats"
         elif not key.startswith(PREFIX):
             yield f"the tensor {key} is not named as an adapter's are"
-        elif not (key.endswith(lora) or (classifier and key == HEAD)):
+        elif not (key.endswith((*LINEAR, *EMBEDDING, *magnitudes)) or (classifier and key == HEAD)):
             yield f"the tensor {key} is neither LoRA nor a reward head: it would replace one of the base"
         elif not is_finite(tensor):
             yield f"the tensor {key} holds NaN or infinity: training diverged"
@@ -97,24 +58,34 @@ def check_tensors(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
         yield "the reward head (score) is missing: a loader would put a random one in its place"
     elif classifier and (len(tensors[HEAD].shape) != 2 or tensors[HEAD].shape[0] != 1):
         yield f"the reward head has the shape {tensors[HEAD].shape}, not that of one score"
-    modules = modules_of(tensors)
     if not modules:
         yield "there is no LoRA tensor in it"
+    for module in sorted({key.removesuffix(MAGNITUDE) for key in tensors if key.endswith(magnitudes)} - set(modules)):
+        yield f"there are magnitudes of {module}, and no LoRA"
     for module, ends in modules.items():
-        if missing := [module + end for end in ends if module + end not in tensors]:
-            yield f"the tensor {missing[0]} is missing"
-            continue
-        down, up = (tensors[module + end].shape for end in ends)
-        rank = _rank(config, module)
-        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
-            yield f"the shapes of {module} do not fit each other: {down} and {up}"
-        elif down[0] != rank:
-            yield f"{module} has rank {down[0]}, and the configuration says {rank}"
+        yield from _check_module(config, tensors, module, (*ends, *magnitudes))
     yield from _check_layers(config, modules)
 
 
+def _check_module(config: Mapping[str, Any], tensors: Tensors, module: str, ends: tuple[str, ...]) -> Iterator[str]:
+    """Say what is wrong with the factors of a module, and their magnitudes where those are asked for."""
+    name = module.removeprefix(PREFIX)
+    if missing := [module + end for end in ends if module + end not in tensors]:
+        yield f"the tensor {missing[0]} is missing"
+        return
+    down, up, *magnitudes = (tensors[module + end].shape for end in ends)
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+        yield f"the shapes of {module} do not fit each other: {down} and {up}"
+    elif down[0] != (rank := rank_of(config, name)):
+        yield f"{module} has rank {down[0]}, and the configuration says {rank}"
+    elif magnitudes not in ([], [up[:1]]):
+        yield f"the magnitudes of {module} are not one for each of its {up[0]} outputs"
+    elif not is_target(config, name):
+        yield f"the settings do not ask for LoRA on {module}: a loader would leave its tensors out"
+
+
 def _check_layers(config: Mapping[str, Any], modules: Iterable[str]) -> Iterator[str]:
-    """Compare the layers with each other, unless the adapter says that it leaves some out."""
+    """Compare the layers with each other: a module that the settings ask for is in every one."""
     layers: defaultdict[str, set[str]] = defaultdict(set)
     for module in modules:
         if layer := LAYER.search(module):
@@ -122,8 +93,8 @@ def _check_layers(config: Mapping[str, Any], modules: Iterable[str]) -> Iterator
     every = set().union(*layers.values())
     for pattern, there in sorted(layers.items()):
         absent = [pattern.replace(".*.", layer, 1) for layer in sorted(every - there)]
-        if absent and not config.get("layers_to_transform") and _is_target(config, absent[0].removeprefix(PREFIX)):
-            yield f"the tensors of the target module {absent[0]} are missing"
+        if asked := [module for module in absent if is_target(config, module.removeprefix(PREFIX))]:
+            yield f"the tensors of the target module {asked[0]} are missing"
 
 
 def check_base(config: Mapping[str, Any], tensors: Tensors, weights: Tensors) -> Iterator[str]:
@@ -135,10 +106,12 @@ def check_base(config: Mapping[str, Any], tensors: Tensors, weights: Tensors) ->
     if embedding is not None:
         sizes.setdefault(OUTPUT, embedding)  # tied: the base keeps one matrix for both
     modules = {_short(module.removeprefix(PREFIX)): (module, ends) for module, ends in modules_of(tensors).items()}
+    around = ""  # the name of the model around the modules, which the files of some bases leave out
     for short, (module, ends) in sorted(modules.items()):
         if short not in sizes:
             yield f"the base has no module {short}: it is another architecture"
             continue
+        around = around or module.removeprefix(PREFIX).removesuffix(short)
         down, up = (tensors[module + end].shape for end in ends)
         # An embedding and the output layer are never kept transposed, not even by GPT-2.
         turned = config.get("fan_in_fan_out") and ends == LINEAR and short != OUTPUT
@@ -148,29 +121,53 @@ def check_base(config: Mapping[str, Any], tensors: Tensors, weights: Tensors) ->
             yield f"{short} is for a weight of {own[0]} × {own[1]}, and the base's is {there[0]} × {there[1]}"
     if HEAD in tensors and embedding is not None and (width := tensors[HEAD].shape[1]) != embedding[1]:
         yield f"the reward head reads {width} numbers, and the base's hidden size is {embedding[1]}"
-    if not config.get("layers_to_transform") and not config.get("exclude_modules"):
-        for short in sorted(set(sizes) - set(modules)):
-            if _is_target(config, short):
-                yield f"the base's module {short} is a target without tensors"
+    for short in sorted(set(sizes) - set(modules)):
+        if is_target(config, short if short == OUTPUT else around + short):
+            yield f"the base's module {short} is a target without tensors"
+
+
+def check_model(config: Mapping[str, Any], weights: Tensors) -> Iterator[str]:
+    """Say which settings of a base would have a loader build more than its weights hold, or fetch code."""
+    layers = 1 + max((int(number[1:-1]) for name in weights for number in LAYER.findall(f".{name}")), default=0)
+    parts = max(layers, *(size for tensor in weights.values() for size in tensor.shape))
+    for key, value in walk(config):
+        limit = layers if LAYERS.search(key) else parts if PARTS.search(key) else None
+        if limit is not None and isinstance(value, int | float) and value > limit:
+            yield f"{key} is {value}, and the weights hold {limit} at most"
+        if key.endswith("_implementation") and not isinstance(value, dict) and value not in IMPLEMENTATIONS:
+            yield f"{key} is {value!r}: a loader would fetch code of that name"
+
+
+def walk(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Go through all settings, and those inside of them; each of a list under the list's own name."""
+    values = list(config.items())
+    for key, value in values:
+        yield key, value
+        if isinstance(value, dict):
+            values += value.items()
+        elif isinstance(value, list):
+            values += ((key, one) for one in value)
+
+
+def notes(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
+    """Say what whoever uses a sound adapter should know of it."""
+    modules = modules_of(tensors)
+    if (rank := max(rank_of(config, module.removeprefix(PREFIX)) for module in modules)) > DEFAULT_RANK:
+        how = f"up to {DEFAULT_RANK} without --max-lora-rank {vllm_rank(rank)}" if vllm_rank(rank) else "none so large"
+        yield f"its rank is {rank}, and vLLM takes {how}"
+    if all(is_zero(tensors[module + up]) for module, (_, up) in modules.items()):
+        yield "every lora_B is zero: it adds nothing to its base, as before training"
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The option with which vLLM takes a rank, if any."""
+    return next((one for one in RANKS if one >= rank), None)
 
 
 def modules_of(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Name of each module with LoRA, sorted -> the ends of the names of its two tensors."""
     return {key.removesuffix(end): ends for key in sorted(tensors) for ends in (LINEAR, EMBEDDING)
             for end in ends if key.endswith(end)}  # fmt: skip
-
-
-def _rank(config: Mapping[str, Any], module: str) -> Any:
-    """The rank of a module as the configuration has it; patterns are matched as `peft` does it."""
-    name = module.removeprefix(PREFIX)
-    patterns = config.get("rank_pattern", {}).items()
-    return next((rank for pattern, rank in patterns if re.match(rf"(.*\.)?({pattern})$", name)), config["r"])
-
-
-def _is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Tell whether a module is in the list of targets; of a pattern, it is not known."""
-    targets = config["target_modules"]
-    return isinstance(targets, list) and f".{module}".endswith(tuple(f".{_short(target)}" for target in targets))
 
 
 def _short(name: str) -> str:

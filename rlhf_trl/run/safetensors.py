@@ -84,6 +84,11 @@ def is_finite(tensor: Tensor) -> bool:
     return not any(((np.frombuffer(chunk, bits) & bits.type(exponent)) == exponent).any() for chunk in _read(tensor))
 
 
+def is_zero(tensor: Tensor) -> bool:
+    """Tell whether every byte of a tensor is zero."""
+    return not any(chunk.strip(b"\0") for chunk in _read(tensor))
+
+
 def _read(tensor: Tensor) -> Iterator[bytes]:
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)

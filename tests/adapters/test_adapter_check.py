@@ -286,7 +286,12 @@ def embed(size):
     shapes = {"transformer.wte.lora_embedding_A": (10, size), "transformer.wte.lora_embedding_B": (32, 10),
               "lm_head.lora_A.weight": (10, 32), "lm_head.lora_B.weight": (1024, 10)}  # fmt: skip
     added = {f"base_model.model.{key}": torch.ones(shape) for key, shape in shapes.items()}
-    return lambda folder: change_tensors(folder, lambda tensors: tensors.update(added))
+
+    def act(folder):
+        change_tensors(folder, lambda tensors: tensors.update(added))
+        change_json(folder, CONFIG, target_modules=[*read_json(folder / CONFIG)["target_modules"], "wte", "lm_head"])
+
+    return act
 
 
 @pytest.mark.parametrize(
@@ -330,12 +335,6 @@ def test_ranks_by_pattern_are_checked_by_module(copy):
     set_to(CONFIG, r=4, rank_pattern={"c_attn": 10, r".*\.mlp\..*": 10})(copy)
     problems = {problem.problem.rpartition("c_proj")[2] for problem in check_adapter(copy)}
     assert problems == {" has rank 10, and the configuration says 4"}
-
-
-def test_dora_is_lora_with_magnitudes(copy):
-    set_to(CONFIG, use_dora=True)(copy)
-    put(f"{MODULE}.lora_magnitude_vector", torch.ones(96))(copy)
-    assert check_adapter(copy) == []
 
 
 def test_an_adapter_without_lineage_is_checked_too(gpt2_run, copy, tmp_path):

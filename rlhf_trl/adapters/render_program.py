@@ -1,0 +1,61 @@
+"""The program that `check` runs for a chat template: render a talk as `transformers` does.
+
+Limits its own time and memory. Reads JSON from standard input: the `text` of `chat_template.jinja`, or null, and the
+`settings` of the tokenizer. Ends with 0 where it has rendered; otherwise, the last line of its errors says why not.
+
+    python -I render_program.py < template.json
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from datetime import datetime
+from typing import Any, ClassVar
+
+from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS, BYTES = 2, 2**29
+TALK = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
+
+
+class Generation(Extension):
+    """The tag of `transformers` around what an assistant says."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def main() -> None:
+    given = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **({"ensure_ascii": False} | options))
+    environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.now().strftime}
+    try:
+        own, settings = given["settings"].pop("chat_template", None), given["settings"]
+        named = {"default": own} if isinstance(own, str) else {one["name"]: one["template"] for one in own or ()}
+        template = environment.from_string(named["default"] if given["text"] is None else given["text"])
+        tokens = {key: value.get("content") if isinstance(value, dict) else value
+                  for key, value in settings.items() if key.endswith("_token")}  # fmt: skip
+        for messages, begin in ((TALK[:1], True), (TALK, False), (TALK * 2, False)):
+            template.render(messages=messages, add_generation_prompt=begin, tools=None, documents=None, **tokens)
+    except Exception as error:  # whatever a template raises
+        sys.exit(f"{type(error).__name__}: {str(error)[:200]}")
+
+
+if __name__ == "__main__":
+    main()
