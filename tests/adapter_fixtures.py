@@ -11,7 +11,15 @@ import torch
 from conftest import small_recipe
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 from trl import ModelConfig
 
 from rlhf_trl.data.preprocess import prepare
@@ -110,6 +118,18 @@ def relist(folder: Path, name: str) -> None:
         lineage = read_json(folder / "lineage.json")
         lineage["files"][name] = hash_file(folder / name)
         write_json(folder / "lineage.json", lineage)
+
+
+def as_rewardbench(model: str | Path, prompts: Any, answers: Any) -> torch.Tensor:
+    """Score answers as RewardBench does (scripts/run_v2.py at 05a9005): it knows a model's name and nothing else."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    talks = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, answers, strict=True)]
+    texts = [tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=False) for talk in talks]
+    classifier = AutoModelForSequenceClassification.from_pretrained(model)
+    found = pipeline("text-classification", model=classifier, tokenizer=tokenizer)(
+        texts, batch_size=4, truncation=True, padding=True, max_length=2048, function_to_apply="none",
+        return_token_type_ids=False)  # fmt: skip
+    return torch.tensor([one["score"] for one in found])
 
 
 def write_lie(file: Path) -> None:

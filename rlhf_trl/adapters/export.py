@@ -15,6 +15,7 @@ from itertools import chain as flatten
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from rlhf_trl.adapters import files
-from rlhf_trl.adapters.base import Base, find_base, lora_chain
+from rlhf_trl.adapters.base import Base, find_base, lora_chain, require_stage
 from rlhf_trl.adapters.card import render_card
 from rlhf_trl.adapters.check import require_sound
 from rlhf_trl.adapters.combine import combine
@@ -40,6 +41,11 @@ from rlhf_trl.run.files import read_json, read_jsonl, staged, write_json, write_
 from rlhf_trl.run.layout import RunDir
 
 PROBE_PAIRS = 4  # of the held-out data, whose texts are the probe
+TALK = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
+# A template that writes what another one does, up to the last end token.
+ENDED = """\
+{{% set text %}}{{{{ '' }}}}{template}{{{{ '' }}}}{{% endset %}}{{% set parts = text.rpartition(eos_token) %}}
+{{{{ text if add_generation_prompt else (parts[0] if parts[1] else text) + eos_token }}}}"""
 
 
 def export(
@@ -59,10 +65,8 @@ def export(
             adapters cannot be combined exactly; the base is large and has no public id; the export does not do what
             the run's adapter does, or names a place on this machine.
     """
-    recipe = run.recorded_recipe()
-    if stage not in recipe.stages:
-        raise UserError(str(run.root), f"there is no stage {stage!r}", f"the stages are: {', '.join(recipe.stages)}")
     files.require_new(out)
+    recipe = require_stage(run, stage)
     stages = lora_chain(recipe, stage)
     _require_current(recipe, run, stage)
     base = find_base(recipe, run, stages[0], base_id, revision, ship)
@@ -75,6 +79,9 @@ def export(
             (folder / files.BASE).mkdir()
             for file in flatten(*map(base.folder.glob, MODEL_FILES)):
                 shutil.copyfile(file, folder / files.BASE / file.name)
+            if kind == "reward":
+                config = read_json(folder / files.BASE_CONFIG)
+                write_json(folder / files.BASE_CONFIG, config | one_score(tokenizer))
         probe, rounding = _probe(run, stages, base, kind, tokenizer)
         write_json(folder / files.PROBE, probe)
         verification = verify(folder, kind, base.folder, base.id, base.revision)
@@ -96,7 +103,7 @@ def _require_current(recipe: Recipe, run: RunDir, stage: str) -> None:
     """Refuse a stage if it, or one that it rests on, is not finished, not current, or older than its own parent."""
     names = [*recipe.parents(stage), stage]
     for name in names:
-        run.require(recipe, name, f"train RECIPE {name}")
+        require_stage(run, name)
     for name in names:
         for parent in (recipe.stages[name].init, recipe.stages[name].reward):
             if parent is not None and run.finished(name) < run.finished(parent):
@@ -106,11 +113,10 @@ def _require_current(recipe: Recipe, run: RunDir, stage: str) -> None:
 
 def _require_no_date(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a chat template that renders a text differently on another day: scores would change with it."""
-    text = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
     days = set()
     for day in ("Monday", "Tuesday"):
         template = f"{{%- macro strftime_now(format) -%}}{day}{{%- endmacro -%}}{tokenizer.chat_template}"
-        days.add(tokenizer.apply_chat_template(text, tokenize=False, chat_template=template))
+        days.add(tokenizer.apply_chat_template(TALK, tokenize=False, chat_template=template))
     if len(days) > 1:
         remedy = "give the tokenizer a template that does not call strftime_now, and prepare again"
         raise UserError("chat template", "the template writes today's date", remedy)
@@ -146,15 +152,32 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path)
     """Save a tokenizer without the place that it was read from.
 
     That of a reward model pads on the right: models with learned positions, such as GPT-2, take padding on the left
-    for text.
+    for text. A plain call of it on a text of its template gives the tokens that `score` reads.
     """
     tokenizer.padding_side = "right" if kind == "reward" else "left"
+    if kind == "reward":
+        _read_as_scored(tokenizer)
     tokenizer.save_pretrained(folder)
     tokenizer.padding_side = "left"
     settings = read_json(folder / files.TOKENIZER_CONFIG)
     for key in ("is_local", "local_files_only", "name_or_path"):
         settings.pop(key, None)
     write_json(folder / files.TOKENIZER_CONFIG, settings)
+
+
+def _read_as_scored(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a conversation end on its end token, whatever its template writes behind that, and add no tokens to it."""
+    text = tokenizer.apply_chat_template(TALK, tokenize=False)
+    if not text.endswith(tokenizer.eos_token):
+        tokenizer.chat_template = ENDED.format(template=tokenizer.chat_template.removesuffix("\n"))
+    if tokenizer(text).input_ids != tokenizer(text, add_special_tokens=False).input_ids:
+        tokenizer.add_bos_token = tokenizer.add_eos_token = False
+
+
+def one_score(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The settings of a model with which a classifier, and a pipeline, of `transformers` gives one score."""
+    return {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression",
+            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
 
 
 def _probe(
@@ -174,8 +197,7 @@ def _probe(
     rounding = None
     if len(stages) > 1 and run.model(stages[-2]).exists():
         started = _outputs(run.model(stages[-2]), adapters[-1:], kind, tokenizer, texts)
-        values = zip(flatten(*found), flatten(*started), strict=True)
-        rounding = {"difference": max(abs(one - other) for one, other in values)}
+        rounding = {"difference": float(np.max(np.abs(np.hstack(found) - np.hstack(started))))}
     rows = [{"input_ids": ids, "outputs": values} for ids, values in zip(texts, found, strict=True)]
     return {"kind": kind, "dtype": "float32", "rows": rows}, rounding
 

@@ -40,7 +40,9 @@ def main() -> None:
     exec(sys.stdin.read(), names)  # defines `tokenizer` and `model`
     auto, options, padding = transformers.AutoModelForCausalLM, {}, names["tokenizer"].pad_token_id
     if kind == "reward":
-        auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1, "pad_token_id": padding}
+        auto = transformers.AutoModelForSequenceClassification
+        if not Path(folder, "base").exists():  # one that is shipped says so itself
+            options = {"num_labels": 1, "pad_token_id": padding}
     models = {"peft": names["model"], "direct": auto.from_pretrained(folder, dtype="float32", **options)}
     probe = json.loads(Path(folder, "probe.json").read_text(encoding="utf-8"))
     rows = [torch.tensor(row["input_ids"]) for row in probe["rows"]]

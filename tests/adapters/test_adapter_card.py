@@ -150,6 +150,11 @@ def test_texts_cannot_act_in_the_card(run):
     assert r"# \<b\>x\</b\>: \[a\](b)" in card
 
 
+@pytest.mark.parametrize(("rank", "said"), [(8, "--max-lora-rank 8 "), (24, "--max-lora-rank 32 "), (600, "merged")])
+def test_the_rank_that_vllm_needs_is_said(run, rank, said):
+    assert said in render(*run, run[0].policies[0], rank=rank)[0]
+
+
 def test_the_front_matter_is_valid_yaml(run):
     from ruamel.yaml import YAML
 
@@ -157,6 +162,16 @@ def test_the_front_matter_is_valid_yaml(run):
     front = YAML(typ="safe", pure=True).load(card.split("---")[1])
     assert front["base_model"] == BASE["id"]
     assert front["datasets"] == ["Anthropic/hh-rlhf"]
+    assert front["base_model_relation"] == "adapter"
+    results = front["model-index"][0]["results"]
+    found = {metric["type"]: metric for result in results for metric in result["metrics"]}
+    assert set(found) == {"gold_gain", "reward_gain", "kl", "win_rate"}
+    assert found["kl"]["value"] == read_json(run[1].metrics)["policies"][run[0].policies[0]]["kl"]["mean"]
+    assert all(re.search(r": .*\[.*, .*\]$", one["name"]) for one in found.values())
+    assert results[0]["dataset"] == {"name": "Anthropic/hh-rlhf", "type": "Anthropic/hh-rlhf"}
+    card, _ = render(*run, run[0].reward_stages[0])
+    front = YAML(typ="safe", pure=True).load(card.split("---")[1])
+    assert front["model-index"][0]["results"][0]["metrics"][0]["type"] == "accuracy"
     card, _ = render(*run, run[0].policies[0], base={**BASE, "id": None, "shipped": True, "stage": "sft"})
     front = YAML(typ="safe", pure=True).load(card.split("---")[1])
     assert "base_model" not in front

@@ -1,13 +1,15 @@
 """Exports: what others load is what the run trained, and says where it comes from and how good it is."""
 
+import json
 import os
 import re
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-from adapter_fixtures import ADAPTER, COMMIT, CONFIG, ID, change_tensors, write_base, write_run
+from adapter_fixtures import ADAPTER, COMMIT, CONFIG, ID, as_rewardbench, change_tensors, write_base, write_run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -17,8 +19,8 @@ from trl import ModelConfig
 import rlhf_trl
 from rlhf_trl.adapters import export as adapter_export
 from rlhf_trl.adapters.combine import combine
-from rlhf_trl.adapters.export import export
-from rlhf_trl.adapters.verify import loading_lines
+from rlhf_trl.adapters.export import export, write_tokenizer
+from rlhf_trl.adapters.verify import loading_lines, verify
 from rlhf_trl.models.base import load_classifier, start_path
 from rlhf_trl.models.rewards import RewardModel, load_reward_model, score_completions
 from rlhf_trl.models.tokenizer import encode, set_up_tokenizer
@@ -153,6 +155,15 @@ def test_an_export_that_differs_from_the_run_is_refused(gpt2_run, tmp_path, monk
     with pytest.raises(UserError, match="the outputs of the export differ"):
         export(gpt2_run[2], "dpo", tmp_path / "out", ID, COMMIT)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_no_number_does_not_pass(gpt2_run, policy_export, tmp_path):
+    folder = shutil.copytree(policy_export, tmp_path / "adapter")
+    probe = read_json(folder / "probe.json")
+    probe["rows"][1]["outputs"][2] = float("nan")
+    (folder / "probe.json").write_text(json.dumps(probe))
+    with pytest.raises(UserError, match="differ from the adapter's by up to nan"):
+        verify(folder, "policy", gpt2_run[0], ID, COMMIT)
 
 
 def test_the_files_are_the_same_every_time(gpt2_run, policy_export, tmp_path):
@@ -291,19 +302,41 @@ def test_every_way_to_a_score_gives_the_same(shipped, trained, monkeypatch):
     same(score_completions(in_run, model.tokenizer, prompts, ids), "the rewards of GRPO and PPO")
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    one_score = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": torch.float32}
-    base = AutoModelForSequenceClassification.from_pretrained(folder / "base", **one_score)
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "base")  # which says that there is one score
     texts = ["".join(map(tokenizer.decode, row)) for row in rows]
     monkeypatch.chdir(folder)  # where `./base` is
+    same(as_rewardbench(".", prompts, answers), "RewardBench, in the folder")
     ways = {
         "peft": PeftModel.from_pretrained(base, folder).eval(),
-        "transformers": AutoModelForSequenceClassification.from_pretrained(".", **one_score).eval(),
+        "transformers": AutoModelForSequenceClassification.from_pretrained(".").eval(),
     }
     for side in ("right", "left"):
         batch = tokenizer(texts, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
         for name, way in ways.items():
             with torch.no_grad():
                 same(way(**batch).logits[:, 0], f"{name}, padded on the {side}")
+
+
+@pytest.mark.parametrize("behind", ["", "\n", "<end>"])
+@pytest.mark.parametrize("begin", [False, True])
+def test_a_plain_call_of_an_exported_tokenizer_gives_the_tokens_that_are_scored(gpt2_run, tmp_path, behind, begin):
+    """Of a tokenizer like Llama's, which adds a beginning, with a template that may write one, and more at the end."""
+    run = gpt2_run[2]
+    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+    tokenizer.bos_token, tokenizer.add_bos_token = tokenizer.pad_token, True
+    assert len(tokenizer("a").input_ids) == len(tokenizer("a", add_special_tokens=False).input_ids) + 1
+    more = f"{{% if not add_generation_prompt %}}{{{{ {behind!r} }}}}{{% endif %}}\n"
+    tokenizer.chat_template = ("{{ bos_token }}" if begin else "\n") + tokenizer.chat_template + more
+    prompts, answers = pairs_of(run)
+    pairs = list(zip(prompts, answers, strict=True))
+    expected = [list(chain(*encode(tokenizer, *pair))) for pair in pairs]
+    for _ in range(2):  # an export, and a merge of it
+        write_tokenizer(tokenizer, "reward", tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    talks = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in pairs]
+    assert tokenizer(tokenizer.apply_chat_template(talks, tokenize=False)).input_ids == expected
+    tokenizer = set_up_tokenizer(str(tmp_path), {})
+    assert list(chain(*encode(tokenizer, *pairs[0]))) == expected[0]
 
 
 def test_scores_do_not_depend_on_the_date(gpt2_run, tmp_path, monkeypatch):
