@@ -32,7 +32,7 @@ def test_a_command_on_a_page_is_real(line):
     if words[0] == "accelerate":
         assert (ROOT / words[words.index("--config_file") + 1]).exists()
         words = ["rlhf-trl", *words[words.index("rlhf_trl") + 1 :]]
-    if words[1] in ("adapter", "chat", "score"):
+    if words[1] in ("adapter", "answer", "chat", "score"):
         done = command(*words[1 : 3 if words[1] == "adapter" else 2], "--help", cwd=ROOT)
         assert done.returncode == 0
         assert all(word in done.stdout for word in words if word.startswith("--"))

@@ -33,6 +33,15 @@ class Base:
         return self.id or f"./{BASE}"
 
 
+def require_stage(run: RunDir, stage: str) -> Recipe:
+    """Return the recipe of a run; a UserError where it has no such stage, or has not finished it."""
+    recipe = run.recorded_recipe()
+    if stage not in recipe.stages:
+        raise UserError(str(run.root), f"there is no stage {stage!r}", f"the stages are: {', '.join(recipe.stages)}")
+    run.require(recipe, stage, f"train RECIPE {stage}")
+    return recipe
+
+
 def lora_chain(recipe: Recipe, stage: str) -> list[str]:
     """List the stages whose adapters lie on one base, the lowest first, up to `stage`, which must have one."""
     if not recipe.model_block(stage).get("use_peft"):

@@ -9,29 +9,35 @@ id, from the local cache or the Hub.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf_trl.adapters.check import require_sound
+from rlhf_trl.adapters.base import require_stage
+from rlhf_trl.adapters.check import notes, require_sound
 from rlhf_trl.adapters.files import BASE, CONFIG, LINEAGE, TOKENIZER_CONFIG
-from rlhf_trl.models.base import fetch, load_causal, load_classifier, prompt_room
+from rlhf_trl.models import rewards
+from rlhf_trl.models.base import fetch, load_causal, load_classifier, prompt_room, start_path
+from rlhf_trl.models.policies import base_block
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import sample
-from rlhf_trl.models.tokenizer import Messages, set_up_tokenizer
+from rlhf_trl.models.tokenizer import Messages, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Decoding
 from rlhf_trl.run.files import read_json
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.text.display import first_line, visible
 
 KINDS = {"CAUSAL_LM": "a policy", "SEQ_CLS": "a reward model"}
-# What `peft` raises at settings that it cannot use.
-REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
 @dataclass
@@ -42,8 +48,22 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     lineage: dict[str, Any] | None  # None for an adapter that was not exported here
 
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Answer as the base alone, as long as this lasts."""
+        if not isinstance(self.model, PeftModel):
+            raise UserError("--base-only", "the policy was fine-tuned whole: it has no adapter", "leave it out")
+        context: AbstractContextManager[None] = self.model.disable_adapter()
+        return context
+
     def answer(self, prompt: Messages, max_new_tokens: int = 256, temperature: float = 1.0, seed: int = 0) -> str:
-        """Answer a conversation that ends on a user turn; the same seed gives the same answer.
+        """Answer one conversation, as `answer_all`."""
+        return self.answer_all([prompt], max_new_tokens, temperature, seed)[0]
+
+    def answer_all(
+        self, prompts: Sequence[Messages], max_new_tokens: int = 256, temperature: float = 1.0, seed: int = 0,
+        batch_size: int = 16, progress: str = "",
+    ) -> list[str]:  # fmt: skip
+        """Answer conversations that end on a user turn; a seed and a prompt fix the answer, whatever the others are.
 
         A prompt that leaves no room for `max_new_tokens` loses its beginning; temperature 0 takes the likeliest token.
 
@@ -52,8 +72,9 @@ class Policy:
         """
         room = prompt_room(self.model, max_new_tokens)
         decoding = Decoding(temperature=temperature)
-        found = sample(self.model, self.tokenizer, [prompt], max_new_tokens, 1, seed, decoding, max_prompt_tokens=room)
-        return found[0].text
+        found = sample(self.model, self.tokenizer, prompts, max_new_tokens, batch_size, seed, decoding,
+                       max_prompt_tokens=room, progress=progress)  # fmt: skip
+        return [one.text for one in found]
 
 
 class Conversation:
@@ -71,23 +92,40 @@ class Conversation:
         return visible(answer)
 
 
-def load_policy(folder: str | Path, base: str | Path | None = None, dtype: str = "auto") -> Policy:
+def load_policy(
+    folder: str | Path, base: str | Path | None = None, dtype: str = "auto", stage: str | None = None
+) -> Policy:
     """Load a policy adapter on its base, ready to answer, on the accelerator if there is one.
 
     Args:
         base: a folder with the base, instead of the one that the adapter names.
         dtype: `auto` is that of the base's weights.
+        stage: of a run, whose folder is given instead of an adapter's.
 
     Raises:
         AdapterError: with everything that is wrong with the adapter, or with this base for it.
         UserError: it is a reward adapter, or the base cannot be reached.
     """
+    if stage is not None:
+        return _load_stage(RunDir(Path(folder)), stage)
     lineage = Path(folder) / LINEAGE
     return Policy(*_load(Path(folder), base, "CAUSAL_LM", dtype), read_json(lineage) if lineage.exists() else None)
 
 
-def load_reward_model(folder: str | Path, base: str | Path | None = None) -> RewardModel:
+def _load_stage(run: RunDir, stage: str) -> Policy:
+    recipe = require_stage(run, stage)
+    tokenizer, adapted = recorded_tokenizer(recipe, run), bool(recipe.model_block(stage).get("use_peft"))
+    path = start_path(recipe, run, stage) if adapted else str(run.model(stage))
+    model: Any = load_causal(path, ModelConfig(**base_block(recipe, stage)), tokenizer)
+    model = PeftModel.from_pretrained(model, run.adapter(stage)) if adapted else model
+    return Policy(model.to(PartialState().device).eval(), tokenizer, None)
+
+
+def load_reward_model(folder: str | Path, base: str | Path | None = None, stage: str | None = None) -> RewardModel:
     """Load a reward adapter on its base in float32, ready to score, as `load_policy` a policy."""
+    if stage is not None:
+        run = RunDir(Path(folder))
+        return rewards.load_reward_model(require_stage(run, stage), run, stage)
     model, tokenizer = _load(Path(folder), base, "SEQ_CLS", "float32")
     return RewardModel(model.requires_grad_(False), tokenizer)
 
@@ -115,12 +153,20 @@ def _load(folder: Path, base: str | Path | None, task: str, dtype: str) -> tuple
         raise UserError(str(folder), problem, "use the other command, or load function")
     if path != folder / BASE:  # which was checked with the adapter
         require_sound(folder, path)
-    tokenizer = set_up_tokenizer(str(folder if (folder / TOKENIZER_CONFIG).exists() else path), {})
+    for note in notes(folder):
+        warnings.warn(f"{folder}: {note}", stacklevel=3)
     load = load_classifier if task == "SEQ_CLS" else load_causal
-    model = load(str(path), ModelConfig(dtype=dtype), tokenizer)
     try:
-        adapted = PeftModel.from_pretrained(model, folder)
-    except REFUSALS as error:
+        tokenizer = set_up_tokenizer(str(folder if (folder / TOKENIZER_CONFIG).exists() else path), {})
+        adapted = PeftModel.from_pretrained(load(str(path), ModelConfig(dtype=dtype), tokenizer), folder)
+        adapted = adapted.to(PartialState().device).eval()
+        with torch.no_grad():
+            ids = tokenizer("Hello.", return_tensors="pt").input_ids
+            if not adapted(input_ids=ids.to(adapted.device)).logits.isfinite().all():
+                raise ValueError("the outputs are no finite numbers")
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the libraries make of files that others wrote
         problem = f"the adapter cannot be laid on its base: {first_line(error)}"
         raise UserError(str(folder), problem, "ask its author for another one") from error
-    return adapted.to(PartialState().device).eval(), tokenizer
+    return adapted, tokenizer

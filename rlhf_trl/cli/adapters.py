@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -54,13 +55,15 @@ def merge_command(folder: options.Folder, out: options.Out, base: options.Base =
 @adapter_app.command("check")
 def check_command(folder: options.Folder, base: options.Base = None) -> None:
     """Find everything that is wrong with an adapter, without loading it."""
-    from rlhf_trl.adapters.check import check_adapter
+    from rlhf_trl.adapters.check import check_adapter, notes
 
     problems = check_adapter(folder, base)
     if problems:
         print(*problems, sep="\n")
         raise typer.Exit(1)
     print(f"{folder}: no problem found")
+    for note in notes(folder):
+        print(f"note: {note}")
 
 
 @adapter_app.command("push")
@@ -123,6 +126,40 @@ def chat(
                 print(f"{name}> {talk.reply(line.strip())}", flush=True)
 
 
+def answer(
+    folder: options.Folder,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines of prompts.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the answers.")],
+    base: options.Base = None,
+    stage: options.Stage = None,
+    base_only: Annotated[bool, typer.Option("--base-only", help="Answer without the adapter.")] = False,
+    form: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="jsonl, alpaca_eval, arena_hard or mt_bench.")
+    ] = "jsonl",
+    name: Annotated[str | None, typer.Option("--name", help="Of the model, in the answers; DIR's by default.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")
+    ] = 1024,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the most likely token.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed and prompt give the same answer.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at once.")] = 16,
+) -> None:
+    """Answer a file of prompts with a policy. A second start goes on where the first one ended."""
+    from rlhf_trl.adapters.answer import FORMS, answer_file
+    from rlhf_trl.adapters.load import load_policy
+
+    if form not in FORMS:
+        raise UserError("--format", f"there is no format {form!r}", f"give one of: {', '.join(FORMS)}")
+    if not file.is_file():
+        raise UserError(str(file), "there is no such file", "give a file of JSON lines")
+    policy = load_policy(folder, base, stage=stage)
+    name = name or (stage or folder.resolve().name) + ("-base" if base_only else "")
+    with policy.without_adapter() if base_only else contextlib.nullcontext():
+        done = answer_file(policy, file, out, form, name, batch_size, max_new_tokens=max_new_tokens,
+                           temperature=temperature, seed=seed)  # fmt: skip
+    print(f"{out}: {done['rows']} rows, {done['kept']} of them from an earlier start", file=sys.stderr)
+
+
 def score(
     folder: options.Folder,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines of pairs, or of prompt and completion.")],
@@ -130,6 +167,7 @@ def score(
         Path | None, typer.Option("--out", metavar="FILE", help="Write the scores here instead of to the terminal.")
     ] = None,
     base: options.Base = None,
+    stage: options.Stage = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at once.")] = 16,
 ) -> None:
     """Score pairs or single answers with a reward adapter."""
@@ -138,7 +176,7 @@ def score(
 
     if not file.is_file():
         raise UserError(str(file), "there is no such file", "give a file of JSON lines")
-    rows = score_file(load_reward_model(folder, base), file, batch_size)
+    rows = score_file(load_reward_model(folder, base, stage), file, batch_size)
     if out is not None:
         write_jsonl(out, rows)
     for row in rows if out is None else ():

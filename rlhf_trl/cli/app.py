@@ -18,7 +18,7 @@ import typer
 
 from rlhf_trl import __version__
 from rlhf_trl.cli import options
-from rlhf_trl.cli.adapters import adapter_app, chat, score
+from rlhf_trl.cli.adapters import adapter_app, answer, chat, score
 from rlhf_trl.cli.options import RUNS
 from rlhf_trl.cli.run import (
     find_run,
@@ -259,5 +259,5 @@ def report(
     print(lay_beside(RunDir(Path(recipe)), RunDir(beside)))
 
 
-for command in (run, status, chat, score):
+for command in (run, status, chat, answer, score):
     app.command()(command)

@@ -36,3 +36,6 @@ Base = Annotated[
     Path | None,
     Option("--base", metavar="PATH", help="A folder with the base, instead of the one that the adapter names."),
 ]
+Stage = Annotated[
+    str | None, Option("--stage", metavar="STAGE", help="DIR is a run, and this the stage of it whose model is used.")
+]

@@ -165,7 +165,7 @@ def test_the_front_matter_is_valid_yaml(run):
     assert front["base_model_relation"] == "adapter"
     results = front["model-index"][0]["results"]
     found = {metric["type"]: metric for result in results for metric in result["metrics"]}
-    assert set(found) == {"gold_gain", "reward_gain", "kl", "win_rate"}
+    assert set(found) == {"reward_gain", "kl", "win_rate"}
     assert found["kl"]["value"] == read_json(run[1].metrics)["policies"][run[0].policies[0]]["kl"]["mean"]
     assert all(re.search(r": .*\[.*, .*\]$", one["name"]) for one in found.values())
     assert results[0]["dataset"] == {"name": "Anthropic/hh-rlhf", "type": "Anthropic/hh-rlhf"}

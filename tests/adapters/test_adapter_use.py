@@ -1,5 +1,6 @@
 """Using adapters: `chat`, `score`, the load functions and the commands."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from adapter_fixtures import write_base
+from adapter_fixtures import change_json, write_base
 from conftest import ROOT
 
 import rlhf_trl
@@ -54,6 +55,31 @@ def test_what_cannot_be_loaded_is_named(gpt2_run, policy_export, tmp_path, monke
     monkeypatch.setattr("rlhf_trl.adapters.load.PeftModel.from_pretrained", refuse)
     with pytest.raises(UserError, match="the adapter cannot be laid on its base: KeyError"):
         rlhf_trl.load_policy(policy_export, gpt2_run[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("base/config.json", {"model_type": "nobody"}),
+        ("base/config.json", {"n_head": 7}),
+        ("base/config.json", {"n_embd": 48}),
+        ("base/config.json", {"n_inner": "x"}),
+        ("base/generation_config.json", {"eos_token_id": "x", "temperature": []}),
+        ("tokenizer.json", {"model": None}),
+        ("tokenizer_config.json", {"eos_token": None, "pad_token": 7}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": "y"}}),
+    ],
+)
+def test_files_that_the_libraries_cannot_use_are_no_traceback(gpt2_run, policy_export, tmp_path, file, values):
+    folder = shutil.copytree(policy_export, tmp_path / "adapter")
+    (folder / "lineage.json").unlink()
+    (folder / "base").mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copyfile(gpt2_run[0] / name, folder / "base" / name)
+    change_json(folder, "adapter_config.json", base_model_name_or_path="./base", revision=None)
+    change_json(folder, file, **values)
+    with contextlib.suppress(UserError):
+        rlhf_trl.load_policy(folder).answer(PROMPT, max_new_tokens=2)
 
 
 # --- chat
@@ -175,3 +201,30 @@ def test_export_list_and_merge_from_the_command_line(gpt2_run, policy_export, tm
     assert "no export" in command("adapter", "list", tmp_path / "none").stdout
     command("adapter", "merge", policy_export, tmp_path / "merged", "--base", base)
     assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+# --- answer, and the models of a run
+
+
+def test_a_batch_gives_the_answers_of_each_alone(policy):
+    prompts = [PROMPT, [{"role": "user", "content": "Why? " * 9}], [{"role": "user", "content": "Tell me."}]]
+    alone = [policy.answer(prompt, max_new_tokens=6, seed=3) for prompt in prompts]
+    assert policy.answer_all(prompts, max_new_tokens=6, seed=3, batch_size=2) == alone
+
+
+def test_the_models_of_a_run_answer_and_score_as_their_exports(gpt2_run, policy, reward_model, tmp_path):
+    run = gpt2_run[2]
+    in_run = rlhf_trl.load_policy(run.root, stage="dpo")
+    assert in_run.answer(PROMPT, 6, 0.0) == policy.answer(PROMPT, 6, 0.0)
+    found = rlhf_trl.load_reward_model(run.root, stage="rm").score([PROMPT], ["Because."], [True])
+    torch.testing.assert_close(found, reward_model.score([PROMPT], ["Because."], [True]), atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="there is no stage 'nobody'"):
+        rlhf_trl.load_policy(run.root, stage="nobody")
+    write_jsonl(tmp_path / "prompts.jsonl", ["Why?"])
+    out = tmp_path / "answers.jsonl"
+    command("answer", run.root, tmp_path / "prompts.jsonl", "--stage", "dpo", "--base-only", "--out", out,
+            "--max-new-tokens", "4")  # fmt: skip
+    (row,) = read_jsonl(out)
+    assert row["model"] == "dpo-base"
+    with policy.without_adapter():
+        assert policy.answer(PROMPT, 6, 0.0)

@@ -1,0 +1,129 @@
+"""`answer`: what a policy says to a file of prompts, in the form that a benchmark of policies reads.
+
+Reads JSON lines: texts, or rows with `prompt`, `instruction` (and `input`), `question`, `messages`, or `turns` of
+several questions. Keeps what is done in `OUT.partial`, and goes on there; writes OUT when all is done.
+
+    rlhf-trl answer shared/demo-grpo prompts.jsonl --out answers.jsonl
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_trl.adapters.load import Policy
+from rlhf_trl.adapters.score import read_lines
+from rlhf_trl.models.tokenizer import Messages
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.run.files import write_json, write_jsonl
+
+# Batches that are lost at most when the program ends.
+BATCHES = 4
+ASKED = ("turns", "messages", "prompt", "instruction", "question")
+
+
+def answer_file(
+    policy: Policy, path: Path, out: Path, form: str, name: str, batch_size: int, **how: Any
+) -> dict[str, int]:
+    """Answer every line of a file, each question of a row after the other; the same seed gives the same answers.
+
+    Args:
+        form: a key of `FORMS`.
+        name: of the model, as the benchmark shows it.
+        how: `max_new_tokens`, `temperature` and `seed` of `Policy.answer_all`, of which every turn gets an answer.
+
+    Returns:
+        The number of `rows`, and of those that were `kept` from an earlier start.
+
+    Raises:
+        UserError: a line cannot be read, or the earlier start was another one.
+    """
+    rows = [(raw, *_read(raw, f"{path}:{number}")) for number, raw in read_lines(path)]
+    partial = out.with_name(f"{out.name}.partial")
+    begun = hashlib.sha256(f"{path.read_text(encoding='utf-8')}{name}{sorted(how.items())}".encode()).hexdigest()
+    done = _resume(partial, begun)
+    kept = len(done)
+    with partial.open("a", encoding="utf-8") as file:
+        for first in range(kept, len(rows), BATCHES * batch_size):
+            talks = [(list(start), turns) for _, start, turns in rows[first : first + BATCHES * batch_size]]
+            answers = _answer(policy, talks, batch_size, how)
+            file.write("".join(json.dumps(one) + "\n" for one in answers))
+            file.flush()
+            done += answers
+    written = [FORMS[form](raw, turns, answers, name) for (raw, _, turns), answers in zip(rows, done, strict=True)]
+    (write_json if form == "alpaca_eval" else write_jsonl)(out, written)
+    partial.unlink()
+    return {"rows": len(rows), "kept": kept}
+
+
+def _resume(partial: Path, begun: str) -> list[list[str]]:
+    """Read what an earlier start has done, without a line that it was ended in."""
+    lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else [begun, ""]
+    if lines[0] != begun:
+        remedy = "give the same file, model and options, or remove it"
+        raise UserError(str(partial), "holds answers of another file, model, or way of sampling", remedy)
+    whole = [line for line in lines[1:-1] if line]
+    partial.write_text("".join(f"{line}\n" for line in (begun, *whole)), encoding="utf-8")
+    return [json.loads(line) for line in whole]
+
+
+def _answer(
+    policy: Policy, talks: list[tuple[Messages, list[str]]], batch_size: int, how: Mapping[str, Any]
+) -> list[list[str]]:
+    answers: list[list[str]] = [[] for _ in talks]
+    for turn in range(max(len(turns) for _, turns in talks)):
+        asked = [place for place, (_, turns) in enumerate(talks) if turn < len(turns)]
+        for place in asked:
+            talks[place][0].append({"role": "user", "content": talks[place][1][turn]})
+        found = policy.answer_all([talks[place][0] for place in asked], batch_size=batch_size, **how)
+        for place, text in zip(asked, found, strict=True):
+            talks[place][0].append({"role": "assistant", "content": text})
+            answers[place].append(text)
+    return answers
+
+
+def _read(raw: Any, place: str) -> tuple[Messages, list[str]]:
+    """Return the messages before the first question of a row, and its questions."""
+    row = {"prompt": raw} if isinstance(raw, str) else raw if isinstance(raw, dict) else {}
+    asked = next((row[key] for key in ASKED if row.get(key)), None)
+    if isinstance(asked, str):
+        return [], [f"{asked}\n\n{row['input']}" if row.get("input") and "instruction" in row else asked]
+    if isinstance(asked, list) and all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in asked):
+        if asked[-1].get("role", "user") == "user" and any("role" in one for one in asked):
+            return [{"role": one["role"], "content": one["content"]} for one in asked[:-1]], [asked[-1]["content"]]
+        asked = [one["content"] for one in asked if "role" not in one]
+    if not isinstance(asked, list) or not asked or not all(isinstance(one, str) for one in asked):
+        problem = "there is no prompt in the line"
+        raise UserError(place, problem, f"give a text, or a row with one of: {', '.join(ASKED)}")
+    return [], asked
+
+
+def _choices(raw: Any, _: list[str], answers: list[str], name: str) -> dict[str, Any]:
+    return {"question_id": raw.get("question_id"), "answer_id": uuid.uuid4().hex, "model_id": name,
+            "choices": [{"index": 0, "turns": answers}], "tstamp": time.time()}  # fmt: skip
+
+
+def _messages(raw: Any, turns: list[str], answers: list[str], name: str) -> dict[str, Any]:
+    talk = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": {"answer": answers[0]}}]
+    return {"uid": raw.get("uid"), "ans_id": uuid.uuid4().hex, "model": name, "messages": talk, "tstamp": time.time()}
+
+
+def _plain(raw: Any, _: list[str], answers: list[str], name: str) -> dict[str, Any]:
+    row = raw if isinstance(raw, dict) else {"prompt": raw}
+    return {**row, "model": name, "answer": answers[0] if len(answers) == 1 else answers}
+
+
+def _alpaca(raw: Any, turns: list[str], answers: list[str], name: str) -> dict[str, Any]:
+    kept = {"dataset": raw["dataset"]} if isinstance(raw, dict) and "dataset" in raw else {}
+    return {"instruction": turns[0], "output": answers[0], "generator": name, **kept}
+
+
+# Form -> how a row of it is made; all are JSON lines, but for that of AlpacaEval, which is one list.
+FORMS: dict[str, Callable[[Any, list[str], list[str], str], dict[str, Any]]] = {
+    "jsonl": _plain, "alpaca_eval": _alpaca, "arena_hard": _messages, "mt_bench": _choices,
+}  # fmt: skip
