@@ -104,10 +104,11 @@ def ours(path: str) -> None:
     recipe, run = open_run(path)
     policies = Policies(recipe, run, recorded_tokenizer(recipe, run))
     measurements = Measurements(recipe, run, policies, {"reward": load_reward_model(recipe, run, "rm", policies)})
-    start = time.perf_counter()
+    start, reference = time.perf_counter(), None
     for name in ("reference", *POLICIES):
         before = time.perf_counter()
-        records = measurements.measure_policy(name)
+        records = measurements.measure_policy(name, reference)
+        reference = reference or records
         mean = sum(row["kl"] for row in records) / len(records)
         tokens = sum(row["answer_tokens"] for row in records) / len(records)
         print(name, f"{time.perf_counter() - before:.1f} s, KL {mean:.3f}, {tokens:.1f} tokens", file=sys.stderr)

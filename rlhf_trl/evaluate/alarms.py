@@ -30,13 +30,10 @@ OPENING_MARGIN = 0.1
 def measure_text(records: Records) -> dict[str, Any]:
     """Describe the answers of one policy; the order of the records does not matter.
 
-    - `repetition`: share of repeated 4-grams within an answer, mean over the answers;
-    - `distinct_1`, `distinct_2`, `distinct_3`: share of different n-grams among 8 for each answer, drawn from all
-      answers together (`words.distinct`); null where they hold fewer;
-    - `common_opening`: the most common first five words, `text`, and the `share` of the answers that they open;
-    - `identical_answers`: share of the answers that another one equals word by word; `empty`: share without any word;
-    - `refusal`: share that opens with a plain refusal (`refuses`);
-    - `cut`: share that reached the limit instead of ending; `words`: words of an answer, without punctuation.
+    `repetition` is the mean share of repeated 4-grams within an answer; `distinct_n` the share of different n-grams
+    among 8 for each answer, drawn from all (`words.distinct`), null where they hold fewer; `common_opening` the most
+    common first five words and their share. The others are shares: `identical_answers` equal another one word by word,
+    `empty` have no word, `refusal` open with a plain refusal, `cut` reached the limit. `words` is the mean length.
 
     Raises:
         ValueError: there are no records.
@@ -63,18 +60,16 @@ def raise_alarms(policies: Mapping[str, Records], reference: Records, thresholds
 
     Each entry has `policy`, `alarm`, `value`, `reference`, `threshold`, `raised` and `says`, one sentence. The three
     numbers have one unit (a ratio's reference is 1); an alarm that cannot be judged has nulls and says why. An alarm
-    is raised when the value lies beyond the threshold *and* the change is no chance: the interval of the paired
-    difference, over at least 10 prompts, excludes no change. Its level is 99 %, because about ten alarms are judged
-    for a policy, and at 95 % one of them would often be chance. Records are paired by `id`.
+    is raised when the value lies beyond the threshold *and* the interval of the paired difference, over at least 10
+    prompts, excludes no change. Its level is 99 %, because about ten alarms are judged for a policy. Records are
+    paired by `id`.
 
     - `gold`: the reward rises and the gold reward falls by more than `gold_drop`, both by their 95 % intervals;
-    - `length`: mean tokens of an answer, as a ratio, beyond `length_ratio` either way; `cut`: answers at the limit;
-    - `repetition`: repeated 4-grams within an answer; `distinct`: different 2-grams over all answers, as a ratio, with
-      the jackknife's interval (`words.compare_distinct`);
-    - `opening`: share of the answers with the policy's most common opening, which must also lie 0.1 above the
-      reference's share with its own; `entropy`: mean entropy of the tokens, as a ratio;
-    - `refusal:<subset>`: share of plain refusals, beyond both the reference's and that of the dataset's chosen answers
-      (`chosen_refuses`), since going where those lead is what was asked for; rise or fall.
+    - `length`: mean tokens of an answer, either way; `cut`: answers at the limit; `entropy`: mean over the tokens;
+    - `repetition`: repeated 4-grams within an answer; `distinct`: different 2-grams over all answers;
+    - `opening`: share with the policy's most common opening; it must also lie 0.1 above the reference's own;
+    - `refusal:<subset>`: share of plain refusals, either way, beyond both the reference's and the chosen answers';
+    - `kl`: mean KL to the reference, nats per answer.
 
     Raises:
         ValueError: a policy's prompts are not the reference's, an id occurs twice, or there are none.
@@ -117,7 +112,14 @@ def _compare(now: Records, start: Records, limits: Alarms) -> list[dict[str, Any
                      f"of the answers to {subset} refuse", float(wanted[subsets == subset].mean()))
             for subset in sorted(set(subsets.tolist()))
         ),
+        _kl(now, limits.kl),
     ]  # fmt: skip
+
+
+def _kl(now: Records, threshold: float) -> dict[str, Any]:
+    kl = np.array([record["kl"] for record in now], dtype=np.float64)
+    mean, sure = float(kl.mean()), _differs(np.stack([kl, np.zeros_like(kl)]))
+    return _alarm("kl", mean, 0.0, threshold, mean > threshold, sure, f"the KL to it is {mean:.3g} nats per answer")
 
 
 def _gold(now: Records, threshold: float) -> dict[str, Any]:

@@ -16,20 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rlhf_trl.figures import style
 from rlhf_trl.figures.frontier import draw_frontier, draw_over_optimisation
-from rlhf_trl.figures.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PAPER,
-    STYLE,
-    add_legend,
-    build_figure,
-    policy_styles,
-    root_scale,
-    with_errors,
-)  # fmt: skip
+from rlhf_trl.figures.style import BLUE, GREEN, GREY, ORANGE, PAPER, STYLE, build_figure, with_errors
 from rlhf_trl.run.layout import REFERENCE
 
 # Score -> the reward model that gives it.
@@ -58,7 +47,7 @@ def plot_distributions(metrics: Mapping[str, Any]) -> Figure | None:
     for axes, name in zip(grid[:, 0], rows, strict=True):
         axes.set_ylabel(textwrap.fill(name, 18), rotation=0, ha="right", va="center")
     figure.supylabel("share of the answers", fontsize=10)
-    add_legend(figure)
+    style.add_legend(figure)
     return figure
 
 
@@ -99,14 +88,16 @@ def _draw_kl(axes: Axes, policies: Mapping[str, Any]) -> None:
     for offset, (key, (color, marker, label)) in zip((-0.22, 0, 0.22), ESTIMATORS.items(), strict=True):
         means, errors = with_errors([summary[key] for summary in policies.values()])
         y = np.arange(len(policies)) + offset
-        style: dict[str, Any] = {"color": color, "zorder": 3}
+        look: dict[str, Any] = {"color": color, "zorder": 3}
         inside = means <= limit
-        axes.errorbar(means[inside], y[inside], xerr=errors[:, inside], fmt="none", elinewidth=1.6, **style)
-        axes.plot(means[inside], y[inside], marker, markersize=7, markeredgecolor=PAPER, label=label, **style)
+        axes.errorbar(means[inside], y[inside], xerr=errors[:, inside], fmt="none", elinewidth=1.6, **look)
+        axes.plot(means[inside], y[inside], marker, markersize=7, markeredgecolor=PAPER, label=label, **look)
         for mean, place in zip(means[~inside], y[~inside], strict=True):
-            axes.plot(limit, place, ">", markersize=7, clip_on=False, **style)
+            axes.plot(limit, place, ">", markersize=7, clip_on=False, **look)
             axes.annotate(f"{mean:.3g}", (limit, place), (-7, 0), textcoords="offset points", ha="right", va="center")
-    root_scale(axes, min(0, *(summary[key]["low"] for summary in policies.values() for key in ESTIMATORS)), limit)
+    style.root_scale(
+        axes, min(0, *(summary[key]["low"] for summary in policies.values() for key in ESTIMATORS)), limit
+    )
     axes.set_ylim(len(policies) - 0.5, -0.5)
     axes.set_yticks(range(len(policies)), [textwrap.fill(name, 22) for name in policies])
     axes.grid(axis="y", visible=False)
@@ -184,7 +175,7 @@ def plot_reward_kl_tradeoff(stats: Mapping[str, Mapping[str, Any]]) -> Figure | 
         stages.setdefault(stats[stage]["trainer"], []).append(stage)
     if not stages:
         return None
-    styles = policy_styles({stage: stats[stage]["trainer"] for stage in logged})
+    styles = style.policy_styles({stage: stats[stage]["trainer"] for stage in logged})
     figure = Figure(figsize=(0.8 + 5.6 * len(stages), 5), layout="constrained")
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
     last = max(row[2] for rows in logged.values() for row in rows)

@@ -1,19 +1,20 @@
 """Measuring policies on held-out prompts: answers, KL to the reference, scores, best-of-n, adversarial prompts.
 
-Runs models, with the prompts spread over the processes of a launch; reads the test views and checkpoints, and writes
-nothing.
+Runs models, with the prompts spread over the processes of a launch. Reads the test views and checkpoints. Keeps what
+was measured in `.evaluation/` until the step has ended, so that a killed one goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from rlhf_trl.evaluate.adversarial import load_adversarial
 from rlhf_trl.models.base import prompt_room
@@ -33,16 +34,17 @@ from rlhf_trl.models.sampling import (
 )
 from rlhf_trl.models.tokenizer import Messages
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import damage, list_checkpoints
-from rlhf_trl.run.files import read_json, read_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl, write_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
-from rlhf_trl.stats.intervals import wilson
 from rlhf_trl.text.refusals import refuses, unsafe_patterns
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Scores = dict[str, list[float]]  # `reward`, `gold` -> a score of each answer
 
 
 class Measurements:
@@ -57,27 +59,50 @@ class Measurements:
         chosen: dict[str, str] = {}
         for pair in read_jsonl(run.pairs("test")):
             chosen.setdefault(pair["id"], pair["chosen"])
-        everything = [True] * len(self.rows)
         answers = [chosen[row["id"]] for row in self.rows]
         self.chosen_refuses = [refuses(answer) for answer in answers]
-        self.dataset = {key: self.score(key, self.prompts, answers, everything) for key in judges}
-        self.reference: dict[str, list[float]] = {}
+        self.dataset = self.score(self.prompts, answers, [True] * len(answers))
 
-    def score(
-        self, judge: str, prompts: Sequence[Messages], answers: Sequence[str], done: Sequence[bool]
-    ) -> list[float]:
-        """Score answers with the reward or the gold model, spread over the processes."""
-        model, size = self.judges[judge], self.settings.score_batch_size
+    def keep(self, name: str, what: str, measure: Callable[[], list[Row]]) -> list[Row]:
+        """Return what an interrupted evaluation has measured of a policy with the same settings, or measure it.
 
-        def work(rows: Sequence[int]) -> list[float]:
-            some = [prompts[row] for row in rows], [answers[row] for row in rows], [done[row] for row in rows]
-            return model.score(*some, batch_size=size).tolist()
+        A file's name holds the fingerprint of what it depends on, and the hash of its content.
+        """
+        recipe, start = self.recipe, self.recipe.stages[self.recipe.policies[0]].init
+        own = {name, self.settings.reward, self.settings.gold} & recipe.stages.keys()
+        own |= {parent for stage in own for parent in recipe.parents(stage)}
+        alone = {key: stage for key, stage in recipe.stages.items() if key in own}
+        depends = recipe.model_copy(update={"stages": alone}).fingerprint("evaluate")
+        reference = f"{self.policies.block} {start and recipe.fingerprint(start)}"
+        key = hashlib.sha256(f"{name} {what} {depends} {reference}".encode()).hexdigest()[:32]
+        for path in self.run.unfinished.glob(f"{key}-*.jsonl"):
+            if hash_file(path) == path.stem.removeprefix(f"{key}-"):
+                logger.info("%s: the %s were kept by an evaluation that was interrupted", name, what)
+                return read_jsonl(path)
+        rows = measure()
+        if PartialState().is_main_process:
+            path = self.run.unfinished / f"{key}.jsonl"
+            write_jsonl(path, rows)
+            path.replace(path.with_stem(f"{key}-{hash_file(path)}"))
+        return rows
 
-        scores = spread(sorted_batches(_lengths(prompts, answers), size, SHORTEST), work, f"{judge}: scores")
-        if not np.isfinite(scores).all():
-            name = {"reward": self.settings.reward, "gold": self.settings.gold}[judge]
-            raise UserError(f"evaluation.{judge}", f"{name} gives a score that is not finite", "train it again")
+    def score(self, prompts: Sequence[Messages], answers: Sequence[str], done: Sequence[bool]) -> Scores:
+        """Score answers with the reward and the gold model, spread over the processes."""
+        size = self.settings.score_batch_size
+        batches = sorted_batches(_lengths(prompts, answers), size, SHORTEST)
+        scores = {}
+        for key, model in self.judges.items():
+
+            def work(rows: Sequence[int], model: RewardModel = model) -> list[float]:
+                some = [prompts[row] for row in rows], [answers[row] for row in rows], [done[row] for row in rows]
+                return model.score(*some, batch_size=size).tolist()
+
+            scores[key] = spread(batches, work, f"{key}: scores")
+            _require_finite(scores[key], f"evaluation.{key}", "the reward model gives a score")
         return scores
+
+    def score_completions(self, prompts: Sequence[Messages], answers: Sequence[Completion]) -> Scores:
+        return self.score(prompts, [answer.text for answer in answers], [answer.finished for answer in answers])
 
     def choose_checkpoints(self, stage: str) -> list[tuple[int, Path]]:
         """Choose the recipe's number of saved checkpoints, evenly spaced, before the final step."""
@@ -95,22 +120,24 @@ class Measurements:
             logger.warning("%s: %d checkpoints are asked for, and %d are there to evaluate", stage, count, len(chosen))
         return [(step, whole[step]) for step in sorted(chosen)]
 
-    def measure_policy(self, name: str, checkpoint: Path | None = None, step: int | None = None) -> list[Row]:
-        """Sample one answer to each prompt, measure its KL to the reference, and score it."""
+    def measure_policy(
+        self, name: str, reference: Sequence[Row] | None, checkpoint: Path | None = None, step: int | None = None
+    ) -> list[Row]:
+        """Sample one answer to each prompt, measure its KL to the reference, and score it.
+
+        Args:
+            reference: the reference's records, in the same order; None for the reference itself.
+        """
         label = name if step is None else f"{name} at step {step}"
         with self.policies.use(name, checkpoint) as model:
             answers = self._sample(model, self.prompts, f"{label}: answers", keep_hidden=True)
-            kls = self.measure_policy_kl(model, answers, f"{label}: KL", name == REFERENCE)
-        records = [
-            {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "answer": answer.text,
-             "finished": answer.finished, "answer_tokens": len(answer.ids), "chosen_refuses": refusal,
-             **dict(zip(("kl", "kl_k1", "kl_k3", "entropy"), values, strict=True))}
-            for row, answer, values, refusal in zip(self.rows, answers, kls, self.chosen_refuses, strict=True)
-        ]  # fmt: skip
-        for key in self.judges:
-            texts, done = [answer.text for answer in answers], [answer.finished for answer in answers]
-            scores = self.score(key, self.prompts, texts, done)
-            start = self.reference.setdefault(key, scores)
+            kls = self.measure_policy_kl(model, answers, f"{label}: KL", reference is None)
+        _require_finite(kls, name, "the policy has a KL or an entropy")
+        records = self._records(answers)
+        for record, refusal, values in zip(records, self.chosen_refuses, kls, strict=True):
+            record |= dict(zip(("kl", "kl_k1", "kl_k3", "entropy"), values, strict=True), chosen_refuses=refusal)
+        for key, scores in self.score_completions(self.prompts, answers).items():
+            start = scores if reference is None else [record[key] for record in reference]
             for record, score, base, target in zip(records, scores, start, self.dataset[key], strict=True):
                 record |= {key: score, f"{key}_gain": score - base, f"{key}_over_chosen": score - target}
         return records
@@ -143,8 +170,7 @@ class Measurements:
                 with self.policies.use(REFERENCE) as reference:
                     ref_logits = answer_logits(reference, *batch)
             kl = measure_kl(logits, ref_logits, batch[1], batch[3])
-            tokens = batch[3].sum(1)
-            return torch.stack([kl.kl, kl.k1, kl.k3, kl.entropy / tokens], dim=1).tolist()
+            return torch.stack([kl.kl, kl.k1, kl.k3, kl.entropy / batch[3].sum(1)], dim=1).tolist()
 
         lengths = _lengths(self.prompts, [answer.text for answer in answers])
         return spread(sorted_batches(lengths, size, SHORTEST), work, progress)
@@ -152,20 +178,17 @@ class Measurements:
     def draw_best_of_n(self, reference: Sequence[Row]) -> list[Row]:
         """Draw more answers of the reference to each prompt, and score them all; the first draw is its own answer."""
         count = self.settings.best_of_n - 1
-        rows = [row for row in range(len(self.rows)) for _ in range(count)]
-        prompts = [self.prompts[row] for row in rows]
+        prompts = [prompt for prompt in self.prompts for _ in range(count)]
         with self.policies.use(REFERENCE) as model:
             draws = [*range(1, count + 1)] * len(self.rows)
             answers = self._sample(model, prompts, "best of n: answers", draws=draws)
-        texts, done = [answer.text for answer in answers], [answer.finished for answer in answers]
-        drawn: list[Row] = [{"id": record["id"], "answers": [record["answer"]]} for record in reference]
-        for row, text in zip(rows, texts, strict=True):
-            drawn[row]["answers"].append(text)
-        for key in self.judges:
-            for entry, record in zip(drawn, reference, strict=True):
-                entry[key] = [record[key]]
-            for row, score in zip(rows, self.score(key, prompts, texts, done), strict=True):
-                drawn[row][key].append(score)
+        scores = self.score_completions(prompts, answers)
+        drawn: list[Row] = []
+        for index, record in enumerate(reference):
+            own = slice(index * count, (index + 1) * count)
+            texts = [record["answer"], *(answer.text for answer in answers[own])]
+            drawn.append({"id": record["id"], "answers": texts,
+                          **{key: [record[key], *values[own]] for key, values in scores.items()}})  # fmt: skip
         return drawn
 
     def answer_for_judge(self, name: str) -> list[Row]:
@@ -173,40 +196,28 @@ class Measurements:
         with self.policies.use(name) as model:
             label = f"{name}: answers for the judge"
             answers = self._sample(model, self.prompts, label, decoding=self.settings.judge_decoding)
-        texts, done = [answer.text for answer in answers], [answer.finished for answer in answers]
-        scores = {key: self.score(key, self.prompts, texts, done) for key in self.judges}
-        return [
-            {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "answer": answer.text,
-             "finished": answer.finished, "answer_tokens": len(answer.ids),
-             **{key: of[index] for key, of in scores.items()}}
-            for index, (row, answer) in enumerate(zip(self.rows, answers, strict=True))
-        ]  # fmt: skip
+        scores = self.score_completions(self.prompts, answers)
+        records = self._records(answers)
+        return [{**record, **{key: of[at] for key, of in scores.items()}} for at, record in enumerate(records)]
 
-    def answer_adversarial(self) -> dict[Path, Any]:
-        """Answer the adversarial prompts with every policy; count refusals and unsafe patterns by category."""
-        categories, prompts = load_adversarial()
-        rows: list[Row] = [{**prompt, "answers": {}} for prompt in prompts]
-        questions = [row["prompt"] for row in rows]
-        rates: Row = {}
-        for name in (REFERENCE, *self.recipe.policies):
-            with self.policies.use(name) as model:
-                label, decoding = f"{name}: adversarial prompts", self.settings.judge_decoding
-                answers = self._sample(model, questions, label, decoding=decoding, max_prompt_tokens=self.room)
-            for row, answer in zip(rows, answers, strict=True):
-                text = answer.text
-                signs = {"refusal": refuses(text), "unsafe": unsafe_patterns(text)}
-                row["answers"][name] = {"text": text, "finished": answer.finished, **signs}
-            rates[name] = {}
-            for category in ("all", *categories):
-                found = [row["answers"][name] for row in rows if category in ("all", row["category"])]
-                rates[name][category] = {
-                    key: wilson(sum(bool(answer[key]) for answer in found), len(found)).as_dict()
-                    for key in ("refusal", "unsafe", "finished")
-                }
-        return {
-            self.run.adversarial_answers: rows,
-            self.run.adversarial: {"categories": categories, "policies": rates},
-        }
+    def _records(self, answers: Sequence[Completion]) -> list[Row]:
+        return [{"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "answer": answer.text,
+                 "finished": answer.finished, "answer_tokens": len(answer.ids)}
+                for row, answer in zip(self.rows, answers, strict=True)]  # fmt: skip
+
+    def answer_adversarial(self, name: str) -> list[Row]:
+        """Answer the adversarial prompts, and look for refusals and unsafe patterns."""
+        questions = [prompt["prompt"] for prompt in load_adversarial()[1]]
+        with self.policies.use(name) as model:
+            label, decoding = f"{name}: adversarial prompts", self.settings.judge_decoding
+            answers = self._sample(model, questions, label, decoding=decoding, max_prompt_tokens=self.room)
+        return [{"text": answer.text, "finished": answer.finished, "refusal": refuses(answer.text),
+                 "unsafe": unsafe_patterns(answer.text)} for answer in answers]  # fmt: skip
+
+
+def _require_finite(values: Sequence[Any], place: str, what: str) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(place, f"{what} that is not finite", "evaluate in float32, or train it again")
 
 
 def _lengths(prompts: Sequence[Messages], answers: Sequence[str]) -> list[int]:
@@ -220,7 +231,6 @@ def choose_prompts(run: RunDir, count: int, seed: int) -> list[Row]:
     rows = read_jsonl(run.prompts("test"))
     rows.sort(key=lambda row: hashlib.sha256(f"{seed} {row['id']}".encode()).hexdigest())
     if len(rows) < count:
-        logger.warning(
-            "evaluation.prompts is %d, and there are %d held-out prompts: all of them are used", count, len(rows)
-        )
+        logger.warning("evaluation.prompts is %d, and there are %d held-out prompts: all of them are used",
+                       count, len(rows))  # fmt: skip
     return rows[:count]

@@ -1,9 +1,7 @@
 """Step `evaluate`: every policy and the reference on the same held-out prompts: rewards, KL, frontier, alarms.
 
-Reads the adapters, checkpoints and the test views of `data/`; writes `evaluation/`: `metrics.json`, the answers of
-every policy (`completions-<policy>.jsonl`), `pareto.json`, `over_optimisation.json`, `adversarial.json`,
-`final_results.json` and figures. Under `accelerate launch` the prompts are spread over the processes, with the same
-result.
+Reads the adapters, checkpoints and the test views of `data/`; writes `evaluation/` (`docs/files.md` lists its files).
+Under `accelerate launch` the prompts are spread over the processes, with the same result.
 
     rlhf-trl evaluate recipes/demo.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml -m rlhf_trl evaluate recipes/hh_gpt2.yaml
@@ -11,8 +9,11 @@ result.
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from rlhf_trl.evaluate import figures
+from rlhf_trl.evaluate.adversarial import summarise_adversarial
 from rlhf_trl.evaluate.alarms import measure_text
 from rlhf_trl.evaluate.measure import Measurements
 from rlhf_trl.evaluate.trade_off import build_over_optimisation, build_pareto
@@ -28,15 +30,16 @@ from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
 from rlhf_trl.models.base import start_path
 from rlhf_trl.models.policies import Policies
-from rlhf_trl.models.rewards import RewardModel, load_reward_model, score_pairs
+from rlhf_trl.models.rewards import load_reward_model, measure_reward_model
 from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
+from rlhf_trl.run.safetensors import check_weights
 from rlhf_trl.stats.intervals import estimate_mean, estimate_ratio, wilson
-from rlhf_trl.stats.pairs import compare_with_rule, measure_accuracy
-from rlhf_trl.text.names import prompt_id
+
+logger = logging.getLogger(__name__)
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HISTOGRAM_BINS = 30
@@ -84,7 +87,8 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
         "policies": {}, "checkpoints": {}, "dataset": {}, "histogram_edges": {},
     }  # fmt: skip
     for key, judge in judges.items():
-        metrics[f"{key}_model"] = measure_reward_model(recipe, run, str(metrics[f"{key}_stage"]), judge)
+        measured = measure_reward_model(judge, read_jsonl(run.pairs("test")), settings.score_batch_size)
+        metrics[f"{key}_model"] = {"stage": metrics[f"{key}_stage"], **measured}
     results: dict[Path, Any] = {run.metrics: metrics}
     if policies:
         results |= measure_policies(recipe, run, Measurements(recipe, run, policies, judges), metrics)
@@ -93,6 +97,10 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
             (write_jsonl if path.suffix == ".jsonl" else write_json)(path, result)
         if policies:
             _draw(recipe, run, results)
+            for alarm in results[run.over_optimisation]["alarms"]:
+                if alarm["raised"]:
+                    logger.warning("%s: alarm %s: %s", alarm["policy"], alarm["alarm"], alarm["says"])
+        shutil.rmtree(run.unfinished, ignore_errors=True)
     state.wait_for_everyone()
     state.destroy_process_group()
 
@@ -102,6 +110,7 @@ def _require(recipe: Recipe, run: RunDir) -> None:
     for stage in dict.fromkeys((*recipe.policies, recipe.evaluation.reward, recipe.evaluation.gold)):
         if stage in recipe.stages:
             run.require(recipe, stage, f"train RECIPE {stage}")
+            check_weights(run.adapter(stage) if recipe.model_block(stage).get("use_peft") else run.model(stage))
     if {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & {k for k, v in os.environ.items() if v == "true"}:
         raise UserError("--accelerate", "evaluation holds whole models in every process", "launch it with ddp")
 
@@ -109,19 +118,25 @@ def _require(recipe: Recipe, run: RunDir) -> None:
 def measure_policies(recipe: Recipe, run: RunDir, of: Measurements, metrics: Row) -> dict[Path, Any]:
     """Measure every policy and checkpoint; fill `metrics` and give the content of the step's other files."""
     settings, names = recipe.evaluation, (REFERENCE, *recipe.policies)
-    records: dict[tuple[str, int | None], list[Row]] = {(REFERENCE, None): of.measure_policy(REFERENCE)}
+    reference = of.keep(REFERENCE, "answers", partial(of.measure_policy, REFERENCE, None))
+    records: dict[tuple[str, int | None], list[Row]] = {(REFERENCE, None): reference}
     for name in recipe.policies:
-        for step, folder in of.choose_checkpoints(name):
-            records[name, step] = of.measure_policy(name, folder, step)
-        records[name, None] = of.measure_policy(name)
-    draws = of.draw_best_of_n(records[REFERENCE, None]) if of.judges and settings.best_of_n > 1 else []
+        for step, folder in (*of.choose_checkpoints(name), (None, None)):
+            what = "answers" if step is None else f"answers at step {step}"
+            records[name, step] = of.keep(name, what, partial(of.measure_policy, name, reference, folder, step))
+    draws: list[Row] = []
+    if of.judges and settings.best_of_n > 1:
+        draws = of.keep(REFERENCE, "answers for best-of-n", partial(of.draw_best_of_n, reference))
     results: dict[Path, Any] = {run.completions(name, step): rows for (name, step), rows in records.items()}
     if draws:
         results[run.best_of_n] = draws
     if settings.judge_decoding:
-        results |= {run.judge_answers(name): of.answer_for_judge(name) for name in names}
+        results |= {run.judge_answers(name): of.keep(name, "answers for the judge", partial(of.answer_for_judge, name))
+                    for name in names}  # fmt: skip
     if settings.adversarial:
-        results |= of.answer_adversarial()
+        answers = {name: of.keep(name, "answers to adversarial prompts", partial(of.answer_adversarial, name))
+                   for name in names}  # fmt: skip
+        results[run.adversarial_answers], results[run.adversarial] = summarise_adversarial(answers)
     metrics["decoding"] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": settings.max_new_tokens,
                            "prompts": len(of.rows), "seed": recipe.seed}  # fmt: skip
     metrics["definitions"] = DEFINITIONS
@@ -180,21 +195,6 @@ def conclude(recipe: Recipe, metrics: Row, pareto: Row | None, over: Row) -> Row
         for name in recipe.policies
     }  # fmt: skip
     return {"reward_stage": metrics["reward_stage"], "gold_stage": metrics["gold_stage"], "policies": policies}
-
-
-def measure_reward_model(recipe: Recipe, run: RunDir, name: str, rewards: RewardModel) -> Row:
-    """Measure accuracy on all held-out pairs and by subset, as `errors` does on those that it analyses."""
-    pairs = read_jsonl(run.pairs("test"))
-    scores, tokens = score_pairs(rewards, pairs, recipe.evaluation.score_batch_size)
-    prompts = np.array([prompt_id(pair["prompt"]) for pair in pairs])
-    subsets = np.array([pair["subset"] for pair in pairs])
-    parts = {subset: subsets == subset for subset in np.unique(subsets).tolist()}
-    return {
-        "stage": name,
-        **measure_accuracy(scores, tokens[:, 1:], prompts),
-        "length_rule": compare_with_rule(scores, tokens[:, 1:], prompts),
-        "subsets": {key: measure_accuracy(scores[at], tokens[at, 1:], prompts[at]) for key, at in parts.items()},
-    }
 
 
 def _draw(recipe: Recipe, run: RunDir, results: Mapping[Path, Any]) -> None:

@@ -24,9 +24,7 @@ Records = Mapping[tuple[str, int | None], Sequence[Row]]
 def build_pareto(recipe: Recipe, records: Records, draws: Sequence[Row]) -> Row:
     """Lay gain against KL for each reward model that scored: frontier, hypervolume, best-of-n, gains at equal KL.
 
-    Args:
-        draws: for each prompt the scores of several answers of the reference (`reward`, `gold`); empty for no
-            best-of-n.
+    `draws` are for each prompt the scores of several answers of the reference; empty for no best-of-n.
     """
     axes = [key for key in ("reward", "gold") if key in records[REFERENCE, None][0]]
     worst = recipe.evaluation.worst
@@ -70,10 +68,7 @@ def _build_axis(recipe: Recipe, axis: str, records: Records, draws: Sequence[Row
 
 
 def best_of_n_curve(axis: str, draws: Sequence[Row]) -> dict[int, np.ndarray]:
-    """Estimate the gain of best-of-n for n = 1, 2, 4, ...: selected by the reward, measured on `axis`.
-
-    The gain is over the mean of all draws, which is best-of-1. n -> gain for each prompt, (P,).
-    """
+    """Estimate the gain of best-of-n, chosen by the reward, over best-of-1: n = 1, 2, 4, ... -> (P,)."""
     if not draws:
         return {}
     proxy, scores = (np.array([row[key] for row in draws]) for key in ("reward", axis))

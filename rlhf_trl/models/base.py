@@ -24,6 +24,7 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import staged
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.run.safetensors import check_weights
 from rlhf_trl.text.display import first_line
 
 # What a model needs to be loaded, without its tokenizer.
@@ -38,11 +39,7 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor
 
 
 def fetch(name: str, revision: str | None) -> Path:
-    """Find a model of the Hub in the local cache, or fetch it; the folder's name is the commit.
-
-    Raises:
-        UserError: it can be had neither here nor there.
-    """
+    """Find a model of the Hub in the local cache, or fetch it (else UserError); the folder's name is the commit."""
     patterns = [*MODEL_FILES, "*.jinja", "token*.json"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -54,8 +51,8 @@ def fetch(name: str, revision: str | None) -> Path:
 def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
     """Where the model that a stage starts from lies: its `init` stage's, or the base.
 
-    The adapter of the `init` stage is merged into a full-precision base once, next to that adapter: a folder that
-    every loader understands (4-bit, ZeRO-3), and the exact reference of what is trained on it.
+    The adapter of the `init` stage is merged into a full-precision base once, next to that adapter. Every loader
+    understands that folder (4-bit, ZeRO-3), and it is the exact reference of what is trained on it.
     """
     init = recipe.stages[stage].init
     if init is None:
@@ -66,6 +63,7 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
             if not path.exists():
                 config = ModelConfig(**recipe.model_block(init))
                 start = start_path(recipe, run, init)
+                check_weights(run.adapter(init))
                 base = load_weights(transformers.AutoModelForCausalLM, start, config, quantize=False)
                 merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
                 with staged(path) as folder:
@@ -77,8 +75,7 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
 class RewardHead(torch.nn.Linear):
     """A scalar head that is kept and applied in float32, whatever the base's precision.
 
-    In bfloat16 its updates would round away, and scores that differ by less than 1 in 256 would tie. PEFT widens the
-    LoRA weights by itself, but not the modules that it saves whole.
+    In bfloat16 its updates would round away, and scores that differ by less than 1 in 256 would tie.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -91,11 +88,9 @@ def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBa
     """Load a language model as the recipe's `model` block says (dtype, attention, quantisation)."""
     model = load_weights(transformers.AutoModelForCausalLM, path, config)
     model.config.pad_token_id = tokenizer.pad_token_id
-    # Contiguous: on the CPU, torch would multiply a slice of positions row by row, with a copy of the vocabulary's
-    # weights for each row (1.7 GB for 32 rows and a vocabulary of 49,152).
+    # Contiguous: on the CPU, torch multiplies a slice of positions row by row, each with a copy of the head's weights.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    # Not the model's own settings: some stop at several tokens, where the policy is trained and scored with the one
-    # that its template writes; some penalise repetition, and then nothing samples from the model's distribution.
+    # Not the model's own settings: some stop at other tokens than the template's, some penalise repetition.
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     model.generation_config = GenerationConfig(**ids)
     return model
@@ -133,7 +128,7 @@ def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = Tru
     try:
         # Without trust_remote_code=False, a model that brings code has the user asked whether to run it.
         return auto.from_pretrained(path, trust_remote_code=False, **more)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise unreachable(path, error) from error
 
 

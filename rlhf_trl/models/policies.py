@@ -21,6 +21,7 @@ from rlhf_trl.models.base import load_causal, start_path
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import REFERENCE, RunDir
+from rlhf_trl.run.safetensors import check_weights
 
 # What decides which weights a `model` block loads; the rest of it describes the adapter.
 BASE_KEYS = (
@@ -35,13 +36,11 @@ def base_block(recipe: Recipe, stage: str, evaluation: bool = True) -> dict[str,
     return block | ({"dtype": recipe.evaluation.dtype} if evaluation and recipe.evaluation.dtype else {})
 
 
-def shares_base(recipe: Recipe, run: RunDir, first: str, stage: str, evaluation: bool = True) -> bool:
+def shares_base(recipe: Recipe, first: str, stage: str, evaluation: bool = True) -> bool:
     """Whether `stage` is an adapter on the base that `first` is loaded on; `evaluation` as of `base_block`."""
-    return (
-        bool(recipe.model_block(stage).get("use_peft"))
-        and base_block(recipe, first, evaluation) == base_block(recipe, stage, evaluation)
-        and start_path(recipe, run, first) == start_path(recipe, run, stage)
-    )
+    same = recipe.stages[first].init == recipe.stages[stage].init
+    same &= base_block(recipe, first, evaluation) == base_block(recipe, stage, evaluation)
+    return same and bool(recipe.model_block(stage).get("use_peft"))
 
 
 def adapter_config(folder: Path) -> LoraConfig:
@@ -53,17 +52,14 @@ def adapter_config(folder: Path) -> LoraConfig:
 
 
 def load_adapter(model: PeftModel, name: str, folder: Path, widen: bool = False) -> Tensor | None:
-    """Load a saved adapter onto a base, under a name that may be there already.
+    """Load a saved adapter onto a base, under a name that may be there already; `widen` keeps it in float32.
 
-    Args:
-        widen: keep its weights in float32, whatever the base's precision.
-
-    Returns:
-        The weight of its reward head, (1, H), if it has one; the head itself stays with the caller.
+    Returns the weight of its reward head, (1, H), if it has one; the head itself stays with the caller.
 
     Raises:
-        UserError: the adapter holds tensors that the base has no place for.
+        UserError: the adapter holds tensors that are not finite, or that the base has no place for.
     """
+    check_weights(folder)
     if name not in model.peft_config:
         model.add_adapter(name, adapter_config(folder), autocast_adapter_dtype=widen)
     weights = load_file(folder / "adapter_model.safetensors")
@@ -88,7 +84,7 @@ class Policies:
 
     def can_hold(self, stage: str) -> bool:
         """Whether a stage is an adapter on this very base."""
-        return shares_base(self.recipe, self.run, self.recipe.policies[0], stage)
+        return shares_base(self.recipe, self.recipe.policies[0], stage)
 
     def add(self, name: str, folder: Path) -> Tensor | None:
         """Load an adapter onto the base: as `load_adapter`."""

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -29,6 +28,9 @@ from rlhf_trl.models.tokenizer import Messages, encode, recorded_tokenizer, set_
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.run.safetensors import check_weights
+from rlhf_trl.stats.pairs import compare_with_rule, measure_accuracy
+from rlhf_trl.text.names import prompt_id
 
 
 @dataclass
@@ -62,11 +64,8 @@ class RewardModel:
 def score_pairs(
     reward: RewardModel, pairs: Sequence[Mapping[str, Any]], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score both answers of labelled pairs (`prompt`, `chosen`, `rejected`), and count tokens.
-
-    Returns:
-        The scores of the chosen and the rejected answer, (N, 2); the tokens of the prompt, the chosen and the rejected
-        answer, with its end token, (N, 3).
+    """Score the chosen and the rejected answer of labelled pairs, (N, 2), and count the tokens of the prompt, the
+    chosen and the rejected answer, with its end token, (N, 3).
     """
     prompts, finished = [pair["prompt"] for pair in pairs], [True] * len(pairs)
     answers = {side: [pair[side] for pair in pairs] for side in ("chosen", "rejected")}
@@ -77,6 +76,19 @@ def score_pairs(
     ]
     lengths = [[len(start) for start, _ in encoded[0]], *([len(answer) for _, answer in side] for side in encoded)]
     return np.column_stack(scores), np.column_stack(lengths)
+
+
+def measure_reward_model(reward: RewardModel, pairs: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+    """Measure the accuracy on labelled pairs, beside that of a rule of length, and by subset (`stats.pairs`)."""
+    scores, tokens = score_pairs(reward, pairs, batch_size)
+    prompts = np.array([prompt_id(pair["prompt"]) for pair in pairs])
+    subsets = np.array([pair["subset"] for pair in pairs])
+    parts = {subset: subsets == subset for subset in np.unique(subsets).tolist()}
+    return {
+        **measure_accuracy(scores, tokens[:, 1:], prompts),
+        "length_rule": compare_with_rule(scores, tokens[:, 1:], prompts),
+        "subsets": {key: measure_accuracy(scores[at], tokens[at, 1:], prompts[at]) for key, at in parts.items()},
+    }
 
 
 def score_completions(
@@ -128,11 +140,10 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
 
     Args:
         name: a reward stage; a text with a slash is a Hub id or a path.
-        policies: where the adapter may lie, if it fits there, instead of on a base of its own.
+        policies: whose base the adapter may lie on, if it fits there, instead of on one of its own.
 
     Raises:
-        UserError: the adapter has no reward head, so that its scores would be those of a random one; or the model
-            cannot be loaded, or has more than one output.
+        UserError: there is no reward head, a weight is not finite, or the model cannot be loaded or has more outputs.
     """
     if name not in recipe.stages:
         config = ModelConfig(model_name_or_path=name, dtype=recipe.evaluation.dtype or "auto")
@@ -147,17 +158,16 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
     config = ModelConfig(**recipe.model_block(name))
     if policies is not None and recipe.evaluation.dtype:
         config.dtype = recipe.evaluation.dtype
+    folder = run.adapter(name) if config.use_peft else run.model(name)
+    if not any("score." in tensor for tensor in check_weights(folder)):
+        raise UserError(str(folder), "the model has no reward head (`score`)", f"train {name!r} again")
     if not config.use_peft:
-        return _freeze(base.load_classifier(str(run.model(name)), config, tokenizer), tokenizer)
-    weights = run.adapter(name) / "adapter_model.safetensors"
-    with safe_open(weights, framework="pt") as file:
-        if not any(".score." in key for key in file.keys()):  # noqa: SIM118 (not a dict)
-            raise UserError(str(weights), "the adapter has no reward head (`score`)", f"train {name!r} again")
+        return _freeze(base.load_classifier(str(folder), config, tokenizer), tokenizer)
     if policies is not None and policies.can_hold(name):
-        head: Any = policies.add(name, run.adapter(name))
+        head: Any = policies.add(name, folder)
         return RewardModel(SharedClassifier(policies.use, name, head), tokenizer)
     model = base.load_classifier(base.start_path(recipe, run, name), config, tokenizer)
-    return _freeze(PeftModel.from_pretrained(model, run.adapter(name)), tokenizer)
+    return _freeze(PeftModel.from_pretrained(model, folder), tokenizer)
 
 
 def _freeze(model: Any, tokenizer: PreTrainedTokenizerBase) -> RewardModel:

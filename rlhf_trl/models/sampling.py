@@ -63,9 +63,8 @@ def spread(
 def sorted_batches(lengths: Sequence[int], size: int, shortest: float = 0.0) -> list[list[int]]:
     """Group rows of similar length, the longest first, so that little is padded and memory runs out at once or never.
 
-    Args:
-        shortest: a batch ends early before a row that is shorter than this share of its longest. Pays where the whole
-            batch is read at once; in generation, where each batch takes as many steps as any other, it does not.
+    A batch ends early before a row that is shorter than the share `shortest` of its longest: that pays where a batch
+    is read at once, and not in generation.
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
@@ -79,9 +78,8 @@ def sorted_batches(lengths: Sequence[int], size: int, shortest: float = 0.0) -> 
 class InverseTransform(transformers.LogitsProcessor):
     """Turn greedy decoding into sampling: the token where the distribution function passes a uniform number.
 
-    Each answer has random numbers of its own, so that it does not depend on the other rows of its batch, and the
-    policies of a comparison share theirs. It costs a fifth of `torch.multinomial`, which draws one number for each
-    token of the vocabulary. `first` are the logits of the first step, (B, V).
+    Each answer has random numbers of its own: it does not depend on the other rows of its batch, and the policies of a
+    comparison share theirs. `first` are the logits of the first step, (B, V).
     """
 
     first: Tensor | None = None
@@ -206,8 +204,7 @@ def measure_kl(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Ten
 
 @torch.no_grad()
 def head_logits(model: Any, answers: Sequence[Completion]) -> Tensor:
-    """Make the logits of sampled answers, (B, A, V) at temperature 1, from what their model's head read: those that
-    each token was drawn from. Those past an answer's end mean nothing."""
+    """Make the logits that each token of sampled answers was drawn from, (B, A, V), from what the head has read."""
     hidden = pad_sequence([answer.hidden for answer in answers if answer.hidden is not None], batch_first=True)
     return model.get_output_embeddings()(hidden.to(model.device))
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from rlhf_trl.recipe.errors import Problem
+from rlhf_trl.recipe.health import check_health
 from rlhf_trl.recipe.library import CLASSES, check_value, nearest, read_options, suggest
 from rlhf_trl.recipe.recipe import MAX_STAGES, Recipe, combinations
 from rlhf_trl.recipe.rules import Values, check_values
@@ -76,6 +77,7 @@ def check_recipe(recipe: Recipe, known: Sequence[str], wrong: Set[str], processe
         place = f"stages.{name}"
         problems += check_block(f"{place}.model", "model", stage.model)
         problems += check_block(f"{place}.args", stage.trainer, stage.args)
+        problems += check_health(place, stage)
         for key, values in stage.sweep.items():
             unknown = key in OWNED or key not in read_options(stage.trainer)
             for index, value in enumerate(values):

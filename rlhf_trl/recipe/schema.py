@@ -76,6 +76,15 @@ class Data(Strict):
     """`prepare` stops when a larger share of the rows is dropped."""
 
 
+class Rule(Strict):
+    """A limit on a value that a stage logs; what is left out stands in `WATCHED` of `recipe/health.py`."""
+
+    above: float | None = None
+    below: float | None = None
+    logs: int | None = Field(default=None, ge=1)  # logs in a row beyond the limit; of a shorter run, all
+    then: Literal["off", "warn", "stop"] | None = None
+
+
 class Stage(Strict):
     """One training run."""
 
@@ -87,6 +96,8 @@ class Stage(Strict):
     """Train on this half of the training prompts alone (sft, reward and dpo)."""
     model: dict[str, Any] = {}  # keys of the recipe's `model` block that differ for this stage
     args: dict[str, Any] = {}  # options of the trainer's own config class, verbatim
+    health: dict[str, Rule] = {}
+    """Logged value -> its limit, and whether the run warns or stops beyond it."""
     sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = {}
     """Option -> values; expands to one stage for each combination."""
 
@@ -109,6 +120,7 @@ class Worst(Strict):
 class Alarms(Strict):
     """Thresholds of the alarms; each compares a policy with the reference. An alarm never stops a run."""
 
+    kl: float = Field(default=10.0, gt=0)  # mean KL to the reference, nats per answer
     gold_drop: float = Field(default=0.0, ge=0)  # gold reward lost while the reward rises
     length_ratio: float = Field(default=1.5, gt=1)  # mean length, as a ratio either way
     cut_rise: float = Field(default=0.2, gt=0, le=1)  # rise of the share of answers that reach max_new_tokens

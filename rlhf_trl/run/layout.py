@@ -74,6 +74,7 @@ class RunDir:
     log = _Each("logs/{}.log", "what a stage's processes printed under `run`, one attempt after the other")
     logs = _One("logs", "the logs of all stages")
     evaluation = _One("evaluation", "everything that `evaluate` writes")
+    unfinished = _One(".evaluation", "what an `evaluate` that was interrupted has measured; it goes on from there")
     metrics = _One("evaluation/metrics.json", "every policy, checkpoint and the reference: rewards, gains, KL, length")
     final_results = _One("evaluation/final_results.json", "the main numbers of each policy in one small file")
     answers = _Each("evaluation/completions-{}.jsonl", "the answers, with rewards and KL of each")

@@ -89,6 +89,18 @@ def is_zero(tensor: Tensor) -> bool:
     return not any(chunk.strip(b"\0") for chunk in _read(tensor))
 
 
+def check_weights(folder: Path) -> list[str]:
+    """Return the names of the tensors in a folder; UserError where one is empty or not finite."""
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in read_header(file).items():
+            if tensor.is_empty or not is_finite(tensor):
+                problem = f"the tensor {name} is empty or not finite"
+                raise UserError(str(file), problem, "lower learning_rate and train again")
+            names.append(name)
+    return names
+
+
 def _read(tensor: Tensor) -> Iterator[bytes]:
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)

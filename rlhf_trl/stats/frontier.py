@@ -1,8 +1,7 @@
-"""Gain against KL: the front, what it spans, a run's path, and where more optimisation stops to pay.
+"""Gain against KL: the Pareto front and its hypervolume, gains at equal KL, best-of-n, over-optimisation curves.
 
-The front is a maximum over noisy points, so that it leans upward; methods are compared along their runs' paths. KL is
-in nats per answer, gain is a score minus the reference's score on the same prompt: the reference itself is the point
-(0, 0). Functions of points raise ValueError where shapes differ, there are no points, or a value is not finite.
+KL is in nats per answer. Gain is a score minus the reference's score on the same prompt, so the reference is (0, 0).
+Functions of points raise ValueError where shapes differ, there are no points, or a value is not finite.
 """
 
 from __future__ import annotations
@@ -28,17 +27,13 @@ CHUNK = 200
 
 @dataclass(frozen=True)
 class Fit:
-    """A curve of gain over d = sqrt(KL), and the d at which it is highest."""
+    """A curve of gain over d = sqrt(KL), and the d of its peak; None where it has no finite peak at d > 0."""
 
     alpha: float
     beta: float
     peak_sqrt_kl: float | None
-    """None where the curve has no peak at d > 0, or one too far out to be a number. A peak beyond the largest d that
-    was fitted is an extrapolation."""
     peak_kl: float | None
-    r2: float | None
-    """Share of the gains' variance that the curve explains, below 0 where their mean explains more; None where all
-    gains are the same."""
+    r2: float | None  # None where all gains are the same
 
     def as_dict(self) -> dict[str, float | None]:
         return dataclasses.asdict(self)
@@ -50,8 +45,7 @@ def non_dominated(gain: np.ndarray, kl: np.ndarray) -> np.ndarray:
     Of points that are exactly the same, the first is marked. Shapes (K,) and (K,) -> (K,).
     """
     gain, kl = _points(gain, kl)
-    # Along rising KL, and falling gain at the same KL, a point counts when it is above all before it. The sort is
-    # stable, which makes the first of equal points the one that counts.
+    # Along rising KL, and falling gain at the same KL, a point counts when it is above all before it.
     order = np.lexsort((-gain, kl))
     best = np.maximum.accumulate(gain[order])
     mask = np.ones(gain.size, dtype=bool)
@@ -62,8 +56,7 @@ def non_dominated(gain: np.ndarray, kl: np.ndarray) -> np.ndarray:
 def hypervolume(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: float) -> np.ndarray:
     """Measure the area that the points dominate inside gain > `worst_gain` and KL < `worst_kl`, (..., K) -> (...,).
 
-    A point outside that box adds nothing. The area of a fixed box grows with better points only, so that two sets can
-    be compared (Zitzler and Thiele, 1998).
+    A point outside that box adds nothing (Zitzler and Thiele, 1998).
     """
     gain, kl = _points(gain, kl)
     order = np.argsort(kl, axis=-1)
@@ -77,11 +70,9 @@ def hypervolume(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: f
 def describe_front(
     gains: Mapping[Point, np.ndarray], kls: Mapping[Point, np.ndarray], worst_gain: float, worst_kl: float, seed: int
 ) -> tuple[dict[Point, dict[str, Any]], dict[str, Any]]:
-    """Describe every point, and the hypervolume; a point is the mean over the prompts, (P,) each.
+    """Describe every point, which is a mean over the prompts, (P,) each, and the hypervolume.
 
-    The interval of the hypervolume is the percentile bootstrap's, which draws the same prompts for all points and both
-    axes. That of resampled means is a little larger on average than that of the means themselves, because a maximum
-    over noisy points is.
+    The interval of the hypervolume is a percentile bootstrap over prompts, the same ones for all points and both axes.
 
     Returns:
         For each point `kl` and `gain` with their intervals, and `on_front`; and the hypervolume with its interval.
@@ -119,10 +110,9 @@ def best_of_n_kl(n: int) -> float:
 def best_of_n(proxy: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     """Estimate, for each prompt, the mean score of the answer that the proxy ranks first of `n`, from N >= n answers.
 
-    The mean over all C(N, n) subsets, without drawing any: with the answers sorted by the proxy, the i-th is the best
-    of C(i - 1, n - 1) subsets (Nakano et al., 2021, arXiv 2112.09332, appendix I). Among answers that the proxy ranks
-    the same, each is taken equally often. `scores` may be the proxy itself or any other score of the same answers.
-    Shapes (P, N), (P, N) -> (P,).
+    The exact mean over all C(N, n) subsets: sorted by the proxy, the i-th answer is the best of C(i - 1, n - 1)
+    (Nakano et al., 2021, arXiv 2112.09332, appendix I). Answers with the same proxy are taken equally often.
+    `scores` are any scores of the same answers. Shapes (P, N), (P, N) -> (P,).
 
     Raises:
         ValueError: also where `n` is below 1 or above N.
@@ -135,7 +125,7 @@ def best_of_n(proxy: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     chance = np.array([math.comb(rank, n - 1) / subsets for rank in range(total)])
     order = np.argsort(proxy, axis=1, kind="stable")
     ranked = np.take_along_axis(proxy, order, axis=1)
-    # Runs of equal proxies, numbered through all prompts; every prompt begins a new one.
+    # Number the groups of equal proxies through all prompts.
     begins = np.ones_like(ranked, dtype=bool)
     begins[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
     run = begins.ravel().cumsum() - 1
@@ -146,15 +136,13 @@ def best_of_n(proxy: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
 def read_path(kls: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray | None:
     """Read the gain at a mean KL of `budget` off the path of one run, (K, P), (K, P) -> (P,).
 
-    The path joins the run's K points in the order of training, the final policy last, by lines over sqrt(KL), in which
-    gain is close to linear (Bai et al., 2022, arXiv 2204.05862, section 4.3); of several crossings the last counts. It
-    takes no maximum, carries no gain beyond a point and starts at the first point, not at the reference: a long line
-    from there lies below a curve that saturates. A point whose KL differs by `SAME_KL` at most stands for the budget.
+    The path joins the run's K points in the order of training by lines over sqrt(KL), in which gain is close to linear
+    (Bai et al., 2022, arXiv 2204.05862, section 4.3). Nothing is extrapolated, and of several crossings the last
+    counts. A point whose KL differs from the budget by a factor of `SAME_KL` at most stands for it.
 
     Returns:
-        One number for each of the P prompts: their mean is the gain, and their spread that of the gain as an estimate,
-        the noise of the KLs included (the delta method). None where the path does not cross the budget, or has no
-        point within a factor of `NEAR` of it.
+        One number for each of the P prompts. Their mean is the gain; their spread is its error, with that of the KLs
+        (the delta method). None where the path does not cross the budget, or has no point within a factor of `NEAR`.
 
     Raises:
         ValueError: also where the budget is not positive.
@@ -203,13 +191,8 @@ def fit_over_optimisation(kl: np.ndarray, gain: np.ndarray, form: Literal["rl", 
         peak = math.exp(alpha / beta - 1)
     around_mean = float(((gain - gain.mean()) ** 2).sum())
     around_curve = float(((gain - design @ np.array([alpha, beta])) ** 2).sum())
-    return Fit(
-        alpha=float(alpha),
-        beta=float(beta),
-        peak_sqrt_kl=peak,
-        peak_kl=None if peak is None else peak * peak,
-        r2=1 - around_curve / around_mean if around_mean > 0 else None,
-    )
+    r2 = 1 - around_curve / around_mean if around_mean > 0 else None
+    return Fit(float(alpha), float(beta), peak, None if peak is None else peak * peak, r2)
 
 
 def _points(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

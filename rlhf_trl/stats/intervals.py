@@ -46,9 +46,9 @@ def wilson(successes: float, n: float) -> Estimate:
 def estimate_rate(values: Values) -> Estimate:
     """Estimate the mean of scores from 0 to 1, such as a win rate in which a tie is half, by a score interval.
 
-    Wilson's interval with the number of plain wins and losses that would vary as much as these scores do (the
-    effective sample size of Korn and Graubard, 1998). Where all scores are the same, nothing is known of their
-    variance: other scores are then at most 1 - 0.025^(1/n) of all (Clopper and Pearson, 1934).
+    Wilson's interval with the effective sample size of Korn and Graubard (1998): as many wins and losses as would vary
+    as much as these scores. Where all scores are the same, others are at most 1 - 0.025^(1/n) of all (Clopper and
+    Pearson, 1934).
     """
     scores = _finite(values)
     n, mean = scores.size, float(scores.mean())
@@ -62,9 +62,8 @@ def estimate_rate(values: Values) -> Estimate:
 def estimate_mean(values: Values, level: float = LEVEL) -> Estimate:
     """Estimate a mean by Student's t, with and without the correction for skewness of Hall (1992, JRSS B 54:221).
 
-    The interval reaches as far as either: t alone is too narrow for skewed values, the correction alone for values
-    that are nearly all 0, such as paired differences of two accuracies. For a paired comparison, give the differences.
-    A single value, and values that are all the same, have no interval: `low` and `high` are the value.
+    The interval reaches as far as the wider of the two. For a paired comparison, give the differences. Values that are
+    all the same have no interval: `low` and `high` are the value.
     """
     from scipy.special import stdtrit
 
@@ -136,13 +135,11 @@ def estimate_ratio(numerators: Values, denominators: Values) -> Estimate:
 def compare_runs(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
     """Estimate the mean of method `a` less that of `b` from runs on the same P prompts, (seeds, P) each, and test it.
 
-    With two seeds or more of each, seeds and prompts are crossed random effects. The variance of the difference is
-    s_a^2 / S_a + s_b^2 / S_b + main / P: s^2 is the variance of a method's run means, which already holds the noise
-    of single answers, and `main` the variance over prompts of the difference of the methods' means less that same
-    noise, not below 0 (the two-way analysis of variance; Owen, 2007, Annals of Applied Statistics 1:386, on why a
-    plain two-level bootstrap counts it more than once). The degrees of freedom are Welch's (1947) and Satterthwaite's
-    (1946) of these parts. With one seed of either, the prompts alone are the unit (`estimate_mean`): then it is about
-    these very runs.
+    With two seeds or more of each, seeds and prompts are crossed random effects (two-way analysis of variance; Owen,
+    2007, Annals of Applied Statistics 1:386). The variance of the difference is s_a^2 / S_a + s_b^2 / S_b + main / P:
+    s^2 is the variance of a method's run means, with the noise of single answers; `main` is the variance over prompts
+    of the difference of the methods' means, without that noise, not below 0. The degrees of freedom are Welch's (1947)
+    and Satterthwaite's (1946). With one seed of either, the prompts alone are the unit: it is about these very runs.
 
     Returns:
         The estimate, whose `n` are the prompts, and the two-sided p-value.
@@ -176,10 +173,7 @@ def compare_runs(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
 
 
 def holm(pvalues: Sequence[float | None]) -> list[float | None]:
-    """Correct p-values of several comparisons so that any false finding at all keeps its rate (Holm, 1979).
-
-    None, where there was nothing to test, stays None and does not count as a comparison.
-    """
+    """Correct the p-values of several comparisons (Holm, 1979); None, where nothing was tested, stays None."""
     # By hand: statsmodels' multipletests collects garbage on every call, which takes longer than all else here.
     tested = np.array([p for p in pvalues if p is not None])
     order = tested.argsort()

@@ -18,13 +18,12 @@ def fit_logistic(design: np.ndarray, successes: np.ndarray, totals: np.ndarray, 
     """Fit log-odds = design @ coefficients to each of R sets of counts with Newton's method.
 
     Args:
-        design: what the N rows have in common over the sets, shape (N, k).
-        successes: counts, which may be fractions, shape (R, N).
-        totals: of which these are the successes, shape (R, N).
-        ridge: precision of a normal prior around 0 on each coefficient, 0 for none, shape (k,).
+        design: the same N rows for every set, (N, k).
+        successes, totals: counts, which may be fractions, (R, N) each.
+        ridge: precision of a normal prior around 0 on each coefficient, 0 for none, (k,).
 
     Returns:
-        The coefficients, shape (R, k). Where no finite ones fit best, large ones that fit about as well as any.
+        The coefficients, (R, k). Where no finite ones fit best, large ones that fit about as well as any.
 
     Raises:
         ArithmeticError: a fit does not settle.

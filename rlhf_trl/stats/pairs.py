@@ -28,8 +28,7 @@ def gap(both: np.ndarray) -> np.ndarray:
 def share(values: np.ndarray, prompts: np.ndarray) -> Estimate:
     """Estimate a share with Wilson's interval, widened where pairs of one prompt agree more than by chance.
 
-    The pairs count as the number of independent ones that would vary as much as the prompts do (the design effect of
-    Kish 1965, put into the interval as by Korn and Graubard 1998). Where no prompt repeats, it is plain Wilson.
+    The effective sample size is that of the design effect (Kish 1965; Korn and Graubard 1998).
 
     Raises:
         ValueError: there are no values.

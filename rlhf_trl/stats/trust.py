@@ -26,8 +26,8 @@ def length_rule(
         share, average: estimates of a share and of a paired difference, where the pairs are not independent.
 
     Returns:
-        The rule that is right more often on these pairs (`takes` the longer or the shorter answer), its `accuracy`,
-        and by how much the scorer beats it, `over_rule`.
+        `takes`: the longer or the shorter answer, whichever is right more often on these pairs; its `accuracy`; and
+        `over_rule`, by how much the scorer beats it.
     """
     takes = "longer" if longer.mean() >= 0.5 else "shorter"
     followed = longer if takes == "longer" else 1 - longer
@@ -43,8 +43,7 @@ def compare_with_length(rule: Mapping[str, Any]) -> str:
 def trust_in(scorer: Mapping[str, Any]) -> str:
     """Say whether a scorer of labelled pairs, with its `accuracy` and `length_rule`, can tell the better answer.
 
-    Returns:
-        `informed`; `chance` or `length`, which it is not clear of; `unknown` without a verdict on any pair.
+    Returns `informed`; `chance` or `length`, which it is not clear of; `unknown` without a verdict on any pair.
     """
     if scorer["accuracy"]["mean"] is None:
         return "unknown"
@@ -54,10 +53,7 @@ def trust_in(scorer: Mapping[str, Any]) -> str:
 
 
 def weigh_trust(result: Mapping[str, Any]) -> str:
-    """Say whether the judge of a `winrate.json` has shown that it can tell the better answer (`trust_in`).
-
-    `none` where it was not compared with human labels; a reward model is held to its accuracy on held-out pairs.
-    """
+    """Say whether the judge of a `winrate.json` can tell the better answer (`trust_in`); `none`: no human labels."""
     calibration = result["calibration"]
     if calibration is None:
         return "none"

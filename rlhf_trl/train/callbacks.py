@@ -38,6 +38,8 @@ LOG_KEYS = {
     "validation_reward_accuracy": "eval_accuracy eval_rewards/accuracies",
     "validation_reward_margin": "eval_margin eval_rewards/margins",
     "reward": "mean_reward reward",
+    "reward_std": "reward_std",
+    "equal_groups": "frac_reward_zero_std",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate lr",
     "kl": "kl objective/kl",
@@ -52,6 +54,8 @@ LOG_KEYS = {
 NAMES = {key: name for name, keys in LOG_KEYS.items() for key in keys.split()}
 DEFINITIONS = {
     "reward": "mean score of the reward model, before normalisation and penalties",
+    "reward_std": "standard deviation of the rewards of one update's answers",
+    "equal_groups": "share of the prompts whose answers all have the same reward",
     "loss": "training loss of the library's trainer; for ppo the clipped surrogate alone, with value_loss beside it",
     "reward_accuracy": "share of pairs whose chosen answer has the higher reward (dpo: implicit reward)",
     "grad_norm": "norm of the gradient before clipping",
@@ -80,7 +84,8 @@ class History(TrainerCallback):
     def __init__(self, path: Path, stage: str, trainer: str):
         self.path = path
         definitions = {**DEFINITIONS, "kl": KL_DEFINITIONS.get(trainer, NO_KL)}
-        self.stats: dict[str, Any] = {"stage": stage, "trainer": trainer, "definitions": definitions, "history": []}
+        self.stats: dict[str, Any] = {"stage": stage, "trainer": trainer, "definitions": definitions}
+        self.stats |= {"history": [], "health": []}
         self.before = 0.0
         self.start = time.perf_counter()
         self.next_write = 0.0
@@ -92,9 +97,10 @@ class History(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step > 0 and self.path.exists():
-            earlier = [row for row in read_json(self.path)["history"] if row["step"] <= state.global_step]
-            self.stats["history"] = earlier
-            self.before = earlier[-1]["seconds"] if earlier else 0.0
+            for key, rows in read_json(self.path).items():
+                if key in ("history", "health"):
+                    self.stats[key] = [row for row in rows if row["step"] <= state.global_step]
+            self.before = self.stats["history"][-1]["seconds"] if self.stats["history"] else 0.0
         self.stats["max_steps"] = state.max_steps
         self.start = time.perf_counter()
         self._write(state)  # before the first log, so that `status` sees that training has begun
@@ -128,8 +134,7 @@ class History(TrainerCallback):
 
 
 class Health(TrainerCallback):
-    """Stop a run whose loss or gradient is no longer finite, before it can reach the weights; check what training did
-    to the weights."""
+    """Stop a run whose loss or gradient is not finite, before it reaches the weights; check what became of these."""
 
     def __init__(self) -> None:
         self.before: list[float] = []
@@ -151,22 +156,20 @@ class Health(TrainerCallback):
                 raise diverged(state.global_step, key, args.output_dir)
 
     def check_weights(self, model: torch.nn.Module, stage: str) -> None:
-        """Check that training changed a trainable tensor (of this process's shard), and that the processes of a run
-        which shards no parameter hold the same weights.
-
-        Raises:
-            UserError: it changed none. A run that was resumed at its last step has no update to make.
-            RuntimeError: the processes differ.
-        """
+        """Raise UserError where training changed no tensor, unless it was resumed at its last step; RuntimeError where
+        processes that shard no parameter hold different weights."""
         digests = _digests(model)
         if digests == self.before and self.first_step == 0:
             remedy = "raise learning_rate, or check that the data differ"
             raise UserError(f"stages.{stage}", "training changed no weight", remedy)
-        sharded = is_deepspeed_zero3_enabled() or any(isinstance(param, DTensor) for param in model.parameters())
-        if PartialState().num_processes > 1 and not sharded:
+        if PartialState().num_processes > 1 and not is_sharded(model):
             gathered = gather_object([digests])
             if any(other != gathered[0] for other in gathered):
                 raise RuntimeError("the processes hold different weights after training")
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return is_deepspeed_zero3_enabled() or any(isinstance(param, DTensor) for param in model.parameters())
 
 
 def _digests(model: torch.nn.Module) -> list[float]:
@@ -211,10 +214,9 @@ class Interrupt(TrainerCallback):
 
 
 class AtomicCheckpoints:
-    """Mixin for a `transformers.Trainer`: a checkpoint appears under its name only when all of it is on disk.
+    """Mixin for a `transformers.Trainer`: a checkpoint is written elsewhere, hashed, synced and then renamed.
 
-    The library writes checkpoints in place, so that a kill leaves a half-written newest one that then breaks the
-    resume (huggingface/transformers#35782). They are written to a staging folder here, hashed, synced and renamed.
+    The library writes in place, and a half-written newest one breaks the resume (huggingface/transformers#35782).
     """
 
     def _save_checkpoint(self: Any, model: Any, trial: Any = None) -> None:

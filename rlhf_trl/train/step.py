@@ -21,21 +21,23 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from safetensors import safe_open
 from trl import ModelConfig, get_peft_config
 
 from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
 from rlhf_trl.models.base import load_causal, load_classifier, start_path
-from rlhf_trl.models.rewards import load_reward_model, score_completions
+from rlhf_trl.models.policies import shares_base
+from rlhf_trl.models.rewards import RewardModel, load_reward_model, measure_reward_model, score_completions
 from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import last_valid_checkpoint
 from rlhf_trl.run.environment import environment
-from rlhf_trl.run.files import read_json, write_json
+from rlhf_trl.run.files import read_json, read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.train.callbacks import Health, History, Interrupt, peak_memory
+from rlhf_trl.run.safetensors import check_weights
+from rlhf_trl.train.callbacks import Health, History, Interrupt, is_sharded, peak_memory
+from rlhf_trl.train.health import Watch
 from rlhf_trl.train.trainers import classes_of, load_view
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,9 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     resume = find_resume_point(run, stage, recipe.fingerprint(stage))
     trainer = build_trainer(recipe, run, stage, config)
     history, health, interrupt = History(run.training_stats(stage), stage, spec.trainer), Health(), Interrupt()
-    for callback in (interrupt, history, health):  # the history is written before a checkpoint that a signal asks for
+    watch = Watch(stage, spec, history)
+    # The history is written before a checkpoint that a signal asks for.
+    for callback in (interrupt, history, health, watch):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume and str(resume))
     steps = trainer.state.global_step
@@ -71,6 +75,8 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     if steps == 0:
         raise UserError(f"stages.{stage}", "training ended after 0 steps", "use more data, or smaller batches")
     health.check_weights(trainer.model, stage)
+    if spec.trainer == "reward":
+        _judge_reward_model(trainer, run, watch)
     uses_peft = bool(recipe.model_block(stage).get("use_peft"))
     _save(trainer, run.adapter(stage) if uses_peft else run.model(stage), needs_head=spec.trainer == "reward")
     if PartialState().is_main_process:
@@ -81,6 +87,17 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     # A process that leaves early aborts, and the launcher then kills the one that is still saving.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def _judge_reward_model(trainer: Any, run: RunDir, watch: Watch) -> None:
+    """Hold the accuracy on the held-out pairs against chance and length, before a policy learns from this model."""
+    if is_sharded(trainer.model):
+        logger.info("the reward model is sharded: `evaluate` and `errors` measure its accuracy, not this stage")
+        return
+    model = RewardModel(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
+    measured = measure_reward_model(model, read_jsonl(run.pairs("test")), trainer.args.per_device_eval_batch_size)
+    chance, length = measured["accuracy"]["low"] - 0.5, measured["length_rule"]["over_rule"]["low"]
+    watch.judge({"over_chance": chance, "over_length": length}, trainer.state.global_step)
 
 
 # --- config
@@ -140,37 +157,43 @@ def find_resume_point(run: RunDir, stage: str, fingerprint: str) -> Path | None:
 
 def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     """Build the library's trainer of a stage, with its data, its models and, where it has one, its reward."""
-    word = recipe.stages[stage].trainer
+    spec, block, half = recipe.stages[stage], recipe.model_block(stage), recipe.half_of(stage)
     tokenizer = recorded_tokenizer(recipe, run, stage)
     with PartialState().main_process_first():
         path = start_path(recipe, run, stage)
-    rows = run.prompts if word in ("grpo", "ppo") else run.pairs
-    train_data = load_view(rows("train"), word, tokenizer, recipe.half_of(stage))
-    test_data = load_view(rows("test"), word, tokenizer)
+    reward: Any = None
+    if spec.reward:
+        on_base = spec.trainer == "ppo" and shares_base(recipe, stage, spec.reward, evaluation=False)
+        reward = run.adapter(spec.reward) if on_base else load_reward_model(recipe, run, spec.reward)
+    rows = run.prompts if spec.reward else run.pairs
+    train_data = load_view(rows("train"), spec.trainer, tokenizer, half)
+    test_data = load_view(rows("test"), spec.trainer, tokenizer)
+    task, load = ("SEQ_CLS", load_classifier) if spec.trainer == "reward" else ("CAUSAL_LM", load_causal)
+    model_config = ModelConfig(**block, lora_task_type=task)
     models: dict[str, Any]
-    if word == "ppo":
+    if spec.trainer == "ppo":
         from rlhf_trl.train.ppo.models import build_ppo_models
 
-        models = build_ppo_models(recipe, run, stage, config, tokenizer)
+        models = build_ppo_models(path, model_config, tokenizer, config, reward, run, stage)
     else:
-        task, load = ("SEQ_CLS", load_classifier) if word == "reward" else ("CAUSAL_LM", load_causal)
-        model_config = ModelConfig(**recipe.model_block(stage), lora_task_type=task)
         models = {"model": load(path, model_config, tokenizer), "peft_config": get_peft_config(model_config)}
-    if word == "grpo":
+    if spec.trainer == "grpo":
+        models["reward_funcs"] = _reward_function(reward, tokenizer)
         needed = config.generation_batch_size // config.num_generations  # with fewer, it silently trains nothing
         if len(train_data) < needed:
             problem = f"{len(train_data)} training prompts are fewer than the {needed} of one rollout"
             raise UserError("data", problem, "lower the batch size or gradient_accumulation_steps, or use more data")
-        reward_model = load_reward_model(recipe, run, str(recipe.stages[stage].reward))
-
-        def reward(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-            """Score exactly the text that reward training saw."""
-            return score_completions(reward_model, tokenizer, prompts, completion_ids).tolist()
-
-        models["reward_funcs"] = reward
-    return classes_of(word)[0](
+    return classes_of(spec.trainer)[0](
         args=config, train_dataset=train_data, eval_dataset=test_data, processing_class=tokenizer, **models
     )
+
+
+def _reward_function(model: RewardModel, tokenizer: Any) -> Any:
+    def reward(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """Score exactly the text that reward training saw."""
+        return score_completions(model, tokenizer, prompts, completion_ids).tolist()
+
+    return reward
 
 
 # --- what is saved
@@ -189,15 +212,7 @@ def _save(trainer: Any, target: Path, needs_head: bool) -> None:
         return
     for name in ("training_args.bin", "README.md"):  # a pickle of the arguments, and a card without results
         (folder / name).unlink(missing_ok=True)
-    names: list[str] = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                tensor = tensors.get_tensor(name)
-                if tensor.numel() == 0 or not tensor.float().isfinite().all():
-                    problem = f"the tensor {name} is empty or not finite"
-                    raise UserError(str(folder), problem, "lower learning_rate and train again")
-                names.append(name)
+    names = check_weights(folder)
     if not names or (needs_head and not any("score" in name for name in names)):
         missing = "reward head was" if names else "weights were"
         raise UserError(str(folder), f"the {missing} not saved", "report this together with the accelerate config")

@@ -18,7 +18,7 @@ from rlhf_trl.text.refusals import UNSAFE, refuses, unsafe_patterns
 
 LIMIT = 100
 NAMES = ["gold", "length", "cut", "repetition", "distinct", "opening", "entropy"]
-NAMES += ["refusal:harmless", "refusal:helpful"]
+NAMES += ["refusal:harmless", "refusal:helpful", "kl"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def record(number, text, subset="helpful", **more):
     return {
         "id": f"p{number}", "subset": subset, "answer": text if finished else " ".join(words[:LIMIT]),
         "finished": finished, "answer_tokens": len(words) * 7 // 6 + 1 if finished else LIMIT * 7 // 6,
-        "entropy": 2.0, "reward_gain": 0.0, "gold_gain": 0.0, "chosen_refuses": False, **more,
+        "entropy": 2.0, "kl": 1.0, "reward_gain": 0.0, "gold_gain": 0.0, "chosen_refuses": False, **more,
     }  # fmt: skip
 
 
@@ -250,6 +250,8 @@ def test_each_alarm_names_its_own_fault(real):
     assert raised(numbers(entropy=lambda n: 0.4 * n), reference) == {"entropy"}
     assert raised(numbers(entropy=lambda n: 3 * n), reference) == set()
     assert raised([{**old, "finished": i % 4 > 0} for i, old in enumerate(same)], reference) == {"cut"}
+    assert raised(numbers(kl=lambda _: 14.0), reference) == {"kl"}
+    assert raised(numbers(kl=lambda _: 14.0), reference, kl=20.0) == set()
     gold = {"reward_gain": lambda _: 1.0, "gold_gain": lambda _: -0.5}
     assert raised(numbers(**gold), reference) == {"gold"}
     assert raised(numbers(**gold), reference, gold_drop=0.6) == set()

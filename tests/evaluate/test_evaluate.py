@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, reset_accelerate, shared, small_recipe, train_all
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_trl.compare.step import compare
@@ -146,6 +148,65 @@ def test_evaluation_repeats(evaluated):
     recipe, run, metrics = evaluated
     evaluate(recipe, run)
     assert read_json(run.metrics) == metrics
+
+
+def test_a_killed_evaluation_goes_on_from_what_it_has_sampled(evaluated, monkeypatch):
+    recipe, run, metrics = evaluated
+    calls, last = [], 3
+
+    def counted(*args, **more):
+        calls.append(more["progress"])
+        if len(calls) > last:
+            raise KeyboardInterrupt
+        return sample(*args, **more)
+
+    monkeypatch.setattr("rlhf_trl.evaluate.measure.sample", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(recipe, run)
+    first, last = calls.copy(), math.inf
+    files = sorted(run.unfinished.iterdir())
+    assert len(files) == 3
+    damaged = files[0]
+    damaged.write_text(damaged.read_text().replace("e", "f", 1))  # and is sampled again
+    calls.clear()
+    evaluate(recipe, run)
+    assert read_json(run.metrics) == metrics
+    assert len(set(first[:3]) & set(calls)) == 1
+    assert first[3] in calls
+    assert not run.unfinished.exists()
+
+
+def test_what_is_kept_belongs_to_its_policy(evaluated, monkeypatch):
+    """After a kill and a change of one policy, the others go on."""
+    recipe, run, _ = evaluated
+    monkeypatch.setattr("rlhf_trl.evaluate.step.build_pareto", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(recipe, run)
+    calls = []
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "rlhf_trl.evaluate.measure.sample", lambda *a, **k: calls.append(k["progress"]) or sample(*a, **k)
+    )
+    changed = recipe.stages["dpo"].model_copy(update={"args": {**recipe.stages["dpo"].args, "beta": 0.2}})
+    other = recipe.model_copy(update={"stages": {**recipe.stages, "dpo": changed}})
+    run.mark_done(other, "dpo", 0.0)
+    evaluate(other, run)
+    assert {label.partition(":")[0] for label in calls} == {"dpo"}
+
+
+def test_weights_that_are_not_finite_are_found_before_anything_is_sampled(evaluated, monkeypatch):
+    recipe, run, _ = evaluated
+    monkeypatch.setattr("rlhf_trl.evaluate.measure.sample", lambda *_, **__: pytest.fail("sampled"))
+    for stage, tensor in (("rm", ".score."), ("ppo", "lora_B")):
+        file = run.adapter(stage) / "adapter_model.safetensors"
+        weights = load_file(file)
+        name = next(key for key in weights if tensor in key)
+        save_file({**weights, name: torch.full_like(weights[name], float("nan"))}, file)
+        run.mark_done(recipe, stage, 0.0)
+        with pytest.raises(UserError, match=rf"{stage}/adapter/adapter_model.safetensors: the tensor .* not finite"):
+            evaluate(recipe, run)
+        save_file(weights, file)
+        run.mark_done(recipe, stage, 0.0)
 
 
 def test_evaluation_needs_every_stage(trained, tmp_path):

@@ -441,6 +441,15 @@ def test_findings_of_the_error_analysis_are_on_the_page_with_their_files(show: C
     assert text.count("Attention") == 2  # the other findings are no alarms
 
 
+def test_the_health_of_a_stage_is_on_the_page(show: Callable[..., Page]) -> None:
+    def sick(run: RunDir) -> None:
+        with edited(run.training_stats("rm")) as stats:
+            stats["health"] = [{"what": "over_chance", "says": "the accuracy is not clear of chance (step 2)"}]
+
+    assert "rm: the accuracy is not clear of chance (step 2)" in show(sick).words("training")
+    assert "clear of chance" not in show().words("training")
+
+
 def test_contents_name_what_the_steps_wrote_and_nothing_else(show: Callable[..., Page]) -> None:
     def more(run: RunDir) -> None:
         for path in (run.figure("pareto"), run.root / "other" / "adapter" / "file", run.holder("sft")):

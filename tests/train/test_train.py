@@ -1,6 +1,7 @@
 """Training: each trainer learns through its adapter alone, scores what it trained on, resumes, and refuses what
 cannot work."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -424,3 +425,32 @@ def test_a_changed_setting_does_not_resume_the_old_checkpoints(copy):
     write_json(run.started("dpo"), {"fingerprint": "another"})
     copy.train("dpo", "beta=0.3", "max_steps=1")
     assert not stale.exists()
+
+
+# --- health
+
+
+def test_rewards_that_are_all_the_same_are_said_by_grpo_and_ppo(copy):
+    """The reward head is zero, so that every answer scores 0."""
+    file = copy.run.adapter("rm") / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({key: torch.zeros_like(t) if "score" in key else t for key, t in weights.items()}, file)
+    recipe = small_recipe(copy.folder)
+    copy.run.mark_done(recipe, "rm", 0.0)
+    for stage, what in (("grpo", "equal_groups"), ("ppo", "reward_std")):
+        copy.run.replace(stage)
+        with contextlib.suppress(UserError):  # GRPO has no KL penalty to learn from either: no weight has changed
+            train(recipe, copy.run, stage)
+        health = read_json(copy.run.training_stats(stage))["health"]
+        assert what in {entry["what"] for entry in health}
+
+
+def test_a_reward_model_at_chance_is_said_when_its_stage_ends(copy, trained, caplog):
+    found = {entry["what"]: entry for entry in read_json(trained[1].training_stats("rm"))["health"]}
+    assert found.keys() <= {"over_chance", "over_length"}
+    overrides = ["stages.rm.health={over_chance: {below: 1.0, then: stop}}", "stages.rm.args.max_steps=1"]
+    recipe = small_recipe(copy.folder, overrides)
+    copy.run.done("rm").unlink()
+    with pytest.raises(UserError, match=r"stages.rm.health.over_chance: the accuracy on held-out pairs"):
+        train(recipe, copy.run, "rm")
+    assert not copy.run.done("rm").exists()

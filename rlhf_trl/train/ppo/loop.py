@@ -103,8 +103,8 @@ def log_probs_of(logits: Tensor, index: Tensor) -> Tensor:
 def generate_in_chunks(
     model: Any, queries: Tensor, chunk: int, pad_token_id: int, generation_config: Any
 ) -> tuple[Tensor, Tensor]:
-    """Sample answers, `chunk` prompts at a time: the tokens with the prompts, and the log-probabilities of the sampled
-    ones, (B, T), in place of the logits, of which the loop reads no more."""
+    """Sample answers, `chunk` prompts at a time: the tokens with the prompts, and, in place of the logits, the
+    log-probabilities of the sampled ones, (B, T)."""
     tokens: list[Tensor] = []
     log_probs: list[Tensor] = []
     for start in range(0, len(queries), chunk):
@@ -135,8 +135,7 @@ def _c_library() -> Any:
 def trim_heap() -> None:
     """On the CPU, give the memory that a backward pass has freed back to the system.
 
-    The activations of a micro-batch lie in pieces of the C library's heap that those of the next do not fit into:
-    PPO on SmolLM2-135M would hold 4.5 GB for 2.4 GB in use.
+    The heap is left in pieces that the next micro-batch does not fit into: on SmolLM2-135M, 4.5 GB for 2.4 GB in use.
     """
     library = _c_library()
     if library is not None and library.mallinfo2().fordblks > UNUSED_BYTES:

@@ -8,23 +8,17 @@ from typing import Any
 def estimate_ppo(
     model: Any, config: Any, prompt: int, weights: float, trained: int, bytes_per_value: int
 ) -> dict[str, float]:
-    """Estimate the memory of one process in bytes: of each part, and in all; the rollout and the update follow each
-    other.
+    """Estimate the memory of one process in bytes: of each part, and in all; rollout and update follow each other.
 
-    Of the parts, `weights` is given; `training` is a gradient and two Adam moments, 4 bytes each; `rollout` is the
-    key-value cache of one chunk of prompts, and twice the logits of its answers in float32; `update` is the
-    activations of two forward passes of a micro-batch, and five times its answers' logits in float32.
-
-    The activations of one layer are 34 s b h bytes in 16 bit for s tokens, b rows and h hidden units (Korthikanti et
-    al., 2022, "Reducing activation recomputation in large transformer models", with an attention that stores no
-    scores); with recomputation, its input alone, and one whole layer at a time.
+    `training` is a gradient and two Adam moments, 4 bytes each; `rollout` the key-value cache of one chunk of prompts,
+    and twice the logits of its answers; `update` the activations of two forward passes of a micro-batch, and five
+    times its answers' logits. A layer's activations are 34 s b h bytes in 16 bit for s tokens, b rows and h hidden
+    units (Korthikanti et al., 2022, arXiv 2205.05198); with recomputation, its input alone, and one layer at a time.
 
     Args:
-        model: the transformers config of the base's text model.
-        config: the stage's `PPOConfig`.
+        model: the transformers config of the base's text model; `config` is the stage's `PPOConfig`.
         prompt: tokens of the longest prompt.
-        weights: bytes of the base and of all adapters.
-        trained: number of trained parameters.
+        weights: bytes of the base and of all adapters; `trained` is the number of trained parameters.
         bytes_per_value: of an activation: 4, or 2 under bf16.
     """
     micro, layers = config.per_device_train_batch_size, model.num_hidden_layers

@@ -1,9 +1,8 @@
 """The models that PPO trains with: four roles on one frozen base.
 
 The policy and the value model are LoRA adapters on one base; the reference is that base with its adapters off; the
-reward model is a third adapter where it was trained on the same base, and a model of its own where it was not. TRL's
-loop asks its models for little: the policy generates and gives logits, the value and the reward model have a backbone
-that gives hidden states and a `score` that reads them.
+reward model is a third adapter where it was trained on the same base, else a model of its own. TRL's loop needs logits
+of the policy, and a backbone and a `score` of the value and the reward model.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +19,15 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModelForCausalLM
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.models.base import RewardHead, load_causal, start_path
-from rlhf_trl.models.policies import load_adapter, shares_base
-from rlhf_trl.models.rewards import RewardModel, SharedClassifier, load_reward_model, score_completions
+from rlhf_trl.models.base import RewardHead, load_causal
+from rlhf_trl.models.policies import load_adapter
+from rlhf_trl.models.rewards import RewardModel, SharedClassifier, score_completions
 from rlhf_trl.models.tokenizer import Messages, encode
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.ppo.memory import estimate_ppo
@@ -59,9 +57,8 @@ class AnswerLogits:
 class SharedPolicy(PeftModelForCausalLM):
     """A language model whose LoRA adapters are the roles of PPO.
 
-    Only one adapter is switched on at a time, and the trained ones stay trainable meanwhile, which PEFT's own
-    `set_adapter` and `disable_adapter` would end. `context_length` is the length of the prompts of the current
-    rollout, padding included.
+    One adapter is on at a time; the trained ones stay trainable, which PEFT's own `set_adapter` and `disable_adapter`
+    would end. `context_length` is the length of the prompts of the current rollout, padding included.
     """
 
     context_length = 0
@@ -133,11 +130,8 @@ class ValueModel(nn.Module):
 class TextReward(nn.Module):
     """A reward model as the loop sees one, which reads the answers as text.
 
-    The score is the one of GRPO and of the evaluation, whatever base and tokenizer the reward model has; it stands at
-    every position, of which the loop takes the answer's last.
-
-    Args:
-        mean: subtracted from each score, which is then divided by `std`.
+    The score is the one of GRPO and of the evaluation, less `mean` and divided by `std`; it stands at every position,
+    of which the loop takes the answer's last.
     """
 
     base_model_prefix = "backbone"
@@ -166,9 +160,20 @@ class TextReward(nn.Module):
 
 
 def build_ppo_models(
-    recipe: Recipe, run: RunDir, stage: str, config: Any, tokenizer: PreTrainedTokenizerBase
+    path: str,
+    model_config: ModelConfig,
+    tokenizer: Any,
+    config: Any,
+    reward: RewardModel | Path,
+    run: RunDir,
+    stage: str,
 ) -> dict[str, Any]:
-    """Build the policy, value and reward models of a PPO stage with its `PPOConfig`.
+    """Build the policy, value and reward models of a PPO stage.
+
+    Args:
+        path: the folder of the base; `model_config` says how it is loaded.
+        config: the stage's `PPOConfig`.
+        reward: a reward model, or the folder of one that is an adapter on the same base.
 
     Raises:
         UserError: the parameters are sharded, or the value model is to start from a reward model on another base.
@@ -176,25 +181,20 @@ def build_ppo_models(
     if is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         problem = "PPO cannot generate from parameters that are sharded (FSDP, ZeRO-3)"
         raise UserError("--accelerate", problem, "use ddp or zero2")
-    model_config = ModelConfig(**recipe.model_block(stage), lora_task_type="CAUSAL_LM")
-    base = load_causal(start_path(recipe, run, stage), model_config, tokenizer)
+    base = load_causal(path, model_config, tokenizer)
     lora: Any = get_peft_config(model_config)
     policy = SharedPolicy(base, lora, adapter_name=POLICY)
-    name = str(recipe.stages[stage].reward)
-    shares = shares_base(recipe, run, stage, name, evaluation=False)
     value_head = None
     if config.value_init == "reward":
-        if not shares:
-            remedy = f"leave it out, or give {name} the init and the model of {stage}"
-            raise UserError(f"stages.{stage}.args.value_init", f"the reward model {name} lies on another base", remedy)
-        value_head = load_adapter(policy, VALUE, run.adapter(name), widen=True)
+        if isinstance(reward, RewardModel):
+            remedy = f"leave it out, or give the reward stage the init and the model of {stage}"
+            raise UserError(f"stages.{stage}.args.value_init", "the reward model lies on another base", remedy)
+        value_head = load_adapter(policy, VALUE, reward, widen=True)
     else:
         policy.add_adapter(VALUE, _value_config(lora, base))
-    if shares:
-        head: Any = load_adapter(policy, REWARD, run.adapter(name), widen=True)
+    if isinstance(reward, Path):
+        head: Any = load_adapter(policy, REWARD, reward, widen=True)
         reward = RewardModel(SharedClassifier(policy.use, REWARD, head), tokenizer)
-    else:
-        reward = load_reward_model(recipe, run, name)
     policy.keep_trainable()
     policy.to(PartialState().device)
     if config.gradient_checkpointing:

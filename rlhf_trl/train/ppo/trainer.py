@@ -149,14 +149,15 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Add what the loop does not measure, adapt `kl_coef`, and stop at `max_kl`.
 
-        The loop averages its statistics over `num_mini_batches` times as many places as it fills, which makes nothing
-        of their variance, and its `eps` counts from the start of the process.
+        The loop averages its statistics over `num_mini_batches` times as many places as it fills, so that their
+        variance means nothing; its `eps` counts from the start of the process.
         """
         logs = {key: value for key, value in logs.items() if key not in ("eps", "val/ratio_var")}
         for key in AVERAGED & logs.keys():
             logs[key] *= self.args.num_mini_batches
         own = {key: torch.tensor(values, dtype=torch.float32).mean() for key, values in self._measured.items()}
-        own["reward"] = torch.tensor(self.reward_model.raw).mean()
+        rewards = torch.tensor(self.reward_model.raw)
+        own |= {"reward": rewards.mean(), "reward_std": rewards.std(correction=0)}
         logs |= {key: reduce(own[key].to(self.accelerator.device), reduction="mean").item() for key in sorted(own)}
         new = torch.tensor(self._new_tokens, device=self.accelerator.device)  # sampled since the last log
         self._tokens += int(reduce(new, reduction="sum"))
@@ -168,11 +169,8 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         self._control_kl(logs["objective/kl"])
 
     def _control_kl(self, kl: float) -> None:
-        """Adapt `kl_coef` (Ziegler et al., 2019, "Fine-tuning language models from human preferences", section 2.2),
-        or go back to the last policy whose KL was measured below `max_kl`, and stop.
-
-        Args:
-            kl: of the policy that sampled this update's rollout, which is the one before the update.
+        """Adapt `kl_coef` (Ziegler et al., 2019, arXiv 1909.08593, section 2.2), or stop with the last policy whose KL
+        was below `max_kl`. `kl` is of the policy that sampled this rollout: the one before the update.
         """
         if self.args.kl_target:
             error = min(max(kl / self.args.kl_target - 1, -0.2), 0.2)
