@@ -69,7 +69,7 @@ class Measurements:
         A file's name holds the fingerprint of what it depends on, and the hash of its content.
         """
         recipe, start = self.recipe, self.recipe.stages[self.recipe.policies[0]].init
-        own = {name, self.settings.reward, self.settings.gold} & recipe.stages.keys()
+        own = {stage for stage in recipe.stages if stage in (name, self.settings.reward, self.settings.gold)}
         own |= {parent for stage in own for parent in recipe.parents(stage)}
         alone = {key: stage for key, stage in recipe.stages.items() if key in own}
         depends = recipe.model_copy(update={"stages": alone}).fingerprint("evaluate")
