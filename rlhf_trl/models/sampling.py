@@ -179,14 +179,13 @@ class KL(NamedTuple):
 def measure_kl(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Tensor) -> KL:
     """Compare two models on answers that were sampled from the first.
 
-    At each position of an answer, kl = sum_v pi(v) [log pi(v) - log ref(v)]; its sum over the answer is the
-    Rao-Blackwellised estimate of the sequence KL: unbiased and never negative. k1 and k3 (Schulman, 2020,
-    "Approximating KL divergence") see the sampled tokens alone; their means agree with it.
+    At each position of an answer, kl = sum_v pi(v) [log pi(v) - log ref(v)]; its sum over the answer estimates the
+    sequence KL without bias, and is never negative. k1 and k3 (Schulman, 2020, "Approximating KL divergence") see the
+    sampled tokens alone; their means agree with it.
 
     Args:
-        logits: policy, (B, T, V); `ref_logits`: reference, (B, T, V).
-        answer_ids: the sampled tokens, (B, T).
-        mask: 1 on the answer's tokens, its end token included, (B, T).
+        logits, ref_logits: of the policy and of the reference, (B, T, V).
+        answer_ids: the sampled tokens, (B, T); `mask` is 1 on the answer's tokens, its end token included, (B, T).
     """
     sums = torch.zeros(4, logits.shape[0], dtype=torch.float64, device=logits.device)
     for start in range(0, logits.shape[1], KL_POSITIONS):

@@ -41,11 +41,8 @@ def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) ->
 
 
 def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and give it what every stage needs.
-
-    That is: a padding token that differs from the end-of-sequence token (else the end of an answer is masked and can
-    be neither learned nor scored) and lies inside the vocabulary (so that the embedding is not resized and adapters
-    fit the public base); padding on the left; a chat template that does not depend on the date.
+    """Load a tokenizer and give it what every stage needs: padding on the left, a chat template without a date, and a
+    padding token of the vocabulary that is not the end-of-sequence token, which is masked where it pads.
 
     Raises:
         UserError: there is no end-of-sequence token, or no token to pad with.
@@ -119,15 +116,9 @@ def encode_all(
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: Messages, answer: str | None = None, finished: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Encode a prompt and an answer as the policy sees them.
+    """Encode a prompt that ends on a user turn, and an answer: token ids of each, empty without an answer.
 
-    Args:
-        prompt: messages that end on a user turn.
-        finished: whether the answer ended by itself; one cut at the length limit is scored without the end token.
-
-    Returns:
-        Token ids of the prompt (with the generation prompt) and of the answer (with its end token; empty without an
-        answer).
+    An answer that is not `finished`, but cut at the length limit, has no end token.
     """
     prompt_ids, *answers = next(encode_all(tokenizer, [prompt], *([] if answer is None else [[answer]])))
     return prompt_ids, [] if answer is None else answers[0] if finished else answers[0][:-1]
