@@ -144,8 +144,8 @@ def _by_ratio(alarm: str, both: np.ndarray, low: float, high: float | None, says
 
 
 def _by_rise(alarm: str, both: np.ndarray, rise: float, what: str, wanted: float | None = None) -> dict[str, Any]:
-    """Compare two mean shares, (2, P), by their difference; with `wanted`, that of the chosen answers, a fall counts
-    like a rise, and the way towards them does not."""
+    """Compare two mean shares, (2, P), by their difference. With `wanted`, the share of the chosen answers, a fall
+    counts like a rise, and a change towards `wanted` does not count."""
     now, start = both.mean(axis=1).tolist()
     threshold = start + rise
     if wanted is not None:

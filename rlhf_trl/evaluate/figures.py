@@ -104,8 +104,7 @@ def _draw_kl(axes: Axes, policies: Mapping[str, Any]) -> None:
 
 
 def _reach(summaries: Sequence[Mapping[str, Any]]) -> float:
-    """How far a KL axis goes: k3 grows without bound where the reference is likely and the policy is not, and must
-    not flatten the others."""
+    """The end of a KL axis: k3 can be very large, and must not flatten the others."""
     others = max(summary[key]["high"] for summary in summaries for key in ("kl", "kl_k1"))
     furthest = max(summary["kl_k3"]["high"] for summary in summaries)
     return 1.05 * max(others, min(furthest, 1.5 * others)) or 1

@@ -59,7 +59,7 @@ def decoding_of(recipe: Recipe, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_pair(row: Mapping[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
-    """Take what the export keeps of an answer; `scores` is empty where the answer was not scored."""
+    """Select what the export keeps of an answer; `scores` is empty where it was not scored."""
     return {
         **{key: row[key] for key in ("id", "subset", "prompt", "finished")},
         "response": row["answer"],

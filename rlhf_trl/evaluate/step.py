@@ -182,7 +182,7 @@ def summarise(records: Sequence[Row], edges: Mapping[str, np.ndarray]) -> Row:
 
 
 def conclude(recipe: Recipe, metrics: Row, pareto: Row | None, over: Row) -> Row:
-    """Gather what each policy comes to, on one short page."""
+    """Gather the main numbers of each policy."""
     keys = ("kl", "reward_gain", "gold_gain", "answer_tokens", "finished")
     policies = {
         name: {

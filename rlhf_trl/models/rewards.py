@@ -97,7 +97,7 @@ def score_completions(
     prompts: Sequence[Messages],
     completions: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Score sampled tokens (of the policy's tokenizer) by the text they make, with the end token where they end by it.
+    """Score sampled tokens of the policy by their text; an answer that ended by itself has its end token.
 
     Raises:
         UserError: a score is not finite.
@@ -111,8 +111,9 @@ def score_completions(
 
 
 class SharedClassifier(torch.nn.Module):
-    """A reward adapter on the base of the policies: what a sequence classifier computes, with no weights of its own
-    but the head's, (1, H). `use` yields the base with the adapter of a name switched on."""
+    """A sequence classifier made of a reward adapter on the base of the policies, and its head, (1, H).
+
+    `use` yields the base with the adapter of a name switched on."""
 
     def __init__(self, use: Callable[[str], AbstractContextManager[Any]], name: str, head: Tensor):
         super().__init__()

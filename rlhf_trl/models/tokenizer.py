@@ -42,7 +42,7 @@ def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) ->
 
 def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Load a tokenizer and give it what every stage needs: padding on the left, a chat template without a date, and a
-    padding token of the vocabulary that is not the end-of-sequence token, which is masked where it pads.
+    padding token of the vocabulary other than the end-of-sequence token, which must not be masked in an answer.
 
     Raises:
         UserError: there is no end-of-sequence token, or no token to pad with.

@@ -62,7 +62,7 @@ class BeginLoop(TrainerCallback):
 
 
 class EndLoop(TrainerCallback):
-    """Leaves the loop when asked to, which it does not do by itself. Comes after the callbacks that ask for it."""
+    """Leaves the loop when a callback asks to stop, which TRL's loop ignores. Comes after those callbacks."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer

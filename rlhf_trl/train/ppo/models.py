@@ -44,7 +44,7 @@ Prompts = Mapping[tuple[int, ...], Messages]
 
 
 class AnswerLogits:
-    """Logits of an answer's positions, which the loop slices as if they were those of the prompt, too."""
+    """Logits of the answers alone; the loop slices them by positions of the whole sequence."""
 
     def __init__(self, kept: Tensor, skipped: int):
         self.kept, self._skipped = kept, skipped
@@ -95,7 +95,7 @@ class SharedPolicy(PeftModelForCausalLM):
         return CausalLMOutput(logits=AnswerLogits(output.logits.float(), skipped))
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """Recompute each layer under the adapter of its forward pass, whichever is on by then."""
+        """Recompute each layer under the adapter that was on in its forward pass."""
 
         def contexts() -> tuple[Any, Any]:
             return contextlib.nullcontext(), self.use(self.active_adapter)

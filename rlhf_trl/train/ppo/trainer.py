@@ -121,7 +121,7 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         self.accelerator.backward = self._backward_with_entropy
 
     def _prepare_loader(self) -> Any:
-        """The loop's own draws its order, and the seeds of its workers, from the stream that the sampling uses."""
+        """Build a loader with random numbers of its own: the library's draws from the stream that sampling uses."""
         sampler = SeedableRandomSampler(self.train_dataset, data_seed=self.args.seed)
         loader = DataLoader(self.train_dataset, self.args.local_batch_size, sampler=sampler, drop_last=True,
                             collate_fn=self.data_collator, generator=torch.Generator())  # fmt: skip
