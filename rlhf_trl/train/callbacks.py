@@ -126,7 +126,7 @@ class History(TrainerCallback):
         self._write(state)
 
     def _write(self, state: Any) -> None:
-        """Write all rows. The next write waits 20 times as long as this one takes: it costs at most 5 % of the time."""
+        """Write all rows. The next write waits 20 times as long as this one takes: at most 5 % of the time."""
         if state.is_world_process_zero:
             begin = time.perf_counter()
             write_json(self.path, self.stats)
