@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from rlhf_trl.adapters.load import Policy
 from rlhf_trl.adapters.score import read_lines
 from rlhf_trl.models.tokenizer import Messages
@@ -49,8 +51,8 @@ def answer_file(
     done = _resume(partial, begun)
     kept = len(done)
     with partial.open("a", encoding="utf-8") as file:
-        for first in range(kept, len(rows), BATCHES * batch_size):
-            talks = [(list(start), turns) for _, start, turns in rows[first : first + BATCHES * batch_size]]
+        for first in tqdm(range(kept, len(rows), size := BATCHES * batch_size), f"answers, {size} at a time"):
+            talks = [(list(start), turns) for _, start, turns in rows[first : first + size]]
             answers = _answer(policy, talks, batch_size, how)
             file.write("".join(json.dumps(one) + "\n" for one in answers))
             file.flush()

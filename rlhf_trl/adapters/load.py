@@ -24,7 +24,7 @@ from trl import ModelConfig
 
 from rlhf_trl.adapters.base import require_stage
 from rlhf_trl.adapters.check import notes, require_sound
-from rlhf_trl.adapters.files import BASE, CONFIG, LINEAGE, TOKENIZER_CONFIG
+from rlhf_trl.adapters.files import BASE, CONFIG, TOKENIZER_CONFIG
 from rlhf_trl.models import rewards
 from rlhf_trl.models.base import fetch, load_causal, load_classifier, prompt_room, start_path
 from rlhf_trl.models.policies import base_block
@@ -46,7 +46,6 @@ class Policy:
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    lineage: dict[str, Any] | None  # None for an adapter that was not exported here
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Answer as the base alone, as long as this lasts."""
@@ -108,8 +107,7 @@ def load_policy(
     """
     if stage is not None:
         return _load_stage(RunDir(Path(folder)), stage)
-    lineage = Path(folder) / LINEAGE
-    return Policy(*_load(Path(folder), base, "CAUSAL_LM", dtype), read_json(lineage) if lineage.exists() else None)
+    return Policy(*_load(Path(folder), base, "CAUSAL_LM", dtype))
 
 
 def _load_stage(run: RunDir, stage: str) -> Policy:
@@ -118,7 +116,7 @@ def _load_stage(run: RunDir, stage: str) -> Policy:
     path = start_path(recipe, run, stage) if adapted else str(run.model(stage))
     model: Any = load_causal(path, ModelConfig(**base_block(recipe, stage)), tokenizer)
     model = PeftModel.from_pretrained(model, run.adapter(stage)) if adapted else model
-    return Policy(model.to(PartialState().device).eval(), tokenizer, None)
+    return Policy(model.to(PartialState().device).eval(), tokenizer)
 
 
 def load_reward_model(folder: str | Path, base: str | Path | None = None, stage: str | None = None) -> RewardModel:

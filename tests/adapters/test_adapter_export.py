@@ -262,7 +262,6 @@ def test_a_parent_that_was_fine_tuned_whole_is_shipped(shipped, trained):
 def test_a_policy_loads_and_answers(shipped):
     policy = rlhf_trl.load_policy(shipped / "grpo")
     assert policy.answer(PROMPT, max_new_tokens=8) == policy.answer(PROMPT, max_new_tokens=8)
-    assert policy.lineage["stage"] == "grpo"
     with pytest.raises(UserError, match="is of a policy, not of a reward model"):
         rlhf_trl.load_reward_model(shipped / "grpo")
 
