@@ -49,6 +49,7 @@ SHARDING = ("deepspeed", "fsdp", "fsdp_config")
 AUTO = {"CAUSAL_LM": transformers.AutoModelForCausalLM, "SEQ_CLS": transformers.AutoModelForSequenceClassification}
 # Key of `model` -> what its names are names of.
 NAMES = {"lora_target_modules": "modules", "lora_modules_to_save": "modules", "lora_target_parameters": "parameters"}
+ALTERNATIVES = re.compile(r"\w{3,}(?=\|)|(?<=\|)\w{3,}")  # the words of a pattern such as .*(q_proj|v_proj)
 # Whatever the libraries raise here, they would raise hours later.
 RAISED = (
     UserError,
@@ -132,9 +133,10 @@ def _check_modules(recipe: Recipe, stages: list[str], block: dict[str, Any]) -> 
     if not wanted.use_peft:
         return
     for key, kind in NAMES.items():
-        texts = getattr(wanted, key)
-        for text in texts if isinstance(texts, list) else ():
-            if not any(f".{name}".endswith(f".{text}") for name in names[kind]):
+        given = getattr(wanted, key)
+        whole = isinstance(given, list)
+        for text in given if whole else ALTERNATIVES.findall(given or ""):
+            if not any(f".{name}".endswith(f".{text}") if whole else text in name for name in names[kind]):
                 raise UserError(place(key), f"{text!r} matches nothing in the model", _near(text, names[kind]))
     for task, model in models.items():
         try:
@@ -187,6 +189,8 @@ def _rehearse(recipe: Recipe, run: RunDir, stage: str, processes: int) -> None:
         config = build_stage_config(recipe, run, stage, **whole, **{name: default({}, name) for name in SHARDING})
         with tempfile.TemporaryDirectory() as folder:
             config.output_dir, config.dataset_num_proc = folder, None
+            config.dataloader_num_workers, config.dataloader_prefetch_factor = 0, None
+            config.dataloader_persistent_workers = False
             trainer = _build_trainer(spec.trainer, task, config, recipe.model_block(stage))
             key = "optim"
             trainer.create_optimizer()
