@@ -15,7 +15,6 @@ import importlib.util
 import json
 import math
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -91,19 +90,13 @@ class Option:
     """One field of a configuration class."""
 
     annotation: Any
+    type_name: str
     default: Any
     choices: tuple[Any, ...] = ()
 
     @property
     def takes_list(self) -> bool:
-        return "list[" in str(self.annotation)
-
-    @property
-    def type_name(self) -> str:
-        union = typing.get_origin(self.annotation) in (typing.Union, types.UnionType)
-        parts = typing.get_args(self.annotation) if union else (self.annotation,)
-        names = " or ".join(str(part) if typing.get_args(part) else part.__name__ for part in parts)
-        return names.replace("typing.", "").replace("NoneType", "null").replace("object", "Any")
+        return "list[" in self.type_name
 
 
 def _classes(path: str) -> dict[str, ast.ClassDef]:
@@ -148,10 +141,11 @@ def _read_field(node: ast.AnnAssign) -> Option:
         for key, value in zip(metadata.keys, metadata.values, strict=True):
             if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(value, ast.List):
                 choices = tuple(ast.literal_eval(value))
+    type_name = ast.unparse(node.annotation).replace(" | ", " or ").replace("None", "null")
     if factory := given.get("default_factory"):
-        return Option(annotation, evaluate(factory, UNREAD)(), choices)
+        return Option(annotation, type_name, evaluate(factory, UNREAD)(), choices)
     default = given.get("default")
-    return Option(annotation, None if default is None else evaluate(default, UNREAD), choices)
+    return Option(annotation, type_name, None if default is None else evaluate(default, UNREAD), choices)
 
 
 @functools.cache

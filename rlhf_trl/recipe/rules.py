@@ -114,10 +114,6 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str]
       for key in ("load_in_4bit", "load_in_8bit")),
     (EVERY, "model.load_in_8bit", lambda of: of.model("load_in_8bit") and of.model("load_in_4bit"),
      "cannot stand beside load_in_4bit", "choose one of the two"),
-    (POLICY_TRAINERS, "save_strategy",
-     lambda of: of.own("evaluation", "checkpoints") and of["save_strategy"] == "no",
-     "keeps no checkpoint, and evaluation.checkpoints asks for some",
-     "set save_strategy: steps with a save_steps, or evaluation.checkpoints: 0"),
 )  # fmt: skip
 
 
@@ -167,7 +163,10 @@ def _check_cut(of: Values) -> Found:
 
 def _check_kept(of: Values) -> Found:
     wanted, limit = of.own("evaluation", "checkpoints"), of["save_total_limit"]
-    if wanted and limit is not None and limit <= wanted:
+    if wanted and of["save_strategy"] == "no":
+        remedy = "set save_strategy: steps with a save_steps, or evaluation.checkpoints: 0"
+        yield "save_strategy", "keeps no checkpoint, and evaluation.checkpoints asks for some", remedy
+    elif wanted and limit is not None and limit <= wanted:
         problem = f"keeps {limit} checkpoints, the last one among them, and {wanted} earlier ones are to be evaluated"
         yield "save_total_limit", problem, f"set it to {wanted + 1} or more, or leave it out"
 
