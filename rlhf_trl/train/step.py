@@ -9,7 +9,6 @@ where the stage is fine-tuned whole), `checkpoints/`, `training_stats.json` and 
 
 from __future__ import annotations
 
-import functools
 import logging
 import shutil
 import signal
@@ -55,6 +54,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     run.require(recipe, "prepare", "prepare RECIPE")
     for link in filter(None, (spec.init, spec.reward)):
         run.require(recipe, link, f"train RECIPE {link}")
+    say_one_gpu()
     config = build_stage_config(recipe, run, stage)
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
     resume = find_resume_point(run, stage, recipe.fingerprint(stage))
@@ -124,15 +124,16 @@ def build_stage_config(recipe: Recipe, run: RunDir, stage: str, **other: Any) ->
     if trainer == "ppo":
         values["num_sample_generations"] = 0  # its table reads answers as markup: `[/b]` ends the run
     config = build_config(classes_of(trainer)[1], values, f"stages.{stage}.args")
-    if config.n_gpu > 1:  # transformers would wrap the model in DataParallel, which TRL does not support
-        _say_one_gpu(config.n_gpu)
-        config._n_gpu = 1
+    # With more, transformers would wrap the model in DataParallel, which TRL does not support.
+    config._n_gpu = min(config.n_gpu, 1)
     return config
 
 
-@functools.cache
-def _say_one_gpu(visible: int) -> None:
-    logger.warning("%d GPUs are visible and one is used: to train on all of them, add --accelerate ddp", visible)
+def say_one_gpu() -> None:
+    """Say that a process without a launcher leaves the other GPUs alone."""
+    visible = torch.cuda.device_count()
+    if visible > 1 and PartialState().num_processes == 1:
+        logger.warning("%d GPUs are visible and one is used: to train on all of them, add --accelerate ddp", visible)
 
 
 def find_resume_point(run: RunDir, stage: str, fingerprint: str) -> Path | None:

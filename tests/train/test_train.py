@@ -71,8 +71,9 @@ def test_of_several_gpus_without_a_launcher_one_is_used_and_the_profile_named(tr
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("accelerate.PartialState._shared_state", {})
+    config = build_stage_config(trained[0], RunDir(tmp_path), "dpo")
     with caplog.at_level("WARNING", "rlhf_trl"):
-        config = build_stage_config(trained[0], RunDir(tmp_path), "dpo")
+        train_module.say_one_gpu()
     assert (config.n_gpu, config.train_batch_size) == (1, config.per_device_train_batch_size)
     assert "2 GPUs are visible and one is used" in caplog.text and "--accelerate ddp" in caplog.text
 
