@@ -1,4 +1,4 @@
-"""Logistic regression on many resamples of the same rows at once, for bootstraps; a library's takes seconds for 2,000."""
+"""Logistic regression on many resamples of the same rows at once: a library's 2,000 fits would take seconds."""
 
 from __future__ import annotations
 
