@@ -22,8 +22,8 @@ from rlhf_trl.data.sources import Row
 
 T = TypeVar("T")
 
-ROWS = 1000
-ALONE = 10  # chunks, before other processes are worth their start
+ROWS = 250
+ALONE = 40  # chunks, before other processes are worth their start
 _worker: Callable[[list[Row]], Any]
 
 
@@ -39,13 +39,16 @@ def map_chunks(work: Callable[[list[Row]], T], rows: Iterator[Row]) -> Iterator[
     waiting: deque[tuple[list[Row], Future[T]]] = deque()
     # Spawned: a process that is forked off one with threads, such as the tokenizer's, may hang. None starts before it
     # has something to do.
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (work,)) as pool:
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (work,))
+    try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(_run, chunk)))
             if len(waiting) > 2 * cores:
                 done, result = waiting.popleft()
                 yield done, result.result()
         yield from ((done, result.result()) for done, result in waiting)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start(work: Callable[[list[Row]], Any]) -> None:
