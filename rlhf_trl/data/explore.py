@@ -26,11 +26,11 @@ from rlhf_trl.data.figures import draw
 from rlhf_trl.data.hh import normalise
 from rlhf_trl.data.pair import Pair, RowError
 from rlhf_trl.data.sources import Row, read_rows
-from rlhf_trl.data.summary import QUANTILES, TERMS, longer
+from rlhf_trl.data.summary import TERMS, longer, quantiles, share
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import write_json, write_text
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.stats.intervals import Estimate, wilson
+from rlhf_trl.stats.intervals import Estimate
 from rlhf_trl.text.refusals import REFUSAL_CHARACTERS, REFUSALS, refuses
 
 UNITS = ("characters", "words", "tokens")
@@ -39,8 +39,6 @@ RATIOS = (1.0, 1.25, 1.5, 2.0, 3.0, math.inf)
 TOP_WORDS = 12
 MIN_WORD_COUNT = 20
 WORD = re.compile(r"\w+(?:'\w+)*")
-
-
 # One pair in numbers; two stand for the chosen and the rejected answer. `prefix`: words that both answers begin with.
 PAIR = np.dtype([("depth", int), *((unit, int, 2) for unit in UNITS), ("refuses", bool, 2), ("prefix", int)])
 
@@ -157,7 +155,7 @@ def _describe_subset(subset: Subset) -> dict[str, Any]:
 
 
 def _share(values: np.ndarray) -> dict[str, float] | None:
-    return wilson(float(values.sum()), len(values)).as_dict() if len(values) else None
+    return share(float(values.sum()), len(values))
 
 
 def _mean(values: np.ndarray) -> dict[str, float]:
@@ -167,7 +165,7 @@ def _mean(values: np.ndarray) -> dict[str, float]:
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
-    return {"mean": float(values.mean())} | {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
+    return {"mean": float(values.mean()), **quantiles(values)}
 
 
 def _verbosity(words: np.ndarray) -> list[dict[str, Any]]:

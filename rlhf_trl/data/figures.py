@@ -113,14 +113,11 @@ def _draw_length_bias(figure: Figure, subsets: Statistics) -> None:
     right.set_xlabel("words of the longer answer ÷ words of the shorter one")
     right.set_title(f"… by how much longer it is (bins of {FEW} pairs or more)")
     _label_places(left, units)
-    _label_places(right, [_ratio_label(part) for part in bins])
+    ranges = [f"{part['from']:g} – {part['to']:g}" if part["to"] else f"over {part['from']:g}" for part in bins]
+    _label_places(right, ranges)
     _label_shares(left, "share of the pairs, 95 % interval")
     for axes in (left, right):
         _mark_chance(axes)
-
-
-def _ratio_label(part: Statistics) -> str:
-    return f"over {part['from']:g}" if part["to"] is None else f"{part['from']:g} – {part['to']:g}"
 
 
 def _draw_conversations(figure: Figure, subsets: Statistics) -> None:
@@ -150,10 +147,8 @@ def _draw_refusals(figure: Figure, subsets: Statistics) -> None:
     alone = [stats["refusals"]["refusal_is_chosen"] for stats in subsets.values()]
     _intervals(right, 0, alone, color=GREY, marker="o")
     for place, share in enumerate(alone):
-        text = f"{share['n']:,} pairs" if share else "no such\npair"
-        right.annotate(
-            text, (place, share["mean"] if share else 0.05), (8, 0), textcoords="offset points", va="center"
-        )
+        text, height = (f"{share['n']:,} pairs", share["mean"]) if share else ("no such\npair", 0.05)
+        right.annotate(text, (place, height), (8, 0), textcoords="offset points", va="center")
     left.set_title("Answers with a plain refusal")
     right.set_title("One of two answers refuses: how often it is chosen")
     _label_shares(left, "share of the answers, 95 % interval", decimals=1)

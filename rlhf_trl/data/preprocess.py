@@ -14,7 +14,7 @@ import logging
 import math
 import tempfile
 from array import array
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TextIO
@@ -130,14 +130,13 @@ def _write_splits(run: RunDir, kept: TextIO, parts: Split) -> None:
 
 
 def _check_dropped(recipe: Recipe, run: RunDir, tallies: dict[str, Tally]) -> None:
-    rows = sum(tally.rows for tally in tallies.values())
-    dropped: Counter[str] = sum((tally.dropped for tally in tallies.values()), Counter())
-    limit = recipe.data.max_dropped_fraction
-    if dropped.total() > limit * rows:
-        top = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common(4))
-        share = f"{dropped.total() / rows:.1%}, more than the {limit:.1%} of `data.max_dropped_fraction`"
+    whole, limit = sum(tallies.values(), Tally()), recipe.data.max_dropped_fraction
+    dropped = whole.dropped.total()
+    if dropped > limit * whole.rows:
+        top = ", ".join(f"{reason} {count}" for reason, count in whole.dropped.most_common(4))
+        share = f"{dropped / whole.rows:.1%}, more than the {limit:.1%} of `data.max_dropped_fraction`"
         remedy = f"read {run.quarantine}; mend the data, or raise the limit"
-        raise UserError(recipe.data.source, f"{dropped.total()} of {rows} rows are dropped ({share}): {top}", remedy)
+        raise UserError(recipe.data.source, f"{dropped} of {whole.rows} rows are dropped ({share}): {top}", remedy)
 
 
 def _printable(value: Any) -> Any:

@@ -98,7 +98,7 @@ def _describe_tally(tally: Tally) -> dict[str, Any]:
         "rows_dropped": dropped,
         "reasons": {r.value: {"found": tally.found[r.value], "dropped": tally.dropped[r.value]} for r in Reason},
         "notes": {note: tally.notes[note] for note in NOTES},
-        "longer_is_chosen": _baseline(tally.chosen_longer, tally.compared),
+        "longer_is_chosen": share(tally.chosen_longer, tally.compared),
     }
 
 
@@ -111,10 +111,7 @@ def _describe_split(kept: np.ndarray, prompts: np.ndarray, names: Sequence[str])
             name: {**_describe_pairs(kept[rows], prompts[rows]), "share": float(rows.mean())}
             for name, rows in inside.items()
         },
-        "tokens": {
-            part: {name: float(np.quantile(lengths, level)) for name, level in QUANTILES.items()}
-            for part, lengths in counts.items()
-        },
+        "tokens": {part: quantiles(lengths) for part, lengths in counts.items()},
     }
 
 
@@ -124,11 +121,15 @@ def _describe_pairs(kept: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
         "pairs": len(kept),
         "prompts": len(np.unique(prompts)),
         "longer_is_chosen": {
-            unit: _baseline(float(longer(kept[chosen], kept[rejected]).sum()), len(kept))
+            unit: share(float(longer(kept[chosen], kept[rejected]).sum()), len(kept))
             for unit, (chosen, rejected) in units.items()
         },
     }
 
 
-def _baseline(chosen_longer: float, pairs: int) -> dict[str, float] | None:
-    return wilson(chosen_longer, pairs).as_dict() if pairs else None
+def share(hits: float, pairs: int) -> dict[str, float] | None:
+    return wilson(hits, pairs).as_dict() if pairs else None
+
+
+def quantiles(values: np.ndarray) -> dict[str, float]:
+    return {name: float(np.quantile(values, level)) for name, level in QUANTILES.items()}
