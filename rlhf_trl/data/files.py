@@ -113,11 +113,13 @@ def _read_values(text: str) -> Iterator[Any]:
 
 def _unfold(value: Any) -> Iterator[Any]:
     """The rows of a JSON value: of {"train": [rows]}, of {"0": row}, of columns; else the value itself."""
-    if isinstance(value, dict) and value.keys() >= {"columns", "data"}:  # as pandas writes with `orient="split"`
-        yield from (dict(zip(value["columns"], cells, strict=True)) for cells in value["data"])
-    elif isinstance(value, dict) and not SIDES & value.keys():
-        inside = itertools.chain(*(part if isinstance(part, list) else [part] for part in value.values()))
-        rows = [row for row in inside if isinstance(row, dict) and row.keys() >= SIDES]
+    if isinstance(value, dict) and not SIDES & value.keys():
+        names, inside = value.get("columns"), value.get("data")
+        if isinstance(names, list) and isinstance(inside, list):  # as pandas writes with `orient="split"`
+            rows = [dict(zip(map(str, names), cells, strict=False)) for cells in inside if isinstance(cells, list)]
+        else:
+            parts = itertools.chain(*(part if isinstance(part, list) else [part] for part in value.values()))
+            rows = [row for row in parts if isinstance(row, dict) and row.keys() >= SIDES]
         yield from itertools.chain(*map(_unfold, rows)) if rows else [value]
     elif isinstance(value, dict) and all(map(_is_column, value.values())) and len({*map(len, value.values())}) == 1:
         columns = (column.values() if isinstance(column, dict) else column for column in value.values())

@@ -100,7 +100,7 @@ def unread_columns(raw: Any) -> list[str]:
 def score_not_higher(raw: dict[str, Any]) -> bool:
     """Whether the row's own scores, in numbers or as text, do not put the chosen answer above the rejected one."""
     for chosen, rejected in SCORES:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             return float(raw[chosen]) <= float(raw[rejected])
     return False
 

@@ -1,5 +1,6 @@
 """Rows of every source and shape, broken ones above all."""
 
+import contextlib
 import csv
 import gzip
 import json
@@ -14,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import shared
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rlhf_trl.data.hh import normalise
+from rlhf_trl.data.hh import READ, normalise, read_completion, score_not_higher, unread_columns
 from rlhf_trl.data.pair import Pair, Reason, RowError
 from rlhf_trl.data.sources import read_rows
 from rlhf_trl.recipe.errors import UserError
@@ -172,6 +175,23 @@ SHAPES += [
 ]  # fmt: skip
 
 
+texts = st.sampled_from(["", "yes", str([YES]), TALK, "[{'role': ", "\ud800"])
+parts = st.recursive(
+    st.one_of(st.none(), st.floats(), st.just(10**400), texts),
+    lambda part: st.lists(part, max_size=2) | st.dictionaries(st.sampled_from(["role", "content", "type"]), part),
+    max_leaves=6,
+)
+
+
+@given(raw=st.dictionaries(st.sampled_from(sorted(READ)), parts, max_size=6))
+def test_any_row_is_a_pair_or_has_its_reasons(raw):
+    assert unread_columns(raw) == []
+    assert score_not_higher(raw) in (True, False)
+    for read_row in (normalise, read_completion):
+        with contextlib.suppress(RowError):
+            read_row(raw)
+
+
 @pytest.mark.parametrize(("raw", "pair"), [row[1:] for row in SHAPES], ids=[row[0] for row in SHAPES])
 def test_shape(raw, pair):
     before = json.dumps(raw)
@@ -290,6 +310,7 @@ def test_lines_that_are_no_json_objects_are_rows(tmp_path):
 
 def test_one_odd_row_does_not_spoil_its_file(tmp_path):
     rows = [ROWS[0], {"prompt": "Q?", "chosen": ["yes"], "rejected": ["no"]}, {"other": 1}]
+    rows += [{"columns": [], "data": 1}, {"columns": [{}], "data": [1]}, {**ROWS[1], "columns": ["c"], "data": [[1]]}]
     (tmp_path / "x.jsonl").write_text(lines(rows))
     assert [raw for *_, raw in read(tmp_path / "x.jsonl")] == rows
 
