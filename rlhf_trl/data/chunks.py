@@ -2,7 +2,7 @@
 
 Works on values in memory:
 
-    for rows, result in map_chunks(work, read_rows(recipe.data, recipe.seed)):
+    for rows, result in map_chunks(work, set_up, read_rows(recipe.data, recipe.seed)):
         ...
 """
 
@@ -27,11 +27,15 @@ ALONE = 40  # chunks, before other processes are worth their start
 _worker: Callable[[list[Row]], Any]
 
 
-def map_chunks(work: Callable[[list[Row]], T], rows: Iterator[Row]) -> Iterator[tuple[list[Row], T]]:
+def map_chunks(
+    work: Callable[[list[Row]], T], set_up: Callable[[], Callable[[list[Row]], T]], rows: Iterator[Row]
+) -> Iterator[tuple[list[Row], T]]:
     """Yield the rows in chunks, each with what `work` makes of it.
 
     Args:
-        work: a function that can be pickled; its result depends on its chunk alone.
+        work: a function whose result depends on its chunk alone.
+        set_up: what makes this function in another process. It is small when pickled: a process that dies before it
+            has read more than a pipe holds would leave this one waiting for ever.
     """
     chunks = iter(lambda: list(itertools.islice(rows, ROWS)), [])
     yield from ((chunk, work(chunk)) for chunk in itertools.islice(chunks, ALONE))
@@ -39,7 +43,7 @@ def map_chunks(work: Callable[[list[Row]], T], rows: Iterator[Row]) -> Iterator[
     waiting: deque[tuple[list[Row], Future[T]]] = deque()
     # Spawned: a process that is forked off one with threads, such as the tokenizer's, may hang. None starts before it
     # has something to do.
-    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (work,))
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (set_up,))
     try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(_run, chunk)))
@@ -51,13 +55,13 @@ def map_chunks(work: Callable[[list[Row]], T], rows: Iterator[Row]) -> Iterator[
         pool.shutdown(cancel_futures=True)
 
 
-def _start(work: Callable[[list[Row]], Any]) -> None:
+def _start(set_up: Callable[[], Callable[[list[Row]], Any]]) -> None:
     """Set up a worker process, which ends with its parent and leaves Ctrl-C and the other cores to it."""
     global _worker
-    _worker = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = set_up()
 
 
 def _end_with_parent() -> None:

@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -60,20 +60,21 @@ class Subset:
             mine.update(others)
 
 
+Measured = tuple[dict[str, Subset], Counter[str], Examples]
+
+
 def explore(recipe: Recipe, run: RunDir) -> None:
     """Measure the source and draw what its reader should know.
 
     Raises:
         UserError: the source cannot be used.
     """
-    from rlhf_trl.models.tokenizer import load_tokenizer
-
     subsets: defaultdict[str, Subset] = defaultdict(Subset)
     unreadable: Counter[str] = Counter()
     examples = Examples(recipe.seed)
     rows = tqdm(read_rows(recipe.data, recipe.seed), desc="explore", unit=" rows")
-    work = partial(measure, load_tokenizer(recipe, run), recipe.seed)
-    for _, (measured, dropped, chunk) in map_chunks(work, iter(rows)):
+    work = _set_up(recipe, run)
+    for _, (measured, dropped, chunk) in map_chunks(work, partial(_set_up, recipe, run), iter(rows)):
         for name, subset in measured.items():
             subsets[name].add(subset)
         unreadable.update(dropped)
@@ -84,7 +85,14 @@ def explore(recipe: Recipe, run: RunDir) -> None:
     write_text(run.exploration / "samples.md", examples.render(recipe.data.source))
 
 
-def measure(tokenizer: Any, seed: int, rows: Sequence[Row]) -> tuple[dict[str, Subset], Counter[str], Examples]:
+def _set_up(recipe: Recipe, run: RunDir) -> Callable[[list[Row]], Measured]:
+    """What measures rows, in this process or another one."""
+    from rlhf_trl.models.tokenizer import load_tokenizer
+
+    return partial(measure, load_tokenizer(recipe, run), recipe.seed)
+
+
+def measure(tokenizer: Any, seed: int, rows: Sequence[Row]) -> Measured:
     """Measure rows: the pairs of each subset, the reasons against the others, and the best of both to be read."""
     usable: defaultdict[str, list[tuple[Row, Pair]]] = defaultdict(list)
     unreadable: Counter[str] = Counter()

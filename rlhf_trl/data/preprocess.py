@@ -15,7 +15,7 @@ import math
 import tempfile
 from array import array
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TextIO
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from rlhf_trl.data.check import Checked, check
 from rlhf_trl.data.chunks import map_chunks
 from rlhf_trl.data.pair import Reason
-from rlhf_trl.data.sources import read_rows
+from rlhf_trl.data.sources import Row, read_rows
 from rlhf_trl.data.split import KEY, Split, split
 from rlhf_trl.data.summary import KEPT, Tally, summarise, total_length
 from rlhf_trl.recipe.errors import UserError
@@ -50,10 +50,12 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
 
     tokenizer = load_tokenizer(recipe, run)
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
+    rows = tqdm(read_rows(recipe.data, recipe.seed), desc="prepare", unit=" rows")
     run.data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile("w+", encoding="utf-8", dir=run.data) as pairs:
         with writing(run.quarantine) as quarantine:
-            kept, keys = _clean(recipe, tokenizer, tallies, pairs, quarantine)
+            chunks = map_chunks(partial(check, tokenizer, recipe.data), partial(_set_up, recipe, run), iter(rows))
+            kept, keys = _clean(chunks, tallies, pairs, quarantine)
         _check_dropped(recipe, run, tallies)
         by_name = np.argsort(np.argsort([*tallies]))[kept["subset"]]
         parts = split(keys, kept["keys"], by_name, total_length(kept), recipe.data.test_fraction, recipe.seed)
@@ -66,8 +68,18 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     write_json(run.summary, summary)
 
 
+def _set_up(recipe: Recipe, run: RunDir) -> Callable[[list[Row]], list[Checked]]:
+    """What checks rows in another process."""
+    from rlhf_trl.models.tokenizer import load_tokenizer
+
+    return partial(check, load_tokenizer(recipe, run), recipe.data)
+
+
 def _clean(
-    recipe: Recipe, tokenizer: Any, tallies: defaultdict[str, Tally], pairs: TextIO, quarantine: Callable[[str], None]
+    chunks: Iterator[tuple[list[Row], list[Checked]]],
+    tallies: defaultdict[str, Tally],
+    pairs: TextIO,
+    quarantine: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write each row to the pairs or to the quarantine, and count it.
 
@@ -77,8 +89,7 @@ def _clean(
     numbers, keys = array("q"), bytearray()
     seen: set[bytes] = set()
     places: dict[str, int] = {}
-    rows = tqdm(read_rows(recipe.data, recipe.seed), desc="prepare", unit=" rows")
-    for chunk, checked in map_chunks(partial(check, tokenizer, recipe.data), iter(rows)):
+    for chunk, checked in chunks:
         for (number, subset, raw), row in zip(chunk, checked, strict=True):
             tally, place = tallies[subset], places.setdefault(subset, len(places))
             reasons = _reasons(row, seen)
