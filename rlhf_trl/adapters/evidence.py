@@ -150,6 +150,7 @@ def _add_evaluation(evidence: _Evidence, run: RunDir, stage: str) -> None:
 
 
 def _add_judge(evidence: _Evidence, run: RunDir, stage: str) -> None:
+    run.require_whole("judge", "judge RECIPE")
     found = read_json(run.winrate) if run.winrate.exists() else None
     evidence.parts["judge"] = None
     if found is None:
@@ -171,5 +172,6 @@ def _stale(run: RunDir, step: str, stage: str) -> str | None:
     """Why a step's results are not of the stage as it is now; None if they are."""
     if not run.done(step).exists():
         return f"the step {step!r} was not run"
+    run.require_whole(step, f"{step} RECIPE")
     stale = run.finished(step) < run.finished(stage)
     return f"the stage was trained again after the step {step!r}" if stale else None

@@ -22,9 +22,11 @@ from rlhf_trl.cli.adapters import adapter_app, answer, chat, score
 from rlhf_trl.cli.options import RUNS
 from rlhf_trl.cli.run import (
     find_run,
+    keep_traceback,
     launch,
     load_env,
     open_run,
+    opened,
     overriding,
     planned_processes,
     run,
@@ -37,6 +39,7 @@ from rlhf_trl.cli.tables import printable
 from rlhf_trl.recipe.errors import RecipeError, UserError
 from rlhf_trl.recipe.library import suggest
 from rlhf_trl.recipe.load import locate
+from rlhf_trl.run.faults import FAULTS, explain
 from rlhf_trl.run.launch import require_processes, shipped
 from rlhf_trl.run.layout import RunDir
 
@@ -51,7 +54,7 @@ app.add_typer(adapter_app, name="adapter")
 
 
 def main() -> None:
-    """Run the command line; a user's mistake becomes place, problem and remedy, and exit status 2."""
+    """Run the command line; a user's mistake and a fault of the machine become place, problem and remedy."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -67,13 +70,18 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         app()
-    except UserError as error:
-        count = len(error.problems)
+    except (UserError, *FAULTS) as error:
+        told = error if isinstance(error, UserError) else explain(error, str(opened[-1].root) if opened else "")
+        if told is None:
+            raise
+        if told is not error:
+            keep_traceback(error)
+        count = len(told.problems)
         rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"\n{count} problems found" if count > 1 else f"\nerror{rank}", file=sys.stderr)
-        for problem in error.problems:
+        for problem in told.problems:
             print(printable(f"  {problem}"), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(told.exit)
     except SystemExit as end:
         if not end.code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # All is written. A thread of the process group that outlives the interpreter aborts the process

@@ -7,8 +7,10 @@ import importlib
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,15 +21,20 @@ from rlhf_trl.cli import options
 from rlhf_trl.cli.live import Live
 from rlhf_trl.cli.options import RUNS
 from rlhf_trl.cli.tables import plan_table, printable, show, status_end, status_table, summary_table
-from rlhf_trl.recipe.errors import NotRun, UserError
+from rlhf_trl.recipe.errors import Exit, NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import STEPS, Recipe
+from rlhf_trl.run import signals
+from rlhf_trl.run.environment import now
 from rlhf_trl.run.jobs import Launcher, find_slots, train_stages
 from rlhf_trl.run.launch import launch_command, profile_processes, require_one_machine, run_command, shipped
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
+from rlhf_trl.text.redact import redact
 
 # The room and module of each step whose name is not that of its room.
+opened: list[RunDir] = []
+"""The runs that this process works on; the last one keeps the traceback of what ends it."""
 MODULES = {"explore": "data.explore", "prepare": "data.preprocess", "samples": "evaluate.samples"}
 
 
@@ -67,6 +74,8 @@ def run(
                        ("alarms", directory.over_optimisation), ("logs", directory.logs)):  # fmt: skip
         if path.exists():
             print(f"{name}: {path}")
+    if not all(directory.is_done(loaded, step) for step in loaded.plan):
+        raise typer.Exit(Exit.NOT_RUN)
 
 
 def steps_to_run(recipe: Recipe, run: RunDir) -> list[str]:
@@ -74,6 +83,8 @@ def steps_to_run(recipe: Recipe, run: RunDir) -> list[str]:
     waiting = [step for step in recipe.plan if not run.is_done(recipe, step)]
     # The judge's verdicts may change while the settings do not.
     renewed = {"compare", "report"} if "judge" in waiting else {"report"} if waiting else set()
+    if {*waiting} & {*recipe.reward_stages}:  # a stage that begins anew takes its error analysis with it
+        renewed |= {"errors"}
     return [step for step in recipe.plan if step in {*waiting, *renewed}]
 
 
@@ -127,7 +138,8 @@ def overriding(overrides: list[str] | None, without: list[str] | None) -> list[s
 
 def open_run(recipe: str, overrides: list[str] | None, runs: Path, processes: int = 1) -> tuple[Recipe, RunDir]:
     loaded = load_recipe(shipped("recipes", recipe), overrides or [], processes)
-    return loaded, RunDir(runs / loaded.name)
+    opened.append(RunDir(runs / loaded.name))
+    return loaded.hash_by(opened[-1].hashes.of), opened[-1]
 
 
 def find_run(
@@ -138,11 +150,22 @@ def find_run(
         processes = 1 if step in STEPS else int(os.environ.get("WORLD_SIZE", "1"))
         return open_run(recipe, overrides, runs, processes)
     run = RunDir(Path(recipe))
+    opened.append(run)
     loaded = run.recorded_recipe()
     if step not in loaded.plan or loaded.fingerprint(step) != recorded:
         problem = "was replaced by another command while `run` was at work"
         raise UserError(str(run.recipe), problem, "start `run` again")
     return loaded, run
+
+
+def keep_traceback(error: BaseException) -> None:
+    """Append a traceback to `run.log` of the run that this process works on, if there is one that can be written."""
+    with contextlib.suppress(OSError):
+        for run in opened[-1:]:
+            run.logs.mkdir(exist_ok=True)
+            with run.log("run").open("a", encoding="utf-8") as file:
+                told = "".join(traceback.format_exception(error))
+                file.write(redact(f"=== {now()} {shlex.join(sys.argv)}\n{told}"))
 
 
 def planned_processes(accelerate: str | None, processes: int | None) -> int:
@@ -178,7 +201,8 @@ def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None
         if step == "judge":  # what it says now is not what was compared
             run.done("compare").unlink(missing_ok=True)
         try:
-            action(asked or recipe, run)
+            with signals.cleaning_up():
+                action(asked or recipe, run)
         except NotRun as reason:
             print(printable(f"{step}: not run: {reason}"), file=sys.stderr, flush=True)
             return False
@@ -193,7 +217,7 @@ def run_with(recipe: str, overrides: list[str] | None, runs: Path, step: str, ow
     if own is not None and (step != "judge" or loaded.judge):  # no option turns the judge on
         asked, _ = open_run(recipe, [*(overrides or []), own], runs)
     if not run_step(loaded, run, step, asked):
-        raise typer.Exit(3)
+        raise typer.Exit(Exit.NOT_RUN)
 
 
 def _load_step(step: str) -> Any:

@@ -102,6 +102,8 @@ def _plan_words(state: StepState, waiting: Sequence[str]) -> str:
         return f"to do again: settings changed{lost}"
     if state.state == "running":
         return f"running: {state.holder or 'a process'}"
+    if state.state == "damaged":
+        return f"to do again: {state.note}"
     return "to do again: its inputs may be new" if state.state == "done" and state.step in waiting else state.state
 
 

@@ -73,6 +73,7 @@ def read_judge(recipe: Recipe, run: RunDir) -> Judged:
     nothing = Judged({}, {}, None, "there is no judge, or it has not judged")
     if "judge" not in recipe.plan or not run.winrate.exists():
         return nothing
+    run.require_whole("judge", "judge RECIPE")
     found = read_json(run.winrate)
     if found["status"] == "not run" or found["evaluation"] != recipe.fingerprint("evaluate"):
         return nothing

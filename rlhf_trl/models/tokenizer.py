@@ -15,13 +15,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.files import staged
+from rlhf_trl.run.checkpoints import Patterns, damage, seal
+from rlhf_trl.run.files import remove, staged
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.text.display import first_line
 
 Messages = list[dict[str, str]]
 
 TINY = "builtin:tiny"
+# What a model needs to be loaded, without its tokenizer.
+MODEL: Patterns = (("config.json",), ("*.safetensors",))
 HH_TEMPLATE = Path(__file__).parent / "hh.jinja"
 # Bytes that no UTF-8 text holds: in a byte-level BPE their tokens never come out of text, so one can serve as padding.
 NON_UTF8_BYTE_TOKENS = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø")
@@ -128,13 +131,16 @@ def base_path(model: dict[str, Any], run: RunDir) -> str:
     """Where the base model of a `model` block lies; builds `builtin:tiny` on first use."""
     if model["model_name_or_path"] != TINY:
         return str(model["model_name_or_path"])
-    if not run.base.exists():
+    if damage(run.base, MODEL, run.hashes.of):
         with run.model_lock("base"):
-            if not run.base.exists():
+            if damage(run.base, MODEL, run.hashes.of):
                 from rlhf_trl.models.tiny import build_tiny
 
+                remove(run.base)
                 with staged(run.base) as folder:
                     build_tiny(folder)
+                    seal(folder)
+    run.hashes.save()
     return str(run.base)
 
 

@@ -4,9 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Any
 
 from rlhf_trl.text.redact import redact
+
+
+class Exit(IntEnum):
+    """The exit statuses of the program; 128 + n says that the signal n came."""
+
+    OK = 0
+    DEFECT = 1
+    MISTAKE = 2
+    NOT_RUN = 3
+    RESOURCES = 4
+    DIVERGED = 5
+    DAMAGED = 7
+
+
+EXITS = {
+    Exit.OK: "all that was asked for is done",
+    Exit.DEFECT: "a defect of the program, with its traceback; or `adapter check` found a problem",
+    Exit.MISTAKE: "a mistake in the recipe, the data or the command line; nothing was changed",
+    Exit.NOT_RUN: "a step did not run or is not complete, or one that it needs has not run yet",
+    Exit.RESOURCES: "no disk space, memory or permission",
+    Exit.DIVERGED: "training diverged",
+    Exit.DAMAGED: "a file of the run is damaged or missing, or another process holds the step",
+}
+"""What each status means; `docs/troubles.md` has the same table."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +56,15 @@ class Problem:
 class UserError(Exception):
     """Something that the user can mend; shown as place, problem and remedy, without a traceback."""
 
-    def __init__(self, place: str, problem: str, remedy: str):
+    exit = Exit.MISTAKE
+
+    def __init__(self, place: str, problem: str, remedy: str, exit: Exit = Exit.MISTAKE):
+        self.exit = exit
         self._keep([Problem(place, problem, remedy)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker process hands it over as one with all its problems."""
-        return RecipeError, (self.problems,)
+        return RecipeError, (self.problems,), {"exit": self.exit}
 
     def _keep(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(_without_secrets(problem) for problem in problems)

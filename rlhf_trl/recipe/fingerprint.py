@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 CHUNK = 1 << 24
@@ -17,8 +18,8 @@ def hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def source_hash(source: str) -> str:
-    """Hash the content of a local file or folder (of weights, their size alone); a Hub id is its own name."""
+def source_hash(source: str, hash_file: Callable[[Path], str] = hash_file) -> str:
+    """Hash the content of a local file or folder, weights included; a Hub id is its own name."""
     path = Path(source)
     if source.startswith("builtin:"):
         path = Path(__file__).parent.parent / "data" / "demo.jsonl.gz"
@@ -30,7 +31,5 @@ def source_hash(source: str) -> str:
         return source
     digest = hashlib.sha256()
     for file in files:
-        weights = file.suffix in (".safetensors", ".bin")
-        content = f"{file.stat().st_size} bytes".encode() if weights else bytes.fromhex(hash_file(file))
-        digest.update(file.relative_to(path).as_posix().encode() + b"\0" + content)
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0" + bytes.fromhex(hash_file(file)))
     return digest.hexdigest()

@@ -138,7 +138,11 @@ def _elsewhere(key: str) -> str | None:
 
 
 def _expand_names(recipe: Recipe, origins: dict[str, str]) -> Iterator[Problem]:
-    """Note in `origins`, for the name of each stage after its sweep is expanded, its name in the recipe."""
+    """Note in `origins`, for the name of each stage after its sweep is expanded, its name in the recipe.
+
+    Names that differ in case alone clash: some file systems take them for one.
+    """
+    folded: dict[str, str] = {}
     for name, stage in recipe.stages.items():
         place = f"stages.{name}.sweep" if stage.sweep else f"stages.{name}"
         count = math.prod(len(values) for values in stage.sweep.values())
@@ -147,15 +151,21 @@ def _expand_names(recipe: Recipe, origins: dict[str, str]) -> Iterator[Problem]:
             yield Problem(place, problem, "sweep over fewer values")
             continue
         for full_name, _ in combinations(name, stage):
-            if full_name in origins:
+            if full_name.casefold() in folded:
                 remedy = "give each value once, and each stage a name of its own"
-                yield Problem(place, f"there are two stages {full_name!r}", remedy)
+                other = "" if full_name in origins else f" (also as {folded[full_name.casefold()]!r})"
+                yield Problem(place, f"there are two stages {full_name!r}{other}", remedy)
                 break
             if stage.sweep and not NAME.fullmatch(full_name):
                 remedy = "sweep over fewer options, or over values of letters, digits and . _ -"
                 yield Problem(place, f"{full_name!r} cannot be the name of a stage", remedy)
                 break
-            origins[full_name] = name
+            origins[full_name] = folded[full_name.casefold()] = name
+    for full_name, name in origins.items():
+        other, _, step = full_name.casefold().rpartition("-step-")
+        if step.isdigit() and other in folded:
+            problem = f"{full_name!r} is also the name of what {folded[other]!r} answers at step {step}"
+            yield Problem(f"stages.{name}", problem, "give the stage another name")
 
 
 class Links(NamedTuple):

@@ -57,7 +57,7 @@ def _parse(raw: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     problems = [
         Problem(f"stages.{name}", f"{name!r} is the name of another part of a run", f"call the stage {name}_stage")
         for name in (stages if isinstance(stages, dict) else ())
-        if str(name) in RESERVED
+        if str(name).casefold() in RESERVED or str(name).casefold().endswith(".lock")
     ]
     if isinstance(stages, dict) and "ppo" not in CLASSES:
         gone = [name for name, stage in stages.items() if isinstance(stage, dict) and stage.get("trainer") == "ppo"]

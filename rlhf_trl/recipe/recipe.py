@@ -13,19 +13,20 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr
 
-from rlhf_trl.recipe.fingerprint import source_hash
+from rlhf_trl.recipe.fingerprint import hash_file, source_hash
 from rlhf_trl.recipe.schema import Comparison, Data, Errors, Evaluation, Judge, Name, Samples, Stage, Strict
 
 POLICY_TRAINERS = ("dpo", "grpo", "ppo")
 # The steps that are not stages; training comes after `prepare`.
 STEPS = ("explore", "prepare", "evaluate", "judge", "compare", "errors", "samples", "report")
-# Names of other directories and words of a run; a stage that took one would write over it.
+# Names of other files and words of a run, in small letters; a stage that took one would write over it.
 RESERVED = {*STEPS, "data", "exploration", "evaluation", "comparison", "samples", "base", "reference", "judge", "run"}
-RESERVED |= {"logs", "replaced", "report.html", "recipe.json", "env.json"}
+RESERVED |= {"logs", "replaced", "report.html", "recipe.json", "env.json", "done.json", "side_by_side"}
 MAX_STAGES = 100
 # Changes with the shape of what `evaluate` and `errors` write: an older run is measured again, and not trained again.
 DOCUMENTS = 2
@@ -46,6 +47,7 @@ class Recipe(Strict):
     errors: Errors = Errors()
     samples: Samples = Samples()
     _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
+    _hash_file: Callable[[Path], str] = PrivateAttr(default_factory=lambda: hash_file)
 
     @property
     def policies(self) -> list[str]:
@@ -124,21 +126,37 @@ class Recipe(Strict):
         return [name for name in (self.evaluation.reward, self.evaluation.gold) if name]
 
     @property
+    def source_names(self) -> set[str]:
+        """Every source outside the run: data, base models, reward models."""
+        bases = {str(self.model_block(stage).get("model_name_or_path")) for stage in self.stages}
+        base = str(self.model.get("model_name_or_path"))
+        return {self.data.source, base, *bases, *(name for name in self._judges if name not in self.stages)}
+
+    @property
     def sources(self) -> dict[str, str]:
-        """The hash of the content of every source outside the run: data, base model, reward models."""
-        judges = [name for name in self._judges if name not in self.stages]
-        names = (self.data.source, str(self.model.get("model_name_or_path")), *judges)
-        return {name: self._hash(name) for name in names}
+        """The hash of the content of every source outside the run."""
+        return {name: self._hash(name) for name in sorted(self.source_names)}
+
+    def is_linked(self) -> bool:
+        """Whether every link of a resolved recipe names a stage, and one before the stage that it belongs to."""
+        order = list(self.stages)
+        earlier = all(links <= {*order[: order.index(name)]} for name, links in self.links.items())
+        return earlier and {*self.comparison.stages} <= {*order}
 
     def read_from(self, sources: Mapping[str, str]) -> Recipe:
         """Use recorded source hashes instead of hashing the sources again."""
         self._hashes.update(sources)
         return self
 
+    def hash_by(self, hash_file: Callable[[Path], str]) -> Recipe:
+        """Hash files by a function that remembers their hashes."""
+        self._hash_file = hash_file
+        return self
+
     def _hash(self, source: str) -> str:
         # Once for each loaded recipe: a source that changes while a step reads it is not taken for what was read.
         if source not in self._hashes:
-            self._hashes[source] = source_hash(source)
+            self._hashes[source] = source_hash(source, self._hash_file)
         return self._hashes[source]
 
     def fingerprint(self, step: str) -> str:
@@ -178,7 +196,9 @@ class Recipe(Strict):
         if step == "report":
             return {"step": step, "name": self.name, "inputs": fingerprints(self.plan[:-1])}
         stage = self.stages[step]
+        own_base = stage.model.get("model_name_or_path")  # the recipe's counts in `prepare`
         return {
+            **({"base": self._hash(str(own_base))} if own_base else {}),
             "trainer": stage.trainer,
             "args": self.args_of(step),
             "model": self.model_block(step),

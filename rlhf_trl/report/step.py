@@ -21,6 +21,7 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.report.figures import draw_comparison, draw_courses, draw_frontiers, draw_panels
 from rlhf_trl.report.sentences import judge_gain, order_alarms, view_judge
 from rlhf_trl.report.values import Node, build_environment, raw
+from rlhf_trl.run.documents import WinRate, read_document
 from rlhf_trl.run.files import read_json, read_jsonl, write_text
 from rlhf_trl.run.layout import PLACES, REFERENCE, RunDir
 from rlhf_trl.stats.trust import compare_with_length
@@ -46,8 +47,8 @@ def report(recipe: Recipe, run: RunDir) -> None:
 
 def _judge_gave_up(recipe: Recipe, run: RunDir) -> bool:
     """Whether the judge could not run, or not to its end, on these answers; the page says so."""
-    result = read_json(run.winrate) if run.winrate.exists() else {"status": "complete"}
-    return result["status"] != "complete" and result["evaluation"] == recipe.fingerprint("evaluate")
+    result, _ = read_document(run.winrate, WinRate)
+    return result is not None and result.status != "complete" and result.evaluation == recipe.fingerprint("evaluate")
 
 
 def render(recipe: Recipe, run: RunDir) -> str:

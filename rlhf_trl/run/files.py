@@ -58,6 +58,29 @@ def staged(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def by_umask(file: Path) -> None:
+    """Let a file be read as the user's umask says; safetensors lets nobody but its owner read one."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    if file.suffix == ".safetensors":
+        file.chmod(0o666 & ~mask)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, if there is one; folders in it that may not be read are opened up first."""
+    if folder.exists():
+        _open_up(folder)
+        for place, folders, _ in os.walk(folder):
+            for name in folders:
+                _open_up(Path(place) / name)
+        shutil.rmtree(folder)
+
+
+def _open_up(folder: Path) -> None:
+    if not folder.is_symlink() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        folder.chmod(0o700)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys; NaN and infinity are refused.
 

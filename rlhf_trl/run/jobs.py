@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,9 @@ from typing import Protocol
 
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.environment import now, output_of
-from rlhf_trl.run.launch import exit_status, launch_command, outlive_signals
+from rlhf_trl.run.launch import POLL, exit_status, launch_command, outlive_signals, pass_on, start
 from rlhf_trl.run.layout import RunDir
 
-POLL = 0.1
 Slot = Mapping[str, str]  # environment variables of one stage's processes
 Start = Callable[[str, Slot], "subprocess.Popen[bytes]"]  # starts the process of a stage in a slot
 
@@ -108,14 +106,14 @@ class Launcher:
 def start_logged(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
     """Start a process whose whole output is appended to a log, without progress bars.
 
-    A file, not a pipe: a stage may outlive this process and lose no output.
+    A file, not a pipe: a stage that is told to end with this process saves a checkpoint and loses no output.
     """
     quiet = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         file.write(f"=== {now()} {shlex.join(command)}\n".encode())
         file.flush()
-        return subprocess.Popen(command, env={**environment, **quiet}, stdout=file, stderr=subprocess.STDOUT)
+        return start(command, {**environment, **quiet}, stdout=file, stderr=subprocess.STDOUT)
 
 
 def train_stages(
@@ -123,9 +121,9 @@ def train_stages(
 ) -> int:
     """Train stages in order, each as soon as the stages that it needs are done and a slot is free.
 
-    After a failure or a signal nothing new starts; what is running comes to its own end. SIGTERM is passed on; a
+    After a failure or a signal nothing new starts; what is running comes to its own end. A signal is passed on; a
     Ctrl-C reaches the processes by itself. Both make them save a checkpoint. What a stage `needs` and is not in
-    `stages` is done. Returns 0, or the status of the first stage that failed, or 128 and the number of the signal.
+    `stages` is done. Returns 0, or 128 and the number of the signal, or the status of the first stage that failed.
     """
     waiting, free = list(stages), list(slots)
     running: dict[str, tuple[subprocess.Popen[bytes], Slot]] = {}
@@ -134,10 +132,7 @@ def train_stages(
     with outlive_signals() as received:
         try:
             while True:
-                for number in received[passed_on:]:
-                    passed_on += 1
-                    for child, _ in running.values() if number == signal.SIGTERM else ():
-                        child.send_signal(number)
+                passed_on += pass_on(received[passed_on:], [child for child, _ in running.values()])
                 for stage, (child, slot) in list(running.items()):
                     if child.poll() is not None:
                         del running[stage]
@@ -163,4 +158,4 @@ def train_stages(
     failed = {stage: status for stage, status in ended.items() if status}
     if failed or received:
         watcher.conclude(failed, waiting)
-    return next(iter(failed.values()), 128 + received[0] if received else 0)
+    return 128 + received[0] if received else next(iter(failed.values()), 0)

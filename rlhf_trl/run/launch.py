@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from ruamel.yaml import YAML, YAMLError
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.library import suggest
+from rlhf_trl.run import signals
 
 PACKAGE = Path(__file__).parent.parent
 ASKED = "RLHF_TRL_PROCESSES"
+POLL = 0.1  # seconds between two looks at a child
 
 
 def shipped(kind: str, name: str) -> Path:
@@ -62,34 +66,43 @@ def launch_command(
 
 
 def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command to its end and return its exit status.
+    """Run a command to its end and return its exit status, or 128 and the number of the first signal that came.
 
-    A Ctrl-C reaches the child, which saves a checkpoint; this process waits for it. SIGTERM is passed on.
+    A Ctrl-C reaches the child, which saves a checkpoint; this process waits for it. Other signals are passed on.
     """
-    with subprocess.Popen(command, env=environment) as child, outlive_signals(child):
-        return exit_status(child.wait())
+    with outlive_signals() as received, start(command, environment) as child:
+        passed_on = 0
+        while child.poll() is None:
+            passed_on += pass_on(received[passed_on:], [child])
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(POLL)
+    return 128 + received[0] if received else exit_status(child.returncode)
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], **more: Any) -> subprocess.Popen[bytes]:
+    """Start a process that gets SIGTERM when this one ends, however that happens."""
+    tied = functools.partial(signals.end_with, os.getpid())
+    return subprocess.Popen(command, env={**environment, signals.CHILD: "1"}, preexec_fn=tied, **more)
+
+
+def pass_on(received: Sequence[int], children: Iterable[subprocess.Popen[bytes]]) -> int:
+    """Send signals on, but for SIGINT, which a terminal sends to the children itself; return how many there were."""
+    for number, child in itertools.product(received, children):
+        if number != signal.SIGINT:
+            child.send_signal(number)
+    return len(received)
 
 
 @contextlib.contextmanager
-def outlive_signals(child: subprocess.Popen[bytes] | None = None) -> Iterator[list[int]]:
-    """Go on at SIGINT, which a terminal sends to the children, too, and at SIGTERM, which is passed on to `child`.
-
-    Returns the signals that came, a list that grows.
-    """
+def outlive_signals() -> Iterator[list[int]]:
+    """Go on at a signal; returns those that came, a list that grows."""
     received: list[int] = []
-
-    def remember(number: int, _: Any) -> None:
-        received.append(number)
-        if child is not None and number == signal.SIGTERM:
-            child.send_signal(number)
-
     # Handlers, not SIG_IGN, which a child that starts meanwhile would inherit.
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signals.handle(lambda number, _: received.append(number))
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signals.restore(before)
 
 
 def exit_status(code: int) -> int:

@@ -7,26 +7,38 @@ directory. `done.json`, written last, holds the fingerprint of what the step dep
 from __future__ import annotations
 
 import contextlib
-import shutil
+import functools
+import logging
 import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import STEPS, Recipe
 from rlhf_trl.run import locks
+from rlhf_trl.run.checkpoints import list_checkpoints, set_aside_damaged
+from rlhf_trl.run.documents import Done, Env, Started, Stats, read_document
 from rlhf_trl.run.environment import MOMENT, environment, now
-from rlhf_trl.run.files import read_json, write_json
+from rlhf_trl.run.files import by_umask, remove, write_json
+from rlhf_trl.run.hashes import Hashes
+
+logger = logging.getLogger(__name__)
 
 # The directory of each step that is not a stage; the report lies in the run's root.
 STEP_DIRS = dict.fromkeys(STEPS, ".") | {
     "explore": "exploration", "prepare": "data", "evaluate": "evaluation", "judge": "judge",
     "compare": "comparison", "errors": "errors", "samples": "samples",
 }  # fmt: skip
+# What `done.json` vouches for: files below the step's directory. The rest of it is another step's, or checks itself.
+OUTPUTS = dict.fromkeys(STEPS, ("**/*",)) | {
+    "judge": ("winrate.json", "prompt_scores.json"), "report": ("report.html",),
+    "stage": ("*.json", "*.png", "adapter/**/*"), "whole stage": ("*.json", "*.png", "model/**/*"),
+}  # fmt: skip
+UNVOUCHED = ("done.json", "started.json")
+REMEDY = "run `rlhf-trl {}` first"
 # What the policies of a run start from is called, beside their own names.
 REFERENCE = "reference"
 
@@ -99,6 +111,7 @@ class RunDir:
     errors_folder = _One("errors", "the error analyses of all reward models together")
     reward_comparison = _One("errors/comparison.json", "the reward models side by side")
     samples = _One("samples", "prompts with the answers of each model, JSONL and Markdown")
+    known_hashes = _One(".hashes.json", "hashes of files, so that none is read twice to check it; may be deleted")
     holder = _Each(".locks/{}", "who holds a step; left behind by a process that was killed")
 
     def __init__(self, root: Path):
@@ -129,39 +142,122 @@ class RunDir:
         """Return whether a process holds the step."""
         return locks.is_held(self.holder(step))
 
+    @functools.cached_property
+    def hashes(self) -> Hashes:
+        return Hashes(self.known_hashes)
+
     def is_done(self, recipe: Recipe, step: str) -> bool:
-        """Return whether the step has finished with exactly what it depends on now."""
-        return self.fingerprint_of(step) == recipe.fingerprint(step)
+        """Return whether the step has finished with exactly what it depends on now, and its outputs are whole."""
+        return self.fingerprint_of(step) == recipe.fingerprint(step) and self.fault(step) is None
 
     def fingerprint_of(self, step: str) -> str | None:
         """The fingerprint that the step last finished with, or None."""
-        return _read_marker(self.done(step), step).get("fingerprint")
+        done, _ = self._marker(step)
+        return done.fingerprint if done else None
+
+    def _marker(self, step: str) -> tuple[Done | None, str | None]:
+        done, fault = read_document(self.done(step), Done)
+        return (done if done and done.step == step else None), fault
+
+    def fault(self, step: str) -> str | None:
+        """Say what is wrong with a step that was finished: its marker, or the first output that is not whole."""
+        done, fault = self._marker(step)
+        return next(iter(self._damage(done).values()), None) if done else fault
+
+    def _damage(self, done: Done | None) -> dict[str, str]:
+        """The outputs that are not as they were written, each with a sentence."""
+        damage: dict[str, str] = {}
+        for name, digest in done.outputs.items() if done else ():
+            file = self.root / name
+            try:
+                if not file.is_file():
+                    damage[name] = f"{name} is missing"
+                elif self.hashes.of(file) != digest:
+                    damage[name] = f"{name} is damaged"
+            except OSError as error:
+                damage[name] = f"{name} cannot be read: {error.strerror}"
+        self.hashes.save()
+        return damage
 
     def finished(self, step: str) -> datetime:
         """When a step that is done was finished."""
-        return datetime.strptime(read_json(self.done(step))["finished"], MOMENT)
+        done, fault = self._marker(step)
+        if done is None:
+            raise UserError(str(self.done(step)), fault or "is missing", f"run the step {step!r} again", Exit.DAMAGED)
+        return datetime.strptime(done.finished, MOMENT)
 
     def last_seconds(self, step: str) -> float | None:
         """How long the step took when it last finished here, with whatever settings, or None."""
         kept = (self.root / "replaced").glob(f"{step}-*/done.json")
         for path in (self.done(step), *sorted(kept, key=lambda path: path.stat().st_mtime_ns, reverse=True)):
-            if marker := _read_marker(path, step):
+            done, _ = read_document(path, Done)
+            if done and done.step == step:
                 # Of a stage that was interrupted, the marker has the seconds since it went on alone.
-                stats = path.with_name(self.training_stats(step).name)
-                trained = read_json(stats)["summary"]["seconds"] if step not in STEPS and stats.exists() else 0.0
-                return max(marker["seconds"], trained)
+                stats, _ = read_document(path.with_name(self.training_stats(step).name), Stats)
+                return max(done.seconds, stats.summary.seconds if stats and stats.summary else 0.0)
         return None
 
     def mark_done(self, recipe: Recipe, step: str, seconds: float) -> None:
-        """Write the step's `done.json`; the step's last act."""
-        marker = {"step": step, "fingerprint": recipe.fingerprint(step), "seconds": round(seconds, 3)}
-        write_json(self.done(step), {**marker, "finished": now()})
+        """Write the step's `done.json` with the hashes of its outputs; the step's last act."""
+        files = [*self._outputs(self.step(step), step)]
+        for stage in recipe.reward_stages if step == "errors" else ():
+            files += self._outputs(self.error_analysis(stage).parent, step)
+        for file in files:
+            by_umask(file)
+        outputs = {file.relative_to(self.root).as_posix(): self.hashes.of(file) for file in files}
+        marker = Done(step=step, fingerprint=recipe.fingerprint(step), seconds=round(seconds, 3), finished=now(),
+                      outputs=outputs)  # fmt: skip
+        write_json(self.done(step), marker.model_dump())
+        self.hashes.save()
+
+    def _outputs(self, folder: Path, step: str) -> list[Path]:
+        kind = step if step in STEPS else "stage" if self.adapter(step).exists() else "whole stage"
+        files = {path for pattern in OUTPUTS[kind] for path in folder.glob(pattern) if path.is_file()}
+        hidden = {path for path in files if any(part.startswith(".") for part in path.relative_to(folder).parts)}
+        return sorted(path for path in files - hidden if path.name not in UNVOUCHED)
 
     def require(self, recipe: Recipe, step: str, command: str) -> None:
-        """Refuse (UserError) to go on without an earlier step that is finished and current; `command` runs it."""
-        if not self.is_done(recipe, step):
-            state = "is not finished" if self.fingerprint_of(step) is None else "was made with other settings"
-            raise UserError(str(self.step(step)), f"the step {step!r} {state}", f"run `rlhf-trl {command}` first")
+        """Refuse (UserError) to go on without an earlier step that is finished, current and whole, and the stages that
+        it rests on; `command` runs it."""
+        for stage in recipe.parents(step) if step in recipe.stages else ():
+            self.require(recipe, stage, f"train RECIPE {stage}")
+        if self.is_done(recipe, step):
+            return
+        fingerprint = self.fingerprint_of(step)
+        if fingerprint in (None, recipe.fingerprint(step)):
+            self.require_whole(step, command)
+        state = "is not finished" if fingerprint is None else "was made with other settings"
+        raise UserError(str(self.step(step)), f"the step {step!r} {state}", REMEDY.format(command), Exit.NOT_RUN)
+
+    def require_whole(self, step: str, command: str) -> None:
+        """Refuse (UserError) to read a step whose marker or outputs are damaged; one that is not finished may pass."""
+        fault = self.fault(step)
+        if fault is not None:
+            problem = f"the step {step!r} has to be made again: {fault}"
+            raise UserError(str(self.step(step)), problem, REMEDY.format(command), Exit.DAMAGED)
+
+    def begin(self, recipe: Recipe, stage: str) -> None:
+        """Prepare the directory of a stage: new, or as an attempt with the same settings left it.
+
+        Such an attempt goes on from its checkpoints, also where its result has been damaged since.
+        """
+        started, unknown = read_document(self.started(stage), Started)
+        stats, unreadable = read_document(self.training_stats(stage), Stats)
+        for sentence in filter(None, (unknown, unreadable, self.fault(stage))):
+            logger.warning("%s: the stage is made again", sentence)
+        # A checkpoint is of no use without what was logged before it.
+        unlogged = stats is None and bool(list_checkpoints(self.checkpoints(stage)))
+        unlogged |= str(self.training_stats(stage).relative_to(self.root)) in self._damage(self._marker(stage)[0])
+        begun = started is not None and started.fingerprint == recipe.fingerprint(stage) and not unlogged
+        if not begun or self.is_done(recipe, stage):
+            self.replace(stage)
+            write_json(self.started(stage), {"fingerprint": recipe.fingerprint(stage)})
+            return
+        self.done(stage).unlink(missing_ok=True)
+        for folder in (self.adapter(stage), self.model(stage)):
+            remove(folder)
+        for sentence in set_aside_damaged(self.checkpoints(stage), recipe.stages[stage].trainer):
+            logger.warning("passed over an unusable checkpoint: %s", sentence)
 
     def replace(self, step: str) -> Path:
         """Give a step an empty directory; what a finished stage left there is kept under `replaced/`."""
@@ -171,8 +267,8 @@ class RunDir:
             moment = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06}"
             path.rename(self.root / "replaced" / f"{step}-{moment}")
         self.done(step).unlink(missing_ok=True)
-        if step != "judge" and path != self.root and path.exists():
-            shutil.rmtree(path)
+        if step != "judge" and path != self.root:
+            remove(path)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -180,6 +276,7 @@ class RunDir:
         """Write the resolved recipe, the environment, the order of the steps and the hashes of the sources."""
         write_json(self.recipe, recipe.model_dump())
         write_json(self.env, {**environment(), "plan": recipe.plan, "sources": recipe.sources})
+        self.hashes.save()
 
     def recorded_recipe(self) -> Recipe:
         """Read the recipe that the run was made with.
@@ -188,28 +285,24 @@ class RunDir:
         become of the sources.
 
         Raises:
-            UserError: the directory is no run, or one of a version whose recipes differ.
+            UserError: the directory is no run, its files are damaged, or it is one of a version whose recipes differ.
         """
-        try:
-            recipe, env = Recipe.model_validate(read_json(self.recipe)), read_json(self.env)
-            # Sorted by name in the file; the order in which they train is the plan's.
-            stages = {name: recipe.stages[name] for name in env["plan"] if name in recipe.stages}
-            return recipe.model_copy(update={"stages": stages}).read_from(env["sources"])
-        except OSError as error:
-            problem = f"is no run: {self.recipe.name}: {error.strerror}"
-            raise UserError(str(self.root), problem, "give the directory of a run, or its name and --runs") from None
-        except (ValueError, KeyError):
-            remedy = "look at it with the version that `env.json` names"
-            raise UserError(str(self.root), "was made by another version of rlhf-trl", remedy) from None
+        documents = (read_document(self.recipe, Recipe), read_document(self.env, Env))
+        (recipe, fault), (env, env_fault) = documents
+        if (recipe is None and fault is None) or (env is None and env_fault is None):
+            missing = self.recipe if recipe is None else self.env
+            problem = f"is no run: {missing.name} is missing"
+            raise UserError(str(self.root), problem, "give the directory of a run, or its name and --runs")
+        remedy = "`rlhf-trl run RECIPE` writes it again; or it is of another version, which `env.json` names"
+        if recipe is None or env is None:
+            raise UserError(str(self.root), fault or str(env_fault), remedy, Exit.DAMAGED)
+        # Sorted by name in the file; the order in which they train is the plan's.
+        stages = {name: recipe.stages[name] for name in env.plan if name in recipe.stages}
+        recipe = recipe.model_copy(update={"stages": stages}).read_from(env.sources)
+        if not recipe.is_linked() or recipe.plan != env.plan or set(recipe.source_names) - env.sources.keys():
+            raise UserError(str(self.root), "recipe.json and env.json do not fit together", remedy, Exit.DAMAGED)
+        return recipe
 
 
 PLACES = {name: place for name, place in vars(RunDir).items() if isinstance(place, _Place)}
 """Every path of a run, with what it holds."""
-
-
-def _read_marker(path: Path, step: str) -> dict[str, Any]:
-    try:
-        marker = read_json(path)
-    except FileNotFoundError:  # or it is being replaced at this moment
-        return {}
-    return marker if marker["step"] == step else {}

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.run.environment import now
 
 
 @contextlib.contextmanager
 def hold(holder: Path, folder: Path) -> Iterator[None]:
-    """Hold the step that owns `folder` for this process; UserError where another one does, or nobody may write.
+    """Hold the step that owns `folder` for this process; UserError where another one does.
 
     The file `holder` names the process while it holds the step; the lock is beside it, as `<step>.lock`.
     """
@@ -27,14 +27,10 @@ def hold(holder: Path, folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0.3, poll_interval=0.05)  # longer than the instant for which `is_held` has it
     except Timeout:
         other = "another process"
-        with contextlib.suppress(FileNotFoundError):
-            other = holder.read_text(encoding="utf-8")
+        with contextlib.suppress(OSError):
+            other = holder.read_text(encoding="utf-8", errors="replace")
         problem = f"the step {holder.name!r} is held by {other}"
-        raise UserError(str(folder), problem, "wait for it, or stop it") from None
-    except OSError as error:
-        problem = f"cannot write here: {error.strerror}"
-        remedy = "choose a folder that you may write to with --runs"
-        raise UserError(str(holder.parent.parent), problem, remedy) from None
+        raise UserError(str(folder), problem, "wait for it, or stop it", Exit.DAMAGED) from None
     try:
         holder.write_text(f"process {os.getpid()} on {platform.node()} since {now()}", encoding="utf-8")
         yield
@@ -51,7 +47,7 @@ def is_held(holder: Path) -> bool:
     try:
         with Path(f"{holder}.lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except BlockingIOError:
         return True

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.fingerprint import CHUNK
 
 # Dtype of floats -> bytes of a number, and the bits of its exponent, all of which are set in NaN and infinity.
@@ -96,7 +96,7 @@ def check_weights(folder: Path) -> list[str]:
         for name, tensor in read_header(file).items():
             if tensor.is_empty or not is_finite(tensor):
                 problem = f"the tensor {name} is empty or not finite"
-                raise UserError(str(file), problem, "lower learning_rate and train again")
+                raise UserError(str(file), problem, "lower learning_rate and train again", Exit.DIVERGED)
             names.append(name)
     return names
 

@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import list_checkpoints
-from rlhf_trl.run.files import read_json
+from rlhf_trl.run.documents import Started, Stats, WinRate, read_document
 from rlhf_trl.run.layout import RunDir
 
 # What of a training log is shown while it grows, as in training_stats.json.
 SHOWN = ("loss", "reward", "kl")
+
+
+State = Literal["done", "running", "stopped", "changed", "damaged", "to do"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,18 @@ class StepState:
     """One step of a run.
 
     `stopped` is a stage that has begun with these settings and is neither finished nor running; `changed` is a step
-    that was made, or a stage that was begun, with other settings.
+    that was made, or a stage that was begun, with other settings; `damaged` is a step whose marker or outputs are not
+    whole.
     """
 
     step: str
     trainer: str | None
-    state: Literal["done", "running", "stopped", "changed", "to do"]
+    state: State
     last_seconds: float | None  # when it last finished in this directory, with whatever settings
     progress: Progress | None = None  # of a stage that is running or stopped, once training has begun
     checkpoint: int | None = None  # the step of the newest checkpoint of an unfinished stage
     holder: str | None = None  # who runs the step; where it does not run, who was killed while running it
-    note: str | None = None  # why a judge has not finished
+    note: str | None = None  # why a judge has not finished, or which file is damaged
 
     @property
     def seconds_left(self) -> float | None:
@@ -82,10 +86,14 @@ def _step_state(recipe: Recipe, run: RunDir, step: str) -> StepState:
     trainer = recipe.stages[step].trainer if step in recipe.stages else None
     before, held, holder = _holder(run, step), run.is_held(step), _holder(run, step)
     finished, fingerprint = run.fingerprint_of(step), recipe.fingerprint(step)
-    begun = _read(run.started(step)).get("fingerprint") if trainer and finished is None else None
-    state: Literal["done", "running", "stopped", "changed", "to do"] = "changed" if finished or begun else "to do"
+    started, unread = read_document(run.started(step), Started) if trainer and finished is None else (None, None)
+    begun = started and started.fingerprint
+    fault = run.fault(step) if finished in (None, fingerprint) else None
+    state: State = "changed" if finished or begun else "to do"
     if held:
         state = "running"
+    elif fault or unread:
+        state = "damaged"
     elif fingerprint in (finished, begun):
         state = "done" if finished else "stopped"
     progress = None
@@ -95,39 +103,32 @@ def _step_state(recipe: Recipe, run: RunDir, step: str) -> StepState:
         progress = read_progress(run.training_stats(step), since or 0)
     checkpoint = max(list_checkpoints(run.checkpoints(step)), default=None) if begun else None
     holder = holder if held or holder == before else None  # neither begun nor ended between the two reads
-    note = None
-    if step == "judge" and state != "done":
-        result = _read(run.winrate)
-        if result.get("evaluation") == recipe.fingerprint("evaluate") and result["status"] != "complete":
-            note = f"{result['status']}: {result['reason']}"
+    note = None if held else fault or unread
+    if step == "judge" and state in ("changed", "to do"):
+        result, note = read_document(run.winrate, WinRate)
+        if result and result.evaluation == recipe.fingerprint("evaluate") and result.status != "complete":
+            note = f"{result.status}: {result.reason}"
     return StepState(step, trainer, state, run.last_seconds(step), progress, checkpoint, holder, note)
 
 
 def read_progress(path: Path, since: int = 0) -> Progress | None:
     """Read how far a stage has come from its `training_stats.json`; None while none is newer than `since` (ns)."""
     written = _modified(path)
-    stats = _read(path)
-    if written is None or written < since or "max_steps" not in stats:  # an older version wrote no `max_steps`
+    stats, _ = read_document(path, Stats)
+    if written is None or written < since or stats is None:
         return None
-    history = stats["history"]
-    values = {key: row[key] for row in history for key in SHOWN if key in row}
-    step, seconds = (history[-1]["step"], history[-1]["seconds"]) if history else (0, 0.0)
-    return Progress(step, stats["max_steps"], seconds, values, max(time.time() - written / 1e9, 0.0))
+    values = {key: value for row in stats.history for key in SHOWN if (value := getattr(row, key)) is not None}
+    step, seconds = (stats.history[-1].step, stats.history[-1].seconds) if stats.history else (0, 0.0)
+    return Progress(step, stats.max_steps, seconds, values, max(time.time() - written / 1e9, 0.0))
 
 
 def _holder(run: RunDir, step: str) -> str | None:
-    with contextlib.suppress(FileNotFoundError):
-        return run.holder(step).read_text(encoding="utf-8")
+    with contextlib.suppress(OSError):
+        return run.holder(step).read_text(encoding="utf-8", errors="replace")
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(FileNotFoundError):
-        return read_json(path)
-    return {}
-
-
 def _modified(path: Path) -> int | None:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         return path.stat().st_mtime_ns
     return None

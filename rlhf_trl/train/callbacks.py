@@ -7,6 +7,7 @@ Writes `<stage>/training_stats.json` as the logs come, and `<stage>/checkpoints/
 from __future__ import annotations
 
 import math
+import os
 import resource
 import shutil
 import signal
@@ -24,7 +25,8 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
-from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.errors import Exit, UserError
+from rlhf_trl.run import signals
 from rlhf_trl.run.checkpoints import seal, sync
 from rlhf_trl.run.files import read_json, write_json
 
@@ -183,26 +185,33 @@ def _digests(model: torch.nn.Module) -> list[float]:
 def diverged(step: int, what: str, checkpoints: str) -> UserError:
     """The error that ends a run which has diverged."""
     problem = f"{what} is not finite: the run has diverged (its last good checkpoints are in {checkpoints})"
-    return UserError(f"step {step}", problem, "lower learning_rate, raise warmup_steps, or use bf16: false")
+    remedy = "lower learning_rate, raise warmup_steps, or use bf16: false"
+    return UserError(f"step {step}", problem, remedy, Exit.DIVERGED)
 
 
 class Interrupt(TrainerCallback):
-    """On SIGINT or SIGTERM, finish the step, save a checkpoint and stop; a second signal ends the process at once."""
+    """On SIGINT, SIGTERM or SIGHUP, finish the step, save a checkpoint and stop.
+
+    Another signal ends the process at once, unless it comes within a second: the same one may come twice, from a
+    terminal or a scheduler and from `run`.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.since = 0.0
         self.handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = signals.handle(self._remember)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        signals.restore(self.handlers)
 
     def _remember(self, number: int, frame: Any) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 1:
+            os._exit(128 + number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         partial = PartialState()

@@ -30,9 +30,9 @@ from rlhf_trl.models.rewards import RewardModel, load_reward_model, measure_rewa
 from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.checkpoints import last_valid_checkpoint
+from rlhf_trl.run.checkpoints import newest_checkpoint
 from rlhf_trl.run.environment import environment
-from rlhf_trl.run.files import read_json, read_jsonl, write_json
+from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import check_weights
 from rlhf_trl.train.callbacks import Health, History, Interrupt, is_sharded, peak_memory
@@ -57,7 +57,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     say_one_gpu()
     config = build_stage_config(recipe, run, stage)
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
-    resume = find_resume_point(run, stage, recipe.fingerprint(stage))
+    resume = find_resume_point(recipe, run, stage)
     trainer = build_trainer(recipe, run, stage, config)
     history, health, interrupt = History(run.training_stats(stage), stage, spec.trainer), Health(), Interrupt()
     watch = Watch(stage, spec, history)
@@ -136,18 +136,13 @@ def say_one_gpu() -> None:
         logger.warning("%d GPUs are visible and one is used: to train on all of them, add --accelerate ddp", visible)
 
 
-def find_resume_point(run: RunDir, stage: str, fingerprint: str) -> Path | None:
+def find_resume_point(recipe: Recipe, run: RunDir, stage: str) -> Path | None:
     """Return the newest whole checkpoint of an interrupted stage; otherwise None, with the directory made empty."""
-    state, marker = PartialState(), run.started(stage)
+    state = PartialState()
     if state.is_main_process:
-        same = marker.exists() and read_json(marker)["fingerprint"] == fingerprint
-        if not same or run.done(stage).exists():
-            run.replace(stage)
-            write_json(marker, {"fingerprint": fingerprint})
+        run.begin(recipe, stage)
     state.wait_for_everyone()
-    resume, rejected = last_valid_checkpoint(run.checkpoints(stage))
-    for reason in rejected:
-        logger.warning("passed over an unusable checkpoint: %s", reason)
+    resume = newest_checkpoint(run.checkpoints(stage))
     if resume:
         logger.info("resuming from %s", resume)
     return resume

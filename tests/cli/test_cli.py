@@ -183,10 +183,10 @@ def test_any_other_error_keeps_its_traceback_and_has_status_1(recipe_file):
 
 def test_a_step_without_its_input_names_the_command_and_runs_that_cannot_be_written_to(call, recipe_file, tmp_path):
     status, _, err = call("train", recipe_file, "dpo", "--runs", "elsewhere")
-    assert status == 2 and "the step 'prepare' is not finished" in err and "run `rlhf-trl prepare " in err
+    assert status == 3 and "the step 'prepare' is not finished" in err and "run `rlhf-trl prepare " in err
     (tmp_path / "runs").write_text("a file")
     status, _, err = call("explore", recipe_file)
-    assert status == 2 and "cannot write here" in err and "--runs" in err
+    assert status == 2 and "runs/cli/.locks: is a file where a folder is needed" in err and "--runs" in err
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_a_stage_of_a_run_refuses_a_recipe_that_was_replaced_meanwhile(stub, cal
 def test_a_run_that_another_process_makes_is_not_run_twice(stub, call, recipe_file):
     with stub.run.lock("run"):
         status, _, err = call("run", recipe_file)
-    assert status == 2 and f"held by process {os.getpid()}" in err and stub.ran == []
+    assert status == 7 and f"held by process {os.getpid()}" in err and stub.ran == []
 
 
 def test_status_takes_a_directory_or_a_name_and_changes_nothing(stub, call, recipe_file, tmp_path):

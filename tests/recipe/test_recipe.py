@@ -613,16 +613,15 @@ def test_the_content_of_a_local_source_counts(tmp_path, accept):
     assert len(set(seen)) == 4 and accept(text).fingerprint("dpo") == seen[-1]
 
 
-def test_the_config_of_a_local_model_counts_and_of_its_weights_the_size(tmp_path, accept):
+def test_the_content_of_a_local_model_counts_weights_included(tmp_path, accept):
     (tmp_path / "config.json").write_text("{}")
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"12")
     text = change("builtin:tiny", str(tmp_path))
-    first = accept(text).fingerprint("prepare")
-    weights.write_bytes(b"34")
-    assert accept(text).fingerprint("prepare") == first
-    weights.write_bytes(b"567")
-    assert accept(text).fingerprint("prepare") != first
+    seen = set()
+    for content in (b"12", b"34", b"567"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        seen.add(accept(text).fingerprint("prepare"))
+        seen.add(accept(change("lora_r: 4", f"model_name_or_path: {tmp_path}")).fingerprint("sft"))  # its own base
+    assert len(seen) == 6
 
 
 def test_a_source_that_is_no_path_is_its_own_name(accept):

@@ -1,7 +1,9 @@
 """What has become of each step of a run, from files: fresh, finished, changed, running, stopped and killed ones."""
 
+import copy
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,7 +12,9 @@ import time
 import pytest
 from conftest import ROOT
 
-from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.cli.run import steps_to_run
+from rlhf_trl.cli.tables import status_table
+from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.layout import RunDir
@@ -84,7 +88,7 @@ def test_the_last_time_of_a_stage(run, recipe):
     assert state_of(recipe, run).last_seconds == 3.0
     finish(run, recipe, "dpo")
     # Of a stage that went on, the marker has the seconds since, here 2 of 30.
-    write_json(run.training_stats("dpo"), {"summary": {"seconds": 30.0}})
+    write_json(run.training_stats("dpo"), {"max_steps": 40, "history": [], "summary": {"seconds": 30.0}})
     assert run.last_seconds("dpo") == 30.0
 
 
@@ -195,12 +199,65 @@ def test_the_recorded_recipe_has_the_fingerprints_and_the_order_of_the_run_where
 
 
 def test_a_folder_that_is_no_run_and_a_run_of_another_version_are_refused(run, recipe):
-    with pytest.raises(UserError, match=r"is no run: recipe.json: No such file"):
+    with pytest.raises(UserError, match=r"is no run: recipe.json is missing"):
         run.recorded_recipe()
     run.write_provenance(recipe)
     write_json(run.env, {key: value for key, value in read_json(run.env).items() if key != "plan"})
-    with pytest.raises(UserError, match="another version"):
+    with pytest.raises(UserError, match=r"env.json cannot be read: plan: field required(.|\n)*another version"):
         run.recorded_recipe()
     run.recipe.write_text("{}")
-    with pytest.raises(UserError, match="another version"):
+    with pytest.raises(UserError, match=r"recipe.json cannot be read(.|\n)*another version"):
         run.recorded_recipe()
+
+
+# --- damaged documents -----------------------------------------------------------------------------------------------
+
+VALUES = (None, True, -1, 10**400, 1e308, "", "x", "2026-13-45", [], [[]], {}, {"step": None})
+
+
+def mutate(rng: random.Random, value: object) -> object:
+    """Change, drop or add something, at any depth."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.2:
+        return rng.choice(VALUES)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    changed = copy.deepcopy(value)
+    if rng.random() < 0.2:
+        del changed[key]
+    else:
+        changed[key] = mutate(rng, changed[key])
+    return changed
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_stands_in_a_state_file_status_and_run_say_so(seed, run, recipe):
+    """100 changes of each document: `status` tells the states or refuses the run, and every step can be run again."""
+    finish(run, recipe, *STEPS[:-3])
+    begin(run, recipe, 14, 9)
+    write_json(run.winrate, {"status": "partial", "reason": "cost", "evaluation": recipe.fingerprint("evaluate")})
+    run.write_provenance(recipe)
+    path = [run.started("dpo"), run.training_stats("dpo"), run.done("sft"), run.winrate, run.recipe, run.env][seed]
+    content, rng = path.read_text(), random.Random(seed)
+    for _ in range(100):
+        text = json.dumps(mutate(rng, json.loads(content)))
+        path.write_text(text[: rng.randrange(len(text) + 1)] if rng.random() < 0.2 else text)
+        try:
+            states = step_states(run.recorded_recipe(), run)
+        except UserError as error:
+            assert path in (run.recipe, run.env) and error.exit == Exit.DAMAGED, path.read_text()
+        else:
+            assert json.dumps([state.as_dict() for state in states]) and status_table(states)
+        assert set(steps_to_run(recipe, run)) >= {"dpo", *STEPS[-3:]}
+    path.write_text("{")
+    run.begin(recipe, "dpo")
+    assert read_json(run.started("dpo"))["fingerprint"] == recipe.fingerprint("dpo")
+
+
+@pytest.mark.parametrize(("name", "content"), [("done", "{"), ("done", "[]"), ("started", "{}"), ("started", "\xff")])
+def test_a_state_file_that_cannot_be_read_is_named_and_means_not_done(name, content, run, recipe):
+    finish(run, recipe, "dpo")
+    if name == "started":
+        run.done("dpo").unlink()
+    getattr(run, name)("dpo").write_bytes(content.encode("latin-1"))
+    state = state_of(recipe, run)
+    assert state.state == "damaged" and state.note.startswith(f"dpo/{name}.json cannot be read: ")
+    assert not run.is_done(recipe, "dpo")
