@@ -90,7 +90,7 @@ def write_run(
         if step == "judge" and read_json(run.winrate)["status"] != "complete":
             continue
         finished = f"2026-11-{9 + index:02}T11:14:07+0000"
-        marker = {"step": step, "fingerprint": recipe.fingerprint(step), "finished": finished}
+        marker = {"step": step, "fingerprint": recipe.fingerprint(step), "finished": finished, "outputs": {}}
         write_json(run.done(step), {**marker, "seconds": round(8.4 * 2.1**index, 3)})
     return recipe, run
 

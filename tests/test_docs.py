@@ -65,6 +65,13 @@ def test_keys_of_the_argument_table_exist():
         assert name in (Data if section == "data" else Evaluation).model_fields
 
 
+def test_each_trouble_has_its_test():
+    rows = re.findall(r"(?m)^\| .* \| `(.+)::(\w+)` \|$", PAGES["troubles.md"])
+    assert len(rows) > 15
+    for file, name in rows:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 150
 

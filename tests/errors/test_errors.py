@@ -486,6 +486,7 @@ def test_the_step_needs_a_trained_reward_stage_pairs_and_finite_scores(analysed,
     with pytest.raises(UserError, match="no reward stage"):
         errors(without, run)
     write_jsonl(run.pairs("test"), [])
+    run.mark_done(recipe, "prepare", 0.0)
     with pytest.raises(UserError, match="no held-out pairs"):
         errors(recipe, run)
     run.done("twin").unlink()

@@ -159,6 +159,7 @@ def test_the_subset_chooses_the_prompt(made):
 def test_identical_answers_are_a_tie_without_a_call(made):
     recipe, run = made()
     write_jsonl(run.completions("grpo"), read_jsonl(run.completions("reference")))
+    run.mark_done(recipe, "evaluate", 0.0)
     with FakeOpenAI(then=ok(prefer(len))) as server:
         result = run_judge(recipe, run, server)
         assert len(server.requests) == 60

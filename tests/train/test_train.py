@@ -257,6 +257,7 @@ def test_a_diverging_run_stops_and_saves_nothing(copy, stage):
 def test_too_few_prompts_are_refused_with_both_numbers(copy, stage):
     path = copy.run.prompts("train")
     path.write_text(path.read_text().splitlines()[0] + "\n")
+    copy.run.mark_done(small_recipe(copy.folder), "prepare", 0.0)
     with pytest.raises(UserError, match=r"^data: 1 training prompts"):
         copy.train(stage)
 
