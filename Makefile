@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 NEWEST := test_library or mistake_is or libraries_say or shipped or left_out or leaves_behind or changes_the_adapter
 
-.PHONY: demo test test-newest lint size bench simulate clean
+.PHONY: demo test test-newest lint size bench simulate chaos clean
 
 demo: .venv/.installed
 	$(BIN)/rlhf-trl run recipes/demo.yaml $(ARGS)
@@ -36,6 +36,10 @@ bench: .venv/.installed
 # What the verdicts and the intervals are worth; writes docs/simulations.json and docs/simulations.md.
 simulate: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/compare/simulate.py $(ARGS)
+
+# Random signals and damages; prints its seed. make chaos KILLS=3
+chaos: .venv/.installed
+	KILLS=$(or $(KILLS),20) PYTHONPATH=tests $(BIN)/python tests/chaos.py
 
 clean:
 	rm -rf .venv .venv-newest build dist .pytest_cache .ruff_cache .mypy_cache

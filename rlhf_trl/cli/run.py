@@ -32,9 +32,9 @@ from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
 from rlhf_trl.text.redact import redact
 
-# The room and module of each step whose name is not that of its room.
 opened: list[RunDir] = []
 """The runs that this process works on; the last one keeps the traceback of what ends it."""
+# The room and module of each step whose name is not that of its room.
 MODULES = {"explore": "data.explore", "prepare": "data.preprocess", "samples": "evaluate.samples"}
 
 

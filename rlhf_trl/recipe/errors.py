@@ -28,7 +28,7 @@ EXITS = {
     Exit.MISTAKE: "a mistake in the recipe, the data or the command line; nothing was changed",
     Exit.NOT_RUN: "a step did not run or is not complete, or one that it needs has not run yet",
     Exit.RESOURCES: "no disk space, memory or permission",
-    Exit.DIVERGED: "training diverged",
+    Exit.DIVERGED: "training diverged, or a rule of `health:` stopped it",
     Exit.DAMAGED: "a file of the run is damaged or missing, or another process holds the step",
 }
 """What each status means; `docs/troubles.md` has the same table."""

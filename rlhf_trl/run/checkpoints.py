@@ -13,6 +13,7 @@ from pydantic import RootModel
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.documents import read_document
 from rlhf_trl.run.files import by_umask, write_json
+from rlhf_trl.run.hashes import broken
 
 Patterns = tuple[tuple[str, ...], ...]
 # What a stage goes on from: its place, weights, optimizer, schedule and random states; a pattern of each is there.
@@ -85,15 +86,9 @@ def damage(folder: Path, needed: Patterns = NEEDED, hash_file: Callable[[Path], 
     if manifest is None:
         return "it has no manifest that can be read"
     files = list_files(folder)
-    for name in sorted(files.keys() ^ manifest.root.keys()):
-        return f"{name} is missing" if name in manifest.root else f"{name} is not in the manifest"
+    for name in files.keys() - manifest.root.keys():
+        return f"{name} is not in the manifest"
     for patterns in needed:
-        if not any(fnmatch(name, pattern) for name in files for pattern in patterns):
+        if not any(fnmatch(name, pattern) for name in manifest.root for pattern in patterns):
             return f"{patterns[0]} is missing"
-    for name, digest in manifest.root.items():
-        try:
-            if hash_file(files[name]) != digest:
-                return f"{name} is damaged"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
+    return next((sentence for _, sentence in broken(folder, manifest.root, hash_file)), None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import RootModel
@@ -26,13 +28,14 @@ class Hashes:
 
     def __init__(self, path: Path):
         self.path = path
-        self.known: dict[str, tuple[Stamp, str]] | None = None
         self.new: dict[str, tuple[Stamp, str]] = {}
+
+    @functools.cached_property
+    def known(self) -> dict[str, tuple[Stamp, str]]:
+        return self._read()
 
     def of(self, file: Path) -> str:
         """Hash the content of a file (SHA-256)."""
-        if self.known is None:
-            self.known = self._read()
         stat, name = file.stat(), str(file.absolute())
         stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         if name in self.known and self.known[name][0] == stamp:
@@ -53,3 +56,15 @@ class Hashes:
     def _read(self) -> dict[str, tuple[Stamp, str]]:
         document, _ = read_document(self.path, Known)
         return document.root if document else {}
+
+
+def broken(root: Path, digests: Mapping[str, str], hash_file: Callable[[Path], str]) -> Iterator[tuple[str, str]]:
+    """Yield each file below `root` that is not as its hash says, and what is wrong with it."""
+    for name, digest in digests.items():
+        try:
+            if not (root / name).is_file():
+                yield name, f"{name} is missing"
+            elif hash_file(root / name) != digest:
+                yield name, f"{name} is damaged"
+        except OSError as error:
+            yield name, f"{name} cannot be read: {error.strerror}"

@@ -23,7 +23,7 @@ from rlhf_trl.run.checkpoints import list_checkpoints, set_aside_damaged
 from rlhf_trl.run.documents import Done, Env, Started, Stats, read_document
 from rlhf_trl.run.environment import MOMENT, environment, now
 from rlhf_trl.run.files import by_umask, remove, write_json
-from rlhf_trl.run.hashes import Hashes
+from rlhf_trl.run.hashes import Hashes, broken
 
 logger = logging.getLogger(__name__)
 
@@ -166,16 +166,7 @@ class RunDir:
 
     def _damage(self, done: Done | None) -> dict[str, str]:
         """The outputs that are not as they were written, each with a sentence."""
-        damage: dict[str, str] = {}
-        for name, digest in done.outputs.items() if done else ():
-            file = self.root / name
-            try:
-                if not file.is_file():
-                    damage[name] = f"{name} is missing"
-                elif self.hashes.of(file) != digest:
-                    damage[name] = f"{name} is damaged"
-            except OSError as error:
-                damage[name] = f"{name} cannot be read: {error.strerror}"
+        damage = dict(broken(self.root, done.outputs if done else {}, self.hashes.of))
         self.hashes.save()
         return damage
 

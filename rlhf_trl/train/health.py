@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.health import rules_of
 from rlhf_trl.recipe.schema import Stage
 from rlhf_trl.run.files import write_json
@@ -64,4 +64,4 @@ class Watch(TrainerCallback):
             logger.warning("%s: health: %s; %s", self.name, says, watched.remedy)
             write_json(self.history.path, self.history.stats)
         if rule.then == "stop":
-            raise UserError(f"stages.{self.name}.health.{what}", says, watched.remedy)
+            raise UserError(f"stages.{self.name}.health.{what}", says, watched.remedy, Exit.DIVERGED)
