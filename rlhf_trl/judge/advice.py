@@ -1,47 +1,26 @@
-"""What a user can do about calls to a judge that came to nothing. Reads the environment's proxies, nothing else."""
+"""What a user can do about calls to a judge that came to nothing, from `advice.yaml` and the environment's proxies."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
+
+from ruamel.yaml import YAML
 
 from rlhf_trl.judge.cache import Line
 from rlhf_trl.judge.replies import Status, words
 
-# What the words of a server that refuses a request name, the first that fits -> what to do.
-OPTIONS = (
-    (r"max_completion_tokens|max_tokens",
-     "set judge.max_tokens_name to the other of max_tokens and max_completion_tokens (what reasoning models take)"),
-    (r"temperature", "set judge.temperature: null, so that none is sent"),
-    (r"seed", "set judge.seed: null, so that none is sent"),
-    (r"model", "set judge.model to one that the server has"),
-)  # fmt: skip
-ADDRESS = "check judge.base_url or OPENAI_BASE_URL: it is up to and with the /v1"
-LONGER = "raise judge.max_tokens (reasoning counts too), or ask another model"
-ADVICE: dict[Status, str] = {
-    "ok": LONGER,
-    "length": LONGER,
-    "null_content": LONGER,
-    "refusal": "ask another model",
-    "content_filter": "ask another model or server",
-    "context_length": "ask a model with a longer context, or lower judge.max_tokens",
-    "rate_limit": "lower judge.workers, and start the same command again later",
-    "quota": "add credit to the account of the key, or lower judge.prompts",
-    "server_error": "see the log of the server, or start the same command again later",
-    "timeout": "raise judge.timeout or lower judge.workers",
-    "connection": "see that the server runs, and that judge.base_url or OPENAI_BASE_URL is its address",
-    "bad_request": "change the options of `judge:`",
-    **dict.fromkeys(("html", "bad_json", "no_choices"), ADDRESS),
-}
-
 
 def advise(status: Status, detail: str) -> str:
     """Say what to do about calls that came to this, given the server's words."""
-    found = (remedy for pattern, remedy in OPTIONS if re.search(pattern, detail))
-    return next(found, ADVICE[status]) if status == "bad_request" else ADVICE[status]
+    advice = YAML(typ="safe", pure=True).load(Path(__file__).with_name("advice.yaml"))
+    named = (remedy for option, remedy in advice["option"].items() if re.search(option, detail))
+    found = next(named, None) if status == "bad_request" else None
+    return str(found or advice["status"][status])
 
 
 def proxy_of(address: str) -> list[str]:

@@ -54,19 +54,11 @@ class OpenAIClient:
     """A model of one server; its connections are open inside `async with`."""
 
     def __init__(
-        self,
-        model: str,
-        *,
-        api_key: str,
-        base_url: str,
-        timeout: float = 60.0,
-        attempts: int = 5,
-        **parameters: Any,
+        self, model: str, *, api_key: str, base_url: str, timeout: float = 60.0, attempts: int = 5, **parameters: Any
     ):
         """Set up the calls; none is made yet.
 
         Args:
-            base_url: up to and with the `/v1`.
             timeout: seconds for one attempt, from its connection to the last byte of its reply.
             parameters: sent along with each call, such as `max_tokens` or `temperature`; None is not sent.
 

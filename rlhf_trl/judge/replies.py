@@ -51,16 +51,11 @@ class Reply:
     """What a call, or one attempt of it, came to."""
 
     status: Status
-    text: str | None = None
-    """What the model wrote, as far as it did: part of a reply with `length`, the words of a `refusal`."""
-    usage: Usage | None = None
-    """The sum over the attempts that the server counted tokens for; None if it counted none."""
-    model: str | None = None
-    """By the server's name, such as a dated snapshot."""
-    detail: str | None = None
-    """Why it is not "ok", in the words of the server or of the HTTP library."""
-    wait: float | None = None
-    """Seconds that the server asks to wait before the next attempt."""
+    text: str | None = None  # as far as the model wrote: part of a reply with `length`, the words of a `refusal`
+    usage: Usage | None = None  # the sum over the attempts that the server counted tokens for
+    model: str | None = None  # by the server's name, such as a dated snapshot
+    detail: str | None = None  # why it is not "ok", in the words of the server or of the HTTP library
+    wait: float | None = None  # seconds that the server asks to wait before the next attempt
     attempts: int = 1
 
 

@@ -10,11 +10,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, small_recipe
+from conftest import ROOT, command, small_recipe
 from fake_openai import FakeOpenAI, completion, json_of, ok, raw, status
 
 from rlhf_trl.cli.tables import printable
-from rlhf_trl.judge.client import OpenAIClient
 from rlhf_trl.judge.step import ask_server, choose_prompt, judge
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
@@ -103,9 +102,9 @@ def run_judge(recipe, run, server) -> dict:
     return read_json(run.winrate)
 
 
-def command(run: RunDir, *more: str) -> list[str]:
+def judge_command(run: RunDir, *more: str) -> subprocess.CompletedProcess:
     recipe = str(run.root.parent.parent / "small.yaml")
-    return [sys.executable, "-m", "rlhf_trl", "judge", recipe, "--runs", str(run.root.parent), *more]
+    return command("judge", recipe, "--runs", str(run.root.parent), *more, cwd=ROOT)
 
 
 def rate_of(result, name: str) -> dict:
@@ -133,27 +132,6 @@ def test_every_pair_is_shown_in_both_orders_and_the_longer_answer_wins(made):
     points = {point["policy"]: point for point in result["pareto"]["points"]}
     assert points["dpo"]["gain"]["mean"] == 1.0 and points["reference"]["gain"]["mean"] == 0.5
     assert points["dpo"]["kl"]["mean"] == 4.0
-
-
-def test_a_judge_that_goes_by_place_gives_half_and_no_consistency(made):
-    recipe, run = made()
-    with FakeOpenAI(then=ok("[[A]]")) as server:
-        result = run_judge(recipe, run, server)
-    assert rate_of(result, "dpo")["win_rate"]["mean"] == 0.5
-    assert result["habits"]["consistency"]["mean"] == 0.0
-    assert result["habits"]["first_share"]["mean"] == 1.0
-
-
-def test_the_subset_chooses_the_prompt(made):
-    recipe, run = made("judge.prompts=4")
-    with FakeOpenAI(then=ok("[[C]]")) as server:
-        run_judge(recipe, run, server)
-        texts = {request["messages"][0]["content"].split("Question")[0][:400] for request in server.requests}
-    assert len(texts) >= 2
-    kinds = {
-        name: choose_prompt(recipe.judge, name) for name in ("harmless-base", "red-team-attempts", "helpful-online")
-    }
-    assert list(kinds.values()) == ["harmless", "harmless", "helpful"]
 
 
 def test_identical_answers_are_a_tie_without_a_call(made):
@@ -218,37 +196,6 @@ def test_a_judge_without_a_verdict_to_use_is_not_run_and_says_what_to_do(made, b
     assert read_json(run.winrate)["status"] == "not run"
     (replies,) = (run.root / "judge").glob("*.jsonl")
     assert replies.stat().st_mode & 0o777 == 0o600
-
-
-def test_without_key_and_server_nothing_is_run(made):
-    recipe, run = made()
-    with pytest.raises(NotRun, match="OPENAI_API_KEY"):
-        judge(recipe, run)
-    result = read_json(run.winrate)
-    assert result["status"] == "not run"
-    assert "win_rates" not in result
-
-
-def test_a_server_that_is_not_there_is_no_result(made, monkeypatch):
-    recipe, run = made("judge.base_url=http://127.0.0.1:9/v1", "judge.prompts=2")
-
-    def impatient(*args, **options):
-        return OpenAIClient(*args, **options, attempts=1)
-
-    monkeypatch.setattr("rlhf_trl.judge.step.OpenAIClient", impatient)
-    with pytest.raises(NotRun, match="connection"):
-        judge(recipe, run)
-    assert read_json(run.winrate)["status"] == "not run"
-
-
-def test_a_wrong_key_is_the_users_error(made, monkeypatch):
-    recipe, run = made("judge.prompts=3")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
-    with (
-        FakeOpenAI(then=status(401, {"code": "invalid_api_key"})) as server,
-        pytest.raises(UserError, match="OPENAI_API_KEY"),
-    ):
-        run_judge(recipe, run, server)
 
 
 @pytest.mark.parametrize("limit", ["judge.max_requests=11", "judge.max_cost=0.001"])
@@ -365,13 +312,14 @@ def test_another_prompt_or_model_is_another_judge(made):
 
 
 @pytest.mark.parametrize("row", [1, 23, 49])
-def test_a_killed_run_makes_exactly_the_missing_calls(made, row):
+def test_a_killed_run_makes_exactly_the_missing_calls(made, monkeypatch, row):
     recipe, run = made("judge.prompts=25", "judge.workers=1")
     recipe_file = run.root.parent.parent / "small.yaml"
     recipe_file.write_text(RECIPE.replace("prompts: 30, workers: 4", "prompts: 25, workers: 1").replace(", grpo", ""))
+    words = [sys.executable, "-m", "rlhf_trl", "judge", str(recipe_file), "--runs", str(run.root.parent)]
     with FakeOpenAI(then=ok(prefer(len), latency=0.02)) as server:
-        environment = {**os.environ, "OPENAI_BASE_URL": server.url}
-        with subprocess.Popen(command(run), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as child:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL) as child:
             while len(server.requests) < row and child.poll() is None:
                 time.sleep(0.005)
             child.send_signal(signal.SIGKILL)
@@ -379,7 +327,9 @@ def test_a_killed_run_makes_exactly_the_missing_calls(made, row):
         known = cache.read_bytes().count(b"\n")
         before = len(server.requests)
         assert known < 100
-        done = subprocess.run(command(run), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        with cache.open("ab") as file:
+            file.write(b'{"key": "')
+        done = judge_command(run)
         assert done.returncode == 0, done.stderr
         assert len(server.requests) - before == 100 - known
         resumed = read_json(run.winrate)
@@ -392,21 +342,24 @@ def test_a_killed_run_makes_exactly_the_missing_calls(made, row):
 
 def test_the_command_says_what_was_not_run_and_how(made):
     _, run = made()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI")}
-    done = subprocess.run(command(run), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = judge_command(run)
     assert done.returncode == 3
     assert "judge: not run: OPENAI_API_KEY is not set" in done.stderr
     assert "Traceback" not in done.stderr
     assert not run.done("judge").exists()
+    assert read_json(run.winrate).keys() == {"status", "reason", "judge", "evaluation"}
+
+
+def test_the_subset_chooses_the_prompt(made):
+    names = ("harmless-base", "red-team-attempts", "helpful-online")
+    assert [choose_prompt(made()[0].judge, name) for name in names] == ["harmless", "harmless", "helpful"]
 
 
 def test_an_env_file_gives_the_address(made, tmp_path):
     _, run = made("judge.prompts=2")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI")}
     with FakeOpenAI(then=ok("[[C]]")) as server:
         (tmp_path / "env").write_text(f"OPENAI_BASE_URL={server.url}\nOPENAI_MODEL=local-model\n")
-        words = command(run, "--env-file", str(tmp_path / "env"), "--set", "judge.prompts=2", "--calibrate", "3")
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = judge_command(run, "--env-file", str(tmp_path / "env"), "--set", "judge.prompts=2", "--calibrate", "3")
         assert done.returncode == 0, done.stderr
         assert len(server.requests) == 2 * (4 + 6 + 6)
         assert server.requests[0]["model"] == "local-model"
@@ -429,11 +382,7 @@ CANARIES = [
 ECHO = "\x1b]0;owned\x07 \u202e " + " ".join([*CANARIES, "a value without a form"])
 
 
-def environment_of(**more: str) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")} | more
-
-
-def assert_hidden(run: RunDir, shown: str, but: str = "small.yaml") -> None:
+def assert_hidden(run: RunDir, shown: str) -> None:
     """No canary and no character that acts on a terminal is in a text or in a file of the run."""
     files = [path.read_bytes().decode() for path in run.root.parent.parent.rglob("*") if path.is_file()]
     for text in [shown, *files]:
@@ -442,7 +391,7 @@ def assert_hidden(run: RunDir, shown: str, but: str = "small.yaml") -> None:
 
 
 @pytest.mark.parametrize("place", ["environment", "env file"])
-def test_secrets_that_a_server_sends_back_are_in_no_file_and_no_message(made, place, tmp_path_factory):
+def test_secrets_that_a_server_sends_back_are_in_no_file_and_no_message(made, monkeypatch, tmp_path_factory, place):
     """The server knows them all, and puts them into replies, names of models, errors and headers of every kind."""
     _, run = made()
     script = [status(400, {"code": ECHO}, ECHO), raw(f"<html>{ECHO}".encode(), "text/html"), raw(ECHO.encode()),
@@ -453,9 +402,9 @@ def test_secrets_that_a_server_sends_back_are_in_no_file_and_no_message(made, pl
         values = secrets | {"OPENAI_API_KEY": CANARIES[0], "OPENAI_BASE_URL": server.url}
         file = tmp_path_factory.mktemp("env") / "env"
         file.write_text("".join(f"{name}={json.dumps(value)}\n" for name, value in values.items()))
-        environment = environment_of(**(values if place == "environment" else {}))
-        words = command(run, *([] if place == "environment" else ["--env-file", str(file)]))
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        for name, value in values.items() if place == "environment" else ():
+            monkeypatch.setenv(name, value)
+        done = judge_command(run, *([] if place == "environment" else ["--env-file", str(file)]))
     assert done.returncode == 3, done.stderr
     assert "what to do" in done.stderr and "<secret>" in done.stderr
     assert len(read_jsonl(next((run.root / "judge").glob("*.jsonl")))) > 100
@@ -464,8 +413,8 @@ def test_secrets_that_a_server_sends_back_are_in_no_file_and_no_message(made, pl
 
 def test_secrets_in_overrides_and_addresses_are_refused_and_not_repeated(made):
     recipe, run = made()
-    words = command(run, "--set", f"judge.harmless={json.dumps(CANARIES)}", "--set", f"judge.base_url={CANARIES[-2]}")
-    done = subprocess.run(words, cwd=ROOT, env=environment_of(), capture_output=True, text=True, check=False)
+    overrides = f"judge.harmless={json.dumps(CANARIES)}", f"judge.base_url={CANARIES[-2]}"
+    done = judge_command(run, "--set", overrides[0], "--set", overrides[1])
     assert done.returncode == 2 and done.stderr.count("looks like an access token") >= len(CANARIES)
     assert_hidden(run, done.stdout + done.stderr)
     for canary in CANARIES:

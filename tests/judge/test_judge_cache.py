@@ -1,15 +1,12 @@
 """The file of judge replies: what is a hit, what a kill leaves behind, two processes, and the money."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
-from fake_openai import FakeOpenAI, ok
 
 from rlhf_trl.judge.cache import JudgeCache, key
 from rlhf_trl.judge.cost import Budget, cost, forecast
@@ -142,64 +139,6 @@ def test_a_key_names_all_that_decides_a_verdict():
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == key("gpt@1", [{"content": "Hello", "role": "user"}], "a", "b")
-
-
-RUN = """
-import asyncio
-import sys
-from pathlib import Path
-from rlhf_trl.judge.cache import JudgeCache, key
-from rlhf_trl.judge.client import OpenAIClient, Request, run_all
-talk = [{"role": "user", "content": "Hello"}]
-client = OpenAIClient("m", api_key="EMPTY", base_url=sys.argv[1])
-with JudgeCache(Path(sys.argv[2])) as cache:
-    names = {key("m@1", talk, f"a{n}", "b"): n for n in range(50)}
-    asks = {name: [{"role": "user", "content": f"{n}"}] for name, n in names.items()}
-    asyncio.run(run_all(
-        [Request(name, ask) for name, ask in asks.items() if not cache.get(name)], client, int(sys.argv[3]),
-        lambda request, reply: cache.append({"key": request.key, "status": reply.status, "reply": reply.text}),
-        lambda in_flight: None))
-"""
-ANSWER = ok(lambda messages: f"{messages[0]['content']} [[A]]")
-
-
-def judge_50(server: FakeOpenAI, path: Path, workers: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", RUN, server.url, str(path), str(workers)])
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    """The replies of a run that nothing stopped, and that made no call when it was started again."""
-    path = tmp_path_factory.mktemp("whole") / "x.jsonl"
-    with FakeOpenAI(then=ANSWER) as server:
-        for _ in range(2):
-            with judge_50(server, path, workers=4) as run:
-                assert run.wait(timeout=60) == 0
-            assert len(server.requests) == 50
-    return path
-
-
-@pytest.mark.parametrize(("row", "workers", "half"), [(1, 1, b""), (23, 1, b'{"key": "'), (38, 4, b"")])
-def test_a_run_killed_at_a_row_makes_exactly_the_missing_calls_when_it_is_started_again(
-    tmp_path, uninterrupted, row, workers, half
-):
-    path = tmp_path / "x.jsonl"
-
-    def kill(handler, body):
-        os.kill(child.pid, signal.SIGKILL)
-
-    with FakeOpenAI([ANSWER] * (row - 1) + [kill], then=ANSWER) as server:
-        with judge_50(server, path, workers) as child:
-            assert child.wait(timeout=60) == -signal.SIGKILL
-        kept = path.read_bytes().count(b"\n")
-        assert row - workers <= kept <= row - 1  # a reply that had just arrived may be lost with its process
-        with path.open("ab") as file:
-            file.write(half)
-        seen = len(server.requests)
-        with judge_50(server, path, workers) as again:
-            assert again.wait(timeout=60) == 0
-        assert len(server.requests) - seen == 50 - kept
-    assert sorted(path.read_bytes().split(b"\n")) == sorted(uninterrupted.read_bytes().split(b"\n"))
 
 
 def test_what_calls_cost():

@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from fake_openai import USAGE, FakeOpenAI, completion, cut, drip, drop, hang, js
 from rlhf_trl.judge.advice import tell_failures
 from rlhf_trl.judge.client import FAILURES_IN_A_ROW, LARGEST, OpenAIClient, Request, run_all
 from rlhf_trl.judge.cost import Budget
-from rlhf_trl.judge.replies import Reply, read_answer, retry_after
+from rlhf_trl.judge.replies import Reply, read_answer, read_error, retry_after
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Price
 
@@ -129,16 +128,6 @@ def test_what_no_call_can_succeed_with_is_the_users_to_mend_after_one_attempt(na
         assert len(server.requests) == 1
     assert place in caught.value.problems[0].place
     assert says in str(caught.value)
-
-
-def test_the_words_of_a_server_with_a_form_of_its_own_are_kept():
-    def unprocessable(handler, body):
-        handler.answer({"detail": [{"loc": ["body", "seed"], "msg": "field not known"}]}, 422)
-
-    with FakeOpenAI(then=unprocessable) as server:
-        reply = complete(client_of(server))
-    assert reply.status == "bad_request"
-    assert "field not known" in reply.detail
 
 
 @pytest.mark.parametrize("key", ["", "sk-1\n", "two words", "schlüssel"])
@@ -271,20 +260,6 @@ def test_retry_after_in_each_of_its_forms(headers, seconds):
     assert retry_after(headers, now=1000.0) == seconds
 
 
-@pytest.mark.parametrize("value", [None, [], 3, "text", {"choices": {}}, {"choices": ["x"]}, {"choices": [{}]}])
-def test_json_of_another_form_is_an_outcome_and_no_crash(value):
-    assert read_answer("application/json", json.dumps(value).encode()).status == "bad_json"
-
-
-def test_a_crafted_body_cannot_crash_the_reader():
-    assert read_answer("", b"[" * 200_000).status == "bad_json"
-    assert read_answer("", b"\xff\xfe\x00").status == "bad_json"
-    assert read_answer("", json.dumps(completion("a\ud800[[A]]")).encode()).text == "a?[[A]]"
-    odd = completion("[[A]]") | {"usage": {"prompt_tokens": None}, "model": 3}
-    outcome = read_answer("", json.dumps(odd).encode())
-    assert (outcome.status, outcome.usage, outcome.model) == ("ok", None, None)
-
-
 @pytest.mark.parametrize(
     ("wrong", "counted"),
     [
@@ -347,54 +322,6 @@ def test_every_request_is_handed_over_once_with_its_reply():
         assert len(server.requests) == 30
     assert said is None
     assert {key: reply.text for key, reply in got.items()} == {f"key-{n}": f"on pair {n} [[A]]" for n in range(30)}
-
-
-def test_quota_ends_the_run_and_keeps_what_was_in_flight():
-    script = [ok("[[A]]", latency=0.2), QUOTA, ok("[[B]]", latency=0.2)]
-    got = []
-    with FakeOpenAI(script) as server:
-        said = make(requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status))
-        assert len(server.requests) == 3
-    assert said == "quota"
-    assert sorted(got) == ["ok", "ok", "quota"]
-
-
-def test_a_refused_key_ends_the_run_and_keeps_what_was_in_flight():
-    got = []
-    script = [ok("[[A]]", latency=0.2), status(401), ok("[[B]]", latency=0.2)]
-    with FakeOpenAI(script) as server:
-        with pytest.raises(UserError, match="OPENAI_API_KEY"):
-            make(requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status))
-        assert len(server.requests) == 3
-    assert got == ["ok", "ok"]
-
-
-def test_a_server_that_is_gone_ends_the_run():
-    judge, said, got = run_scripted(lambda n: reply_of("connection"), 200, 4)
-    assert said == f"{FAILURES_IN_A_ROW} calls in a row failed"
-    assert judge.interrupted
-    assert judge.calls == len(got) <= FAILURES_IN_A_ROW + 4
-
-
-@pytest.mark.parametrize(
-    ("replies", "count"),
-    [
-        (lambda n: reply_of("ok" if n % 10 == 0 else "timeout"), 100),  # failures between replies
-        (lambda n: reply_of("refusal"), 100),  # a judge that always refuses
-        (reply_of, 0),
-    ],
-)
-def test_what_is_not_taken_for_a_dead_server(replies, count):
-    _, said, got = run_scripted(replies, count, 1)
-    assert (said, len(got)) == (None, count)
-
-
-def test_a_defect_in_the_judge_is_raised_and_not_swallowed():
-    def broken(n):
-        raise ZeroDivisionError("a defect")
-
-    with pytest.raises(ZeroDivisionError):
-        run_scripted(broken, 9, 2)
 
 
 @pytest.mark.parametrize("workers", [1, 8])
@@ -485,9 +412,63 @@ def test_the_handler_of_ctrl_c_is_put_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_jitter_takes_nothing_from_the_global_generator():
-    random.seed(1)
-    expected = random.Random(1).random()
-    with FakeOpenAI([status(500)]) as server:
-        complete(client_of(server))
-    assert random.random() == expected
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        *((json.dumps(value).encode(), "bad_json") for value in (None, [], 3, "text", {"choices": {}})),
+        *((json.dumps({"choices": [choice]}).encode(), "bad_json") for choice in ("x", {}, {"message": "x"})),
+        *((body, "bad_json") for body in (b"[" * 200_000, b"\xff\xfe\x00", b"9" * 5000)),
+        (json.dumps(completion([1], 3) | {"usage": [], "model": {}}).encode(), "null_content"),
+        (json.dumps(completion("a\ud800", refusal=5)).encode(), "ok"),
+    ],
+)
+def test_no_body_crashes_the_reader(body, status):
+    reply = read_answer("application/json", body)
+    assert (reply.status, reply.usage or COUNTED, reply.text in (None, "a?")) == (status, COUNTED, True)
+
+
+@pytest.mark.parametrize(
+    ("value", "codes", "said"),
+    [
+        ({"error": {"code": "a", "type": "b", "message": "no"}}, {"a", "b"}, "no"),
+        ({"error": {"code": [1], "type": {}, "message": [2]}}, set(), "[2]"),
+        ({"detail": [{"msg": "field not known"}]}, set(), "field not known"),
+        ({"error": "overloaded"}, set(), "overloaded"),
+        *((value, set(), "") for value in (None, [], 3, "x", {"error": None})),
+    ],
+)
+def test_errors_are_read_in_any_form(value, codes, said):
+    found, words = read_error(json.dumps(value).encode())
+    assert found == codes and said in words
+
+
+@pytest.mark.parametrize(("ending", "says"), [(QUOTA, "quota"), (status(401), "OPENAI_API_KEY")])
+def test_a_call_that_ends_the_run_keeps_what_was_in_flight(ending, says):
+    script, got = [ok("[[A]]", latency=0.2), ending, ok("[[B]]", latency=0.2)], []
+    with FakeOpenAI(script) as server:
+        try:
+            said = make(requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status))
+        except UserError as error:
+            said = str(error)
+        assert len(server.requests) == 3
+    assert says in said and [status for status in got if status != "quota"] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("status_of", "count", "workers", "ends"),
+    [
+        (lambda n: "connection", 200, 4, f"{FAILURES_IN_A_ROW} calls in a row failed"),
+        (lambda n: "ok" if n % 10 == 0 else "timeout", 100, 1, None),  # failures between replies
+        (lambda n: "refusal", 100, 1, None),  # a judge that always refuses
+        (lambda n: "ok", 0, 1, None),
+    ],
+)
+def test_a_server_that_is_gone_ends_the_run_and_nothing_else_is_taken_for_it(status_of, count, workers, ends):
+    judge, said, got = run_scripted(lambda n: reply_of(status_of(n)), count, workers)
+    assert (said, judge.interrupted) == (ends, ends is not None)
+    assert judge.calls == len(got) and (len(got) <= FAILURES_IN_A_ROW + 4 if ends else len(got) == count)
+
+
+def test_a_defect_in_the_judge_is_raised_and_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        run_scripted(lambda n: 1 / 0, 9, 2)
