@@ -44,4 +44,4 @@ def tell_failures(where: str, lines: Sequence[Line]) -> str | None:
     detail = [line.get("detail") or line["reply"] or most for line in lines if line["status"] == most][-1]
     tally = ", ".join(f"{names.get(status, status)}: {count}" for status, count in counts)
     remedies = "; or ".join([advise(most, detail), *proxy_of(where)])
-    return f"{len(lines)} calls without a verdict ({tally}); {where}: {words(detail)}; what to do: {remedies}"
+    return f"calls without a verdict: {len(lines)} ({tally}); {where}: {words(detail)}; what to do: {remedies}"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,12 +65,14 @@ class JudgeCache:
             raise UserError(str(path), "another process writes to this file of judge replies", remedy) from None
         self._load()
         self._file = path.open("ab")
+        self._sync()
         path.chmod(0o600)  # a server may have sent anything
 
     def __enter__(self) -> JudgeCache:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._sync()
         self._file.close()
         self._lock.release()
 
@@ -83,7 +86,7 @@ class JudgeCache:
         return self._latest.get(key)
 
     def append(self, line: Line) -> None:
-        """Add a finished call, on the disk when this returns.
+        """Add a finished call. A kill loses nothing, a power failure the last second: a disk takes longer than a call.
 
         Raises:
             ValueError: a number is not finite.
@@ -91,8 +94,13 @@ class JudgeCache:
         data = json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         self._file.write(data)
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if time.monotonic() > self._synced + 1.0:
+            self._sync()
         self._note(line)
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def _note(self, line: Line) -> None:
         if self.get(line["key"]) is None:

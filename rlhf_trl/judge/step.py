@@ -118,7 +118,9 @@ def judge(recipe: Recipe, run: RunDir) -> None:
         }
         judged = [bool(pair_up(rows).policies) for rows in verdicts.values() if rows]
         failed = [line for line in lines.values() if _score(line) is None]
-        told = [line for line in failed if line["status"] in MAY_PASS] or ([] if all(judged) else failed)
+        # A bad_request among calls that passed is about its own words, and stays one.
+        left = [line for line in failed if line["status"] in MAY_PASS - {"bad_request"}]
+        told = left or ([] if all(judged) else failed)
         reason = "; ".join(filter(None, [stopped, tell_failures(where, told)]))
         if by_key and not any(judged):
             raise NotRun(reason)

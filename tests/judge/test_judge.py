@@ -166,15 +166,17 @@ def test_a_reply_without_verdict_is_asked_about_once_more_and_then_missing(made)
 
 def test_failures_are_missing_with_their_cause_and_made_again_next_time(made):
     recipe, run = made("judge.prompts=5", "judge.workers=1")
-    quick = [status(400, {"code": "context_length_exceeded"}, "context length"), status(400, {"code": "x"}, "bad")]
+    quick = [status(400, {"code": "context_length_exceeded"}, "context length"), status(400, {"code": "x"}, "bad"),
+             status(429, message="later", headers={"Retry-After": "3600"})]  # fmt: skip
     with FakeOpenAI(quick, then=ok(prefer(len))) as server:
-        with pytest.raises(NotRun, match=r"bad_request: 1.*: HTTP 400: bad; what to do: "):
+        with pytest.raises(NotRun, match=r": 1 \(rate_limit: 1\); .*: HTTP 429: later; what to do: lower"):
             run_judge(recipe, run, server)
         result = read_json(run.winrate)
         assert (result["status"], len(server.requests)) == ("partial", 20)
-        assert rate_of(result, "dpo")["missing"]["verdicts"] == {"bad_request": 1, "context_length": 1}
+        causes = {"bad_request": 1, "context_length": 1, "rate_limit": 1}
+        assert rate_of(result, "dpo")["missing"]["verdicts"] == causes
         again = run_judge(recipe, run, server)
-        assert len(server.requests) == 21  # what may pass is asked again, what is final is not
+        assert len(server.requests) == 22  # what may pass is asked again, what is final is not
     assert again["status"] == "complete"
     assert rate_of(again, "dpo")["missing"]["verdicts"] == {"context_length": 1}
 
