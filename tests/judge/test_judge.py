@@ -398,7 +398,8 @@ def test_secrets_that_a_server_sends_back_are_in_no_file_and_no_message(made, mo
     _, run = made()
     script = [status(400, {"code": ECHO}, ECHO), raw(f"<html>{ECHO}".encode(), "text/html"), raw(ECHO.encode()),
               json_of(completion(None, refusal=ECHO) | {"model": ECHO}), json_of({"choices": [], "x": ECHO}),
-              status(500, message=ECHO[300:], headers={"Retry-After": CANARIES[0]}), ok(ECHO)]  # fmt: skip
+              status(500, message=ECHO[300:], headers={"Retry-After": CANARIES[0]}), ok(ECHO),
+              status(429, message=ECHO, headers={"Retry-After": "3600"})]  # fmt: skip
     secrets = {f"CANARY_{n}_KEY": canary for n, canary in enumerate([*CANARIES, "a value without a form"])}
     with FakeOpenAI(script, then=ok(lambda messages: f"{ECHO}\n[[A]]")) as server:
         values = secrets | {"OPENAI_API_KEY": CANARIES[0], "OPENAI_BASE_URL": server.url}
