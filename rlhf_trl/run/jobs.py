@@ -17,6 +17,7 @@ from rlhf_trl.run.launch import POLL, exit_status, launch_command, outlive_signa
 from rlhf_trl.run.layout import RunDir
 
 Slot = Mapping[str, str]  # environment variables of one stage's processes
+Running = dict[str, "tuple[subprocess.Popen[bytes], Slot]"]
 Start = Callable[[str, Slot], "subprocess.Popen[bytes]"]  # starts the process of a stage in a slot
 
 
@@ -126,26 +127,21 @@ def train_stages(
     `stages` is done. Returns 0, or 128 and the number of the signal, or the status of the first stage that failed.
     """
     waiting, free = list(stages), list(slots)
-    running: dict[str, tuple[subprocess.Popen[bytes], Slot]] = {}
+    running: Running = {}
     ended: dict[str, int] = {}
     passed_on = 0
     with outlive_signals() as received:
         try:
             while True:
                 passed_on += pass_on(received[passed_on:], [child for child, _ in running.values()])
-                for stage, (child, slot) in list(running.items()):
-                    if child.poll() is not None:
-                        del running[stage]
-                        free.append(slot)
-                        ended[stage] = exit_status(child.returncode)
-                        watcher.end(stage, ended[stage])
+                _collect(running, free, ended, watcher)
                 missing = {*waiting, *running}
-                for stage in list(waiting):
-                    if free and not received and not any(ended.values()) and not needs[stage] & missing:
-                        waiting.remove(stage)
-                        watcher.begin(stage)
-                        slot = free.pop(0)
-                        running[stage] = start(stage, slot), slot
+                ready = [stage for stage in waiting if not needs[stage] & missing]
+                for stage in ready[: 0 if received or any(ended.values()) else len(free)]:
+                    waiting.remove(stage)
+                    watcher.begin(stage)
+                    slot = free.pop(0)
+                    running[stage] = start(stage, slot), slot
                 if not running:
                     break
                 watcher.update()
@@ -159,3 +155,13 @@ def train_stages(
     if failed or received:
         watcher.conclude(failed, waiting)
     return 128 + received[0] if received else next(iter(failed.values()), 0)
+
+
+def _collect(running: Running, free: list[Slot], ended: dict[str, int], watcher: Watcher) -> None:
+    """Take the stages whose processes have ended out of `running`, with their exit status."""
+    for stage, (child, slot) in list(running.items()):
+        if child.poll() is not None:
+            del running[stage]
+            free.append(slot)
+            ended[stage] = exit_status(child.returncode)
+            watcher.end(stage, ended[stage])
