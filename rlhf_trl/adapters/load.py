@@ -37,6 +37,8 @@ from rlhf_trl.run.files import read_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.text.display import first_line, visible
 
+# What the libraries raise at files that others wrote: `tokenizers` raises nothing narrower.
+FOREIGN = (Exception,)
 KINDS = {"CAUSAL_LM": "a policy", "SEQ_CLS": "a reward model"}
 
 
@@ -164,7 +166,7 @@ def _load(folder: Path, base: str | Path | None, task: str, dtype: str) -> tuple
                 raise ValueError("the outputs are no finite numbers")
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever the libraries make of files that others wrote
+    except FOREIGN as error:
         problem = f"the adapter cannot be laid on its base: {first_line(error)}"
         raise UserError(str(folder), problem, "ask its author for another one") from error
     return adapted, tokenizer

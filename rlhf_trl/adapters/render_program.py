@@ -36,7 +36,13 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
+def _say(kind: type[BaseException], error: BaseException, _: Any) -> None:
+    """Say in a line what a template has raised, instead of a traceback."""
+    sys.stderr.write(f"{kind.__name__}: {' '.join(str(error)[:200].split())}\n")
+
+
 def main() -> None:
+    sys.excepthook = _say
     given = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
@@ -45,16 +51,13 @@ def main() -> None:
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **({"ensure_ascii": False} | options))
     environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.now().strftime}
-    try:
-        own, settings = given["settings"].pop("chat_template", None), given["settings"]
-        named = {"default": own} if isinstance(own, str) else {one["name"]: one["template"] for one in own or ()}
-        template = environment.from_string(named["default"] if given["text"] is None else given["text"])
-        tokens = {key: value.get("content") if isinstance(value, dict) else value
-                  for key, value in settings.items() if key.endswith("_token")}  # fmt: skip
-        for messages, begin in ((TALK[:1], True), (TALK, False), (TALK * 2, False)):
-            template.render(messages=messages, add_generation_prompt=begin, tools=None, documents=None, **tokens)
-    except Exception as error:  # whatever a template raises
-        sys.exit(f"{type(error).__name__}: {str(error)[:200]}")
+    own, settings = given["settings"].pop("chat_template", None), given["settings"]
+    named = {"default": own} if isinstance(own, str) else {one["name"]: one["template"] for one in own or ()}
+    template = environment.from_string(named["default"] if given["text"] is None else given["text"])
+    tokens = {key: value.get("content") if isinstance(value, dict) else value
+              for key, value in settings.items() if key.endswith("_token")}  # fmt: skip
+    for messages, begin in ((TALK[:1], True), (TALK, False), (TALK * 2, False)):
+        template.render(messages=messages, add_generation_prompt=begin, tools=None, documents=None, **tokens)
 
 
 if __name__ == "__main__":
