@@ -1,5 +1,6 @@
 """Calls to a judge behind any OpenAI-compatible server: one with its retries, and many at once.
 
+The `openai` package sends them. They are repeated here: the package does not tell a quota from a rate limit.
 How often a call is made in all, by its status:
 
     ok, refusal, content_filter, length, context_length, quota, bad_request    once
@@ -18,11 +19,12 @@ import random
 import re
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx2
+import openai
 
 from rlhf_trl.judge.advice import advise, proxy_of
 from rlhf_trl.judge.prompt import Message
@@ -50,6 +52,36 @@ class Request:
     about: Any = None
 
 
+class _Unusable(Exception):
+    """A reply that is not read."""
+
+
+class _Capped(httpx2.AsyncByteStream):
+    """The body of a reply, up to `LARGEST` bytes."""
+
+    def __init__(self, body: httpx2.AsyncByteStream):
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        received = 0
+        async for part in self._body:
+            received += len(part)
+            if received > LARGEST:
+                raise _Unusable(f"a reply of more than {LARGEST // 2**20} MB")
+            yield part
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+async def _limit(response: httpx2.Response) -> None:
+    packing = response.headers.get("content-encoding", "identity")
+    if packing != "identity":
+        raise _Unusable(f"a body packed with {packing}, though plain text was asked for")
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    response.stream = _Capped(response.stream)
+
+
 class OpenAIClient:
     """A model of one server; its connections are open inside `async with`."""
 
@@ -74,7 +106,7 @@ class OpenAIClient:
             raise UserError("OPENAI_BASE_URL", "is not the address of a server", str(error)) from None
         self._model, self._timeout, self._attempts = model, timeout, attempts
         self._parameters = {name: value for name, value in parameters.items() if value is not None}
-        self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+        self._key = api_key
         self.sleep: Callable[[float], Awaitable[Any]] = self._pause
 
     async def __aenter__(self) -> OpenAIClient:
@@ -87,17 +119,22 @@ class OpenAIClient:
         try:
             # A redirect would hand the prompts to another host. The deadline of a whole call is `_attempt`'s.
             limits = httpx2.Limits(max_connections=None)
-            self._http = httpx2.AsyncClient(follow_redirects=False, timeout=None, limits=limits)
+            http = httpx2.AsyncClient(
+                follow_redirects=False, timeout=None, limits=limits, event_hooks={"response": [_limit]}
+            )
         except OSError as error:  # ssl.SSLError is one
             remedy = "let SSL_CERT_FILE and SSL_CERT_DIR name certificates that are there, or unset them"
             raise UserError("SSL_CERT_FILE", f"the certificates cannot be read: {error}", remedy) from None
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
             remedy = "give the address of an HTTP proxy, unset it, or name the judge's host in NO_PROXY"
             raise UserError("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY", f"cannot be used: {error}", remedy) from None
+        self._api = openai.AsyncOpenAI(
+            api_key=self._key, base_url=self.where, http_client=http, max_retries=0, timeout=None
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+        await self._api.close()
 
     def interrupt(self) -> None:
         """End the waits between attempts, now and from now on; a call under way comes back with what it has."""
@@ -113,11 +150,10 @@ class OpenAIClient:
         Raises:
             UserError: the key, the model, the address or an option is wrong, so that no call can succeed.
         """
-        body = json.dumps({"model": self._model, "messages": list(messages), **self._parameters})
-        dice = random.Random(body)
+        dice = random.Random(json.dumps(messages))
         replies: list[Reply] = []
         while True:
-            reply = await self._attempt(body.encode())
+            reply = await self._attempt(messages)
             replies.append(reply)
             useless = sum(one.status in UNUSABLE for one in replies)
             repeat = reply.status in TRANSIENT or (reply.status in UNUSABLE and useless < 2)
@@ -133,31 +169,31 @@ class OpenAIClient:
         usage: Any = {name: sum(one[name] for one in counted) for name in Usage.__annotations__} if counted else None
         return replace(reply, usage=usage, attempts=len(replies))
 
-    async def _attempt(self, body: bytes) -> Reply:
+    async def _attempt(self, messages: Sequence[Message]) -> Reply:
         try:
             # The HTTP library's timeouts are for single reads: a header or a byte now and then would hold them off.
-            return await asyncio.wait_for(self._post(body), self._timeout)
+            return await asyncio.wait_for(self._post(messages), self._timeout)
         except asyncio.TimeoutError:
             return Reply("timeout", detail=f"no whole reply within {self._timeout:g} s")
-        except (httpx2.HTTPError, OSError, ValueError) as error:  # ValueError: a header that no library can read
-            return Reply("connection", detail=words(f"{type(error).__name__}: {error}"))
+        except _Unusable as error:
+            return Reply("bad_json", detail=words(str(error)))
+        except (openai.APIConnectionError, OSError, ValueError) as error:  # ValueError: a header that cannot be read
+            cause = error.__cause__ or error
+            return Reply("connection", detail=words(f"{type(cause).__name__}: {cause}"))
 
-    async def _post(self, body: bytes) -> Reply:
+    async def _post(self, messages: Sequence[Message]) -> Reply:
+        typed: Any = messages
         # Uncompressed: a small body may unpack to one that fills the memory.
-        headers = self._headers | {"Accept-Encoding": "identity"}
-        url = f"{self.where}/chat/completions"
-        async with self._http.stream("POST", url, content=body, headers=headers) as response:
-            received = bytearray()
-            async for part in response.aiter_raw():
-                received += part
-                if len(received) > LARGEST:
-                    return Reply("bad_json", detail=f"a reply of more than {LARGEST // 2**20} MB")
-        packing = response.headers.get("content-encoding", "identity")
-        if packing != "identity":
-            return Reply("bad_json", detail=words(f"a body packed with {packing}, though plain text was asked for"))
+        headers = {"Accept-Encoding": "identity"}
+        create = self._api.chat.completions.with_raw_response.create
+        try:
+            raw = await create(model=self._model, messages=typed, extra_body=self._parameters, extra_headers=headers)
+            response = raw.http_response
+        except openai.APIStatusError as error:
+            response = error.response
         if response.is_success:
-            return read_answer(response.headers.get("content-type", ""), bytes(received))
-        codes, said = read_error(bytes(received))
+            return read_answer(response.headers.get("content-type", ""), response.content)
+        codes, said = read_error(response.content)
         detail = words(f"HTTP {response.status_code}: {said}")
         reply = read_failure(response.status_code, codes, response.headers, detail)
         if reply is None:
