@@ -257,14 +257,21 @@ def report(
     ] = None,
     overrides: options.Overrides = None,
     runs: options.Runs = RUNS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the page says first as JSON.")] = False,
 ) -> None:
-    """Write report.html of a run, or of two finished runs."""
-    if beside is None:
-        run_with(recipe, overrides, runs, "report")
-        return
-    from rlhf_trl.report.beside import lay_beside
+    """Write report.html and answers.html of a run, or one page of two finished runs."""
+    if beside is not None:
+        from rlhf_trl.report.beside import lay_beside
 
-    print(lay_beside(RunDir(Path(recipe)), RunDir(beside)))
+        page = lay_beside(RunDir(Path(recipe)), RunDir(beside))
+        print(page.with_suffix(".json").read_text(encoding="utf-8") if as_json else page)
+        return
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        run_with(recipe, overrides, runs, "report")
+    if as_json:
+        from rlhf_trl.report.step import summarise
+
+        print(json.dumps(summarise(*open_run(recipe, overrides, runs)), indent=2))
 
 
 for command in (run, status, chat, answer, score):

@@ -43,14 +43,30 @@ def to_svg(figure: Figure, key: str, label: str) -> Markup:
             del element.attrib[name]
             if name != "id" or text in used:
                 element.set(name.rpartition("}")[2], _for_page(text))
+        if element.get("transform", "").startswith("rotate(-0 "):
+            del element.attrib["transform"]
+    _thin(root)
     for name in ("width", "height", "version"):
         del root.attrib[name]
     root.attrib |= {"role": "img", "aria-label": label}
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
+def _thin(parent: ElementTree.Element) -> None:
+    """Drop what is not seen: groups without an attribute, and shapes without fill and stroke."""
+    children = list(parent)
+    parent[:] = []
+    for child in children:
+        _thin(child)
+        if child.tag == "g" and not child.attrib:
+            parent.extend(child)
+        elif child.get("style") != "fill: none":
+            parent.append(child)
+
+
 def _for_page(text: str) -> str:
-    """Put the page's colours in, and leave coordinates at a hundredth of a pixel."""
+    """Put the page's colours in, leave the font to it, and keep coordinates to a tenth of a pixel."""
     for color, variable in THEME.items():
         text = text.replace(color.lower(), f"var(--{variable})")
-    return re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    text = text.replace("font-family: 'DejaVu Sans'; ", "")
+    return re.sub(r"(\d\.\d)\d+", r"\1", " ".join(text.split()))

@@ -26,7 +26,7 @@ POLICY_TRAINERS = ("dpo", "grpo", "ppo")
 STEPS = ("explore", "prepare", "evaluate", "judge", "compare", "errors", "samples", "report")
 # Names of other files and words of a run, in small letters; a stage that took one would write over it.
 RESERVED = {*STEPS, "data", "exploration", "evaluation", "comparison", "samples", "base", "reference", "judge", "run"}
-RESERVED |= {"logs", "replaced", "report.html", "recipe.json", "env.json", "done.json", "side_by_side"}
+RESERVED |= {"logs", "replaced", "report.html", "answers.html", "recipe.json", "env.json", "done.json", "side_by_side"}
 MAX_STAGES = 100
 # Changes with the shape of what `evaluate` and `errors` write: an older run is measured again, and not trained again.
 DOCUMENTS = 2

@@ -14,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from rlhf_trl.compare.evidence import read_judge, read_points, smallest_that_matters
 from rlhf_trl.compare.verdict import compare_groups, warn
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.report.figures import draw_frontiers
+from rlhf_trl.report.step import read_documents, show_screen
 from rlhf_trl.report.values import Node, build_environment
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_text
 from rlhf_trl.run.layout import REFERENCE, RunDir
@@ -142,37 +144,20 @@ def _compare_policies(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir])
 
 
 def render(recipes: Mapping[str, Recipe], runs: Mapping[str, RunDir], worked_out: Path) -> str:
-    """Render the page from the files of both runs and what was worked out."""
-    names = _name(runs)
-
-    def node(path: Path) -> Node:
-        return Node(read_json(path), os.path.relpath(path.resolve(), worked_out.parent))
-
-    def two(title: str, style: str, path: str) -> list[tuple[str, str, str]]:
-        """The columns of a quantity, one for each run."""
-        return [(f"{title}|{name}", style, f"{key}.{path}.?") for key, name in names.items()]
-
-    views: dict[str, dict[str, Any]] = {}
-    policies: dict[str, dict[str, Any]] = {}
+    """Render the page from the first screens of both runs and what was worked out."""
+    names, folder, environment = _name(runs), worked_out.parent, build_environment()
+    screens = {}
     for key, run in runs.items():
-        alarms: Any = node(run.over_optimisation)["alarms"] if run.over_optimisation.exists() else []
-        frontiers = draw_frontiers(read_json(run.pareto), prefix=key) if run.pareto.exists() else []
-        metrics = node(run.metrics)
-        raised = [alarm for alarm in alarms if alarm["raised"]]
-        shown = {"comparison": node(run.comparison), "alarms": raised, "frontiers": frontiers}
-        views[key] = {"metrics": metrics, **shown}
-        for name in recipes[key].policies:
-            row = {"measured": metrics["policies"][name], "training": node(run.training_stats(name))["summary"]}
-            policies.setdefault(name, {"a": {}, "b": {}})[key] = row
-    parts = ("reward_model", "gold_model")
-    models = [(part.replace("_", " "), {key: views[key]["metrics"][part] for key in views}) for part in parts]
-    template = build_environment().get_template("beside.html.j2")
-    return template.render(
-        names=names,
-        pages={key: os.path.relpath(run.report.resolve(), worked_out.parent) for key, run in runs.items()},
-        runs=views,
-        result=node(worked_out),
-        policies=list(policies.items()),
-        reward_models=[(name, row) for name, row in models if any(row.values())],
-        two=two,
-    ).lstrip()
+        documents = read_documents(recipes[key], run, folder)
+        template = environment.get_template("report/short.html.j2")
+        screens[key] = Markup(template.render(show_screen(recipes[key], documents, key)))
+    return (
+        environment.get_template("beside.html.j2")
+        .render(
+            names=names,
+            pages={key: os.path.relpath(run.report.resolve(), folder) for key, run in runs.items()},
+            result=Node(read_json(worked_out), worked_out.name),
+            screens=screens,
+        )
+        .lstrip()
+    )

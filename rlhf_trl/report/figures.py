@@ -20,13 +20,13 @@ from rlhf_trl.text.format import format_estimate
 # What the page's style sheet calls the lines of `training.SERIES_STYLES`.
 SERIES_COLORS = ("blue", "orange", "green")
 # Score of `pareto.json`, or the win rate of `winrate.json` -> whose it is.
-MAKERS = {"reward": "reward model", "gold": "gold model", "win_rate": "judge"}
+MAKERS = {"gold": "gold model", "reward": "reward model", "win_rate": "judge"}
 
 
 def draw_frontiers(
     pareto: Mapping[str, Any], win_rates: Mapping[str, Any] | None = None, prefix: str = ""
 ) -> list[dict[str, Any]]:
-    """Draw gain against KL by each score, and the win rate, for a wide page and for a phone.
+    """Draw gain against KL by each score, and the win rate, the most telling one first.
 
     Args:
         win_rates: the axis of `winrate.json`, if there is one.
@@ -45,9 +45,7 @@ def draw_frontiers(
                  for p in finals]  # fmt: skip
         label = " ".join([f"{what} the reference against KL to the reference.", *words])
         draw = partial(draw_frontier, frontier=frontiers[score], score=score)
-        svgs = {name: draw_panel(draw, size, f"{prefix}{score}-kl-{name}", label, legend=True)
-                for name, size in (("wide", (900, 360)), ("narrow", (360, 340)))}  # fmt: skip
-        drawn.append({"score": score, "maker": maker, **svgs})
+        drawn.append({"maker": maker, "svg": draw_panel(draw, (380, 280), f"{prefix}{score}-kl", label, legend=True)})
     return drawn
 
 

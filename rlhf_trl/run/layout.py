@@ -66,6 +66,7 @@ class RunDir:
     """The paths of one run, `<root>/<recipe name>/`; `docs/files.md` is the same table."""
 
     report = _One("report.html", "the page to read: one file, no script")
+    answers_page = _One("answers.html", "beside it: the answers, adversarial prompts, errors of reward models")
     recipe = _One("recipe.json", "the resolved recipe")
     env = _One("env.json", "versions, git state, hardware, order of the steps, hashes of outside data and models")
     base = _One("base", "the tiny model, where the recipe asks for `builtin:tiny`")

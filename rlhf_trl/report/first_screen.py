@@ -1,0 +1,180 @@
+"""What a reader needs first: the verdict, one row for each policy, and what to beware of.
+
+Works on the documents that `step.read_documents` has read. Numbers and texts stay nodes: the page prints them with
+their addresses, `rlhf-trl report --json` their plain values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.report.values import raw
+from rlhf_trl.run.layout import REFERENCE
+from rlhf_trl.stats.intervals import estimate_mean
+from rlhf_trl.stats.trust import trust_in, weigh_trust
+
+Documents = Mapping[str, Any]
+Warning = dict[str, Any]
+SCORES = ("gold", "reward")
+UNPROVEN = "has not shown that it can tell better answers"
+# What `stats.trust` found -> what the first screen warns of.
+DOUBTS = {
+    "none": "nothing here compares it with human labels",
+    "unknown": "it gave no verdict in both orders on any pair that people labelled",
+    "chance": "it is not clear of a coin",
+    "length": "it is not clear of what length alone can do",
+}
+# Habit of a judge -> the level of its number, the side of it that is a fault, and what is said of it.
+HABITS = {
+    "consistency": (0.8, "worse", "it changes verdicts when the answers change places"),
+    "prefers_longer": (0.5, "better", "the longer answer wins more often: read the win rate at equal length"),
+    "difference": (0.0, "better", "a note to the judge sways it: a policy could learn to write such notes"),
+}
+KINDS = {
+    "reward": "its win rates are a reward model's: no person's opinion, and no language model's",
+    "offline": "it is a rule for tests, which says nothing about how good an answer is",
+}
+
+
+def build(recipe: Recipe, documents: Documents) -> dict[str, Any]:
+    """Gather the first screen.
+
+    Returns:
+        `run`; the `verdict` and the `winner`, or None; `methods`, a row for each policy and the reference with
+        `significant`, what is clear of the reference; `judge`, or None; `warnings`, each with `about` and `says`.
+    """
+    verdict = documents["comparison"]["verdict"]
+    names = [*recipe.policies, REFERENCE] if recipe.policies else []
+    return {
+        "run": recipe.name,
+        "verdict": verdict["sentence"] if verdict else None,
+        "winner": verdict["winner"] if verdict else None,
+        "methods": {name: describe_policy(name, documents) for name in names},
+        "judge": describe_judge(documents),
+        "warnings": list(list_warnings(recipe, documents)),
+    }
+
+
+def judge_share(share: Mapping[str, Any], level: float = 0.5) -> str:
+    """Say what a share shows: `better` or `worse` where its interval is clear of `level`, `same`, or `unknown`."""
+    if share["mean"] is None:
+        return "unknown"
+    return "better" if share["low"] > level else "worse" if share["high"] < level else "same"
+
+
+def describe_policy(name: str, documents: Documents) -> dict[str, Any]:
+    """Describe one policy; a key is left out where its number does not exist.
+
+    `significant` has `better` or `worse` for a gain that is significant after correction and large enough to matter,
+    and for a win rate clear of half by a judge that has shown its worth; `longer` or `shorter` for the length.
+    """
+    measured, winrate = documents["metrics"]["policies"][name], documents["winrate"]
+    row = {"kl": measured["kl"], "length": measured["answer_tokens"]}
+    significant: dict[str, str] = {}
+    if name == REFERENCE:
+        return {**row, "significant": significant}
+    claims = raw(documents["comparison"]["against_reference"]).get(name, {})
+    outcomes = {score: claims.get(score, {}).get("outcome") for score in (*SCORES, "win_rate")}
+    row |= {f"{score}_gain": measured[f"{score}_gain"] for score in SCORES if f"{score}_gain" in measured}
+    row["seconds"] = documents["stats"][name]["summary"]["seconds"]
+    for entry in winrate["win_rates"] if winrate and "win_rates" in winrate else ():
+        if (entry["a"], entry["b"]) == (name, REFERENCE):
+            row["win_rate"] = entry["win_rate"]
+            outcomes["win_rate"] = outcomes["win_rate"] or judge_share(raw(entry["win_rate"]))
+            if weigh_trust(raw(winrate)) != "informed":
+                outcomes["win_rate"] = None
+    for score, key in (("gold", "gold_gain"), ("reward", "reward_gain"), ("win_rate", "win_rate")):
+        if key in row and outcomes[score] in ("better", "worse"):
+            significant[key] = outcomes[score]
+    length = compare_lengths(*(raw(documents["completions"][side]) for side in (name, REFERENCE)))
+    over = documents["over_optimisation"]
+    alarms = [alarm["alarm"] for alarm in (over["alarms"] if over else []) if alarm["policy"] == name
+              and alarm["raised"]]  # fmt: skip
+    return {**row, "significant": significant | ({"length": length} if length else {}), "alarms": alarms}
+
+
+def compare_lengths(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say whether answers are `longer` or `shorter` than the reference's to the same prompts, or neither (95 %)."""
+    tokens = {row["id"]: row["answer_tokens"] for row in theirs}
+    differences = estimate_mean(np.array([row["answer_tokens"] - tokens[row["id"]] for row in ours], float))
+    return {"better": "longer", "worse": "shorter"}.get(judge_share(differences.as_dict(), 0.0))
+
+
+def describe_judge(documents: Documents) -> dict[str, Any] | None:
+    """Describe the judge in one row: who it is, its trust (`stats.trust`), agreement, habits, price and time."""
+    result = documents["winrate"]
+    if result is None:
+        return None
+    row = {key: result["judge"][key] for key in ("name", "kind")} | {"status": result["status"]}
+    if result["status"] == "not run":
+        return {**row, "trust": "none"}
+    row |= {"trust": weigh_trust(raw(result)), "prompts": result["prompts"]}
+    if result["calibration"]:
+        scorer = result["calibration"]["reward_model" if raw(row["kind"]) == "reward" else "all"]
+        row |= {"agreement": scorer} if scorer else {}
+    # A judge that scores each answer by itself knows no order, and always has a verdict.
+    ordered = ("consistency", "first_share", "invalid_rate") if result["judge"]["kind"] == "openai" else ()
+    row |= {key: result["habits"][key] for key in (*ordered, "tie_rate", "prefers_longer")}
+    row |= {"note": result["canaries"]["difference"]} if result["canaries"] else {}
+    row |= {"usd": result["cost"]["usd"]} if result["cost"] and result["cost"]["usage"]["prompt_tokens"] else {}
+    row |= {"seconds": documents["done"]["judge"]["seconds"]} if "judge" in documents["done"] else {}
+    return row
+
+
+def list_warnings(recipe: Recipe, documents: Documents) -> Iterator[Warning]:
+    """List what to beware of, the most general first."""
+    verdict, metrics = documents["comparison"]["verdict"], documents["metrics"]
+    yield from ({"about": "the comparison", "says": says} for says in (verdict["warnings"] if verdict else ()))
+    over = documents["over_optimisation"]
+    for alarm in over["alarms"] if over else ():
+        if alarm["raised"]:
+            yield {"about": alarm["policy"], "says": alarm["says"]}
+    for score in SCORES:
+        who, model = metrics[f"{score}_stage"], metrics[f"{score}_model"]
+        trust = trust_in(raw(model)) if model else "informed"
+        if trust != "informed":
+            yield {"about": who, "says": f"the {score} model {UNPROVEN}: {DOUBTS[trust]}"}
+        said = verdict and verdict["measure"] == score  # by the verdict's own warnings
+        if who and not said and raw(who) in [recipe.stages[name].reward for name in recipe.policies]:
+            says = f"policies were trained to raise this {score} score: a gain by it shows first that training worked"
+            yield {"about": who, "says": says}
+    for stage, stats in documents["stats"].items():
+        yield from ({"about": stage, "says": found["says"]} for found in (stats["health"] if "health" in stats else ()))
+    for stage, analysis in documents["analyses"].items():
+        names = [finding["name"].replace("_", " ") for finding in raw(analysis["findings"]) if finding["alarm"]]
+        if names:
+            yield {"about": stage, "says": f"its errors show: {', '.join(names)}"}
+    if recipe.policies:
+        yield from _warn_of_judge(documents)
+
+
+def _warn_of_judge(documents: Documents) -> Iterator[Warning]:
+    result = documents["winrate"]
+    if result is None:
+        yield {
+            "about": "win rate",
+            "says": "this run has no judge; a reward is a model's score, not an opinion",
+        }
+        return
+    name, kind = result["judge"]["name"], raw(result["judge"]["kind"])
+    if result["status"] != "complete":
+        yield {"about": name, "says": f"the judge was {'not run' if result['status'] == 'not run' else 'stopped'}:",
+               "why": result["reason"]}  # fmt: skip
+    if result["status"] == "not run":
+        return
+    trust = weigh_trust(raw(result))
+    if trust != "informed":
+        yield {"about": name, "says": f"the judge {UNPROVEN}: {DOUBTS[trust]}"}
+    if kind in KINDS:
+        yield {"about": name, "says": KINDS[kind]}
+    numbers = {**raw(result["habits"]), **(raw(result["canaries"]) or {})}
+    for key, (level, fault, says) in HABITS.items():
+        if key in numbers and judge_share(numbers[key], level) == fault and (kind == "openai" or key != "consistency"):
+            yield {"about": name, "says": says}
+    for entry in result["win_rates"]:
+        for says in entry["length_controlled"]["warnings"]:
+            yield {"about": entry["a"], "says": "win rate at equal length:", "why": says}
