@@ -14,6 +14,8 @@ from rlhf_trl.figures.style import BLUE, GREEN, GREY, GRID, INK, ORANGE, PAPER, 
 
 # What a figure is drawn with -> what the page's style sheet calls it.
 THEME = {INK: "ink", GRID: "grid", PAPER: "paper", GREY: "muted", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
+# What the page's style sheet says of all elements.
+COMMON = ("font-size: 10px; ", "font-family: 'DejaVu Sans'; ", "; stroke-linecap: square", "; stroke-linejoin: miter")
 
 
 def to_svg(figure: Figure, key: str, label: str) -> Markup:
@@ -43,6 +45,8 @@ def to_svg(figure: Figure, key: str, label: str) -> Markup:
             del element.attrib[name]
             if name != "id" or text in used:
                 element.set(name.rpartition("}")[2], _for_page(text))
+        if element.tag == "text":
+            element.set("style", element.get("style", "").replace("; fill: var(--ink)", ""))
         if element.get("transform", "").startswith("rotate(-0 "):
             del element.attrib["transform"]
     _thin(root)
@@ -65,8 +69,9 @@ def _thin(parent: ElementTree.Element) -> None:
 
 
 def _for_page(text: str) -> str:
-    """Put the page's colours in, leave the font to it, and keep coordinates to a tenth of a pixel."""
+    """Put the page's colours in, leave to its style sheet what most elements share, and keep tenths of a pixel."""
     for color, variable in THEME.items():
         text = text.replace(color.lower(), f"var(--{variable})")
-    text = text.replace("font-family: 'DejaVu Sans'; ", "")
+    for common in COMMON:
+        text = text.replace(common, "")
     return re.sub(r"(\d\.\d)\d+", r"\1", " ".join(text.split()))

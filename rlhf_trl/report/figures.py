@@ -19,6 +19,8 @@ from rlhf_trl.text.format import format_estimate
 
 # What the page's style sheet calls the lines of `training.SERIES_STYLES`.
 SERIES_COLORS = ("blue", "orange", "green")
+# What only the PNG of a stage shows.
+TECHNICAL = {"Gradient norm", "Learning rate"}
 # Score of `pareto.json`, or the win rate of `winrate.json` -> whose it is.
 MAKERS = {"gold": "gold model", "reward": "reward model", "win_rate": "judge"}
 
@@ -66,8 +68,7 @@ def draw_courses(over_optimisation: Mapping[str, Any], policies: Sequence[str]) 
         draw = partial(draw_over_optimisation, entry=entry)
         svg = draw_panel(draw, (264, 190), f"course-{name}", " ".join([start, *words]))
         furthest = max(point["kl"]["mean"] for point in entry["points"])
-        peaks = {score: "inside" if (fit["peak_kl"] or math.inf) <= furthest else "beyond"
-                 for score, fit in entry["fit"].items() if fit}  # fmt: skip
+        peaks = [score for score, fit in entry["fit"].items() if fit and (fit["peak_kl"] or math.inf) <= furthest]
         drawn.append({"name": name, "keys": keys, "scores": scores, "peaks": peaks, "svg": svg})
     return drawn
 
@@ -93,9 +94,11 @@ def draw_comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw_panels(stage: str, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Draw the training curves of a stage, one small figure for each quantity that was logged."""
+    """Draw the training curves of a stage, one small figure for each of the quantities that say what it learned."""
     panels = []
     for title, labels in logged_panels(history).items():
+        if title in TECHNICAL:
+            continue
         rows = {key: [index for index, row in enumerate(history) if key in row] for key in labels}
         words = [f"{label or key}: from {history[rows[key][0]][key]:.3g} to {history[rows[key][-1]][key]:.3g}."
                  for key, label in labels.items()]  # fmt: skip

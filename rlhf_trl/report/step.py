@@ -76,6 +76,7 @@ def render(recipe: Recipe, run: RunDir, documents: Mapping[str, Any]) -> str:
         alarms=alarms,
         compared_figures=draw_comparison(raw(documents["comparison"])),
         courses=draw_courses(over, recipe.policies) if over else [],
+        curves={stage: _relative(run, run.training_curves(stage)) for stage in recipe.stages},
         panels={stage: draw_panels(stage, raw(stats["history"])) for stage, stats in documents["stats"].items()},
     ).lstrip()
 

@@ -451,7 +451,7 @@ def test_courses_say_where_the_measured_peak_is(show: Callable[..., Shown]) -> N
 
     figures = [words(e) for e in show(fit).root.all() if e.tag == "figcaption"]
     captions = {text.split()[0]: text for text in figures if "gold model" in text}
-    assert captions["ppo"] == "ppo reward model, no peak within the points gold model, peak at 2.25 nats"
+    assert captions["ppo"] == "ppo reward model gold model, peak at 2.25 nats"
     assert captions["dpo"] == "dpo reward model gold model"
 
 
