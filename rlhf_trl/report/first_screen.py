@@ -143,7 +143,8 @@ def list_warnings(recipe: Recipe, documents: Documents) -> Iterator[Warning]:
             says = f"policies were trained to raise this {score} score: a gain by it shows first that training worked"
             yield {"about": who, "says": says}
     for stage, stats in documents["stats"].items():
-        yield from ({"about": stage, "says": found["says"]} for found in (stats["health"] if "health" in stats else ()))
+        if "health" in stats:
+            yield from ({"about": stage, "says": found["says"]} for found in stats["health"])
     for stage, analysis in documents["analyses"].items():
         names = [finding["name"].replace("_", " ") for finding in raw(analysis["findings"]) if finding["alarm"]]
         if names:
