@@ -292,11 +292,11 @@ def around(mean: float, half: float) -> dict[str, float]:
 
 
 def test_the_command_prints_the_first_screen_and_nothing_else(tmp_path: Path) -> None:
-    recipe, run = write_run(tmp_path / "a", stages=only("sft", "dpo"), count=12, steps=2)
+    recipe, run = write_run(tmp_path / "a", stages=only("sft", "dpo"), reward=None, count=12, steps=2)
     (tmp_path / "a.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
     done = CliRunner().invoke(app, ["report", str(tmp_path / "a.yaml"), "--runs", str(tmp_path), "--json"])
     assert (done.exit_code, json.loads(done.stdout)) == (0, summarise(recipe, run))
-    write_run(tmp_path / "b", stages=only("sft", "dpo"), count=12, steps=2)
+    write_run(tmp_path / "b", stages=only("sft", "dpo"), reward=None, count=12, steps=2)
     done = CliRunner().invoke(app, ["report", str(tmp_path / "a"), str(tmp_path / "b"), "--json"])
     assert json.loads(done.stdout) == read_json(tmp_path / "a-beside-b.json")
 
