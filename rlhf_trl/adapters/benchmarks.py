@@ -19,6 +19,18 @@ from rlhf_trl.models.tokenizer import Messages
 
 # Benchmarks whose rows have more than two answers, or may have.
 LISTS = ("RewardBench 2", "RM-Bench", "PPE best of K")
+# RewardBench's sections: its subsets, with their official weights (rewardbench/constants.py at a32e272). They are the
+# counts of rows, except that math-prm counts as much as all code.
+CODE = dict.fromkeys(("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"), 164)
+SECTIONS = {
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+             "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
+               "xstest-should-respond": 154, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984, **CODE},
+}  # fmt: skip
 Scored = Mapping[str, Any]
 
 
@@ -111,6 +123,17 @@ def _pairs(rows: Sequence[Scored]) -> dict[str, float]:
     }
 
 
+def _reward_bench(rows: Sequence[Scored]) -> dict[str, float]:
+    """By subset, and by section over the subsets that are there; the score is the mean of the four sections."""
+    subsets, sections = _pairs(rows), {}
+    for section, weights in SECTIONS.items():
+        if there := [name for name in weights if name in subsets]:
+            shares = [subsets[name] for name in there]
+            sections[section] = float(np.average(shares, weights=[weights[name] for name in there]))
+    score = {"score": float(np.mean([*sections.values()]))} if len(sections) == len(SECTIONS) else {}
+    return subsets | sections | score
+
+
 def _best_of(row: Scored) -> float:
     """1 where the right answer alone has the highest score; where others have it too, its share among them."""
     scores = [*row["chosen"], *row["rejected"]]
@@ -166,5 +189,5 @@ def _best_of_k(rows: Sequence[Scored]) -> dict[str, float]:
     return ({"pairs": float(np.mean(won))} if won else {}) | {"best of K": float(np.mean(best))}
 
 
-COMPUTED = {"RewardBench": _pairs, "RewardBench 2": _reward_bench_2, "RM-Bench": _rm_bench, "JudgeBench": _pairs,
-            "PPE pairs": _pairs, "PPE best of K": _best_of_k}  # fmt: skip
+COMPUTED = {"RewardBench": _reward_bench, "RewardBench 2": _reward_bench_2, "RM-Bench": _rm_bench,
+            "JudgeBench": _pairs, "PPE pairs": _pairs, "PPE best of K": _best_of_k}  # fmt: skip

@@ -259,7 +259,7 @@ def report(
     runs: options.Runs = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the page says first as JSON.")] = False,
 ) -> None:
-    """Write report.html and answers.html of a run, or one page of two finished runs."""
+    """Write report.html of a run, or one page of two finished runs."""
     if beside is not None:
         from rlhf_trl.report.beside import lay_beside
 

@@ -51,6 +51,9 @@ BEST_OF_K = [
     {**ASK, **RESPONSES, "response_3": "3", "scores": [0, 0, 1], "conflict_pairs": [[2, 1]], "category": "law"},
 ]
 PAIRS = [{**ASK, "chosen": "2", "rejected": text, "subset": "xstest"} for text in ("1", "3")]
+RIGHT = {"alpacaeval-easy": 1, "mt-bench-easy": 0, "mt-bench-hard": 1, "donotanswer": 0, "math-prm": 1, "hep-go": 0}
+REWARD_BENCH = [{**ASK, "chosen": str(right), "rejected": "0.5", "subset": name} for name, right in RIGHT.items()]
+REASONING = 984 / (984 + 164)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,13 @@ PAIRS = [{**ASK, "chosen": "2", "rejected": text, "subset": "xstest"} for text i
         (PPE, ["PPE pairs: English 50.0%, all pairs 50.0%", "2 of 3 lines scored"]),
         (BEST_OF_K, ["PPE best of K: pairs 66.7%, best of K 50.0%"]),
         (PAIRS, ["RewardBench: xstest 50.0%, all pairs 50.0%"]),
+        (
+            REWARD_BENCH,
+            [
+                f"Chat {100 / 128:.1%}, Chat Hard 100.0%, Safety 0.0%, Reasoning {REASONING:.1%}",
+                f"score {(100 / 128 + 1 + REASONING) / 4:.1%}",
+            ],
+        ),
         ([lists([2], [1])], ["RewardBench 2: all 100.0%, score 100.0%"]),
     ],
 )
