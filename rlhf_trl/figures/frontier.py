@@ -106,7 +106,7 @@ def draw_over_optimisation(axes: Axes, entry: Mapping[str, Any]) -> None:
         axes.plot(x, y, color=color, marker=marker, markersize=5, linestyle="none" if fit else line, linewidth=1.1,
                   markeredgecolor=PAPER, markeredgewidth=0.6, label=label)  # fmt: skip
         if fit:
-            kl = np.linspace(0, np.sqrt(right), 80)[1:] ** 2
+            kl = np.linspace(0, np.sqrt(right), 200)[1:] ** 2
             label = f"fitted to the {key} (Gao et al., 2022)"
             axes.plot(kl, curve_of(fit, entry["form"], kl), color=color, linestyle=line, linewidth=1.5, label=label)
         if peaks.get(key, np.inf) <= right:
