@@ -161,15 +161,15 @@ def _warn_of_judge(documents: Documents) -> Iterator[Warning]:
             "says": "this run has no judge; a reward is a model's score, not an opinion",
         }
         return
-    name, kind = result["judge"]["name"], raw(result["judge"]["kind"])
+    name, kind = "the judge", raw(result["judge"]["kind"])
     if result["status"] != "complete":
-        yield {"about": name, "says": f"the judge was {'not run' if result['status'] == 'not run' else 'stopped'}:",
+        yield {"about": name, "says": f"it was {'not run' if result['status'] == 'not run' else 'stopped'}:",
                "why": result["reason"]}  # fmt: skip
     if result["status"] == "not run":
         return
     trust = weigh_trust(raw(result))
     if trust != "informed":
-        yield {"about": name, "says": f"the judge {UNPROVEN}: {DOUBTS[trust]}"}
+        yield {"about": name, "says": f"it {UNPROVEN}: {DOUBTS[trust]}"}
     if kind in KINDS:
         yield {"about": name, "says": KINDS[kind]}
     numbers = {**raw(result["habits"]), **(raw(result["canaries"]) or {})}
