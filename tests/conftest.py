@@ -1,6 +1,7 @@
 """Fixtures: the shared data, and one small run whose five stages are trained once for a whole test session."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with Ctrl-C ignored
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 NO_PPO = [] if "ppo" in CLASSES else ["stages.ppo=null"]  # with a TRL that has none

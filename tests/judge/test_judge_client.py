@@ -355,9 +355,7 @@ def test_as_many_calls_as_there_are_workers_are_made_at_once():
 
 CHILD = """
 import asyncio
-import signal
 import sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with Ctrl-C ignored
 from rlhf_trl.judge.client import OpenAIClient, Request, run_all
 requests = [Request(f"key-{n}", [{"role": "user", "content": f"pair {n}"}]) for n in range(40)]
 client = OpenAIClient("judge", api_key="EMPTY", base_url=sys.argv[1])
