@@ -111,7 +111,7 @@ def test_a_second_run_of_a_stage_is_refused(copy):
     with copy.lock("dpo"):
         shutil.rmtree(copy.step("dpo"))
         done = launch(copy, "rlhf_trl", "train", "RECIPE", "dpo")
-    assert done.returncode == 2
+    assert done.returncode == 7
     assert f"held by process {os.getpid()}" in done.stderr
 
 
