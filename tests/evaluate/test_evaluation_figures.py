@@ -214,7 +214,7 @@ def test_over_optimisation_draws_the_fitted_curve_and_says_where_it_peaks() -> N
     figure = drawn(plot_over_optimisation, {"stages": {"ppo": entry, "dpo": single}, "best_of_n": {"points": []}})
     (axes,) = figure.axes  # a stage without checkpoints is no course
     assert axes.get_title().splitlines() == ["proxy peak: beyond the data", "gold peak: KL 1"]
-    curves = [line for line in axes.lines if len(line.get_xdata()) == 79]
+    curves = [line for line in axes.lines if len(line.get_xdata()) == 199]
     assert [line.get_color() for line in curves] == [BLUE, ORANGE]
     kl, gain = curves[1].get_data()
     assert kl[np.argmax(gain)] == pytest.approx(1, abs=0.05)
