@@ -34,7 +34,7 @@ STEP_DIRS = dict.fromkeys(STEPS, ".") | {
 }  # fmt: skip
 # What `done.json` vouches for: files below the step's directory. The rest of it is another step's, or checks itself.
 OUTPUTS = dict.fromkeys(STEPS, ("**/*",)) | {
-    "judge": ("winrate.json", "prompt_scores.json"), "report": ("report.html",),
+    "judge": ("winrate.json", "prompt_scores.json"), "report": ("report.html", "answers.html"),
     "stage": ("*.json", "*.png", "adapter/**/*"), "whole stage": ("*.json", "*.png", "model/**/*"),
 }  # fmt: skip
 UNVOUCHED = ("done.json", "started.json")

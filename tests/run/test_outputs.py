@@ -189,3 +189,10 @@ def test_a_damaged_result_is_made_again_from_the_checkpoints(run, recipe):
     assert len([*(run.root / "replaced").glob("dpo-*/checkpoints/checkpoint-9")]) == 1
     shutil.rmtree(run.step("dpo"))
     run.begin(recipe, "dpo")
+
+
+def test_both_pages_of_the_report_are_vouched_for(recipe, run):
+    write(run.answers_page, b"<html>")
+    run.mark_done(recipe, "report", 1.0)
+    run.answers_page.unlink()
+    assert RunDir(run.root).fault("report") == "answers.html is missing"
