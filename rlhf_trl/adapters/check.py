@@ -8,6 +8,7 @@ file that is not known is not opened, and no tensor is read before the header of
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -128,11 +129,16 @@ def _check_template(folder: Path, settings: Settings) -> Iterator[Problem]:
     if not file.exists() and not settings.get("chat_template"):
         return
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else None
-    done = subprocess.run([sys.executable, "-I", str(RENDER)], input=json.dumps({"text": text, "settings": settings}),
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    if done.returncode != 0:
-        why = (done.stderr.strip() or "it takes too long").splitlines()[-1]
+    if why := _render(json.dumps({"text": text, "settings": settings})):
         yield Problem(files.TEMPLATE, f"the chat template cannot be rendered: {why}", CLEAN)
+
+
+@functools.cache  # an adapter is checked alone, then with its base; a merge loads it twice
+def _render(given: str) -> str | None:
+    done = subprocess.run(
+        [sys.executable, "-I", str(RENDER)], input=given, capture_output=True, text=True, check=False
+    )
+    return (done.stderr.strip() or "it takes too long").splitlines()[-1] if done.returncode else None
 
 
 def _check_imports(documents: dict[str, Settings]) -> Iterator[Problem]:
