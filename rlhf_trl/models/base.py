@@ -19,11 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 
-from rlhf_trl.models.tokenizer import MODEL, base_path, recorded_tokenizer, unreachable
+from rlhf_trl.models.tokenizer import base_path, build_once, recorded_tokenizer, unreachable
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.checkpoints import damage, seal
-from rlhf_trl.run.files import remove, staged
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import check_weights
 from rlhf_trl.text.display import first_line
@@ -59,22 +57,17 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
     init = recipe.stages[stage].init
     if init is None:
         return base_path(recipe.model_block(stage), run)
-    path = run.model(init)
-    if run.adapter(init).exists() and damage(path, MODEL, run.hashes.of):
-        with run.model_lock(init):  # stages that train side by side may start from the same one
-            if damage(path, MODEL, run.hashes.of):
-                config = ModelConfig(**recipe.model_block(init))
-                start = start_path(recipe, run, init)
-                check_weights(run.adapter(init))
-                base = load_weights(transformers.AutoModelForCausalLM, start, config, quantize=False)
-                merged = PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload()
-                remove(path)
-                with staged(path) as folder:
-                    merged.save_pretrained(folder)
-                    recorded_tokenizer(recipe, run).save_pretrained(folder)
-                    seal(folder)
-    run.hashes.save()
-    return str(path)
+    if not run.adapter(init).exists():
+        return str(run.model(init))
+
+    def merge(folder: Path) -> None:
+        config, start = ModelConfig(**recipe.model_block(init)), start_path(recipe, run, init)
+        check_weights(run.adapter(init))
+        base = load_weights(transformers.AutoModelForCausalLM, start, config, quantize=False)
+        PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload().save_pretrained(folder)
+        recorded_tokenizer(recipe, run).save_pretrained(folder)
+
+    return build_once(run, init, run.model(init), merge)
 
 
 class RewardHead(torch.nn.Linear):

@@ -6,7 +6,7 @@ evaluation, so that all score the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +131,26 @@ def base_path(model: dict[str, Any], run: RunDir) -> str:
     """Where the base model of a `model` block lies; builds `builtin:tiny` on first use."""
     if model["model_name_or_path"] != TINY:
         return str(model["model_name_or_path"])
-    if damage(run.base, MODEL, run.hashes.of):
-        with run.model_lock("base"):
-            if damage(run.base, MODEL, run.hashes.of):
-                from rlhf_trl.models.tiny import build_tiny
 
-                remove(run.base)
-                with staged(run.base) as folder:
-                    build_tiny(folder)
+    def build(folder: Path) -> None:
+        from rlhf_trl.models.tiny import build_tiny
+
+        build_tiny(folder)
+
+    return build_once(run, "base", run.base, build)
+
+
+def build_once(run: RunDir, owner: str, path: Path, build: Callable[[Path], None]) -> str:
+    """Return the folder of a model of the run, which `build` writes where it is missing or damaged."""
+    if damage(path, MODEL, run.hashes.of):
+        with run.model_lock(owner):  # stages that train side by side may start from the same one
+            if damage(path, MODEL, run.hashes.of):
+                with staged(path) as folder:
+                    build(folder)
                     seal(folder)
+                    remove(path)
     run.hashes.save()
-    return str(run.base)
+    return str(path)
 
 
 def unreachable(path: str, error: Exception) -> UserError:
