@@ -28,7 +28,7 @@ from rlhf_trl.models.tiny import build_tiny
 from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.environment import environment
+from rlhf_trl.run.documents import environment
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.layout import RunDir
 

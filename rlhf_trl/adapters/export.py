@@ -36,7 +36,7 @@ from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.environment import now
+from rlhf_trl.run.documents import now
 from rlhf_trl.run.files import read_json, read_jsonl, staged, write_json, write_text
 from rlhf_trl.run.layout import RunDir
 

@@ -1,10 +1,11 @@
-"""Checkpoints on disk: seal one with a manifest of hashes, list them, and set aside what is not whole."""
+"""Whether what lies in a run is whole: remembered hashes of files, and checkpoints with a manifest of theirs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from pydantic import RootModel
 
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.documents import read_document
-from rlhf_trl.run.files import by_umask, write_json
-from rlhf_trl.run.hashes import broken
+from rlhf_trl.run.files import by_umask, sync, write_json
 
+# Nanoseconds for which a file's time says nothing: a second write within one tick of the clock leaves it as it is.
+TICK = 10**8
 Patterns = tuple[tuple[str, ...], ...]
 # What a stage goes on from: its place, weights, optimizer, schedule and random states; a pattern of each is there.
 NEEDED: Patterns = (
@@ -25,15 +27,63 @@ NEEDED: Patterns = (
     ("rng_state*.pth",),
 )
 NEEDED_BY: dict[str, Patterns] = {"ppo": (("ppo_state.json",), ("adapter_model.safetensors",), ("value.safetensors",))}
+Stamp = tuple[int, int, int, int]  # inode, size, times of the last change of content and of the inode (nanoseconds)
+
+
+class Known(RootModel[dict[str, tuple[Stamp, str]]]):
+    """Path of a file -> its stamp, and the SHA-256 of its content."""
 
 
 class Manifest(RootModel[dict[str, str]]):
     """Path of a file below the checkpoint -> SHA-256."""
 
 
+class Hashes:
+    """The hashes of files (SHA-256), remembered in the file at `path`: a file is read again when its stamp changes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.new: dict[str, tuple[Stamp, str]] = {}
+        self.known = self._read()
+
+    def of(self, file: Path) -> str:
+        stat, name = file.stat(), str(file.absolute())
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if name in self.known and self.known[name][0] == stamp:
+            return self.known[name][1]
+        digest = hash_file(file)
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > TICK:
+            self.known[name] = self.new[name] = stamp, digest
+        return digest
+
+    def save(self) -> None:
+        """Remember what is new, beside what other processes have written meanwhile."""
+        if self.new and self.path.parent.is_dir():
+            merged = {**self._read(), **self.new}
+            with contextlib.suppress(OSError):
+                write_json(self.path, {name: entry for name, entry in merged.items() if Path(name).exists()})
+                self.new = {}
+
+    def _read(self) -> dict[str, tuple[Stamp, str]]:
+        document, _ = read_document(self.path, Known)
+        return document.root if document else {}
+
+
+def broken(root: Path, digests: Mapping[str, str], hash_file: Callable[[Path], str]) -> Iterator[tuple[str, str]]:
+    """Yield each file below `root` that is not as its hash says, and what is wrong with it."""
+    for name, digest in digests.items():
+        try:
+            if not (root / name).is_file():
+                yield name, f"{name} is missing"
+            elif hash_file(root / name) != digest:
+                yield name, f"{name} is damaged"
+        except OSError as error:
+            yield name, f"{name} cannot be read: {error.strerror}"
+
+
 def seal(folder: Path) -> None:
     """Write the manifest of a checkpoint, last, with everything on disk."""
-    files = list_files(folder)
+    files = _list_files(folder)
     for file in files.values():
         by_umask(file)
         sync(file)
@@ -41,17 +91,32 @@ def seal(folder: Path) -> None:
     sync(folder)
 
 
-def list_files(folder: Path) -> dict[str, Path]:
+def damage(folder: Path, needed: Patterns = NEEDED, hash_file: Callable[[Path], str] = hash_file) -> str | None:
+    """Say what is wrong with a sealed folder, or None: its files are those of its manifest, and `needed` is there."""
+    manifest, _ = read_document(folder / "manifest.json", Manifest)
+    if manifest is None:
+        return "it has no manifest that can be read"
+    for name in _list_files(folder).keys() - manifest.root.keys():
+        return f"{name} is not in the manifest"
+    for patterns in needed:
+        if not any(fnmatch(name, pattern) for name in manifest.root for pattern in patterns):
+            return f"{patterns[0]} is missing"
+    return next((sentence for _, sentence in broken(folder, manifest.root, hash_file)), None)
+
+
+def _list_files(folder: Path) -> dict[str, Path]:
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     return {file.relative_to(folder).as_posix(): file for file in files if file != folder / "manifest.json"}
 
 
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """List the checkpoints of a stage by step, whole or not."""
+    found = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
+    return dict(sorted((int(step), path) for step, path in found if step.isdigit()))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max(list_checkpoints(folder).items(), default=(0, None))[1]
 
 
 def set_aside_damaged(folder: Path, trainer: str) -> list[str]:
@@ -68,27 +133,3 @@ def set_aside_damaged(folder: Path, trainer: str) -> list[str]:
         path.rename(path.with_name(f".unusable-{path.name}-{time.time_ns()}"))
         said.append(f"{path.name}: {reason}")
     return said
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    return max(list_checkpoints(folder).items(), default=(0, None))[1]
-
-
-def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """List the checkpoints of a stage by step, whole or not."""
-    found = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
-    return dict(sorted((int(step), path) for step, path in found if step.isdigit()))
-
-
-def damage(folder: Path, needed: Patterns = NEEDED, hash_file: Callable[[Path], str] = hash_file) -> str | None:
-    """Say what is wrong with a sealed folder, or None: its files are those of its manifest, and `needed` is there."""
-    manifest, _ = read_document(folder / "manifest.json", Manifest)
-    if manifest is None:
-        return "it has no manifest that can be read"
-    files = list_files(folder)
-    for name in files.keys() - manifest.root.keys():
-        return f"{name} is not in the manifest"
-    for patterns in needed:
-        if not any(fnmatch(name, pattern) for name in manifest.root for pattern in patterns):
-            return f"{patterns[0]} is missing"
-    return next((sentence for _, sentence in broken(folder, manifest.root, hash_file)), None)

@@ -1,23 +1,23 @@
-"""The state documents of a run, each with its type, and the one reader of them. Writes nothing."""
+"""The state documents of a run, each with its type, and what a run was made with. Writes nothing."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
+import subprocess
+import time
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-
-from rlhf_trl.run.environment import MOMENT
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-def _moment(text: str) -> str:
-    datetime.strptime(text, MOMENT)
-    return text
+PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy")
 
 
 class Document(BaseModel):
@@ -41,7 +41,7 @@ class Done(Document):
     step: str
     fingerprint: str
     seconds: Seconds
-    finished: Annotated[str, AfterValidator(_moment)]
+    finished: datetime
     outputs: dict[str, str]
 
 
@@ -55,16 +55,11 @@ class Logged(Document):
     kl: Finite | None = None
 
 
-class Summary(Document):
-    seconds: Seconds
-
-
 class Stats(Document):
     """`training_stats.json`."""
 
     max_steps: Count
     history: list[Logged]
-    summary: Summary | None = None
 
 
 class Env(Document):
@@ -94,3 +89,34 @@ def read_document(path: Path, kind: type[T]) -> tuple[T | None, str | None]:
         first = error.errors()[0]
         reason = ": ".join([*filter(None, [".".join(map(str, first["loc"]))]), first["msg"].split(":")[0].lower()])
     return None, f"{path.parent.name}/{path.name} cannot be read: {reason}"
+
+
+def now() -> str:
+    """Local time with its UTC offset, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git state and hardware, without importing torch."""
+    versions = {"rlhf-trl": metadata.version("rlhf-trl"), "python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    git = ("git", "-C", str(Path(__file__).parent))
+    return {
+        "versions": versions,
+        "git": output_of(*git, "rev-parse", "HEAD"),
+        "git_dirty": bool(output_of(*git, "status", "--porcelain", "--untracked-files=no")),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader").splitlines(),
+    }
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; nothing where there is no such command, or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

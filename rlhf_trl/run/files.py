@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -40,9 +41,33 @@ def writing(path: Path) -> Iterator[Callable[[str], None]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file, as `writing` does."""
     with writing(path) as write:
         write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys; ValueError where a number is NaN or infinite."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON object a line, row by row."""
+    with writing(path) as write:
+        for row in rows:
+            write(json_line(row))
+
+
+def json_line(row: Any) -> str:
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 @contextlib.contextmanager
@@ -66,45 +91,20 @@ def by_umask(file: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of what lies in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def remove(folder: Path) -> None:
-    """Remove a folder, if there is one; folders in it that may not be read are opened up first."""
+    """Remove a folder, if there is one, also where folders in it may not be read."""
     if folder.exists():
-        _open_up(folder)
-        for place, folders, _ in os.walk(folder):
-            for name in folders:
-                _open_up(Path(place) / name)
+        for place, names, _ in itertools.chain([(str(folder.parent), [folder.name], [""])], os.walk(folder)):
+            for path in (Path(place) / name for name in names):
+                if not path.is_symlink() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                    path.chmod(0o700)
         shutil.rmtree(folder)
-
-
-def _open_up(folder: Path) -> None:
-    if not folder.is_symlink() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        folder.chmod(0o700)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys; NaN and infinity are refused.
-
-    Raises:
-        ValueError: a number is not finite.
-    """
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON object a line, row by row."""
-    with writing(path) as write:
-        for row in rows:
-            write(json_line(row))
-
-
-def json_line(row: Any) -> str:
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]

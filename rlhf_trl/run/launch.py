@@ -1,4 +1,4 @@
-"""Start training processes with the accelerate profiles, and check that as many run as were asked for."""
+"""Processes: the launch of training with the accelerate profiles, and stages side by side in slots of the machine."""
 
 from __future__ import annotations
 
@@ -6,23 +6,44 @@ import contextlib
 import functools
 import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 from ruamel.yaml import YAML, YAMLError
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.library import suggest
+from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run import signals
+from rlhf_trl.run.documents import now, output_of
+from rlhf_trl.run.layout import RunDir
 
 PACKAGE = Path(__file__).parent.parent
 ASKED = "RLHF_TRL_PROCESSES"
 POLL = 0.1  # seconds between two looks at a child
+Process = subprocess.Popen[bytes]
+Slot = Mapping[str, str]  # environment variables of one stage's processes
+Start = Callable[[str, Slot], Process]  # starts the process of a stage in a slot
+
+
+class Watcher(Protocol):
+    """Is told what happens to the stages."""
+
+    def begin(self, stage: str) -> None: ...
+    def update(self) -> None: ...
+    def end(self, stage: str, status: int) -> None: ...
+    def conclude(self, failed: Mapping[str, int], left: Sequence[str]) -> None: ...
+
+
+# --- profiles and processes ------------------------------------------------------------------------------------------
 
 
 def shipped(kind: str, name: str) -> Path:
@@ -30,16 +51,15 @@ def shipped(kind: str, name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    folders = [folder for folder in (PACKAGE / kind, PACKAGE.parent / kind) if folder.is_dir()]
-    known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    known = {file.stem: file for folder in (PACKAGE / kind, PACKAGE.parent / kind) for file in folder.glob("*.yaml")}
     if name in known:
         return known[name]
     if path.exists() and not path.is_dir():  # a pipe, such as /dev/stdin
         return path
-    here = {str(file): file for file in sorted(path.parent.glob("*.y*ml"))} if path.parent.is_dir() else {}
-    otherwise = suggest(path.stem, known, f"give a path, or one of: {', '.join(known)}")
+    here = map(str, path.parent.glob("*.y*ml"))
+    otherwise = suggest(path.stem, sorted(known), f"give a path, or one of: {', '.join(sorted(known))}")
     problem = "is a folder" if path.is_dir() else f"there is no such file, and none of that name ships in {kind}/"
-    raise UserError(name, problem, suggest(name, [*here, *known], otherwise))
+    raise UserError(name, problem, suggest(name, sorted([*here, *known]), otherwise))
 
 
 def launch_command(
@@ -65,82 +85,6 @@ def launch_command(
     return [*command, "rlhf_trl", *arguments], environment
 
 
-def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command to its end and return its exit status, or 128 and the number of the first signal that came.
-
-    A Ctrl-C reaches the child, which saves a checkpoint; this process waits for it. Other signals are passed on.
-    """
-    with outlive_signals() as received, start(command, environment) as child:
-        passed_on = 0
-        while child.poll() is None:
-            passed_on += pass_on(received[passed_on:], [child])
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(POLL)
-    return 128 + received[0] if received else exit_status(child.returncode)
-
-
-def start(command: Sequence[str], environment: Mapping[str, str], **more: Any) -> subprocess.Popen[bytes]:
-    """Start a process that gets SIGTERM when this one ends, however that happens."""
-    tied = functools.partial(signals.end_with, os.getpid())
-    return subprocess.Popen(command, env={**environment, signals.CHILD: "1"}, preexec_fn=tied, **more)
-
-
-def pass_on(received: Sequence[int], children: Iterable[subprocess.Popen[bytes]]) -> int:
-    """Send signals on, but for SIGINT, which a terminal sends to the children itself; return how many there were."""
-    for number, child in itertools.product(received, children):
-        if number != signal.SIGINT:
-            child.send_signal(number)
-    return len(received)
-
-
-@contextlib.contextmanager
-def outlive_signals() -> Iterator[list[int]]:
-    """Go on at a signal; returns those that came, a list that grows."""
-    received: list[int] = []
-    # Handlers, not SIG_IGN, which a child that starts meanwhile would inherit.
-    before = signals.handle(lambda number, _: received.append(number))
-    try:
-        yield received
-    finally:
-        signals.restore(before)
-
-
-def exit_status(code: int) -> int:
-    """The status of a process as a shell gives it: 128 and the number of the signal that ended it."""
-    return code if code >= 0 else 128 - code
-
-
-def require_processes() -> None:
-    """Refuse to train in fewer processes than were asked for.
-
-    `accelerate launch --cpu --num_processes 2` runs one process without a word (huggingface/accelerate#2741).
-    """
-    asked = int(os.environ[ASKED]) if ASKED in os.environ else _launcher_processes()
-    running = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked is not None and running < asked:
-        problem = f"{asked} processes were asked for and {running} {'is' if running == 1 else 'are'} running"
-        remedy = "launch with `--config_file accelerate_configs/ddp.yaml` (without `--cpu`), or with torchrun"
-        raise UserError("accelerate launch", problem, remedy)
-
-
-def _launcher_processes() -> int | None:
-    """The number of processes on the command line of the `accelerate launch` above this process, if there is one."""
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:  # it has ended, or belongs to somebody else
-        return None
-    for index, word in enumerate(words):
-        name = Path(word).name
-        short = name == "accelerate" and words[index + 1 : index + 2] == ["launch"]
-        if short or name in ("accelerate-launch", "accelerate.commands.launch"):
-            from accelerate.commands.launch import launch_command_parser
-
-            args, _ = launch_command_parser().parse_known_args(words[index + 1 + short :])
-            config = profile_processes(Path(args.config_file)) if args.config_file else None
-            return config if args.num_processes is None else args.num_processes
-    return None
-
-
 def profile_processes(config: Path) -> int | None:
     return _read_profile(config).get("num_processes")
 
@@ -163,3 +107,200 @@ def _read_profile(config: Path) -> dict[str, Any]:
     if problem:
         raise UserError(str(config), problem, "give a file or a name of accelerate_configs/")
     return profile
+
+
+def require_processes() -> None:
+    """Refuse to train in fewer processes than were asked for.
+
+    `accelerate launch --cpu --num_processes 2` runs one process without a word (huggingface/accelerate#2741).
+    """
+    asked = int(os.environ[ASKED]) if ASKED in os.environ else _launcher_processes()
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked is not None and running < asked:
+        problem = f"{asked} processes were asked for and {running} {'is' if running == 1 else 'are'} running"
+        remedy = "launch with `--config_file accelerate_configs/ddp.yaml` (without `--cpu`), or with torchrun"
+        raise UserError("accelerate launch", problem, remedy)
+
+
+def _launcher_processes() -> int | None:
+    """The number of processes on the command line of the `accelerate launch` above this process, if there is one."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:  # it has ended, or belongs to somebody else
+        return None
+    names = [Path(word).name for word in words]
+    at = [index for index, name in enumerate(names) if name in ("accelerate-launch", "accelerate.commands.launch")]
+    at += [index + 1 for index in range(len(names)) if names[index : index + 2] == ["accelerate", "launch"]]
+    if not at:
+        return None
+    from accelerate.commands.launch import launch_command_parser
+
+    args, _ = launch_command_parser().parse_known_args(words[at[0] + 1 :])
+    return args.num_processes or (profile_processes(Path(args.config_file)) if args.config_file else None)
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], **more: Any) -> Process:
+    """Start a process that gets SIGTERM when this one ends, however that happens."""
+    tied = functools.partial(signals.end_with, os.getpid())
+    return subprocess.Popen(command, env={**environment, signals.CHILD: "1"}, preexec_fn=tied, **more)
+
+
+def start_logged(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
+    """Start a process whose whole output is appended to a log, without progress bars.
+
+    A file, not a pipe: a stage that is told to end with this process saves a checkpoint and loses no output.
+    """
+    quiet = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"=== {now()} {shlex.join(command)}\n".encode())
+        file.flush()
+        return start(command, {**environment, **quiet}, stdout=file, stderr=subprocess.STDOUT)
+
+
+def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command to its end and return its exit status, or 128 and the number of the first signal that came."""
+    with _outlive_signals() as pass_on, start(command, environment) as child:
+        while child.poll() is None:
+            pass_on([child])
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(POLL)
+    received = pass_on([])
+    return 128 + received[0] if received else exit_status(child.returncode)
+
+
+@contextlib.contextmanager
+def _outlive_signals() -> Iterator[Callable[[Iterable[Process]], list[int]]]:
+    """Go on at a signal; yields a function that sends new ones on to children and returns all that came.
+
+    A Ctrl-C (SIGINT) reaches the children by itself. At either one a stage saves a checkpoint.
+    """
+    received: list[int] = []
+    sent = 0
+
+    def send(children: Iterable[Process]) -> list[int]:
+        nonlocal sent
+        new, sent = received[sent:], len(received)
+        for number, child in itertools.product(new, children):
+            if number != signal.SIGINT:
+                child.send_signal(number)
+        return received
+
+    # Handlers, not SIG_IGN, which a child that starts meanwhile would inherit.
+    before = signals.handle(lambda number, _: received.append(number))
+    try:
+        yield send
+    finally:
+        signals.restore(before)
+
+
+def exit_status(code: int) -> int:
+    """The status of a process as a shell gives it: 128 and the number of the signal that ended it."""
+    return code if code >= 0 else 128 - code
+
+
+# --- stages side by side ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How the stages of one `run` are started."""
+
+    profile: str | None
+    processes: int | None
+    jobs: int
+
+    def start_in(self, recipe: Recipe, run: RunDir) -> Start:
+        """Return the function that starts a stage, which reads the recipe recorded in the run and writes its log."""
+        port = 0 if self.jobs > 1 else None  # a free port for each launch
+
+        def start(stage: str, slot: Slot) -> Process:
+            arguments = ["train", str(run.root), stage, "--recorded", recipe.fingerprint(stage)]
+            command, environment = launch_command(arguments, self.profile, self.processes, port)
+            return start_logged(command, {**environment, **slot}, run.log(stage))
+
+        return start
+
+
+def find_slots(jobs: int, processes: int, say: Callable[[str], None]) -> list[Slot]:
+    """Divide this machine into slots and report how; one job alone gets the whole machine."""
+    if jobs == 1:
+        return [{}]
+    # Counted without torch, which would keep memory of each GPU while this process lives.
+    gpus = visible_gpus(output_of("nvidia-smi", "-L"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    slots, sentence = plan_slots(jobs, processes, gpus, os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS"))
+    say(f"--jobs {jobs}: {sentence}")
+    return slots
+
+
+def visible_gpus(listing: str, visible: str | None) -> list[str]:
+    """List GPUs by index, or by whatever name CUDA_VISIBLE_DEVICES (`visible`) calls them.
+
+    `listing` is what `nvidia-smi -L` prints: a line `GPU 0: ...` for each, indented lines for the parts of one.
+    """
+    count = sum(line.startswith("GPU ") for line in listing.splitlines())
+    names = map(str, range(count)) if visible is None else visible.replace(" ", "").split(",")
+    return [name for name in names if name and not name.startswith("-")] if count else []
+
+
+def plan_slots(
+    jobs: int, processes: int, gpus: Sequence[str], cores: int, threads: str | None
+) -> tuple[list[Slot], str]:
+    """Divide the machine among `jobs` stages; on GPUs, each of a stage's training processes takes one.
+
+    `threads` is OMP_NUM_THREADS where the user has set it. Returns one slot or more, and a sentence on them.
+    """
+    if not gpus:
+        own = threads or str(max(1, cores // (jobs * processes)))
+        said = f"up to {jobs} stages at once, OMP_NUM_THREADS={own} in each process"
+        return [{"OMP_NUM_THREADS": own}] * jobs, said
+    starts = range(0, len(gpus) - processes + 1, processes)
+    groups = [",".join(gpus[start : start + processes]) for start in starts][:jobs]
+    if len(groups) < 2:
+        return [{}], f"one stage at a time; two take {2 * processes} GPUs, and there are {len(gpus)}"
+    fewer = "" if len(groups) == jobs else f"{len(groups)} at once, not {jobs}; "
+    return [{"CUDA_VISIBLE_DEVICES": group} for group in groups], f"{fewer}GPUs {' | '.join(groups)}"
+
+
+def train_stages(
+    stages: Sequence[str], needs: Mapping[str, set[str]], slots: Sequence[Slot], start: Start, watcher: Watcher
+) -> int:
+    """Train stages in order, each as soon as the stages that it needs are done and a slot is free.
+
+    After a failure or a signal nothing new starts; what is running comes to its own end. What a stage `needs` and is
+    not in `stages` is done. Returns 0, or 128 and the number of the signal, or the status of the first stage that
+    failed.
+    """
+    waiting, free = list(stages), list(slots)
+    running: dict[str, tuple[Process, Slot]] = {}
+    failed: dict[str, int] = {}
+    with _outlive_signals() as pass_on:
+        try:
+            while True:
+                received = pass_on([child for child, _ in running.values()])
+                for stage, (child, slot) in list(running.items()):
+                    if child.poll() is not None:
+                        del running[stage]
+                        free.append(slot)
+                        status = exit_status(child.returncode)
+                        failed |= {stage: status} if status else {}
+                        watcher.end(stage, status)
+                missing = {*waiting, *running}
+                ready = [stage for stage in waiting if not needs[stage] & missing]
+                for stage in ready[: 0 if received or failed else len(free)]:
+                    waiting.remove(stage)
+                    watcher.begin(stage)
+                    slot = free.pop(0)
+                    running[stage] = start(stage, slot), slot
+                if not running:
+                    break
+                watcher.update()
+                time.sleep(POLL)
+        finally:
+            for child, _ in running.values():
+                child.terminate()
+            for child, _ in running.values():
+                child.wait()
+    if failed or received:
+        watcher.conclude(failed, waiting)
+    return 128 + received[0] if received else next(iter(failed.values()), 0)

@@ -1,4 +1,4 @@
-"""A run directory: every path in it, and the done-markers of its steps.
+"""A run directory: every path in it, the locks on its steps, and the done-markers of these.
 
 The run directory is the interface between the steps: each step reads files of earlier ones and writes only its own
 directory. `done.json`, written last, holds the fingerprint of what the step depended on.
@@ -7,23 +7,24 @@ directory. `done.json`, written last, holds the fingerprint of what the step dep
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import logging
+import os
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import STEPS, Recipe
-from rlhf_trl.run import locks
-from rlhf_trl.run.checkpoints import list_checkpoints, set_aside_damaged
-from rlhf_trl.run.documents import Done, Env, Started, Stats, read_document
-from rlhf_trl.run.environment import MOMENT, environment, now
+from rlhf_trl.run.checkpoints import Hashes, broken, list_checkpoints, set_aside_damaged
+from rlhf_trl.run.documents import Done, Env, Started, Stats, environment, now, read_document
 from rlhf_trl.run.files import by_umask, remove, write_json
-from rlhf_trl.run.hashes import Hashes, broken
 
 logger = logging.getLogger(__name__)
 
@@ -38,27 +39,25 @@ OUTPUTS = dict.fromkeys(STEPS, ("**/*",)) | {
     "stage": ("*.json", "*.png", "adapter/**/*"), "whole stage": ("*.json", "*.png", "model/**/*"),
 }  # fmt: skip
 UNVOUCHED = ("done.json", "started.json")
-REMEDY = "run `rlhf-trl {}` first"
 # What the policies of a run start from is called, beside their own names.
 REFERENCE = "reference"
 
 
-class _Place:
+@dataclass
+class _One:
     """A file or folder of a run: where it lies below the run's root, and what it holds."""
 
-    def __init__(self, path: str, holds: str):
-        self.path, self.holds = path, holds
+    path: str
+    holds: str
 
-
-class _One(_Place):
     def __get__(self, run: RunDir, _: type[RunDir]) -> Path:
         return run.root / self.path
 
 
-class _Each(_Place):
+class _Each(_One):
     """One for each stage, split, policy, judge or step; its name stands in the place of `{}`."""
 
-    def __get__(self, run: RunDir, _: type[RunDir]) -> Callable[[str], Path]:
+    def __get__(self, run: RunDir, _: type[RunDir]) -> Callable[[str], Path]:  # type: ignore[override]
         return lambda name: run.root / self.path.format(name)
 
 
@@ -129,40 +128,70 @@ class RunDir:
     def done(self, step: str) -> Path:
         return self.step(step) / "done.json"
 
+    @functools.cached_property
+    def hashes(self) -> Hashes:
+        return Hashes(self.known_hashes)
+
+    # --- locks: held by one process, released by the operating system when it dies
+
     def model_lock(self, stage: str) -> FileLock:
         """Held while the adapter of a stage is merged, or `base` is built; no step has an @ in its name."""
         path = self.holder(f"{stage}@model.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
-    def lock(self, step: str) -> contextlib.AbstractContextManager[None]:
-        """Hold a step for this process; raises UserError where another process holds it."""
-        return locks.hold(self.holder(step), self.step(step))
+    @contextlib.contextmanager
+    def lock(self, step: str) -> Iterator[None]:
+        """Hold a step for this process, which `holder` names meanwhile; UserError where another process holds it."""
+        holder = self.holder(step)
+        lock = FileLock(f"{holder}.lock")
+        try:
+            holder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0.3, poll_interval=0.05)  # longer than the instant for which `is_held` has it
+        except Timeout:
+            other = read_holder(holder) or "another process"
+            problem = f"the step {step!r} is held by {other}"
+            raise UserError(str(self.step(step)), problem, "wait for it, or stop it", Exit.DAMAGED) from None
+        try:
+            holder.write_text(f"process {os.getpid()} on {platform.node()} since {now()}", encoding="utf-8")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
 
     def is_held(self, step: str) -> bool:
-        """Return whether a process holds the step."""
-        return locks.is_held(self.holder(step))
+        """Return whether a process holds the step: try a shared lock, which does not block another reader.
 
-    @functools.cached_property
-    def hashes(self) -> Hashes:
-        return Hashes(self.known_hashes)
+        A process id would not do: it may belong to another machine, or have been reused.
+        """
+        try:
+            with Path(f"{self.holder(step)}.lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        return False
+
+    # --- markers
+
+    def fingerprint_of(self, step: str) -> str | None:
+        """The fingerprint that the step last finished with, or None."""
+        done, _ = self.marker(step)
+        return done.fingerprint if done else None
+
+    def marker(self, step: str) -> tuple[Done | None, str | None]:
+        """Read the step's `done.json`; and what is wrong with it, if it cannot be read."""
+        done, fault = read_document(self.done(step), Done)
+        return (done if done and done.step == step else None), fault
 
     def is_done(self, recipe: Recipe, step: str) -> bool:
         """Return whether the step has finished with exactly what it depends on now, and its outputs are whole."""
         return self.fingerprint_of(step) == recipe.fingerprint(step) and self.fault(step) is None
 
-    def fingerprint_of(self, step: str) -> str | None:
-        """The fingerprint that the step last finished with, or None."""
-        done, _ = self._marker(step)
-        return done.fingerprint if done else None
-
-    def _marker(self, step: str) -> tuple[Done | None, str | None]:
-        done, fault = read_document(self.done(step), Done)
-        return (done if done and done.step == step else None), fault
-
     def fault(self, step: str) -> str | None:
         """Say what is wrong with a step that was finished: its marker, or the first output that is not whole."""
-        done, fault = self._marker(step)
+        done, fault = self.marker(step)
         return next(iter(self._damage(done).values()), None) if done else fault
 
     def _damage(self, done: Done | None) -> dict[str, str]:
@@ -173,60 +202,49 @@ class RunDir:
 
     def finished(self, step: str) -> datetime:
         """When a step that is done was finished."""
-        done, fault = self._marker(step)
+        done, fault = self.marker(step)
         if done is None:
             raise UserError(str(self.done(step)), fault or "is missing", f"run the step {step!r} again", Exit.DAMAGED)
-        return datetime.strptime(done.finished, MOMENT)
-
-    def last_seconds(self, step: str) -> float | None:
-        """How long the step took when it last finished here, with whatever settings, or None."""
-        kept = (self.root / "replaced").glob(f"{step}-*/done.json")
-        for path in (self.done(step), *sorted(kept, key=lambda path: path.stat().st_mtime_ns, reverse=True)):
-            done, _ = read_document(path, Done)
-            if done and done.step == step:
-                # Of a stage that was interrupted, the marker has the seconds since it went on alone.
-                stats, _ = read_document(path.with_name(self.training_stats(step).name), Stats)
-                return max(done.seconds, stats.summary.seconds if stats and stats.summary else 0.0)
-        return None
+        return done.finished
 
     def mark_done(self, recipe: Recipe, step: str, seconds: float) -> None:
         """Write the step's `done.json` with the hashes of its outputs; the step's last act."""
-        files = [*self._outputs(self.step(step), step)]
-        for stage in recipe.reward_stages if step == "errors" else ():
-            files += self._outputs(self.error_analysis(stage).parent, step)
-        for file in files:
-            by_umask(file)
-        outputs = {file.relative_to(self.root).as_posix(): self.hashes.of(file) for file in files}
-        marker = Done(step=step, fingerprint=recipe.fingerprint(step), seconds=round(seconds, 3), finished=now(),
-                      outputs=outputs)  # fmt: skip
-        write_json(self.done(step), marker.model_dump())
-        self.hashes.save()
-
-    def _outputs(self, folder: Path, step: str) -> list[Path]:
+        folders = [self.step(step)]
+        if step == "errors":
+            folders += [self.error_analysis(stage).parent for stage in recipe.reward_stages]
         kind = step if step in STEPS else "stage" if self.adapter(step).exists() else "whole stage"
-        files = {path for pattern in OUTPUTS[kind] for path in folder.glob(pattern) if path.is_file()}
-        hidden = {path for path in files if any(part.startswith(".") for part in path.relative_to(folder).parts)}
-        return sorted(path for path in files - hidden if path.name not in UNVOUCHED)
+        outputs = {}
+        for folder in folders:
+            files = {path for pattern in OUTPUTS[kind] for path in folder.glob(pattern) if path.is_file()}
+            for file in sorted(files):
+                hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+                if not hidden and file.name not in UNVOUCHED:
+                    by_umask(file)
+                    outputs[file.relative_to(self.root).as_posix()] = self.hashes.of(file)
+        marker = {"step": step, "fingerprint": recipe.fingerprint(step), "seconds": round(seconds, 3)}
+        write_json(self.done(step), {**marker, "finished": now(), "outputs": outputs})
+        self.hashes.save()
 
     def require(self, recipe: Recipe, step: str, command: str) -> None:
         """Refuse (UserError) to go on without an earlier step that is finished, current and whole, and the stages that
         it rests on; `command` runs it."""
         for stage in recipe.parents(step) if step in recipe.stages else ():
             self.require(recipe, stage, f"train RECIPE {stage}")
-        if self.is_done(recipe, step):
-            return
         fingerprint = self.fingerprint_of(step)
         if fingerprint in (None, recipe.fingerprint(step)):
             self.require_whole(step, command)
-        state = "is not finished" if fingerprint is None else "was made with other settings"
-        raise UserError(str(self.step(step)), f"the step {step!r} {state}", REMEDY.format(command), Exit.NOT_RUN)
+        if fingerprint != recipe.fingerprint(step):
+            state = "is not finished" if fingerprint is None else "was made with other settings"
+            remedy = f"run `rlhf-trl {command}` first"
+            raise UserError(str(self.step(step)), f"the step {step!r} {state}", remedy, Exit.NOT_RUN)
 
     def require_whole(self, step: str, command: str) -> None:
         """Refuse (UserError) to read a step whose marker or outputs are damaged; one that is not finished may pass."""
-        fault = self.fault(step)
-        if fault is not None:
+        if fault := self.fault(step):
             problem = f"the step {step!r} has to be made again: {fault}"
-            raise UserError(str(self.step(step)), problem, REMEDY.format(command), Exit.DAMAGED)
+            raise UserError(str(self.step(step)), problem, f"run `rlhf-trl {command}` first", Exit.DAMAGED)
+
+    # --- beginning a step
 
     def begin(self, recipe: Recipe, stage: str) -> None:
         """Prepare the directory of a stage: new, or as an attempt with the same settings left it.
@@ -238,16 +256,16 @@ class RunDir:
         for sentence in filter(None, (unknown, unreadable, self.fault(stage))):
             logger.warning("%s: the stage is made again", sentence)
         # A checkpoint is of no use without what was logged before it.
-        unlogged = stats is None and bool(list_checkpoints(self.checkpoints(stage)))
-        unlogged |= str(self.training_stats(stage).relative_to(self.root)) in self._damage(self._marker(stage)[0])
-        begun = started is not None and started.fingerprint == recipe.fingerprint(stage) and not unlogged
+        logged = stats is not None or not list_checkpoints(self.checkpoints(stage))
+        logged &= str(self.training_stats(stage).relative_to(self.root)) not in self._damage(self.marker(stage)[0])
+        begun = logged and started is not None and started.fingerprint == recipe.fingerprint(stage)
         if not begun or self.is_done(recipe, stage):
             self.replace(stage)
             write_json(self.started(stage), {"fingerprint": recipe.fingerprint(stage)})
             return
         self.done(stage).unlink(missing_ok=True)
-        for folder in (self.adapter(stage), self.model(stage)):
-            remove(folder)
+        remove(self.adapter(stage))
+        remove(self.model(stage))
         for sentence in set_aside_damaged(self.checkpoints(stage), recipe.stages[stage].trainer):
             logger.warning("passed over an unusable checkpoint: %s", sentence)
 
@@ -264,6 +282,8 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    # --- what the run was made with
+
     def write_provenance(self, recipe: Recipe) -> None:
         """Write the resolved recipe, the environment, the order of the steps and the hashes of the sources."""
         write_json(self.recipe, recipe.model_dump())
@@ -279,22 +299,28 @@ class RunDir:
         Raises:
             UserError: the directory is no run, its files are damaged, or it is one of a version whose recipes differ.
         """
-        documents = (read_document(self.recipe, Recipe), read_document(self.env, Env))
-        (recipe, fault), (env, env_fault) = documents
-        if (recipe is None and fault is None) or (env is None and env_fault is None):
-            missing = self.recipe if recipe is None else self.env
-            problem = f"is no run: {missing.name} is missing"
-            raise UserError(str(self.root), problem, "give the directory of a run, or its name and --runs")
+        for path in (self.recipe, self.env):
+            if not path.exists():
+                remedy = "give the directory of a run, or its name and --runs"
+                raise UserError(str(self.root), f"is no run: {path.name} is missing", remedy)
+        (recipe, fault), (env, env_fault) = read_document(self.recipe, Recipe), read_document(self.env, Env)
+        if recipe and env:
+            # Sorted by name in the file; the order in which they train is the plan's.
+            stages = {name: recipe.stages[name] for name in env.plan if name in recipe.stages}
+            recipe = recipe.model_copy(update={"stages": stages}).read_from(env.sources)
+            if recipe.is_linked() and recipe.plan == env.plan and {*recipe.source_names} <= env.sources.keys():
+                return recipe
+        problem = fault or env_fault or "recipe.json and env.json do not fit together"
         remedy = "`rlhf-trl run RECIPE` writes it again; or it is of another version, which `env.json` names"
-        if recipe is None or env is None:
-            raise UserError(str(self.root), fault or str(env_fault), remedy, Exit.DAMAGED)
-        # Sorted by name in the file; the order in which they train is the plan's.
-        stages = {name: recipe.stages[name] for name in env.plan if name in recipe.stages}
-        recipe = recipe.model_copy(update={"stages": stages}).read_from(env.sources)
-        if not recipe.is_linked() or recipe.plan != env.plan or set(recipe.source_names) - env.sources.keys():
-            raise UserError(str(self.root), "recipe.json and env.json do not fit together", remedy, Exit.DAMAGED)
-        return recipe
+        raise UserError(str(self.root), problem, remedy, Exit.DAMAGED)
 
 
-PLACES = {name: place for name, place in vars(RunDir).items() if isinstance(place, _Place)}
+def read_holder(holder: Path) -> str | None:
+    """Who holds a step, or was killed while holding it."""
+    with contextlib.suppress(OSError):
+        return holder.read_text(encoding="utf-8", errors="replace")
+    return None
+
+
+PLACES = {name: place for name, place in vars(RunDir).items() if isinstance(place, _One)}
 """Every path of a run, with what it holds."""

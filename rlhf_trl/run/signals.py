@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CHILD = "RLHF_TRL_CHILD"  # set in the environment of the processes that this program starts
 received: list[int] = []
 _cleans_up = False
@@ -28,7 +27,8 @@ def install() -> None:
 
 def handle(handler: Any) -> dict[int, Any]:
     """Set the handler of each signal that is not ignored (under `nohup`, SIGHUP is); return those that were set."""
-    heard = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
 
 

@@ -11,12 +11,10 @@ from typing import Any, Literal
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import list_checkpoints
 from rlhf_trl.run.documents import Started, Stats, WinRate, read_document
-from rlhf_trl.run.layout import RunDir
+from rlhf_trl.run.layout import RunDir, read_holder
 
 # What of a training log is shown while it grows, as in training_stats.json.
 SHOWN = ("loss", "reward", "kl")
-
-
 State = Literal["done", "running", "stopped", "changed", "damaged", "to do"]
 
 
@@ -52,7 +50,7 @@ class StepState:
     step: str
     trainer: str | None
     state: State
-    last_seconds: float | None  # when it last finished in this directory, with whatever settings
+    last_seconds: float | None  # what the finished step in this directory took, with whatever settings
     progress: Progress | None = None  # of a stage that is running or stopped, once training has begun
     checkpoint: int | None = None  # the step of the newest checkpoint of an unfinished stage
     holder: str | None = None  # who runs the step; where it does not run, who was killed while running it
@@ -84,31 +82,32 @@ def step_states(recipe: Recipe, run: RunDir) -> list[StepState]:
 
 def _step_state(recipe: Recipe, run: RunDir, step: str) -> StepState:
     trainer = recipe.stages[step].trainer if step in recipe.stages else None
-    before, held, holder = _holder(run, step), run.is_held(step), _holder(run, step)
-    finished, fingerprint = run.fingerprint_of(step), recipe.fingerprint(step)
-    started, unread = read_document(run.started(step), Started) if trainer and finished is None else (None, None)
-    begun = started and started.fingerprint
-    fault = run.fault(step) if finished in (None, fingerprint) else None
-    state: State = "changed" if finished or begun else "to do"
+    path, fingerprint = run.holder(step), recipe.fingerprint(step)
+    before, held, holder = read_holder(path), run.is_held(step), read_holder(path)
+    done, _ = run.marker(step)
+    started, unread = read_document(run.started(step), Started) if trainer and not done else (None, None)
+    fault = None if done and done.fingerprint != fingerprint else run.fault(step) or unread
+    state: State = "changed" if done or started else "to do"
     if held:
         state = "running"
-    elif fault or unread:
+    elif fault:
         state = "damaged"
-    elif fingerprint in (finished, begun):
-        state = "done" if finished else "stopped"
+    elif made := done or started:
+        current = made.fingerprint == fingerprint
+        state = "changed" if not current else "done" if done else "stopped"
     progress = None
-    if begun and state in ("running", "stopped"):
+    if started and state in ("running", "stopped"):
         # A stage that goes on has the statistics of its last attempt until training begins.
-        since = _modified(run.holder(step)) if held else 0
-        progress = read_progress(run.training_stats(step), since or 0)
-    checkpoint = max(list_checkpoints(run.checkpoints(step)), default=None) if begun else None
-    holder = holder if held or holder == before else None  # neither begun nor ended between the two reads
-    note = None if held else fault or unread
+        progress = read_progress(run.training_stats(step), (_modified(path) or 0) if held else 0)
+    checkpoint = max(list_checkpoints(run.checkpoints(step)), default=None) if started else None
+    note = None if held else fault
     if step == "judge" and state in ("changed", "to do"):
         result, note = read_document(run.winrate, WinRate)
         if result and result.evaluation == recipe.fingerprint("evaluate") and result.status != "complete":
             note = f"{result.status}: {result.reason}"
-    return StepState(step, trainer, state, run.last_seconds(step), progress, checkpoint, holder, note)
+    if not held and holder != before:  # begun or ended between the two reads
+        holder = None
+    return StepState(step, trainer, state, done.seconds if done else None, progress, checkpoint, holder, note)
 
 
 def read_progress(path: Path, since: int = 0) -> Progress | None:
@@ -120,12 +119,6 @@ def read_progress(path: Path, since: int = 0) -> Progress | None:
     values = {key: value for row in stats.history for key in SHOWN if (value := getattr(row, key)) is not None}
     step, seconds = (stats.history[-1].step, stats.history[-1].seconds) if stats.history else (0, 0.0)
     return Progress(step, stats.max_steps, seconds, values, max(time.time() - written / 1e9, 0.0))
-
-
-def _holder(run: RunDir, step: str) -> str | None:
-    with contextlib.suppress(OSError):
-        return run.holder(step).read_text(encoding="utf-8", errors="replace")
-    return None
 
 
 def _modified(path: Path) -> int | None:

@@ -27,8 +27,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.run import signals
-from rlhf_trl.run.checkpoints import seal, sync
-from rlhf_trl.run.files import read_json, write_json
+from rlhf_trl.run.checkpoints import seal
+from rlhf_trl.run.files import read_json, sync, write_json
 
 # Name in training_stats.json -> keys of TRL's logs. The raw logs stand beside them, under `log`.
 LOG_KEYS = {

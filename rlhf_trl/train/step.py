@@ -31,7 +31,7 @@ from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import newest_checkpoint
-from rlhf_trl.run.environment import environment
+from rlhf_trl.run.documents import environment
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import check_weights
@@ -83,7 +83,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
         history.stats["summary"] = _summarise(trainer, spec.trainer, history.seconds)
         write_json(history.path, history.stats)
         save(plot_training({stage: history.stats}), run.training_curves(stage))
-        run.mark_done(recipe, stage, time.perf_counter() - started)
+        run.mark_done(recipe, stage, history.before + time.perf_counter() - started)
     # A process that leaves early aborts, and the launcher then kills the one that is still saving.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -18,8 +18,7 @@ from rlhf_trl.cli import run as run_cli
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run import launch
-from rlhf_trl.run.jobs import start_logged
-from rlhf_trl.run.launch import launch_command, require_processes, run_command, shipped
+from rlhf_trl.run.launch import launch_command, require_processes, run_command, shipped, start_logged
 from rlhf_trl.run.layout import RunDir
 
 RECIPE = """\

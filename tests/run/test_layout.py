@@ -15,7 +15,7 @@ from conftest import ROOT
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import source_hash
 from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
-from rlhf_trl.run import environment
+from rlhf_trl.run import documents
 from rlhf_trl.run import files as atomic
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl, write_text
 from rlhf_trl.run.layout import PLACES, RunDir
@@ -238,8 +238,8 @@ def test_provenance_is_the_resolved_recipe_and_the_versions(run, recipe):
 
 
 def test_the_commit_is_that_of_the_package_wherever_one_is_and_empty_without_git(tmp_path, monkeypatch):
-    here = environment.environment()["git"]
+    here = documents.environment()["git"]
     monkeypatch.chdir(tmp_path)
-    assert environment.environment()["git"] == here
+    assert documents.environment()["git"] == here
     monkeypatch.setenv("PATH", "")
-    assert json.dumps(environment.environment()) and environment.environment()["git"] == ""
+    assert json.dumps(documents.environment()) and documents.environment()["git"] == ""

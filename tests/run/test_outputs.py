@@ -10,7 +10,7 @@ import pytest
 from rlhf_trl.cli.run import steps_to_run
 from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run import hashes
+from rlhf_trl.run import checkpoints
 from rlhf_trl.run.checkpoints import damage, newest_checkpoint, seal, set_aside_damaged
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.layout import RunDir
@@ -105,9 +105,9 @@ def test_a_file_is_read_once_and_again_when_it_changes(run, recipe, monkeypatch)
         read.append(path.name)
         return real(path)
 
-    real = hashes.hash_file
-    monkeypatch.setattr(hashes, "hash_file", count)
-    time.sleep(2 * hashes.TICK / 1e9)  # a file that was written just now is not trusted yet
+    real = checkpoints.hash_file
+    monkeypatch.setattr(checkpoints, "hash_file", count)
+    time.sleep(2 * checkpoints.TICK / 1e9)  # a file that was written just now is not trusted yet
     assert all(RunDir(run.root).is_done(recipe, step) for step in recipe.plan) and len(read) == len(FILES)
     assert all(RunDir(run.root).is_done(recipe, step) for step in recipe.plan) and len(read) == len(FILES)
     flip(run.report)

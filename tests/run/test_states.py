@@ -80,20 +80,7 @@ def test_a_finished_run_and_one_whose_settings_changed(run, recipe):
     assert list(changed) == ["rm", "errors", "report"] and changed["rm"].seconds_left == 2.0
 
 
-def test_the_last_time_of_a_stage(run, recipe):
-    finish(run, recipe, "dpo", seconds=5.0)
-    finish(run, recipe, "dpo", seconds=3.0)
-    assert run.last_seconds("dpo") == 3.0 and run.last_seconds("dp") is None
-    run.replace("dpo")  # that of a replaced stage counts until there is a newer one
-    assert state_of(recipe, run).last_seconds == 3.0
-    finish(run, recipe, "dpo")
-    # Of a stage that went on, the marker has the seconds since, here 2 of 30.
-    write_json(run.training_stats("dpo"), {"max_steps": 40, "history": [], "summary": {"seconds": 30.0}})
-    assert run.last_seconds("dpo") == 30.0
-
-
 def test_a_stage_that_stopped_goes_on_at_its_newest_checkpoint(run, recipe):
-    finish(run, recipe, "dpo", seconds=99.0)
     begin(run, recipe, 14, 9)
     (run.checkpoints("dpo") / "checkpoint-10").mkdir()
     state = state_of(recipe, run)
@@ -102,7 +89,7 @@ def test_a_stage_that_stopped_goes_on_at_its_newest_checkpoint(run, recipe):
     begin(run, recipe, 0)
     state = state_of(recipe, run)
     assert (state.state, state.checkpoint, state.progress.step) == ("stopped", None, 0)
-    assert state.seconds_left == 99.0
+    assert state.seconds_left is None
 
 
 def test_checkpoints_of_other_settings_do_not_count_as_progress(run, recipe):
