@@ -30,14 +30,13 @@ Tokens = tuple[int, int, int]  # of the prompt and both answers
 class Checked:
     """A row; without a reason against it, `prepare` keeps it unless it is a copy of an earlier one."""
 
+    pair: Pair | None
+    """As far as it can be read; without a reason, fitted to the length limit."""
     reasons: list[Reason]
     not_read: list[str]
-    answers: tuple[int, int] | None = None
-    """Characters of both answers, where both can be read."""
-    multi_turn: bool = False
+    multi_turn: bool
     copies: tuple[bytes, ...] = ()
     """What an exact and a rough copy has in common with the row."""
-    fitted: Pair | None = None
     tokens: Tokens = (0, 0, 0)
     keys: list[bytes] = field(default_factory=list)
     """Of the beginnings of the prompt, then those of the whole prompt as it was and as it is kept."""
@@ -53,35 +52,18 @@ def check(tokenizer: Any, data: Data, rows: Sequence[Row]) -> list[Checked]:
         UserError: the chat template refuses a conversation.
     """
     control = _control_pattern(tokenizer)
-    checked, pairs = [], []
-    for _, _, raw in rows:
-        row, pair = _read(raw)
-        checked.append(row)
-        if pair and not row.reasons:
-            row.reasons, row.copies = _find_reasons(pair, data, control)
-        pairs.append(None if row.reasons else pair)
-    fits = fit(tokenizer, [pair for pair in pairs if pair], data.max_length)
-    for row, pair, (*_, raw) in zip(checked, pairs, rows, strict=True):
-        if pair:
-            row.fitted, row.tokens = next(fits) or (None, row.tokens)
-        if pair and not row.fitted:
+    checked = [_check_alone(raw, data, control) for *_, raw in rows]
+    usable = [
+        (row, row.pair, raw) for row, (*_, raw) in zip(checked, rows, strict=True) if row.pair and not row.reasons
+    ]
+    fits = fit(tokenizer, [pair for _, pair, _ in usable], data.max_length)
+    for (row, pair, raw), fitted in zip(usable, fits, strict=True):
+        if fitted is None:
             row.reasons = [Reason.TOO_LONG]
-        elif pair:
-            _describe(row, pair, raw)
+        else:
+            row.pair, row.tokens = fitted
+            _compare(row, pair, row.pair, raw)
     return checked
-
-
-def _read(raw: Any) -> tuple[Checked, Pair | None]:
-    pair: Pair | None
-    reasons: list[Reason] = []
-    try:
-        pair = normalise(raw)
-    except RowError as error:
-        pair, reasons = error.pair, error.reasons
-    row = Checked(reasons, unread_columns(raw))
-    if pair:
-        row.answers, row.multi_turn = (len(pair.chosen), len(pair.rejected)), pair.user_turns > 1
-    return row, pair
 
 
 def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
@@ -93,8 +75,12 @@ def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens) if token.strip()))
 
 
-def _find_reasons(pair: Pair, data: Data, control: re.Pattern[str]) -> tuple[list[Reason], tuple[bytes, ...]]:
-    """What speaks against a well-formed pair, and what its copies have in common with it."""
+def _check_alone(raw: Any, data: Data, control: re.Pattern[str]) -> Checked:
+    try:
+        pair = normalise(raw)
+    except RowError as error:
+        multi_turn = error.pair is not None and error.pair.user_turns > 1
+        return Checked(error.pair, error.reasons, unread_columns(raw), multi_turn)
     texts = [*(message["content"] for message in pair.prompt), pair.chosen, pair.rejected]
     similarity = Indel.normalized_similarity(pair.chosen, pair.rejected, score_cutoff=data.tie_threshold)
     roles = [message["role"] for message in pair.prompt]
@@ -103,17 +89,14 @@ def _find_reasons(pair: Pair, data: Data, control: re.Pattern[str]) -> tuple[lis
         Reason.TIE: similarity >= data.tie_threshold,
         Reason.CONTROL_TOKENS: any(control.search(text) for text in texts),
     }
-    copies = _digest("pair", roles, texts), _digest("rough", roles, [_rough(text) for text in texts])
-    return [reason for reason, held in holds.items() if held], copies
+    rough = [ROUGH.sub(" ", text.casefold()).strip() or text for text in texts]
+    copies = _digest("pair", roles, texts), _digest("rough", roles, rough)
+    reasons = [reason for reason, held in holds.items() if held]
+    return Checked(pair, reasons, unread_columns(raw), pair.user_turns > 1, copies)
 
 
-def _rough(text: str) -> str:
-    return ROUGH.sub(" ", text.casefold()).strip() or text
-
-
-def _describe(row: Checked, pair: Pair, raw: Any) -> None:
-    """Say what there is to know about a pair that fits."""
-    fitted = row.fitted or pair
+def _compare(row: Checked, pair: Pair, fitted: Pair, raw: Any) -> None:
+    """Note what other rows are compared with, and what was shortened."""
     *heads, whole = prompt_keys(pair.prompt)
     *short_heads, short_whole = [whole] if fitted is pair else prompt_keys(fitted.prompt)
     row.keys = [*heads, *short_heads, whole, short_whole]
@@ -130,9 +113,6 @@ def _describe(row: Checked, pair: Pair, raw: Any) -> None:
 
 def _digest(*parts: Any) -> bytes:
     return hashlib.sha256(json.dumps(parts).encode()).digest()[:16]
-
-
-# --- length ----------------------------------------------------------------------------------------------------------
 
 
 def fit(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> Iterator[tuple[Pair, Tokens] | None]:

@@ -1,9 +1,6 @@
 """Chunks of rows, worked on in this process or, of a long source, in several; the results come in order.
 
-Works on values in memory:
-
-    for rows, result in map_chunks(work, set_up, read_rows(recipe.data, recipe.seed)):
-        ...
+Works on values in memory.
 """
 
 from __future__ import annotations
@@ -12,13 +9,13 @@ import itertools
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
 from rlhf_trl.data.sources import Row
+from rlhf_trl.run.signals import end_with
 
 T = TypeVar("T")
 
@@ -27,23 +24,21 @@ ALONE = 40  # chunks, before other processes are worth their start
 _worker: Callable[[list[Row]], Any]
 
 
-def map_chunks(
-    work: Callable[[list[Row]], T], set_up: Callable[[], Callable[[list[Row]], T]], rows: Iterator[Row]
-) -> Iterator[tuple[list[Row], T]]:
-    """Yield the rows in chunks, each with what `work` makes of it.
+def map_chunks(set_up: Callable[[], Callable[[list[Row]], T]], rows: Iterator[Row]) -> Iterator[tuple[list[Row], T]]:
+    """Yield the rows in chunks, each with the result of a function that depends on its chunk alone.
 
     Args:
-        work: a function whose result depends on its chunk alone.
-        set_up: what makes this function in another process. It is small when pickled: a process that dies before it
-            has read more than a pipe holds would leave this one waiting for ever.
+        set_up: what makes this function, here and in other processes. It is small when pickled: a process that dies
+            before it has read more than a pipe holds would leave this one waiting for ever.
     """
+    work = set_up()
     chunks = iter(lambda: list(itertools.islice(rows, ROWS)), [])
     yield from ((chunk, work(chunk)) for chunk in itertools.islice(chunks, ALONE))
     cores = os.cpu_count() or 1
     waiting: deque[tuple[list[Row], Future[T]]] = deque()
     # Spawned: a process that is forked off one with threads, such as the tokenizer's, may hang. None starts before it
     # has something to do.
-    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (set_up,))
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (set_up, os.getpid()))
     try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(_run, chunk)))
@@ -55,20 +50,13 @@ def map_chunks(
         pool.shutdown(cancel_futures=True)
 
 
-def _start(set_up: Callable[[], Callable[[list[Row]], Any]]) -> None:
+def _start(set_up: Callable[[], Callable[[list[Row]], Any]], parent: int) -> None:
     """Set up a worker process, which ends with its parent and leaves Ctrl-C and the other cores to it."""
     global _worker
+    end_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = set_up()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
 
 
 def _run(chunk: list[Row]) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rapidfuzz.distance import Indel
 
@@ -20,28 +21,24 @@ from rlhf_trl.text.display import fence, inline
 RANDOM = "Drawn by hash"
 RANDOM_PAIRS = 3
 MAX_CHARACTERS = 1200
+UNUSABLE = "## Rows that `prepare` drops\n\nOne for each reason (see `data/quarantine.jsonl`).\n"
 
 
-@dataclass(frozen=True)
-class _Example:
-    rank: tuple[float, str]
-    row: int
-    subset: str
+class _Example(NamedTuple):
+    rank: float
+    key: str
+    row: Row
     content: Pair | Any
-    title: str
 
 
 @dataclass
 class Examples:
-    """The best examples so far, as rows go by: by subset and title, or by the reason against a row."""
+    """The best examples so far, as rows go by: by the heading that they stand under, and their title."""
 
     seed: int
-    usable: dict[tuple[str, str], list[_Example]] = field(default_factory=dict)
-    unusable: dict[str, list[_Example]] = field(default_factory=dict)
+    best: dict[tuple[bool, str, str], list[_Example]] = field(default_factory=dict)
 
     def add(self, row: Row, pair: Pair, refuses: tuple[bool, bool]) -> None:
-        number, subset, _ = row
-        key = seeded_hash(self.seed, row)
         ratio = (1 + len(pair.chosen)) / (1 + len(pair.rejected))
         alike = Indel.normalized_similarity(pair.chosen, pair.rejected, score_cutoff=0.8)
         ranks = {
@@ -52,42 +49,37 @@ class Examples:
             "Only the chosen answer refuses": 0.0 if refuses == (True, False) else None,
             "Only the rejected answer refuses": 0.0 if refuses == (False, True) else None,
         }
-        for title, rank in ranks.items():
-            if rank is not None:
-                _keep_best(self.usable, (subset, title), [_Example((rank, key), number, subset, pair, title)])
+        key, heading = seeded_hash(self.seed, row), f"## {inline(row[1][:60])}\n"
+        for title in [title for title, rank in ranks.items() if rank is not None]:
+            self._keep((False, heading, title), [_Example(ranks[title] or 0.0, key, row, pair)])
 
     def add_unusable(self, row: Row, error: RowError) -> None:
-        number, subset, raw = row
         reasons = ", ".join(reason.value for reason in error.reasons)
-        example = _Example((0, seeded_hash(self.seed, row)), number, subset, error.pair or raw, reasons)
-        _keep_best(self.unusable, error.reasons[0].value, [example])
+        example = _Example(0.0, seeded_hash(self.seed, row), row, error.pair or row[2])
+        self._keep((True, UNUSABLE, reasons), [example])
 
     def merge(self, other: Examples) -> None:
         """Take over what is better in the examples of other rows."""
-        for mine, others in ((self.usable, other.usable), (self.unusable, other.unusable)):
-            for place, examples in others.items():
-                _keep_best(mine, place, examples)
+        for place, examples in other.best.items():
+            self._keep(place, examples)
+
+    def _keep(self, place: tuple[bool, str, str], examples: Iterable[_Example]) -> None:
+        ranked = sorted([*self.best.get(place, []), *examples], key=lambda example: example[:2])
+        self.best[place] = ranked[: RANDOM_PAIRS if place[2] == RANDOM else 1]
 
     def render(self, source: str) -> str:
         """Write the page."""
         note = "Pairs as they stand in the data; some may offend. Row numbers count from 0 over the source."
         parts = [f"# Samples of {inline(source[:60])}\n\n{note}\n"]
-        for subset, places in itertools.groupby(sorted(self.usable), key=lambda place: place[0]):
-            parts.append(f"## {inline(subset[:60])}\n")
-            parts += [_render_pair(example) for place in places for example in self.usable[place]]
-        if self.unusable:
-            parts.append("## Rows that `prepare` drops\n\nOne for each reason (see `data/quarantine.jsonl`).\n")
-        parts += [_render_pair(example) for _, examples in sorted(self.unusable.items()) for example in examples]
+        for heading, places in itertools.groupby(sorted(self.best), key=lambda place: place[1]):
+            parts.append(heading)
+            parts += [_render(place[2], example) for place in places for example in self.best[place]]
         return "\n".join(parts)
 
 
-def _keep_best(best: dict[Any, list[_Example]], place: Any, examples: list[_Example]) -> None:
-    ranked = sorted([*best.get(place, []), *examples], key=lambda example: example.rank)
-    best[place] = ranked[: RANDOM_PAIRS if examples[0].title == RANDOM else 1]
-
-
-def _render_pair(example: _Example) -> str:
-    heading = f"### {example.title} (row {example.row} of {inline(example.subset[:60])})\n\n"
+def _render(title: str, example: _Example) -> str:
+    number, subset, _ = example.row
+    heading = f"### {title} (row {number} of {inline(subset[:60])})\n\n"
     pair = example.content
     if not isinstance(pair, Pair):
         return heading + _cut(json.dumps(pair, default=str, indent=1, ensure_ascii=False))

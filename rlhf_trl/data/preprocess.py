@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import tempfile
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from rlhf_trl.data.chunks import map_chunks
 from rlhf_trl.data.pair import Reason
 from rlhf_trl.data.sources import Row, read_rows
 from rlhf_trl.data.split import KEY, Split, split
-from rlhf_trl.data.summary import KEPT, Tally, summarise, total_length
+from rlhf_trl.data.summary import KEPT, Tally, longer, summarise, total_length
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import json_line, write_json, writing
@@ -48,19 +47,19 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     """
     from rlhf_trl.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(recipe, run)
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
     rows = tqdm(read_rows(recipe.data, recipe.seed), desc="prepare", unit=" rows")
     run.data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile("w+", encoding="utf-8", dir=run.data) as pairs:
         with writing(run.quarantine) as quarantine:
-            chunks = map_chunks(partial(check, tokenizer, recipe.data), partial(_set_up, recipe, run), iter(rows))
+            chunks = map_chunks(partial(_set_up, recipe, run), iter(rows))
             kept, keys = _clean(chunks, tallies, pairs, quarantine)
-        _check_dropped(recipe, run, tallies)
+        _check_dropped(recipe, run, sum(tallies.values(), Tally()))
         by_name = np.argsort(np.argsort([*tallies]))[kept["subset"]]
         parts = split(keys, kept["keys"], by_name, total_length(kept), recipe.data.test_fraction, recipe.seed)
         pairs.seek(0)
         _write_splits(run, pairs, parts)
+    tokenizer = load_tokenizer(recipe, run)
     tokenizer.save_pretrained(run.tokenizer)
     summary = summarise(recipe, tokenizer, tallies, kept, parts)
     if summary["columns_not_read"]:
@@ -69,7 +68,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
 
 
 def _set_up(recipe: Recipe, run: RunDir) -> Callable[[list[Row]], list[Checked]]:
-    """What checks rows in another process."""
+    """What checks rows, in this process or another one."""
     from rlhf_trl.models.tokenizer import load_tokenizer
 
     return partial(check, load_tokenizer(recipe, run), recipe.data)
@@ -89,32 +88,37 @@ def _clean(
     numbers, keys = array("q"), bytearray()
     seen: set[bytes] = set()
     places: dict[str, int] = {}
-    for chunk, checked in chunks:
-        for (number, subset, raw), row in zip(chunk, checked, strict=True):
-            tally, place = tallies[subset], places.setdefault(subset, len(places))
-            reasons = _reasons(row, seen)
-            tally.add(row, reasons)
-            if row.fitted is None or reasons:
-                entry = {"row": number, "subset": subset, "reason": reasons[0], "reasons": reasons}
-                # Dropped rows may hold what UTF-8 cannot, so this file is ASCII.
-                quarantine(json.dumps(entry | {"raw": _printable(raw)}, sort_keys=True) + "\n")
-                continue
-            tally.notes.update([*row.notes, *_votes(row, seen)])
-            identity = {"row": number, "subset": subset, "id": prompt_id(row.fitted.prompt)}
-            pairs.write(json_line(vars(row.fitted) | identity))
-            numbers.extend((number, place, len(row.keys), *row.tokens, *(row.answers or ())))
-            keys += b"".join(row.keys)
+    for (number, subset, raw), row in (item for chunk in chunks for item in zip(*chunk, strict=True)):
+        tally, place = tallies[subset], places.setdefault(subset, len(places))
+        reasons = _reasons(row, seen)
+        tally.rows += 1
+        tally.found.update(reasons)
+        tally.dropped.update(reasons[:1])
+        tally.not_read.update(row.not_read)
+        tally.notes["multi_turn"] += row.multi_turn
+        lengths = (len(row.pair.chosen), len(row.pair.rejected)) if row.pair else ()
+        if lengths:
+            tally.compared += 1
+            tally.chosen_longer += float(longer(*lengths))
+        if row.pair is None or reasons:
+            entry = {"row": number, "subset": subset, "reason": reasons[0], "reasons": reasons}
+            # JSON has no NaN. Dropped rows may hold what UTF-8 cannot, so this file is ASCII.
+            entry["raw"] = json.loads(json.dumps(raw, default=str), parse_constant=lambda _: None)
+            quarantine(json.dumps(entry, sort_keys=True) + "\n")
+            continue
+        tally.notes.update([*row.notes, *_votes(row, seen)])
+        pairs.write(json_line(vars(row.pair) | {"row": number, "subset": subset, "id": prompt_id(row.pair.prompt)}))
+        numbers.extend((number, place, len(row.keys), *row.tokens, *lengths))
+        keys += b"".join(row.keys)
     return np.frombuffer(numbers, KEPT), np.frombuffer(keys, KEY)
 
 
 def _reasons(row: Checked, seen: set[bytes]) -> list[str]:
     """What speaks against a row, with earlier rows that are copies of it; the row is then seen."""
-    copies = [copy in seen for copy in row.copies]
-    seen.update(row.copies)
     kinds = (Reason.DUPLICATE, Reason.NEAR_DUPLICATE)
-    found = [kind.value for kind, held in zip(kinds, copies, strict=False) if held][:1]
-    own = [reason.value for reason in row.reasons if not (found and reason is Reason.TOO_LONG)]
-    return own + found
+    found = [kind.value for kind, copy in zip(kinds, row.copies, strict=False) if copy in seen][:1]
+    seen.update(row.copies)
+    return [reason.value for reason in row.reasons if not (found and reason is Reason.TOO_LONG)] + found
 
 
 def _votes(row: Checked, seen: set[bytes]) -> list[str]:
@@ -140,22 +144,10 @@ def _write_splits(run: RunDir, kept: TextIO, parts: Split) -> None:
                 prompts[held_out](json_line({key: pair[key] for key in ("id", "prompt", "subset")}))
 
 
-def _check_dropped(recipe: Recipe, run: RunDir, tallies: dict[str, Tally]) -> None:
-    whole, limit = sum(tallies.values(), Tally()), recipe.data.max_dropped_fraction
-    dropped = whole.dropped.total()
+def _check_dropped(recipe: Recipe, run: RunDir, whole: Tally) -> None:
+    dropped, limit = whole.dropped.total(), recipe.data.max_dropped_fraction
     if dropped > limit * whole.rows:
         top = ", ".join(f"{reason} {count}" for reason, count in whole.dropped.most_common(4))
         share = f"{dropped / whole.rows:.1%}, more than the {limit:.1%} of `data.max_dropped_fraction`"
         remedy = f"read {run.quarantine}; mend the data, or raise the limit"
         raise UserError(recipe.data.source, f"{dropped} of {whole.rows} rows are dropped ({share}): {top}", remedy)
-
-
-def _printable(value: Any) -> Any:
-    """A raw row as JSON can hold it."""
-    if isinstance(value, dict):
-        return {str(key): _printable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_printable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, type(None))) else str(value)

@@ -67,9 +67,7 @@ def split(
     size = int(groups.max(initial=-1)) + 1
     if size < 2:
         problem = f"{len(counts)} usable rows with {size} separate conversation(s) cannot be split"
-        raise UserError(
-            "data", problem, "give more data; both the training and the held-out part need a conversation of their own"
-        )
+        raise UserError("data", problem, "give more data: training and held-out part need a conversation each")
     smallest, subset, length = np.full(size, len(distinct)), np.full(size, len(counts)), np.zeros(size, int)
     np.minimum.at(smallest, groups, prompts)
     np.minimum.at(subset, groups, subsets)

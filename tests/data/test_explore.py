@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import matplotlib.image
 import pytest
@@ -11,13 +9,13 @@ from conftest import shared
 
 from rlhf_trl.data import chunks
 from rlhf_trl.data.examples import Examples
-from rlhf_trl.data.explore import _typical_words, explore, refuses
+from rlhf_trl.data.explore import explore, refuses
 from rlhf_trl.data.hh import normalise
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json
 from rlhf_trl.run.layout import RunDir
 
-FIGURES = ["conversations", "length_bias", "lengths", "refusals", "words"]
+FIGURES = ["conversations", "length_bias", "lengths", "refusals"]
 # What Markdown, mathtext, a terminal or a file name could trip over.
 HOSTILE = [
     "```\n# A title\n```` and ````````",
@@ -28,14 +26,12 @@ HOSTILE = [
 ]
 
 
-def make_run(folder, rows, max_rows=None, model=None):
-    source = folder / "rows.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return explore_source(folder, source, model or "builtin:tiny", max_rows)
-
-
-def explore_source(folder, source, model, max_rows=None):
-    recipe = Recipe(name="t", model={"model_name_or_path": model}, stages={"sft": {"trainer": "sft"}},
+def run_explore(folder, source, model="builtin:tiny", max_rows=None):
+    """Explore rows, or a source; returns the run directory."""
+    if isinstance(source, list):
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source))
+        source = folder / "rows.jsonl"
+    recipe = Recipe(name="t", model={"model_name_or_path": str(model)}, stages={"sft": {"trainer": "sft"}},
                     data={"source": str(source), "max_rows": max_rows})  # fmt: skip
     run = RunDir(folder / "run")
     run.replace("explore")
@@ -62,7 +58,7 @@ def check_figures(run):
 
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
-    return explore_source(tmp_path_factory.mktemp("real"), shared("hh-rlhf"), str(shared("gpt2-tokenizer")))
+    return run_explore(tmp_path_factory.mktemp("real"), shared("hh-rlhf"), shared("gpt2-tokenizer"))
 
 
 def test_real_rows_show_their_biases(real_run):
@@ -72,12 +68,9 @@ def test_real_rows_show_their_biases(real_run):
     harmless, helpful = result["subsets"]["harmless-base"], result["subsets"]["helpful-base"]
     assert harmless["chosen_longer"]["characters"]["mean"] == pytest.approx(0.4486, abs=5e-5)
     assert helpful["chosen_longer"]["characters"]["mean"] == pytest.approx(0.5879, abs=5e-5)
-    assert harmless["chosen_longer"]["characters"]["high"] < 0.5 < helpful["chosen_longer"]["characters"]["low"]
     # The bias grows with the difference, downwards in the one subset and upwards in the other.
-    assert harmless["verbosity"][-1]["longer_is_chosen"]["mean"] < 0.4
-    assert helpful["verbosity"][-1]["longer_is_chosen"]["mean"] > 0.65
-    assert harmless["refusals"]["refusal_is_chosen"]["low"] > 0.5 > helpful["refusals"]["refusal_is_chosen"]["high"]
-    assert harmless["words"]["chosen"][0]["word"] == "sorry"
+    assert harmless["verbosity"]["over 3"]["mean"] < 0.4 and helpful["verbosity"]["over 3"]["mean"] > 0.65
+    assert harmless["one_refusal"]["is_chosen"]["low"] > 0.5 > helpful["one_refusal"]["is_chosen"]["high"]
     assert harmless["lengths"]["words"]["difference"]["high"] < 0 < helpful["lengths"]["words"]["difference"]["low"]
     check_figures(real_run)
 
@@ -100,41 +93,21 @@ def test_numbers_of_a_few_pairs(tmp_path):
         row("same size", "tame mice", "y"),
         row("", "empty", "y"),
     ]
-    result = statistics(make_run(tmp_path, rows))
-    assert result["unusable"] == {"empty_chosen": 1}
+    run = run_explore(tmp_path, rows)
+    result = statistics(run)
+    assert result["unusable"] == {"empty_chosen": 1} and result["overall"]["pairs"] == 4
     x, y = result["subsets"]["x"], result["subsets"]["y"]
     assert x["depth"]["counts"] == {"1": 2, "2": 1}
-    assert x["chosen_longer"]["words"]["mean"] == pytest.approx(2 / 3)
-    assert y["chosen_longer"]["words"]["mean"] == 0.5
-    assert x["lengths"]["words"]["chosen"]["p50"] == 4
+    assert x["chosen_longer"]["words"]["mean"] == pytest.approx(2 / 3) and y["chosen_longer"]["words"]["mean"] == 0.5
+    assert x["lengths"]["words"]["chosen"]["p50"] == 4 and x["lengths"]["characters"]["rejected"]["max"] == 13
     assert x["lengths"]["words"]["difference"]["mean"] == pytest.approx(1 / 3)
-    assert x["lengths"]["characters"]["rejected"]["max"] == 13
     assert x["refusals"]["chosen"]["mean"] == pytest.approx(1 / 3)
     alone = {"mean": 1.0, "low": pytest.approx(0.2065, abs=1e-4), "high": 1.0, "n": 1}
-    assert x["refusals"]["refusal_is_chosen"] == alone
-    assert y["refusals"]["refusal_is_chosen"] is None
+    assert (x["one_refusal"]["is_chosen"], y["one_refusal"]["is_chosen"]) == (alone, None)
     assert x["shared_prefix"]["first_word"]["mean"] == pytest.approx(2 / 3)
-    assert x["shared_prefix"]["share"]["max"] == 1.0
-    bins = {part["from"]: part["longer_is_chosen"] for part in x["verbosity"] if part["longer_is_chosen"]}
-    assert {start: share["n"] for start, share in bins.items()} == {1.25: 1, 2.0: 1, 3.0: 1}
-    assert bins[3.0]["mean"] == 0.0
-    assert result["overall"]["pairs"] == 4
-    check_figures(RunDir(tmp_path / "run"))
-
-
-def test_log_odds_follow_the_formula():
-    """Two words, 30:10 and 70:90; the prior gives each word its share of 1,000."""
-    from collections import Counter
-    from math import log, sqrt
-
-    words = _typical_words(Counter(good=30, other=70), Counter(good=10, other=90))
-    prior = 1000 * 40 / 200
-    delta = log((30 + prior) / (100 + 1000 - 30 - prior)) - log((10 + prior) / (100 + 1000 - 10 - prior))
-    z = delta / sqrt(1 / (30 + prior) + 1 / (10 + prior))
-    assert words["chosen"] == [{"word": "good", "z": pytest.approx(z), "chosen": 30, "rejected": 10}]
-    assert [item["word"] for item in words["rejected"]] == ["other"]
-    assert words["tested"] == 2
-    assert words["threshold"] == pytest.approx(2.2414, abs=1e-4)
+    bins = {name: (share["mean"], share["n"]) for name, share in x["verbosity"].items() if share}
+    assert bins == {"1.25–1.5": (1, 1), "2–3": (1, 1), "over 3": (0, 1)}
+    check_figures(run)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +131,9 @@ def test_hostile_text_stays_inside_its_fence(tmp_path):
     subsets = ["$\\foo{$", "_hidden", "a\nb # c", "x" * 90, "two", "`three`"]
     rows = [row(f"{text} {i}", f"{other} {j}", subsets[(i + j) % 6], prompt=text)
             for i, text in enumerate(HOSTILE) for j, other in enumerate(HOSTILE)]  # fmt: skip
-    run = make_run(tmp_path, [*rows, "`````` not a row", row("\ud800", "no")])
+    run = run_explore(tmp_path, [*rows, "`````` not a row", row("\ud800", "no")])
     page = (run.exploration / "samples.md").read_bytes().decode("utf-8")
-    assert "\x1b" not in page
-    assert "\u202e" not in page
-    assert "⟨U+001B⟩[31m" in page
+    assert "\x1b" not in page and "\u202e" not in page and "⟨U+001B⟩[31m" in page
     fence = None
     outside = []
     for line in page.split("\n"):
@@ -181,21 +152,24 @@ def test_hostile_text_stays_inside_its_fence(tmp_path):
 
 
 def test_one_pair_is_enough_and_none_is_no_crash(tmp_path):
-    check_figures(make_run(tmp_path, [row("yes", "no")]))
-    run = make_run(tmp_path, [row("", "no")])
+    check_figures(run_explore(tmp_path, [row("yes", "no")]))
+    run = run_explore(tmp_path, [row("", "no")])
     assert statistics(run)["overall"] is None
     assert "empty_chosen" in (run.exploration / "samples.md").read_text()
 
 
 def test_same_rows_give_the_same_files_from_any_number_of_processes(tmp_path, monkeypatch):
     rows = [row(f"yes {i} " * (i % 5 + 1), f"no {i} " * (i % 3 + 1), "ab"[i % 2], f"Q{i}") for i in range(40)]
-    first = {path.name: path.read_bytes() for path in make_run(tmp_path, rows, max_rows=30).exploration.iterdir()}
+
+    def contents():
+        run = run_explore(tmp_path, rows, max_rows=30)
+        return {path.name: path.read_bytes() for path in run.exploration.iterdir()}
+
+    first = contents()
     monkeypatch.setattr(chunks, "ROWS", 7)
     monkeypatch.setattr(chunks, "ALONE", 2)  # two more chunks go to other processes
-    again = {path.name: path.read_bytes() for path in make_run(tmp_path, rows, max_rows=30).exploration.iterdir()}
-    assert first == again
-    assert len(first) == len(FIGURES) + 2
-    assert json.loads(first["statistics.json"])["rows"] == 30
+    assert first == contents()
+    assert len(first) == len(FIGURES) + 2 and json.loads(first["statistics.json"])["rows"] == 30
 
 
 def test_samples_do_not_depend_on_the_order():
@@ -206,13 +180,4 @@ def test_samples_do_not_depend_on_the_order():
         for number, subset, raw in rows:
             examples.add((number, subset, raw), normalise(raw), (False, False))
         pages.append(examples.render("source"))
-    assert pages[0] == pages[1]
-    assert pages[0].count("Drawn by hash") == 6
-
-
-def test_import_has_no_side_effects():
-    code = """
-import sys, rlhf_trl.data.explore
-assert not {'matplotlib.pyplot', 'torch', 'transformers'} & set(sys.modules), 'side effect'
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert pages[0] == pages[1] and pages[0].count("Drawn by hash") == 6
