@@ -97,18 +97,21 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", [0.3, 1.2, 3.0])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, 0.3), (signal.SIGTERM, 1.2), (signal.SIGINT, 3.0), (signal.SIGTERM, 3.0), (signal.SIGHUP, 3.0)],
+)
 def test_a_signal_at_any_moment_ends_the_program_with_its_number(number, moment, tmp_path):
     """While it imports, plans, or works; nothing is left running and no traceback is shown."""
     command = [sys.executable, "-m", "rlhf_trl", "run", "demo", "--runs", str(tmp_path)]
     # A shell that starts the tests in the background has them ignore SIGINT.
     heard = functools.partial(signal.signal, number, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          preexec_fn=heard) as process:  # fmt: skip
+                          preexec_fn=heard, start_new_session=True) as process:  # fmt: skip
         time.sleep(moment)
         family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-        process.send_signal(number)
+        # A terminal sends Ctrl-C to the whole family.
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in errors, errors
     assert not any(alive(pid) for pid in family)

@@ -199,14 +199,12 @@ class Vowels:
         return torch.tensor([sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts])
 
 
-@pytest.fixture
-def entropy_at_the_end(build):
-    """Train on that task; the mean reward has risen by 0.2."""
-
-    def entropy(seed, bonus):
+def test_a_task_with_a_known_optimum_is_learned_and_the_entropy_bonus_keeps_the_entropy_up(build):
+    def learn(bonus):
+        """The entropy at the end of a training that has raised the mean reward by 0.2."""
         trainer = build("per_device_train_batch_size=32", "gradient_accumulation_steps=1", "num_mini_batches=1",
-                        "total_episodes=480", "learning_rate=1.5e-3", "kl_coef=0", "response_length=8",
-                        "missing_eos_penalty=null", f"seed={seed}", f"entropy_coef={bonus}")  # fmt: skip
+                        "total_episodes=384", "learning_rate=2e-3", "kl_coef=0", "response_length=8",
+                        "missing_eos_penalty=null", "seed=1", f"entropy_coef={bonus}")  # fmt: skip
         # Short prompts, for the time; and a head that tells tokens apart, which the small model has not learned.
         length = sorted(map(len, trainer.train_dataset["input_ids"]))[63]
         trainer.train_dataset = trainer.train_dataset.filter(lambda row: len(row["input_ids"]) <= length)
@@ -218,26 +216,17 @@ def entropy_at_the_end(build):
         assert rows[-1]["reward"] > rows[0]["reward"] + 0.2, [row["reward"] for row in rows]
         return sum(row["entropy"] for row in rows[-3:]) / 3
 
-    return entropy
-
-
-@pytest.mark.parametrize("seed", [2, 3])
-def test_a_task_with_a_known_optimum_is_learned(entropy_at_the_end, seed):
-    entropy_at_the_end(seed, 0)
-
-
-def test_the_entropy_bonus_keeps_the_entropy_up(entropy_at_the_end):
-    assert entropy_at_the_end(1, 0.05) > entropy_at_the_end(1, 0) + 0.03
+    assert learn(0.05) > learn(0) + 0.03
 
 
 def test_interrupted_runs_go_on_exactly(build, finish):
     """N updates straight, and k updates, an end, and the rest: the same weights and trace, bit for bit."""
-    options = ("total_episodes=128", "save_steps=1", "save_strategy=steps", "kl_target=0.5", "kl_horizon=100",
+    options = ("total_episodes=64", "save_steps=1", "save_strategy=steps", "kl_target=0.5", "kl_horizon=100",
                "lr_scheduler_type=linear", "max_kl=1000")  # fmt: skip
     straight = finish(*options, folder="straight")
     expected, rows = snapshot(straight), rows_of(straight)
-    assert len(rows) == 8 and len({row["kl_coef"] for row in rows}) > 2
-    for step in (1, 3, 6):
+    assert len(rows) == 4 and len({row["kl_coef"] for row in rows}) > 2
+    for step in (1, 3):
         folder = Path(straight.args.output_dir) / f"checkpoint-{step}"
         names = {path.name for path in folder.iterdir()}
         assert names >= {"adapter_model.safetensors", "value.safetensors", "ppo_state.json", "manifest.json"}
@@ -247,12 +236,12 @@ def test_interrupted_runs_go_on_exactly(build, finish):
         set_seed(99)  # what the process drew before must not matter
         resumed.train(resume_from_checkpoint=str(folder))
         again = rows_of(resumed)
-        assert [row["step"] for row in again] == list(range(1, 9))
+        assert [row["step"] for row in again] == list(range(1, 5))
         for key in ("objective/kl", "reward", "kl_coef", "lr", "loss/value_avg", "num_tokens", "episode"):
             assert [row[key] for row in again] == [row[key] for row in rows], key
         after = snapshot(resumed)
         assert all(torch.equal(after[name], expected[name]) for name in expected)
-    saved = load_file(Path(straight.args.output_dir) / "checkpoint-8" / "value.safetensors")
+    saved = load_file(Path(straight.args.output_dir) / "checkpoint-4" / "value.safetensors")
     assert torch.equal(saved["value_model.score.bias"], expected["score.bias"])
     assert sum(".value." in name for name in saved) == sum(".value." in name for name in expected)
 
@@ -284,12 +273,12 @@ def test_the_coefficient_follows_the_target(finish):
 
 
 def test_max_kl_goes_back_to_the_last_good_policy_and_stops(build, finish):
-    options = ("total_episodes=160", "learning_rate=3e-3", "kl_coef=0", "entropy_coef=0")
+    options = ("total_episodes=96", "learning_rate=3e-3", "kl_coef=0", "entropy_coef=0")
     free, states = build(*options), []
     free.optimizer.optimizer.register_step_post_hook(lambda *_: states.append(weights(free)))
     free.train()
     trace = [row["objective/kl"] for row in rows_of(free)]
-    limit = sorted(trace)[6]
+    limit = sorted(trace)[3]
     bad = next(index for index, kl in enumerate(trace) if kl > limit)  # rollout of update bad + 1
     stopped = finish(*options, f"max_kl={limit}")
     assert [row["objective/kl"] for row in rows_of(stopped)] == trace[: bad + 1]
