@@ -24,6 +24,9 @@ class GroupsByLength:
     def _get_train_sampler(self: Any, train_dataset: Dataset | None = None) -> Any:
         return super()._get_train_sampler(self.train_dataset)  # type: ignore[misc]
 
+    def _get_eval_sampler(self: Any, eval_dataset: Dataset) -> Any:
+        return super()._get_eval_sampler(self.eval_dataset)  # type: ignore[misc]
+
 
 class DPOTrainer(trl.DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
