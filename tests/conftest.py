@@ -145,6 +145,26 @@ def _fresh_accelerate(request):
         reset_accelerate()
 
 
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process, in an empty folder; return its status, output and messages."""
+    from rlhf_trl.cli import app
+    from rlhf_trl.run.launch import ASKED
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", ASKED):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rlhf-trl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            app.main()
+        output = capsys.readouterr()
+        return caught.value.code or 0, output.out, output.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> tuple[Recipe, RunDir]:
     """The small recipe with every stage trained. Read only: a test that writes takes a copy."""

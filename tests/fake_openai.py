@@ -95,7 +95,7 @@ def cut(handler: "Handler", body: dict[str, Any]) -> None:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: "Server"
+    server: "FakeOpenAI"
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -116,18 +116,34 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Server(ThreadingHTTPServer):
+class FakeOpenAI(ThreadingHTTPServer):
+    """A running server: `script` is what the first requests meet with, in the order they arrive, `then` all others.
+
+    Keeps the bodies, headers and paths of all requests.
+    """
+
     daemon_threads = True
     request_queue_size = 256  # as many connections may be opened at one instant
 
-    def __init__(self, script: Sequence[Behaviour], then: Behaviour):
+    def __init__(self, script: Sequence[Behaviour] = (), then: Behaviour | None = None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.then = list(script), then
-        self.over = threading.Event()
-        self.turn = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.script, self.then = list(script), then or ok()
+        self.over, self.turn = threading.Event(), threading.Lock()
         self.requests: list[dict[str, Any]] = []
         self.headers: list[Message] = []
         self.paths: list[str] = []
+
+    def __enter__(self) -> "FakeOpenAI":
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
 
     def behaviour_for(self, path: str, headers: Message, body: dict[str, Any]) -> Behaviour:
         with self.turn:
@@ -140,39 +156,3 @@ class Server(ThreadingHTTPServer):
         """A client that hangs up is what a test wanted; any other error is shown."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(*_)
-
-
-class FakeOpenAI:
-    """A running server: `script` is what the first requests meet with, in the order they arrive, `then` all others."""
-
-    def __init__(self, script: Sequence[Behaviour] = (), then: Behaviour | None = None):
-        self._server = Server(script, ok() if then is None else then)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-
-    def __enter__(self) -> "FakeOpenAI":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._server.over.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    @property
-    def requests(self) -> list[dict[str, Any]]:
-        """The bodies of all requests, in the order of their arrival."""
-        return self._server.requests
-
-    @property
-    def headers(self) -> list[Message]:
-        """The headers of all requests; a name may be given in any case."""
-        return self._server.headers
-
-    @property
-    def paths(self) -> list[str]:
-        return self._server.paths

@@ -6,6 +6,7 @@ import re
 import shutil
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from rlhf_trl.run.layout import RunDir
 IDS = [5, 99, 300, 17, 42, 800, 3]
 C_ATTN, C_FC = (f"base_model.model.transformer.h.{name}" for name in ("0.attn.c_attn", "1.mlp.c_fc"))
 PROMPT = [{"role": "user", "content": "How do I care for cats?"}]
+VERIFIED = {"rows": 1, "outputs": 1, "largest": 1.0, "difference": 0}
 
 
 @torch.no_grad()
@@ -157,16 +159,24 @@ def test_an_export_that_differs_from_the_run_is_refused(gpt2_run, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_is_no_number_does_not_pass(gpt2_run, policy_export, tmp_path):
+def test_an_output_that_is_no_number_does_not_pass(gpt2_run, policy_export, tmp_path, monkeypatch):
     folder = shutil.copytree(policy_export, tmp_path / "adapter")
     probe = read_json(folder / "probe.json")
+    outputs = {"peft": [list(row["outputs"]) for row in probe["rows"]]}
     probe["rows"][1]["outputs"][2] = float("nan")
     (folder / "probe.json").write_text(json.dumps(probe))
+
+    def answer(command, **_):  # as the fresh process does
+        write_json(Path(command[-1]), {"packages": [], "outputs": outputs})
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("rlhf_trl.adapters.verify.subprocess.run", answer)
     with pytest.raises(UserError, match="differ from the adapter's by up to nan"):
         verify(folder, "policy", gpt2_run[0], ID, COMMIT)
 
 
-def test_the_files_are_the_same_every_time(gpt2_run, policy_export, tmp_path):
+def test_the_files_are_the_same_every_time(gpt2_run, policy_export, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_export, "verify", lambda *_: VERIFIED)
     export(gpt2_run[2], "dpo", tmp_path / "again", ID, COMMIT)
     for name in (ADAPTER, CONFIG, "probe.json", "evidence.json", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (policy_export / name).read_bytes(), name
@@ -203,8 +213,7 @@ def test_mistakes_are_named(gpt2_run, tmp_path, monkeypatch):
 def test_a_place_on_this_machine_does_not_leave_it(gpt2_run, tmp_path, monkeypatch):
     gather, root = adapter_export.gather, str(gpt2_run[2].root.resolve())
     monkeypatch.setattr(adapter_export, "gather", lambda *given: {**gather(*given), "sources": {"policy": root}})
-    found = {"rows": 1, "outputs": 1, "largest": 1.0, "difference": 0}
-    monkeypatch.setattr(adapter_export, "verify", lambda *_: found)
+    monkeypatch.setattr(adapter_export, "verify", lambda *_: VERIFIED)
     with pytest.raises(UserError, match="the export would name a place on this machine"):
         export(gpt2_run[2], "dpo", tmp_path / "out", ID)
 

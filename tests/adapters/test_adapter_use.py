@@ -1,6 +1,7 @@
 """Using adapters: `chat`, `score`, the load functions and the commands."""
 
 import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -30,11 +31,16 @@ def policy(gpt2_run, policy_export):
     return rlhf_trl.load_policy(policy_export, gpt2_run[0])
 
 
-def command(*arguments, text="", status=0) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, "-m", "rlhf_trl", *map(str, arguments)], input=text, capture_output=True,
-                          text=True, check=False, timeout=120)  # fmt: skip
-    assert done.returncode == status, done.stderr
-    return done
+@pytest.fixture
+def printed(call):
+    """Run a command that ends with a status; return what it prints and its messages."""
+
+    def printed(*arguments, status=0):
+        found, output, messages = call(*arguments)
+        assert found == status, messages
+        return output, messages
+
+    return printed
 
 
 def test_importing_the_package_loads_no_torch():
@@ -116,11 +122,11 @@ def test_a_prompt_loses_its_beginning_where_it_is_too_long_and_an_answer_leaves_
     assert isinstance(policy.answer(PROMPT, max_new_tokens=127), str)
 
 
-def test_chat_answers_what_is_piped_in(gpt2_run, policy_export, tmp_path):
+def test_chat_answers_what_is_piped_in(gpt2_run, policy_export, tmp_path, printed, monkeypatch):
     copy = shutil.copytree(policy_export, tmp_path / "copy")
-    done = command("chat", policy_export, "--compare", copy, "--base", gpt2_run[0], "--max-new-tokens", "6",
-                   text="Hello\n\n/new\nHello\n/exit\nnever\n")  # fmt: skip
-    answers = [line.partition("> ")[2] for line in done.stdout.splitlines() if "> " in line]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/new\nHello\n/exit\nnever\n"))
+    output, _ = printed("chat", policy_export, "--compare", copy, "--base", gpt2_run[0], "--max-new-tokens", "6")
+    answers = [line.partition("> ")[2] for line in output.splitlines() if "> " in line]
     assert len(answers) == 4
     assert len(set(answers)) == 1  # the same adapter, seed and conversation
 
@@ -171,35 +177,35 @@ def test_a_file_that_is_none_is_named(reward_model, tmp_path, content, problem):
         score_file(reward_model, tmp_path / "rows.jsonl")
 
 
-def test_score_writes_json_lines(gpt2_run, reward_export, tmp_path):
+def test_score_writes_json_lines(gpt2_run, reward_export, tmp_path, printed):
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": "Because."}, {"prompt": "Why?"}])
-    done = command("score", reward_export, tmp_path / "rows.jsonl", "--base", gpt2_run[0])
-    first, second = map(json.loads, done.stdout.splitlines())
+    output, messages = printed("score", reward_export, tmp_path / "rows.jsonl", "--base", gpt2_run[0])
+    first, second = map(json.loads, output.splitlines())
     assert set(first) == {"line", "score"}
     assert second == {"line": 2, "why_not": "missing_field"}
-    assert "1 of 2 lines scored" in done.stderr
+    assert "1 of 2 lines scored" in messages
 
 
 # --- the other commands
 
 
-def test_check_exits_with_one_where_something_is_wrong(policy_export, tmp_path):
-    assert command("adapter", "check", policy_export).stdout == f"{policy_export}: no problem found\n"
+def test_check_exits_with_one_where_something_is_wrong(policy_export, tmp_path, printed):
+    assert printed("adapter", "check", policy_export)[0] == f"{policy_export}: no problem found\n"
     folder = shutil.copytree(policy_export, tmp_path / "adapter")
     (folder / "adapter_model.bin").write_bytes(b"x")
-    assert command("adapter", "check", folder, status=1).stdout.startswith("adapter_model.bin: a pickle")
+    assert printed("adapter", "check", folder, status=1)[0].startswith("adapter_model.bin: a pickle")
 
 
-def test_export_list_and_merge_from_the_command_line(gpt2_run, policy_export, tmp_path):
+def test_export_list_and_merge_from_the_command_line(gpt2_run, policy_export, tmp_path, printed):
     base, _, run = gpt2_run
-    done = command("adapter", "export", run.root, "sft", tmp_path / "sft", "--base-id", "owner/base")
-    assert "equal the adapter's within" in done.stdout
+    output, _ = printed("adapter", "export", run.root, "sft", tmp_path / "sft", "--base-id", "owner/base")
+    assert "equal the adapter's within" in output
     assert "it is what the policies of its run start from" in (tmp_path / "sft" / "README.md").read_text()
-    listed = command("adapter", "list", tmp_path)
-    assert listed.stdout.splitlines()[1].split()[:4] == ["sft", "run", "sft", "sft"]
+    listed, _ = printed("adapter", "list", tmp_path)
+    assert listed.splitlines()[1].split()[:4] == ["sft", "run", "sft", "sft"]
     (tmp_path / "none").mkdir()
-    assert "no export" in command("adapter", "list", tmp_path / "none").stdout
-    command("adapter", "merge", policy_export, tmp_path / "merged", "--base", base)
+    assert "no export" in printed("adapter", "list", tmp_path / "none")[0]
+    printed("adapter", "merge", policy_export, tmp_path / "merged", "--base", base)
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
@@ -212,7 +218,7 @@ def test_a_batch_gives_the_answers_of_each_alone(policy):
     assert policy.answer_all(prompts, max_new_tokens=6, seed=3, batch_size=2) == alone
 
 
-def test_the_models_of_a_run_answer_and_score_as_their_exports(gpt2_run, policy, reward_model, tmp_path):
+def test_the_models_of_a_run_answer_and_score_as_their_exports(gpt2_run, policy, reward_model, tmp_path, printed):
     run = gpt2_run[2]
     in_run = rlhf_trl.load_policy(run.root, stage="dpo")
     assert in_run.answer(PROMPT, 6, 0.0) == policy.answer(PROMPT, 6, 0.0)
@@ -222,7 +228,7 @@ def test_the_models_of_a_run_answer_and_score_as_their_exports(gpt2_run, policy,
         rlhf_trl.load_policy(run.root, stage="nobody")
     write_jsonl(tmp_path / "prompts.jsonl", ["Why?"])
     out = tmp_path / "answers.jsonl"
-    command("answer", run.root, tmp_path / "prompts.jsonl", "--stage", "dpo", "--base-only", "--out", out,
+    printed("answer", run.root, tmp_path / "prompts.jsonl", "--stage", "dpo", "--base-only", "--out", out,
             "--max-new-tokens", "4")  # fmt: skip
     (row,) = read_jsonl(out)
     assert row["model"] == "dpo-base"

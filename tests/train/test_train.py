@@ -305,9 +305,10 @@ def test_batches_hold_rows_of_similar_length(copy, stage):
 # --- interruption
 
 
-def saving(stage):
-    """Options for six steps with a checkpoint after each."""
-    return "save_strategy=steps", "save_steps=1", "total_episodes=96" if stage == "ppo" else "max_steps=6"
+def saving(stage, steps=6):
+    """Options for some steps with a checkpoint after each."""
+    length = f"total_episodes={16 * steps}" if stage == "ppo" else f"max_steps={steps}"
+    return "save_strategy=steps", "save_steps=1", length
 
 
 def start(copy, stage):
@@ -356,11 +357,11 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(copy, stage, number, cap
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
 def test_a_run_killed_after_its_last_checkpoint_finishes(copy, stage):
-    copy.train(stage, *saving(stage))
+    copy.train(stage, *saving(stage, 2))
     expected = copy.sha(stage)
     shutil.rmtree(copy.run.adapter(stage))
     copy.run.done(stage).unlink()
-    copy.train(stage, *saving(stage))
+    copy.train(stage, *saving(stage, 2))
     assert copy.sha(stage) == expected
 
 
@@ -374,7 +375,7 @@ def test_a_checkpoint_that_cannot_be_finished_does_not_appear(copy, monkeypatch)
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        copy.train("dpo", *saving("dpo"))
+        copy.train("dpo", *saving("dpo", 2))
     checkpoints = copy.run.checkpoints("dpo")
     assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-1"]
     assert newest_checkpoint(checkpoints).name == "checkpoint-1"
