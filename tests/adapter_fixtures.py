@@ -24,8 +24,7 @@ from trl import ModelConfig
 
 from rlhf_trl.data.preprocess import prepare
 from rlhf_trl.models.base import load_causal, load_classifier, start_path
-from rlhf_trl.models.tiny import build_tiny
-from rlhf_trl.models.tokenizer import recorded_tokenizer
+from rlhf_trl.models.tokenizer import build_tiny, recorded_tokenizer
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.documents import environment

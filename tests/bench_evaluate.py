@@ -97,7 +97,7 @@ def report(seconds: float) -> None:
 
 def ours(path: str) -> None:
     from rlhf_trl.evaluate.measure import Measurements
-    from rlhf_trl.models.policies import Policies
+    from rlhf_trl.models.base import Policies
     from rlhf_trl.models.rewards import load_reward_model
     from rlhf_trl.models.tokenizer import recorded_tokenizer
 

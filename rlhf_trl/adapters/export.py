@@ -30,8 +30,7 @@ from rlhf_trl.adapters.combine import combine
 from rlhf_trl.adapters.evidence import describe, gather, kind_of
 from rlhf_trl.adapters.probe_program import outputs
 from rlhf_trl.adapters.verify import verify
-from rlhf_trl.models.base import MODEL_FILES, load_classifier, load_weights
-from rlhf_trl.models.policies import adapter_config
+from rlhf_trl.models.base import MODEL_FILES, adapter_config, load_classifier, load_weights
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file

@@ -26,8 +26,7 @@ from rlhf_trl.adapters.base import require_stage
 from rlhf_trl.adapters.check import notes, require_sound
 from rlhf_trl.adapters.files import BASE, CONFIG, TOKENIZER_CONFIG
 from rlhf_trl.models import rewards
-from rlhf_trl.models.base import fetch, load_causal, load_classifier, prompt_room, start_path
-from rlhf_trl.models.policies import base_block
+from rlhf_trl.models.base import base_block, fetch, load_causal, load_classifier, prompt_room, start_path
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import sample
 from rlhf_trl.models.tokenizer import Messages, recorded_tokenizer, set_up_tokenizer

@@ -17,8 +17,7 @@ import torch
 from accelerate import PartialState
 
 from rlhf_trl.evaluate.adversarial import load_adversarial
-from rlhf_trl.models.base import prompt_room
-from rlhf_trl.models.policies import Policies
+from rlhf_trl.models.base import Policies, prompt_room
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import (
     LOGITS_BYTES,

@@ -28,8 +28,7 @@ from rlhf_trl.evaluate.measure import Measurements
 from rlhf_trl.evaluate.trade_off import build_over_optimisation, build_pareto
 from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
-from rlhf_trl.models.base import start_path
-from rlhf_trl.models.policies import Policies
+from rlhf_trl.models.base import Policies, start_path
 from rlhf_trl.models.rewards import load_reward_model, measure_reward_model
 from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError

@@ -22,9 +22,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import ModelConfig
 
 from rlhf_trl.models import base
-from rlhf_trl.models.base import RewardHead
-from rlhf_trl.models.policies import Policies
-from rlhf_trl.models.tokenizer import Messages, encode, recorded_tokenizer, set_up_tokenizer
+from rlhf_trl.models.base import Policies, RewardHead
+from rlhf_trl.models.tokenizer import Messages, encode, encode_all, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
@@ -70,12 +69,8 @@ def score_pairs(
     prompts, finished = [pair["prompt"] for pair in pairs], [True] * len(pairs)
     answers = {side: [pair[side] for pair in pairs] for side in ("chosen", "rejected")}
     scores = [reward.score(prompts, texts, finished, batch_size).double().numpy() for texts in answers.values()]
-    encoded = [
-        [encode(reward.tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        for texts in answers.values()
-    ]
-    lengths = [[len(start) for start, _ in encoded[0]], *([len(answer) for _, answer in side] for side in encoded)]
-    return np.column_stack(scores), np.column_stack(lengths)
+    encoded = encode_all(reward.tokenizer, prompts, *answers.values())
+    return np.column_stack(scores), np.array([list(map(len, ids)) for ids in encoded]).reshape(-1, 3)
 
 
 def measure_reward_model(reward: RewardModel, pairs: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:

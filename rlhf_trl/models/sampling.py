@@ -145,16 +145,16 @@ def sample(
 
 
 def _processors(decoding: Decoding, seeds: Sequence[int], length: int) -> transformers.LogitsProcessorList:
-    found = transformers.LogitsProcessorList()
-    if decoding.temperature == 0:
-        return found
-    if decoding.temperature != 1:
-        found.append(transformers.TemperatureLogitsWarper(decoding.temperature))
+    processors = transformers.LogitsProcessorList()
+    if decoding.temperature not in (0, 1):
+        processors.append(transformers.TemperatureLogitsWarper(decoding.temperature))
     if decoding.top_k:
-        found.append(transformers.TopKLogitsWarper(decoding.top_k))
+        processors.append(transformers.TopKLogitsWarper(decoding.top_k))
     if decoding.top_p < 1:
-        found.append(transformers.TopPLogitsWarper(decoding.top_p))
-    return transformers.LogitsProcessorList([*found, InverseTransform(seeds, length)])
+        processors.append(transformers.TopPLogitsWarper(decoding.top_p))
+    return transformers.LogitsProcessorList(
+        [*processors, *[InverseTransform(seeds, length)] * bool(decoding.temperature)]
+    )
 
 
 def _read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Completion:
@@ -166,14 +166,10 @@ def _read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Compl
 class KL(NamedTuple):
     """KL(policy || reference) on answers of the policy, in nats: sums over the answer's tokens, (B,)."""
 
-    kl: Tensor
-    """Exact over the vocabulary at each position."""
-    k1: Tensor
-    """Sampled estimate log pi - log ref."""
-    k3: Tensor
-    """Sampled estimate ref / pi - 1 - log(ref / pi)."""
-    entropy: Tensor
-    """Of the policy's distribution at each position."""
+    kl: Tensor  # exact over the vocabulary at each position
+    k1: Tensor  # sampled estimate log pi - log ref
+    k3: Tensor  # sampled estimate ref / pi - 1 - log(ref / pi)
+    entropy: Tensor  # of the policy's distribution at each position
 
 
 def measure_kl(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Tensor) -> KL:

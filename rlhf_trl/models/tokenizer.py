@@ -1,4 +1,4 @@
-"""The tokenizer, and the text encoding that all share; it loads no weights, and neither peft nor trl.
+"""The tokenizer, the text encoding that all share, and the base `builtin:tiny`; it loads neither torch, peft nor trl.
 
 One encoding (`encode`) serves reward training, preference optimisation, the rewards of online training and
 evaluation, so that all score the same tokens.
@@ -6,12 +6,15 @@ evaluation, so that all score the same tokens.
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
@@ -20,9 +23,12 @@ from rlhf_trl.run.files import remove, staged
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.text.display import first_line
 
-Messages = list[dict[str, str]]
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
+Messages = list[dict[str, str]]
 TINY = "builtin:tiny"
+DEMO = Path(__file__).parent.parent / "data" / "demo.jsonl.gz"
 # What a model needs to be loaded, without its tokenizer.
 MODEL: Patterns = (("config.json",), ("*.safetensors",))
 HH_TEMPLATE = Path(__file__).parent / "hh.jinja"
@@ -72,11 +78,11 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
         return tokenizer.pad_token
     added = sorted((index, token.content) for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     spare = [token for _, token in added if token not in in_use and token not in tokenizer.chat_template]
-    named = [token for token in spare if "pad" in token.lower()]
-    bytes_ = [token for token in NON_UTF8_BYTE_TOKENS if token in vocabulary and len(tokenizer(token).input_ids) > 1]
-    for token in (*named, *spare, *bytes_):
-        return token
-    raise UserError(path, "no token of the vocabulary can serve for padding", "use a tokenizer with a pad token")
+    spare.sort(key=lambda token: "pad" not in token.lower())
+    spare += [token for token in NON_UTF8_BYTE_TOKENS if token in vocabulary and len(tokenizer(token).input_ids) > 1]
+    if not spare:
+        raise UserError(path, "no token of the vocabulary can serve for padding", "use a tokenizer with a pad token")
+    return spare[0]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: str) -> list[str]:
@@ -131,13 +137,7 @@ def base_path(model: dict[str, Any], run: RunDir) -> str:
     """Where the base model of a `model` block lies; builds `builtin:tiny` on first use."""
     if model["model_name_or_path"] != TINY:
         return str(model["model_name_or_path"])
-
-    def build(folder: Path) -> None:
-        from rlhf_trl.models.tiny import build_tiny
-
-        build_tiny(folder)
-
-    return build_once(run, "base", run.base, build)
+    return build_once(run, "base", run.base, build_tiny)
 
 
 def build_once(run: RunDir, owner: str, path: Path, build: Callable[[Path], None]) -> str:
@@ -151,6 +151,40 @@ def build_once(run: RunDir, owner: str, path: Path, build: Callable[[Path], None
                     remove(path)
     run.hashes.save()
     return str(path)
+
+
+def tiny_config(vocabulary: int = 1024, end: int = 0, pad: int = 1) -> LlamaConfig:
+    """The shape of `builtin:tiny`, a small Llama; the token ids are those that its tokenizer comes to have."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+                       num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+                       bos_token_id=end, eos_token_id=end, pad_token_id=pad)  # fmt: skip
+
+
+def build_tiny(folder: Path) -> None:
+    """Build it untrained, about 0.9 M parameters, with a tokenizer fitted to the demo's text; always the same one."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with gzip.open(DEMO, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    texts = [row[side] for row in rows for side in ("chosen", "rejected") if isinstance(row.get(side), str)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    end, pad = "<|endoftext|>", "<|pad|>"
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=[end, pad], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=pad,
+                                        model_max_length=512)  # fmt: skip
+    config = tiny_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def unreachable(path: str, error: Exception) -> UserError:

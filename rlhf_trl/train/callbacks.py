@@ -1,11 +1,12 @@
 """What happens around a training loop: history, health, interruption, and checkpoints that are whole or absent.
 
-Writes `<stage>/training_stats.json` as the logs come, and `<stage>/checkpoints/checkpoint-N/`, each with a
-`manifest.json`.
+Writes `<stage>/training_stats.json` as the logs come, with what the rules of `recipe/health.py` say of them, and
+`<stage>/checkpoints/checkpoint-N/`, each with a `manifest.json`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import resource
@@ -13,6 +14,8 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,10 +29,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_trl.recipe.errors import Exit, UserError
+from rlhf_trl.recipe.health import rules_of
+from rlhf_trl.recipe.schema import Stage
 from rlhf_trl.run import signals
 from rlhf_trl.run.checkpoints import seal
 from rlhf_trl.run.files import read_json, sync, write_json
 
+logger = logging.getLogger(__name__)
 # Name in training_stats.json -> keys of TRL's logs. The raw logs stand beside them, under `log`.
 LOG_KEYS = {
     "loss": "loss loss/policy_avg",
@@ -86,8 +92,8 @@ class History(TrainerCallback):
     def __init__(self, path: Path, stage: str, trainer: str):
         self.path = path
         definitions = {**DEFINITIONS, "kl": KL_DEFINITIONS.get(trainer, NO_KL)}
-        self.stats: dict[str, Any] = {"stage": stage, "trainer": trainer, "definitions": definitions}
-        self.stats |= {"history": [], "health": []}
+        self.stats: dict[str, Any] = {"stage": stage, "trainer": trainer, "definitions": definitions, "history": [],
+                                      "health": []}  # fmt: skip
         self.before = 0.0
         self.start = time.perf_counter()
         self.next_write = 0.0
@@ -99,9 +105,9 @@ class History(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step > 0 and self.path.exists():
-            for key, rows in read_json(self.path).items():
-                if key in ("history", "health"):
-                    self.stats[key] = [row for row in rows if row["step"] <= state.global_step]
+            before = read_json(self.path)
+            for key in ("history", "health"):
+                self.stats[key] = [row for row in before[key] if row["step"] <= state.global_step]
             self.before = self.stats["history"][-1]["seconds"] if self.stats["history"] else 0.0
         self.stats["max_steps"] = state.max_steps
         self.start = time.perf_counter()
@@ -133,6 +139,53 @@ class History(TrainerCallback):
             begin = time.perf_counter()
             write_json(self.path, self.stats)
             self.next_write = begin + 21 * (time.perf_counter() - begin)
+
+
+class Watch(TrainerCallback):
+    """Judge each log, after `History` has taken it; what is found stands under `health` in `training_stats.json`."""
+
+    def __init__(self, name: str, stage: Stage, history: History):
+        self.name, self.history, self.rules = name, history, rules_of(stage)
+        self.last: dict[str, float] = {}
+        self.seen: Counter[str] = Counter()
+        self.beyond: Counter[str] = Counter()  # logs in a row
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **_: Any) -> None:
+        self.judge({NAMES[key]: value for key, value in logs.items() if key in NAMES}, state.global_step)
+
+    def judge(self, values: Mapping[str, float], step: int) -> None:
+        """Judge the values of one log.
+
+        Raises:
+            UserError: a value was beyond its limit for as many logs as its rule says, and the rule says stop.
+        """
+        for what in [name for name in self.rules if name in values]:
+            rule, value = self.rules[what][1], values[what]
+            high, low = rule.above, rule.below
+            beyond = (high is not None and value > high) or (low is not None and value < low)
+            self.last[what] = value
+            self.seen[what] += 1
+            self.beyond[what] = self.beyond[what] + 1 if beyond else 0
+            if self.beyond[what] == rule.logs:
+                self._report(what, step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for what, count in self.seen.items():
+            if self.beyond[what] == count < (self.rules[what][1].logs or 0):  # a run of fewer logs, all of them beyond
+                self._report(what, state.global_step)
+
+    def _report(self, what: str, step: int) -> None:
+        (watched, rule), value = self.rules[what], self.last[what]
+        found = self.history.stats["health"]
+        if rule.then == "off" or any(entry["what"] == what for entry in found):
+            return
+        says = f"{watched.says.format(value)} (step {step})"
+        found.append({"what": what, "step": step, "value": value, "then": rule.then, "says": says})
+        if PartialState().is_main_process:
+            logger.warning("%s: health: %s; %s", self.name, says, watched.remedy)
+            write_json(self.history.path, self.history.stats)
+        if rule.then == "stop":
+            raise UserError(f"stages.{self.name}.health.{what}", says, watched.remedy, Exit.DIVERGED)
 
 
 class Health(TrainerCallback):

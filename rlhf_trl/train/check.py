@@ -25,15 +25,13 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.models.tiny import tiny_config
-from rlhf_trl.models.tokenizer import TINY
+from rlhf_trl.models.tokenizer import TINY, tiny_config
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.library import suggest, value_of
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.text.display import first_line
-from rlhf_trl.train.step import build_config, build_stage_config
-from rlhf_trl.train.trainers import classes_of
+from rlhf_trl.train.step import build_config, build_stage_config, classes_of
 
 logger = logging.getLogger(__name__)
 # One row of each trainer's dataset, in the stand-in's token ids: padding, end, a word.
@@ -50,18 +48,6 @@ AUTO = {"CAUSAL_LM": transformers.AutoModelForCausalLM, "SEQ_CLS": transformers.
 # Key of `model` -> what its names are names of.
 NAMES = {"lora_target_modules": "modules", "lora_modules_to_save": "modules", "lora_target_parameters": "parameters"}
 ALTERNATIVES = re.compile(r"\w{3,}(?=\|)|(?<=\|)\w{3,}")  # the words of a pattern such as .*(q_proj|v_proj)
-# Whatever the libraries raise here, they would raise hours later.
-RAISED = (
-    UserError,
-    ValueError,
-    TypeError,
-    ImportError,
-    OSError,
-    RuntimeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-)
 REMEDIES = {
     "optim": "install what it names, or choose another; its arguments go into optim_args",
     "lr_scheduler_type": "give its arguments in lr_scheduler_kwargs, or choose another",
@@ -81,7 +67,10 @@ def check_stages(recipe: Recipe, run: RunDir, processes: int) -> None:
     problems: list[Problem] = []
     blocks: dict[str, list[str]] = {}  # model block -> the stages that it holds for
     for stage in recipe.stages:
-        block = recipe.model_block(_root(recipe, stage)) | recipe.model_block(stage)
+        root = stage
+        while (start := recipe.stages[root].init) is not None:
+            root = start
+        block = recipe.model_block(root) | recipe.model_block(stage)
         blocks.setdefault(json.dumps(block, sort_keys=True), []).append(stage)
     checks = [functools.partial(_check_modules, recipe, stages, json.loads(block)) for block, stages in blocks.items()]
     checks += [functools.partial(_rehearse, recipe, run, stage, processes) for stage in recipe.stages]
@@ -92,13 +81,6 @@ def check_stages(recipe: Recipe, run: RunDir, processes: int) -> None:
             problems += error.problems
     if problems:
         raise RecipeError(dict.fromkeys(problems))
-
-
-def _root(recipe: Recipe, stage: str) -> str:
-    """The stage without an `init` that a stage starts from, at any distance."""
-    while (start := recipe.stages[stage].init) is not None:
-        stage = start
-    return stage
 
 
 def _task(recipe: Recipe, stage: str) -> str:
@@ -118,15 +100,14 @@ def _check_modules(recipe: Recipe, stages: list[str], block: dict[str, Any]) -> 
     config = _read_config(place("model_name_or_path"), wanted)
     if config is None:
         return
+    attention = wanted.attn_implementation
     models, names = {}, {"modules": [""], "parameters": [""]}
     for task in sorted({_task(recipe, stage) for stage in stages}):
         try:
             with torch.device("meta"):
-                models[task] = AUTO[task].from_config(
-                    config, trust_remote_code=False, attn_implementation=wanted.attn_implementation
-                )
+                models[task] = AUTO[task].from_config(config, trust_remote_code=False, attn_implementation=attention)
         except (ValueError, ImportError) as error:
-            key = "attn_implementation" if wanted.attn_implementation else "model_name_or_path"
+            key = "attn_implementation" if attention else "model_name_or_path"
             raise UserError(place(key), first_line(error), "choose another one, or install what it names") from error
         names["modules"] += [name for name, _ in models[task].named_modules()]
         names["parameters"] += [name for name, _ in models[task].named_parameters()]
@@ -200,7 +181,7 @@ def _rehearse(recipe: Recipe, run: RunDir, stage: str, processes: int) -> None:
                 key = "metric_for_best_model"
                 trainer.callback_handler.callbacks.clear()
                 trainer._determine_best_metric(trainer.evaluate(), None)
-    except RAISED as error:
+    except Exception as error:  # whatever the libraries raise here, they would raise hours later
         text = error.problems[0].problem if isinstance(error, UserError) else " ".join(str(error).split())
         named = [key] if key else [name for name, value in spec.args.items() if _names(name, value, text)][:1]
         remedy = "install it, or leave the option out" if "install" in text else "change the option, or leave it out"

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import trl
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
 from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
-from rlhf_trl.models.base import load_causal, load_classifier, start_path
-from rlhf_trl.models.policies import shares_base
+from rlhf_trl.models.base import load_causal, load_classifier, shares_base, start_path
 from rlhf_trl.models.rewards import RewardModel, load_reward_model, measure_reward_model, score_completions
-from rlhf_trl.models.tokenizer import recorded_tokenizer
+from rlhf_trl.models.tokenizer import encode_all, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import newest_checkpoint
@@ -35,12 +37,37 @@ from rlhf_trl.run.documents import environment
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import check_weights
-from rlhf_trl.train.callbacks import Health, History, Interrupt, is_sharded, peak_memory
-from rlhf_trl.train.health import Watch
-from rlhf_trl.train.trainers import classes_of, load_view
+from rlhf_trl.train.callbacks import AtomicCheckpoints, Health, History, Interrupt, Watch, is_sharded, peak_memory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class GroupsByLength:
+    """Mixin for a `transformers.Trainer`: `train_sampling_strategy` finds the column `length` of the views.
+
+    The library asks the dataset for it after it has removed the columns that the model does not take.
+    """
+
+    def _get_train_sampler(self: Any, train_dataset: Dataset | None = None) -> Any:
+        return super()._get_train_sampler(self.train_dataset)  # type: ignore[misc]
+
+    def _get_eval_sampler(self: Any, eval_dataset: Dataset) -> Any:
+        return super()._get_eval_sampler(self.eval_dataset)  # type: ignore[misc]
+
+
+class DPOTrainer(trl.DPOTrainer):
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """Take the tokens as they are; unlike the other trainers, DPOTrainer has no test for that."""
+        return dataset
+
+
+CLASSES = {
+    "sft": (trl.SFTTrainer, trl.SFTConfig),
+    "reward": (trl.RewardTrainer, trl.RewardConfig),
+    "dpo": (DPOTrainer, trl.DPOConfig),
+    "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+}
 
 
 def train(recipe: Recipe, run: RunDir, stage: str) -> None:
@@ -49,7 +76,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     Raises:
         UserError: an earlier step is missing, the data are too few, or the run diverged or changed nothing.
     """
-    started = time.perf_counter()
+    started, process = time.perf_counter(), PartialState()
     spec = recipe.stages[stage]
     run.require(recipe, "prepare", "prepare RECIPE")
     for link in filter(None, (spec.init, spec.reward)):
@@ -57,7 +84,12 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     say_one_gpu()
     config = build_stage_config(recipe, run, stage)
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
-    resume = find_resume_point(recipe, run, stage)
+    if process.is_main_process:
+        run.begin(recipe, stage)
+    process.wait_for_everyone()
+    resume = newest_checkpoint(run.checkpoints(stage))
+    if resume:
+        logger.info("resuming from %s", resume)
     trainer = build_trainer(recipe, run, stage, config)
     history, health, interrupt = History(run.training_stats(stage), stage, spec.trainer), Health(), Interrupt()
     watch = Watch(stage, spec, history)
@@ -68,7 +100,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     steps = trainer.state.global_step
     if interrupt.signal:
         trainer.accelerator.wait_for_everyone()
-        if PartialState().is_main_process:
+        if process.is_main_process:
             logger.warning("stopped by %s after step %d; a checkpoint is saved. The same command goes on from there.",
                            signal.Signals(interrupt.signal).name, steps)  # fmt: skip
         raise SystemExit(128 + interrupt.signal)
@@ -77,10 +109,10 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     health.check_weights(trainer.model, stage)
     if spec.trainer == "reward":
         _judge_reward_model(trainer, run, watch)
-    uses_peft = bool(recipe.model_block(stage).get("use_peft"))
-    _save(trainer, run.adapter(stage) if uses_peft else run.model(stage), needs_head=spec.trainer == "reward")
-    if PartialState().is_main_process:
-        history.stats["summary"] = _summarise(trainer, spec.trainer, history.seconds)
+    target = run.adapter(stage) if recipe.model_block(stage).get("use_peft") else run.model(stage)
+    _save(trainer, target, needs_head=spec.trainer == "reward")
+    if process.is_main_process:
+        history.stats["summary"] = _summarise(trainer, history.seconds)
         write_json(history.path, history.stats)
         save(plot_training({stage: history.stats}), run.training_curves(stage))
         run.mark_done(recipe, stage, history.before + time.perf_counter() - started)
@@ -100,7 +132,29 @@ def _judge_reward_model(trainer: Any, run: RunDir, watch: Watch) -> None:
     watch.judge({"over_chance": chance, "over_length": length}, trainer.state.global_step)
 
 
-# --- config
+def say_one_gpu() -> None:
+    """Say that a process without a launcher leaves the other GPUs alone."""
+    visible = torch.cuda.device_count()
+    if visible > 1 and PartialState().num_processes == 1:
+        logger.warning("%d GPUs are visible and one is used: to train on all of them, add --accelerate ddp", visible)
+
+
+# --- trainer and config
+
+
+def classes_of(trainer: str) -> tuple[Any, Any]:
+    """The trainer class, with atomic checkpoints, and the config class of a recipe's word.
+
+    PPO, which not every TRL has, is imported only here.
+    """
+    if trainer == "ppo":
+        from rlhf_trl.train.ppo.config import PPOConfig
+        from rlhf_trl.train.ppo.trainer import PPOTrainer
+
+        return PPOTrainer, PPOConfig
+    library, config = CLASSES[trainer]
+    mixins = (AtomicCheckpoints,) if trainer == "grpo" else (AtomicCheckpoints, GroupsByLength)
+    return type(library.__name__, (*mixins, library), {}), config
 
 
 def build_config(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -129,38 +183,16 @@ def build_stage_config(recipe: Recipe, run: RunDir, stage: str, **other: Any) ->
     return config
 
 
-def say_one_gpu() -> None:
-    """Say that a process without a launcher leaves the other GPUs alone."""
-    visible = torch.cuda.device_count()
-    if visible > 1 and PartialState().num_processes == 1:
-        logger.warning("%d GPUs are visible and one is used: to train on all of them, add --accelerate ddp", visible)
-
-
-def find_resume_point(recipe: Recipe, run: RunDir, stage: str) -> Path | None:
-    """Return the newest whole checkpoint of an interrupted stage; otherwise None, with the directory made empty."""
-    state = PartialState()
-    if state.is_main_process:
-        run.begin(recipe, stage)
-    state.wait_for_everyone()
-    resume = newest_checkpoint(run.checkpoints(stage))
-    if resume:
-        logger.info("resuming from %s", resume)
-    return resume
-
-
-# --- data, model and trainer
-
-
 def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     """Build the library's trainer of a stage, with its data, its models and, where it has one, its reward."""
     spec, block, half = recipe.stages[stage], recipe.model_block(stage), recipe.half_of(stage)
     tokenizer = recorded_tokenizer(recipe, run, stage)
     with PartialState().main_process_first():
         path = start_path(recipe, run, stage)
-    reward: Any = None
+    scorer: Any = None
     if spec.reward:
         on_base = spec.trainer == "ppo" and shares_base(recipe, stage, spec.reward, evaluation=False)
-        reward = run.adapter(spec.reward) if on_base else load_reward_model(recipe, run, spec.reward)
+        scorer = run.adapter(spec.reward) if on_base else load_reward_model(recipe, run, spec.reward)
     rows = run.prompts if spec.reward else run.pairs
     train_data = load_view(rows("train"), spec.trainer, tokenizer, half)
     test_data = load_view(rows("test"), spec.trainer, tokenizer)
@@ -170,11 +202,16 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     if spec.trainer == "ppo":
         from rlhf_trl.train.ppo.models import build_ppo_models
 
-        models = build_ppo_models(path, model_config, tokenizer, config, reward, run, stage)
+        models = build_ppo_models(path, model_config, tokenizer, config, scorer, run, stage)
     else:
         models = {"model": load(path, model_config, tokenizer), "peft_config": get_peft_config(model_config)}
     if spec.trainer == "grpo":
-        models["reward_funcs"] = _reward_function(reward, tokenizer)
+
+        def reward(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+            """Score exactly the text that reward training saw."""
+            return score_completions(scorer, tokenizer, prompts, completion_ids).tolist()
+
+        models["reward_funcs"] = reward
         needed = config.generation_batch_size // config.num_generations  # with fewer, it silently trains nothing
         if len(train_data) < needed:
             problem = f"{len(train_data)} training prompts are fewer than the {needed} of one rollout"
@@ -184,12 +221,39 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     )
 
 
-def _reward_function(model: RewardModel, tokenizer: Any) -> Any:
-    def reward(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        """Score exactly the text that reward training saw."""
-        return score_completions(model, tokenizer, prompts, completion_ids).tolist()
+# --- data
 
-    return reward
+
+def load_view(path: Path, trainer: str, tokenizer: PreTrainedTokenizerBase, half: str | None = None) -> Dataset:
+    """Load a view of `data/`, or one half of it, as the dataset of a trainer."""
+    with PartialState().main_process_first():
+        rows = Dataset.from_json(str(path))
+        if half:
+            rows = rows.filter(lambda row: row["half"] == half, desc=f"The {half} half of {path.name}")
+        return rows.map(lambda batch: to_examples(trainer, tokenizer, batch), batched=True,
+                        remove_columns=rows.column_names, desc=f"Encoding {path.name}")  # fmt: skip
+
+
+def to_examples(trainer: str, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Turn columns of `data/` into those of a trainer's dataset: token ids, apart from the prompts of GRPO."""
+    if trainer == "grpo":
+        return {"prompt": rows["prompt"]}
+    sides = {"ppo": (), "sft": ("chosen",)}.get(trainer, ("chosen", "rejected"))
+    encoded = encode_all(tokenizer, rows["prompt"], *(rows[side] for side in sides))
+    examples = [_to_example(trainer, *ids) for ids in encoded]
+    return {column: [example[column] for example in examples] for column in examples[0]}
+
+
+def _to_example(trainer: str, prompt: list[int], *answers: list[int]) -> dict[str, Any]:
+    if trainer == "ppo":
+        return {"input_ids": prompt}
+    length = len(prompt) + max(map(len, answers))
+    if trainer == "sft":  # the loss covers the tokens of the answer alone
+        return {"input_ids": prompt + answers[0], "labels": [-100] * len(prompt) + answers[0], "length": length}
+    chosen, rejected = answers
+    if trainer == "dpo":
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
+    return {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected, "length": length}
 
 
 # --- what is saved
@@ -216,7 +280,7 @@ def _save(trainer: Any, target: Path, needs_head: bool) -> None:
     folder.replace(target)
 
 
-def _summarise(trainer: Any, word: str, seconds: float) -> dict[str, Any]:
+def _summarise(trainer: Any, seconds: float) -> dict[str, Any]:
     args, device = trainer.args, PartialState().device
     # Over all processes: pairs, answers of the data, or sampled answers.
     samples = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -229,7 +293,7 @@ def _summarise(trainer: Any, word: str, seconds: float) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "seed": args.seed,
         "rows": len(trainer.train_dataset),
-        "samples_per_step": int(args.batch_size if word == "ppo" else samples),
+        "samples_per_step": int(getattr(args, "batch_size", samples)),
         "trainable_parameters": sum(param.numel() for param in trainer.model.parameters() if param.requires_grad),
         "stopped": getattr(trainer, "stopped", None),
         "environment": environment(),

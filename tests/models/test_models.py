@@ -10,7 +10,7 @@ import pytest
 from conftest import shared, small_recipe
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from rlhf_trl.models import tiny
+from rlhf_trl.models import tokenizer as tokenizers
 from rlhf_trl.models.base import positions, prompt_room
 from rlhf_trl.models.tokenizer import base_path, encode, load_tokenizer, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
@@ -86,8 +86,8 @@ def test_a_missing_model_is_named_at_once():
 def test_the_demo_data_and_model_come_out_the_same(tmp_path):
     text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in demo_text.build_rows())
     assert gzip.decompress(demo_text.FILE.read_bytes()).decode() == text
-    tiny.build_tiny(tmp_path / "a")
-    tiny.build_tiny(tmp_path / "b")
+    tokenizers.build_tiny(tmp_path / "a")
+    tokenizers.build_tiny(tmp_path / "b")
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -107,7 +107,7 @@ def test_the_tiny_base_is_built_once(tmp_path, monkeypatch):
         for name in ("config.json", "model.safetensors"):
             (folder / name).touch()
 
-    monkeypatch.setattr(tiny, "build_tiny", build)
+    monkeypatch.setattr(tokenizers, "build_tiny", build)
     other = RunDir(tmp_path / "other")
     with ThreadPoolExecutor(2) as pool:  # two that need it at once
         paths = [*pool.map(lambda _: base_path({"model_name_or_path": "builtin:tiny"}, other), range(2))]

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
-from rlhf_trl.models.policies import Policies
+from rlhf_trl.models.base import Policies
 from rlhf_trl.models.rewards import RewardModel, SharedClassifier, load_reward_model
 from rlhf_trl.models.sampling import InverseTransform, answer_logits, measure_kl, sample, sorted_batches, spread
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer, set_up_tokenizer

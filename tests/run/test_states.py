@@ -217,14 +217,14 @@ def mutate(rng: random.Random, value: object) -> object:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_stands_in_a_state_file_status_and_run_say_so(seed, run, recipe):
-    """100 changes of each document: `status` tells the states or refuses the run, and every step can be run again."""
+    """40 changes of each document: `status` tells the states or refuses the run, and every step can be run again."""
     finish(run, recipe, *STEPS[:-3])
     begin(run, recipe, 14, 9)
     write_json(run.winrate, {"status": "partial", "reason": "cost", "evaluation": recipe.fingerprint("evaluate")})
     run.write_provenance(recipe)
     path = [run.started("dpo"), run.training_stats("dpo"), run.done("sft"), run.winrate, run.recipe, run.env][seed]
     content, rng = path.read_text(), random.Random(seed)
-    for _ in range(100):
+    for _ in range(40):
         text = json.dumps(mutate(rng, json.loads(content)))
         path.write_text(text[: rng.randrange(len(text) + 1)] if rng.random() < 0.2 else text)
         try:

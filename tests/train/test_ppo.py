@@ -2,7 +2,6 @@
 
 from itertools import chain, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.ppo.loop import Batches, generate_in_chunks
-from rlhf_trl.train.ppo.memory import estimate_ppo
 from rlhf_trl.train.ppo.trainer import PPOTrainer
 from rlhf_trl.train.step import build_stage_config, build_trainer
 
@@ -70,7 +68,7 @@ def load(trainer, state):
         named(trainer)[name].data.copy_(tensor)
 
 
-@pytest.mark.parametrize(("parts", "expected"), [(1, 8), (2, 16), (4, 32)])
+@pytest.mark.parametrize(("parts", "expected"), [(1, 8), (4, 32)])
 def test_mini_batches_are_optimizer_steps(build, parts, expected):
     # 2 updates of 4 epochs; upstream makes 8 steps whatever num_mini_batches says
     trainer = build("per_device_train_batch_size=2", "gradient_accumulation_steps=4", "total_episodes=16",
@@ -87,10 +85,9 @@ def test_clipping_takes_effect_and_is_logged(finish):
     assert rows_of(wide)[0]["grad_norm"] > 1e-3 < rows_of(narrow)[0]["grad_norm"]  # before clipping
 
 
-@pytest.mark.parametrize("rate", ["learning_rate=1e-12", "learning_rate=0"])
-def test_a_fresh_adapter_is_its_reference(finish, rate):
+def test_a_fresh_adapter_is_its_reference(finish):
     """The policy is the one that sampled, so that the mean ratio is 1; upstream logs 1 / num_mini_batches."""
-    for row in rows_of(finish(rate, "total_episodes=32", "entropy_coef=0.05", "num_mini_batches=2")):
+    for row in rows_of(finish("learning_rate=0", "total_episodes=32", "entropy_coef=0.05", "num_mini_batches=2")):
         assert abs(row["objective/kl"]) < 1e-4
         assert row["val/ratio"] == pytest.approx(1, abs=1e-2)
 
@@ -200,23 +197,22 @@ class Vowels:
 
 
 def test_a_task_with_a_known_optimum_is_learned_and_the_entropy_bonus_keeps_the_entropy_up(build):
-    def learn(bonus):
-        """The entropy at the end of a training that has raised the mean reward by 0.2."""
+    entropies = []
+    for bonus in (0, 0.05):
         trainer = build("per_device_train_batch_size=32", "gradient_accumulation_steps=1", "num_mini_batches=1",
                         "total_episodes=384", "learning_rate=2e-3", "kl_coef=0", "response_length=8",
                         "missing_eos_penalty=null", "seed=1", f"entropy_coef={bonus}")  # fmt: skip
         # Short prompts, for the time; and a head that tells tokens apart, which the small model has not learned.
         length = sorted(map(len, trainer.train_dataset["input_ids"]))[63]
-        trainer.train_dataset = trainer.train_dataset.filter(lambda row: len(row["input_ids"]) <= length)
+        trainer.train_dataset = trainer.train_dataset.filter(lambda row, most=length: len(row["input_ids"]) <= most)
         trainer.dataloader.loader = trainer._prepare_loader()
         trainer.shared.get_base_model().lm_head.weight.data.mul_(5)
         trainer.reward_model._reward = Vowels()
         trainer.train()
         rows = rows_of(trainer)
         assert rows[-1]["reward"] > rows[0]["reward"] + 0.2, [row["reward"] for row in rows]
-        return sum(row["entropy"] for row in rows[-3:]) / 3
-
-    assert learn(0.05) > learn(0) + 0.03
+        entropies.append(sum(row["entropy"] for row in rows[-3:]) / 3)
+    assert entropies[1] > entropies[0] + 0.03
 
 
 def test_interrupted_runs_go_on_exactly(build, finish):
@@ -287,9 +283,19 @@ def test_max_kl_goes_back_to_the_last_good_policy_and_stops(build, finish):
     assert f"is that of update {bad - 1}" in stopped.stopped
 
 
-def test_max_kl_that_the_first_update_passes_is_an_error(finish):
-    with pytest.raises(UserError, match="max_kl"):
+def test_what_cannot_work_is_refused(build, finish, trained, monkeypatch):
+    with pytest.raises(UserError, match="max_kl"):  # the first update passes it
         finish("max_kl=1e-6", "learning_rate=1e-2", "total_episodes=64")
+    with pytest.raises(UserError, match=r"^data: .* 8192"):
+        build("per_device_train_batch_size=4096")
+    for key, value in {"padding_side": "right", "pad_token": "<|endoftext|>"}.items():
+        tokenizer = recorded_tokenizer(*trained)
+        setattr(tokenizer, key, value)
+        with pytest.raises(ValueError, match="padding"):
+            PPOTrainer(args=build().args, processing_class=tokenizer)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="use ddp or zero2"):
+        build()
 
 
 def test_rewards_are_normalised_by_the_stored_scale(finish, trained):
@@ -348,28 +354,6 @@ def test_text_that_is_markup_does_not_end_a_run(build):
     assert len(rows_of(trainer)) == 1
 
 
-def test_too_few_prompts_are_refused(build):
-    with pytest.raises(UserError, match=r"^data: .* 8192"):
-        build("per_device_train_batch_size=4096")
-
-
-def test_the_estimate_is_arithmetic():
-    model = SimpleNamespace(num_hidden_layers=2, hidden_size=8, vocab_size=100, num_key_value_heads=2, head_dim=2)
-    config = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=4, response_length=5,
-                             local_rollout_forward_batch_size=6, gradient_checkpointing=False)  # fmt: skip
-    whole = estimate_ppo(model, config, prompt=10, weights=1000, trained=10, bytes_per_value=4)
-    assert whole == {
-        "weights": 1000,
-        "training": 120,
-        "rollout": 6 * 15 * 2 * 2 * 4 * 4 + 2 * 6 * 5 * 100 * 4,
-        "update": 2 * 2 * 17 * 2 * 15 * 8 * 4 + 5 * 2 * 5 * 100 * 4,
-        "total": 1120 + max(whole["rollout"], whole["update"]),
-    }
-    config.gradient_checkpointing = True
-    less = estimate_ppo(model, config, prompt=10, weights=1000, trained=10, bytes_per_value=4)
-    assert less["update"] == (2 * 2 + 17) * 2 * 15 * 8 * 4 + 5 * 2 * 5 * 100 * 4
-
-
 def test_bf16_runs_in_bf16(build):
     """In every layer, and in later epochs with the new weights: accelerate's autocast would keep the rounded ones of
     the first forward pass until the end of training."""
@@ -397,11 +381,6 @@ def test_bf16_runs_in_bf16(build):
             assert torch.allclose(trainer.shared(**batch).logits.kept, logits, atol=1e-6)
 
 
-def test_the_ratio_in_bf16_starts_at_one(finish):
-    row = rows_of(finish("bf16=true", "total_episodes=16"))[0]
-    assert row["val/ratio"] == pytest.approx(1, abs=0.05)
-
-
 def test_an_answer_ends_at_a_sampled_padding_token(build, trained):
     trainer = build()
     tokenizer = trainer.processing_class
@@ -421,12 +400,3 @@ def test_gradient_checkpointing_is_on_and_changes_nothing(finish):
     plain, recomputed = (finish(f"gradient_checkpointing={on}", "total_episodes=16") for on in ("false", "true"))
     assert recomputed.policy_model.is_gradient_checkpointing and not plain.policy_model.is_gradient_checkpointing
     assert torch.allclose(weights(plain), weights(recomputed), atol=1e-5)
-
-
-@pytest.mark.parametrize("change", [{"padding_side": "right"}, {"pad_token": "<|endoftext|>"}])
-def test_padding_that_ppo_cannot_work_with_is_refused(build, trained, change):
-    tokenizer = recorded_tokenizer(*trained)
-    for key, value in change.items():
-        setattr(tokenizer, key, value)
-    with pytest.raises(ValueError, match="padding"):
-        PPOTrainer(args=build().args, processing_class=tokenizer)

@@ -18,14 +18,13 @@ import torch
 from conftest import NO_PPO, RECIPE, ROOT, reset_accelerate, small_recipe
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl.experimental.utils import get_reward
 
 from rlhf_trl.models.base import start_path
 from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.checkpoints import newest_checkpoint
 from rlhf_trl.run.files import read_json, read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
@@ -45,10 +44,8 @@ class Copy:
 
     def train(self, stage, *options):
         """Train a stage with other options; what it starts from counts as current."""
-        recipe = small_recipe(self.folder, [f"stages.{stage}.args.{option}" for option in options])
-        for step in {"prepare", "sft", "rm"} - {stage}:  # the paths of the copy are new; what it holds is not
-            assert self.run.is_done(recipe, step)
-        train(recipe, self.run, stage)
+        train(small_recipe(self.folder, [f"stages.{stage}.args.{option}" for option in options]), self.run, stage)
+        reset_accelerate()
 
     def sha(self, stage):
         return hashlib.sha256((self.run.adapter(stage) / "adapter_model.safetensors").read_bytes()).hexdigest()
@@ -66,6 +63,13 @@ def build(trained, tmp_path):
     return lambda stage: build_trainer(recipe, run, stage, build_stage_config(recipe, RunDir(tmp_path), stage))
 
 
+@pytest.fixture(scope="module")
+def texts(trained):
+    """Prompts and chosen answers of held-out pairs, and whether the answer is taken as finished."""
+    pairs = read_jsonl(trained[1].pairs("test"))[:6]
+    return [pair["prompt"] for pair in pairs], [pair["chosen"] for pair in pairs], [True] * 3 + [False] * 3
+
+
 def test_of_several_gpus_without_a_launcher_one_is_used_and_the_profile_named(trained, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
@@ -77,17 +81,17 @@ def test_of_several_gpus_without_a_launcher_one_is_used_and_the_profile_named(tr
     assert "2 GPUs are visible and one is used" in caplog.text and "--accelerate ddp" in caplog.text
 
 
-@pytest.mark.parametrize("stage", ALIGNED)
+@pytest.mark.parametrize("stage", ["rm", "dpo", "grpo"])
 def test_training_changes_the_adapter_and_not_the_base(trained, build, stage):
     train_module.set_seed(3)
     trainer = build(stage)
-    model = trainer.policy_model if stage == "ppo" else trainer.model
+    model = trainer.model
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     trainer.train()
     after = dict(model.named_parameters())
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     adapters = {name for name in before if "lora_" in name or "modules_to_save" in name}
-    assert changed == {name for name in adapters if ".reward." not in name}  # PPO's, on the same base
+    assert changed == adapters
     frozen = {name: param for name, param in after.items() if name not in adapters and "original_module" not in name}
     for name, tensor in load_file(trained[1].model("sft") / "model.safetensors").items():
         suffix = "." + name.removeprefix("model.")
@@ -98,41 +102,32 @@ def test_training_changes_the_adapter_and_not_the_base(trained, build, stage):
 
 def test_what_a_stage_leaves_behind(trained):
     recipe, run = trained
+    stats = {stage: read_json(run.training_stats(stage)) for stage in ALIGNED}
     for stage in ALIGNED:
         names = {path.name for path in run.adapter(stage).iterdir()}
         assert names == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
                          "chat_template.jinja"}  # fmt: skip
-        stats = read_json(run.training_stats(stage))
-        assert stats["summary"]["steps"] == len({row["step"] for row in stats["history"]})
-        logged = {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "peak_memory_bytes"}
-        assert logged <= stats["history"][-1].keys()
+        history = stats[stage]["history"]
+        assert stats[stage]["summary"]["steps"] == len({row["step"] for row in history})
+        assert history[-1].keys() >= {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "peak_memory_bytes"}
         assert run.training_curves(stage).stat().st_size > 5000
         assert run.is_done(recipe, stage)
-    reward = read_json(run.training_stats("rm"))["history"]
+    reward = stats["rm"]["history"]
     assert {"reward_accuracy", "reward_margin"} <= reward[0].keys()
     assert any({"validation_loss", "validation_reward_accuracy"} <= row.keys() for row in reward)
-    assert any(key.endswith("score.weight") for key in load_file(run.adapter("rm") / "adapter_model.safetensors"))
+    # A fresh adapter starts at the reference.
+    assert stats["dpo"]["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    for stage, unit in [("grpo", "token"), ("ppo", "answer")][: len(ALIGNED) - 2]:
+        assert abs(stats[stage]["history"][0]["kl"]) < 1e-4
+        assert f"nats per {unit}" in stats[stage]["definitions"]["kl"]
 
 
-def test_fresh_adapters_start_at_the_reference(trained):
-    stats = {stage: read_json(trained[1].training_stats(stage)) for stage in ("dpo", "grpo", "ppo")}
-    first = {stage: stats[stage]["history"][0] for stage in stats}
-    assert first["dpo"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert first["grpo"]["kl"] == 0.0
-    assert abs(first["ppo"]["kl"]) < 1e-4
-    assert "nats per answer" in stats["ppo"]["definitions"]["kl"]
-    assert "nats per token" in stats["grpo"]["definitions"]["kl"]
-
-
-def test_reward_is_the_same_on_every_path(trained, build):
+def test_reward_is_the_same_on_every_path(trained, build, texts):
     """Reward training, scoring, GRPO's reward function and PPO's `get_reward` see the same tokens and give the same
     score."""
-    tokenizer = recorded_tokenizer(*trained)
-    pairs = read_jsonl(trained[1].pairs("test"))[:6]
-    prompts, answers = [pair["prompt"] for pair in pairs], [pair["chosen"] for pair in pairs]
-    finished = [True, True, True, False, False, False]
+    tokenizer, (prompts, answers, finished) = recorded_tokenizer(*trained), texts
     model = load_reward_model(*trained, "rm")
-    one, many = (model.score(prompts, answers, finished, size) for size in (1, 16))
+    one, many = (model.score(*texts, size) for size in (1, 16))
     assert torch.allclose(one, many, atol=1e-4)
     assert build("rm").eval_dataset[0]["chosen_ids"] == list(chain(*encode(tokenizer, prompts[0], answers[0])))
     ids = [encode(tokenizer, *pair)[1] for pair in zip(prompts, answers, finished, strict=True)]
@@ -151,31 +146,24 @@ def test_reward_is_the_same_on_every_path(trained, build):
     assert not torch.allclose(model.score(prompts, answers, [False] * 6), model.score(prompts, answers, [True] * 6))
 
 
-def test_a_reward_model_scores_the_same_once_loaded_again(copy, monkeypatch):
-    run, built = copy.run, []
+def test_a_saved_reward_model_scores_as_it_did_when_it_was_trained(copy, texts, monkeypatch):
+    built, (prompts, answers, _) = [], texts
     monkeypatch.setattr(train_module, "build_trainer", lambda *args: built.append(build_trainer(*args)) or built[-1])
-    copy.train("rm")
-    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
-    pairs = read_jsonl(run.pairs("test"))[:4]
-    model = built[0].model.eval()
-    expected = []
-    for pair in pairs:
-        ids = torch.tensor([list(chain(*encode(tokenizer, pair["prompt"], pair["chosen"])))])
+    copy.train("rm", "max_steps=1", "eval_strategy=no")
+    recipe = small_recipe(copy.folder)
+    tokenizer, loaded = recorded_tokenizer(recipe, copy.run), load_reward_model(recipe, copy.run, "rm")
+    for prompt, answer in zip(prompts[:3], answers, strict=False):
+        ids = torch.tensor([list(chain(*encode(tokenizer, prompt, answer)))])
         with torch.no_grad():
-            expected.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item())
-    loaded = load_reward_model(small_recipe(copy.folder), run, "rm")
-    scores = loaded.score([pair["prompt"] for pair in pairs], [pair["chosen"] for pair in pairs], [True] * 4)
-    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_reward_adapter_without_its_head_is_refused(copy):
+            expected = built[0].model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
+        assert loaded.score([prompt], [answer], [True]).item() == pytest.approx(expected, abs=1e-5)
     file = copy.run.adapter("rm") / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "score" not in key}, file)
     with pytest.raises(UserError, match="no reward head"):
-        load_reward_model(small_recipe(copy.folder), copy.run, "rm")
+        load_reward_model(recipe, copy.run, "rm")
 
 
-def test_the_reward_head_of_a_bfloat16_base_is_trained_in_float32(copy):
+def test_the_reward_head_of_a_bfloat16_base_is_trained_in_float32(copy, texts):
     run = copy.run
     overrides = ("model.dtype=bfloat16", "stages.rm.args.bf16=true", "stages.rm.args.max_steps=2")
     recipe = small_recipe(copy.folder, overrides)
@@ -185,20 +173,8 @@ def test_the_reward_head_of_a_bfloat16_base_is_trained_in_float32(copy):
     (head,) = [t for key, t in load_file(run.adapter("rm") / "adapter_model.safetensors").items() if "score" in key]
     assert head.dtype == torch.float32
     assert not torch.equal(head, head.bfloat16().float())
-    pairs = read_jsonl(run.pairs("test"))[:8]
-    prompts, answers = [pair["prompt"] for pair in pairs], [pair["chosen"] for pair in pairs]
-    model = load_reward_model(recipe, run, "rm")
-    one, many = (model.score(prompts, answers, [True] * 8, size) for size in (1, 8))
-    assert torch.allclose(one, many, atol=2e-2)  # the backbone is bfloat16
-    assert not torch.equal(one, one.bfloat16().float())
-
-
-@pytest.mark.parametrize("stage", ["dpo", "grpo", "ppo"])
-def test_the_same_seed_gives_the_same_adapter(copy, stage):
-    first = copy.sha(stage)
-    copy.train(stage)
-    assert copy.sha(stage) == first
-    assert list((copy.run.root / "replaced").glob(f"{stage}-*"))  # the finished stage is kept
+    scores = load_reward_model(recipe, run, "rm").score(*texts)
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 # at the reference: 1 - 0, and (0 - 1 / (2 beta))^2
@@ -220,7 +196,7 @@ def test_whole_model_and_four_bit_take_the_same_keys(copy):
 
 def test_a_stage_on_a_lora_sft_starts_from_the_merged_model(tmp_path, trained):
     text = RECIPE.replace("    model: {use_peft: false}\n", "")
-    recipe = small_recipe(tmp_path, ("stages.sft.args.max_steps=2", "stages.dpo.args.max_steps=1"), text)
+    recipe = small_recipe(tmp_path, ("stages.sft.args.max_steps=1", "stages.dpo.args.max_steps=1"), text)
     run = RunDir(tmp_path / "run")
     shutil.copytree(trained[1].data, run.data)
     shutil.copytree(trained[1].base, run.base)
@@ -242,26 +218,16 @@ def test_a_diverging_run_stops_and_saves_nothing(copy, stage):
     assert not copy.run.done(stage).exists()
 
 
-@pytest.mark.parametrize("stage", ["grpo", "ppo"])
-def test_too_few_prompts_are_refused_with_both_numbers(copy, stage):
+def test_too_few_prompts_are_refused_with_both_numbers(copy):
     path = copy.run.prompts("train")
     path.write_text(path.read_text().splitlines()[0] + "\n")
     copy.run.mark_done(small_recipe(copy.folder), "prepare", 0.0)
-    with pytest.raises(UserError, match=r"^data: 1 training prompts"):
-        copy.train(stage)
-
-
-def test_a_stage_needs_its_inputs(copy):
+    for stage in ("grpo", "ppo"):
+        with pytest.raises(UserError, match=r"^data: 1 training prompts"):
+            copy.train(stage)
     shutil.rmtree(copy.run.step("rm"))
     with pytest.raises(UserError, match="run `rlhf-trl train RECIPE rm` first"):
-        train(small_recipe(copy.folder), copy.run, "grpo")
-
-
-def test_the_statistics_are_there_from_the_first_moment_on(tmp_path):
-    state = SimpleNamespace(global_step=0, max_steps=7, is_world_process_zero=True)
-    History(tmp_path / "stats.json", "dpo", "dpo").on_train_begin(None, state, None)
-    stats = read_json(tmp_path / "stats.json")
-    assert (stats["max_steps"], stats["history"]) == (7, [])
+        copy.train("grpo")
 
 
 def test_the_history_is_written_when_a_checkpoint_is_due_and_otherwise_seldom(tmp_path, monkeypatch):
@@ -275,6 +241,7 @@ def test_the_history_is_written_when_a_checkpoint_is_due_and_otherwise_seldom(tm
     monkeypatch.setattr("rlhf_trl.train.callbacks.write_json", write)
     state = SimpleNamespace(global_step=0, max_steps=100, epoch=0.0, is_world_process_zero=True)
     history.on_train_begin(None, state, None)
+    assert writes == [0]  # `status` sees at once that training has begun
     for step in range(1, 101):  # a step a second, half a second for a write: one in ten steps may write
         state.global_step, clock[0] = step, clock[0] + 1
         control = SimpleNamespace(should_save=step in (50, 51))
@@ -286,10 +253,10 @@ def test_the_history_is_written_when_a_checkpoint_is_due_and_otherwise_seldom(tm
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
-def test_batches_hold_rows_of_similar_length(copy, stage):
+def test_batches_hold_rows_of_similar_length(trained, tmp_path, stage):
     """`group_by_length` finds the lengths of the views, through the library's removal of columns."""
-    recipe = small_recipe(copy.folder, [f"stages.{stage}.args.train_sampling_strategy=group_by_length"])
-    trainer = build_trainer(recipe, copy.run, stage, build_stage_config(recipe, copy.run, stage))
+    recipe = small_recipe(tmp_path, [f"stages.{stage}.args.train_sampling_strategy=group_by_length"])
+    trainer = build_trainer(recipe, trained[1], stage, build_stage_config(recipe, RunDir(tmp_path), stage))
     lengths = trainer.train_dataset["length"]
 
     def slots(order):
@@ -305,64 +272,51 @@ def test_batches_hold_rows_of_similar_length(copy, stage):
 # --- interruption
 
 
-def saving(stage, steps=6):
-    """Options for some steps with a checkpoint after each."""
-    length = f"total_episodes={16 * steps}" if stage == "ppo" else f"max_steps={steps}"
-    return "save_strategy=steps", "save_steps=1", length
-
-
-def start(copy, stage):
-    """Start a process that trains a stage, and return it with the recipe."""
-    overrides = [f"stages.{stage}.args.{item}" for item in saving(stage)]
-    recipe = small_recipe(copy.folder, overrides)
-    command = [sys.executable, "-m", "rlhf_trl", "train", str(copy.folder / "small.yaml"), stage, "--runs",
-               str(copy.run.root.parent), *(part for item in overrides for part in ("--set", item))]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env), recipe
+def saving(stage):
+    """Options for six steps with a checkpoint after each."""
+    return "save_strategy=steps", "save_steps=1", "total_episodes=96" if stage == "ppo" else "max_steps=6"
 
 
 @pytest.mark.parametrize(
-    ("stage", "number"), [("dpo", signal.SIGTERM), ("grpo", signal.SIGKILL), ("ppo", signal.SIGTERM)]
+    ("stage", "number"), [("dpo", signal.SIGKILL), ("grpo", signal.SIGKILL), ("ppo", signal.SIGTERM)]
 )
 def test_an_interrupted_run_goes_on_to_the_same_weights(copy, stage, number, caplog):
-    run = copy.run
-    copy.train(stage, *saving(stage))
+    """A process is ended in the middle; this one trains once without an end, and then takes up what that one left."""
+    run, options = copy.run, saving(stage)
+    overrides = [f"stages.{stage}.args.{option}" for option in options]
+    recipe = small_recipe(copy.folder, overrides)
+    copy.train(stage, *options)
     expected = copy.sha(stage)
+    shutil.rmtree(run.adapter(stage))  # as if killed after its last checkpoint
+    run.done(stage).unlink()
+    copy.train(stage, *options)
+    assert copy.sha(stage) == expected
     shutil.rmtree(run.step(stage))
 
-    process, recipe = start(copy, stage)
-    deadline = time.monotonic() + 600  # a busy machine takes minutes
-    while not (run.checkpoints(stage) / "checkpoint-2").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    state = next(state for state in step_states(recipe, run) if state.step == stage)
-    assert state.state == "running" and f"process {process.pid} " in state.holder
-    assert state.progress.max_steps == 6 and state.progress.step >= 1 and "loss" in state.progress.values
-    process.send_signal(number)
-    process.communicate()
+    command = [sys.executable, "-m", "rlhf_trl", "train", str(copy.folder / "small.yaml"), stage, "--runs",
+               str(run.root.parent), *(part for item in overrides for part in ("--set", item))]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, cwd=ROOT, env=env) as process:
+        deadline = time.monotonic() + 600  # a busy machine takes minutes
+        while not (run.checkpoints(stage) / "checkpoint-2").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        state = next(state for state in step_states(recipe, run) if state.step == stage)
+        assert state.state == "running" and f"process {process.pid} " in state.holder
+        assert state.progress.max_steps == 6 and state.progress.step >= 1 and "loss" in state.progress.values
+        process.send_signal(number)
     state = next(state for state in step_states(recipe, run) if state.step == stage)
     assert state.state == "stopped" and state.checkpoint >= 2 and state.seconds_left > 0
     assert (state.holder is None) == (number == signal.SIGTERM)
     assert process.returncode == (128 + number if number == signal.SIGTERM else -number)
     assert not run.adapter(stage).exists()
 
-    reset_accelerate()
     with caplog.at_level("INFO", "rlhf_trl"):
-        copy.train(stage, *saving(stage))
-    assert "resuming from" in caplog.text
+        copy.train(stage, *options)
+    assert f"resuming from {run.checkpoints(stage)}" in caplog.text
     assert copy.sha(stage) == expected
     steps = [row["step"] for row in read_json(run.training_stats(stage))["history"]]
     assert steps == sorted(set(steps)) and steps[-1] == 6
-
-
-@pytest.mark.parametrize("stage", ["dpo", "ppo"])
-def test_a_run_killed_after_its_last_checkpoint_finishes(copy, stage):
-    copy.train(stage, *saving(stage, 2))
-    expected = copy.sha(stage)
-    shutil.rmtree(copy.run.adapter(stage))
-    copy.run.done(stage).unlink()
-    copy.train(stage, *saving(stage, 2))
-    assert copy.sha(stage) == expected
 
 
 def test_a_checkpoint_that_cannot_be_finished_does_not_appear(copy, monkeypatch):
@@ -375,10 +329,8 @@ def test_a_checkpoint_that_cannot_be_finished_does_not_appear(copy, monkeypatch)
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        copy.train("dpo", *saving("dpo", 2))
-    checkpoints = copy.run.checkpoints("dpo")
-    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert newest_checkpoint(checkpoints).name == "checkpoint-1"
+        copy.train("dpo", *saving("dpo"))
+    assert [path.name for path in copy.run.checkpoints("dpo").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_a_changed_setting_does_not_resume_the_old_checkpoints(copy):
@@ -409,7 +361,7 @@ def test_rewards_that_are_all_the_same_are_said_by_grpo_and_ppo(copy):
         assert what in {entry["what"] for entry in health}
 
 
-def test_a_reward_model_at_chance_is_said_when_its_stage_ends(copy, trained, caplog):
+def test_a_reward_model_at_chance_is_said_when_its_stage_ends(copy, trained):
     found = {entry["what"]: entry for entry in read_json(trained[1].training_stats("rm"))["health"]}
     assert found.keys() <= {"over_chance", "over_length"}
     overrides = ["stages.rm.health={over_chance: {below: 1.0, then: stop}}", "stages.rm.args.max_steps=1"]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +16,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from trl.experimental.ppo import ppo_trainer as trl_loop
-
-# Free memory in the C library's heap that is worth the time of giving it back.
-UNUSED_BYTES = 2**29
 
 
 class Entropy(torch.autograd.Function):
@@ -116,27 +112,11 @@ def generate_in_chunks(
     return together, pad_sequence(log_probs, batch_first=True)
 
 
-class _Mallinfo(ctypes.Structure):
-    """`struct mallinfo2` of glibc 2.33: ten counts, of which `fordblks` are the bytes free and not given back."""
-
-    _fields_ = [("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
-
-
-@functools.cache
-def _c_library() -> Any:
-    if sys.platform == "linux" and not torch.accelerator.is_available():
-        with contextlib.suppress(OSError, AttributeError):  # another C library, or an older one
-            library = ctypes.CDLL("libc.so.6")
-            library.mallinfo2.restype = _Mallinfo
-            return library
-    return None
-
-
 def trim_heap() -> None:
     """On the CPU, give the memory that a backward pass has freed back to the system.
 
     The heap is left in pieces that the next micro-batch does not fit into: on SmolLM2-135M, 4.5 GB for 2.4 GB in use.
     """
-    library = _c_library()
-    if library is not None and library.mallinfo2().fordblks > UNUSED_BYTES:
-        library.malloc_trim(0)
+    if sys.platform == "linux" and not torch.accelerator.is_available():
+        with contextlib.suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.models.base import RewardHead, load_causal
-from rlhf_trl.models.policies import load_adapter
+from rlhf_trl.models.base import RewardHead, load_adapter, load_causal
 from rlhf_trl.models.rewards import RewardModel, SharedClassifier, score_completions
 from rlhf_trl.models.tokenizer import Messages, encode
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.train.ppo.memory import estimate_ppo
-
-logger = logging.getLogger(__name__)
 
 # Names of the adapters on the base. PEFT saves the one called `default` at the top of a folder.
 POLICY, VALUE, REWARD = "default", "value", "reward"
@@ -207,15 +202,6 @@ def build_ppo_models(
             value.score.bias.fill_(-mean / std)
     rows = [*read_jsonl(run.prompts("train")), *read_jsonl(run.prompts("test"))]
     prompts = {tuple(encode(tokenizer, row["prompt"])[0]): row["prompt"] for row in rows}
-    if PartialState().is_main_process:
-        params = list(policy.parameters())
-        weights = sum(param.numel() * param.element_size() for param in params)
-        trained = sum(param.numel() for param in params if param.requires_grad)
-        itemsize = 2 if config.bf16 else policy.dtype.itemsize
-        longest = max(map(len, prompts))
-        bytes_ = estimate_ppo(policy.config.get_text_config(), config, longest, weights, trained, itemsize)
-        parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in bytes_.items())
-        logger.info("memory of a process in GB: about %s; rollout and update follow each other", parts)
     text_reward = TextReward(reward, policy, tokenizer, prompts, mean, std)
     return {"model": policy, "ref_model": None, "value_model": value, "reward_model": text_reward}
 
