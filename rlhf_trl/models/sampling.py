@@ -35,13 +35,15 @@ SHORTEST = 0.8
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer; `finished` where it ended by itself, before the length limit."""
+    """One sampled answer; `finished` where it ended by itself, before the length limit.
+
+    `hidden`: what the output head read before each token, (T, H); only where asked for, and where it gives the logits.
+    """
 
     ids: list[int]
     text: str
     finished: bool
     hidden: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
-    """What the output head read before each token, (T, H); only where asked for, and where it gives the logits."""
 
 
 def spread(

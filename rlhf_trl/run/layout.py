@@ -108,7 +108,6 @@ class RunDir:
     error_plots = _Each("{}/evaluation/error_analysis_plots.png", "the same as figures")
     error_examples = _Each("{}/evaluation/error_examples.jsonl", "the pairs that it shows in full")
     scores = _Each("{}/evaluation/scores.jsonl", "every analysed pair with its scores, lengths and margin")
-    errors_folder = _One("errors", "the error analyses of all reward models together")
     reward_comparison = _One("errors/comparison.json", "the reward models side by side")
     samples = _One("samples", "prompts with the answers of each model, JSONL and Markdown")
     known_hashes = _One(".hashes.json", "hashes of files, so that none is read twice to check it; may be deleted")

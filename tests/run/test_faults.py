@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,15 +14,14 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from rlhf_trl.recipe.errors import EXITS, Exit
-from rlhf_trl.run.faults import explain
+from rlhf_trl.run.faults import FAULTS, explain
 from rlhf_trl.run.launch import run_command
 
 # What happens, what is said of it, and the exit status.
-FAULTS = [
+TABLE = [
     (OSError(errno.ENOSPC, "No space left on device", "a"), "no space is left", Exit.RESOURCES),
     (PermissionError(errno.EACCES, "Permission denied", "a"), "may not read or write it", Exit.RESOURCES),
     (OSError(errno.EROFS, "Read-only file system", "a"), "may not read or write it", Exit.RESOURCES),
@@ -36,7 +36,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "says", "status"), FAULTS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("error", "says", "status"), TABLE, ids=lambda value: str(value)[:30])
 def test_a_fault_of_the_machine_is_what_happened_where_and_what_to_do(error, says, status):
     told = explain(error, "runs/x")
     (problem,) = told.problems
@@ -49,25 +49,21 @@ def test_what_is_no_fault_of_the_machine_keeps_its_traceback():
         assert explain(error, "runs/x") is None
 
 
-def test_a_full_disk_is_understood_as_safetensors_and_torch_tell_it(tmp_path):
+def test_a_full_disk_and_damaged_weights_are_understood_as_safetensors_and_torch_tell_them(tmp_path):
     """A limit on the size of a file is what a test can set; a full disk takes the same ways through the libraries."""
-    code = (
-        "import resource, sys, torch; from safetensors.torch import save_file; from rlhf_trl.run.faults import *\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "for write in (lambda x: save_file({'x': x}, sys.argv[1]), lambda x: torch.save(x, sys.argv[1])):\n"
-        "    try: write(torch.zeros(10**5))\n"
-        "    except FAULTS as error: print(explain(error, 'here').exit.value)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split() == ["4", "4"], done.stderr
-
-
-def test_damaged_weights_are_understood(tmp_path):
-    save_file({"x": torch.zeros(100)}, tmp_path / "x")
-    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:50])
-    with pytest.raises(SafetensorError) as caught:
-        load_file(tmp_path / "x")
-    assert explain(caught.value, "runs/x").exit == Exit.DAMAGED
+    path, limits = tmp_path / "x", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        for write in (lambda x: save_file({"x": x}, path), lambda x: torch.save(x, path)):
+            with pytest.raises(FAULTS) as caught:
+                write(torch.zeros(10**5))
+            assert explain(caught.value, "here").exit == Exit.RESOURCES
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    path.write_bytes(save({"x": torch.zeros(100)})[:50])
+    with pytest.raises(FAULTS) as caught:
+        load_file(path)
+    assert explain(caught.value, "here").exit == Exit.DAMAGED
 
 
 def test_the_terminal_gets_the_sentence_and_the_log_the_traceback(tmp_path):

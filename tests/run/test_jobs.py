@@ -1,19 +1,14 @@
-"""Stages side by side: who starts when and where, what a failure and a signal mean, and the same weights."""
+"""Stages side by side: who starts when and where, and what a failure and a signal mean."""
 
-import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import reset_accelerate, small_recipe
 
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.files import read_json
 from rlhf_trl.run.launch import (
-    Launcher,
     launch_command,
     plan_slots,
     require_one_machine,
@@ -22,7 +17,6 @@ from rlhf_trl.run.launch import (
     train_stages,
     visible_gpus,
 )
-from rlhf_trl.run.layout import RunDir
 
 LISTING = (
     "GPU 0: NVIDIA H100 (UUID: GPU-aaaa)\n  MIG 1g.10gb  Device  0: (UUID: MIG-bbbb)\nGPU 1: NVIDIA H100 (UUID: c)"
@@ -177,49 +171,3 @@ def test_the_whole_output_of_every_attempt_is_in_the_log(tmp_path):
     lines = log.read_text().splitlines()
     assert [line for line in lines if not line.startswith("=== 20")] == ["one", "error", "raw", "two", "error", "raw"]
     assert len(lines) == 8 and sys.executable in lines[4]
-
-
-RECIPE = """\
-name: small
-model: {model_name_or_path: builtin:tiny, use_peft: true, lora_r: 4, lora_target_modules: all-linear}
-data: {source: builtin:demo, max_rows: 60, max_length: 128, test_fraction: 0.2}
-stages:
-  one:
-    trainer: sft
-    args: {bf16: false, gradient_checkpointing: false, save_strategy: "no", logging_steps: 1, max_steps: 2,
-           per_device_train_batch_size: 4, learning_rate: 1e-3}
-    sweep: {seed: [1, 2]}
-"""
-
-
-def test_two_stages_train_at_the_same_time_to_the_weights_that_one_after_the_other_gives(tmp_path, monkeypatch):
-    import torch
-
-    from rlhf_trl.data.preprocess import prepare
-    from rlhf_trl.train.step import train
-
-    recipe = small_recipe(tmp_path, (), RECIPE)
-    run = RunDir(tmp_path / "runs" / "small")
-    run.replace("prepare")
-    prepare(recipe, run)
-    run.mark_done(recipe, "prepare", 0.0)
-    threads = torch.get_num_threads()
-    run.write_provenance(recipe)
-    slots = [{"OMP_NUM_THREADS": str(threads)}] * 2
-    story = Story()
-    start = Launcher(None, None, 2).start_in(recipe, run)
-    assert train_stages([*recipe.stages], recipe.links, slots, start, story) == 0, [
-        run.log(stage).read_text() for stage in recipe.stages
-    ]
-    assert story.told[:2] == ["+one-seed=1", "+one-seed=2"]
-    assert read_json(run.training_stats("one-seed=1"))["summary"]["cpu_threads"] == threads
-    together = {stage: digest(run, stage) for stage in recipe.stages}
-    assert len(set(together.values())) == 2
-    shutil.rmtree(run.step("one-seed=2"))
-    train(recipe, run, "one-seed=2")
-    reset_accelerate()
-    assert digest(run, "one-seed=2") == together["one-seed=2"]
-
-
-def digest(run: RunDir, stage: str) -> str:
-    return hashlib.sha256((run.adapter(stage) / "adapter_model.safetensors").read_bytes()).hexdigest()

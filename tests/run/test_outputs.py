@@ -181,3 +181,7 @@ def test_a_damaged_result_is_made_again_from_the_checkpoints(run, recipe):
     assert len([*(run.root / "replaced").glob("dpo-*/checkpoints/checkpoint-9")]) == 1
     shutil.rmtree(run.step("dpo"))
     run.begin(recipe, "dpo")
+    stale = checkpoint(run.checkpoints("dpo") / "checkpoint-9")
+    write_json(run.training_stats("dpo"), {"max_steps": 9, "history": []})
+    run.begin(recipe.model_copy(update={"seed": 7}), "dpo")  # of other settings
+    assert not stale.exists()

@@ -18,7 +18,7 @@ from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.run.states import Progress, StepState, read_progress, step_states
+from rlhf_trl.run.states import StepState, step_states
 
 STEPS = ["explore", "prepare", "sft", "rm", "dpo", "evaluate", "judge", "compare", "errors", "samples", "report"]
 STAGES = {
@@ -157,14 +157,6 @@ def test_a_judge_that_was_stopped_says_why(run, recipe):
     assert state_of(build(seed=7), run, "judge").note is None
     finish(run, recipe, "judge")
     assert state_of(recipe, run, "judge").note is None
-
-
-def test_progress_is_the_pace_so_far(run, recipe):
-    begin(run, recipe, 8)
-    progress = read_progress(run.training_stats("dpo"))
-    assert (progress.seconds_per_step, progress.seconds_from(8), progress.seconds_from(41)) == (0.5, 16.0, 0.0)
-    assert Progress(0, 40, 0.0, {}, 0.0).seconds_from(0) is None
-    assert read_progress(run.training_stats("rm")) is None
 
 
 # --- the recorded recipe ---------------------------------------------------------------------------------------------

@@ -10,12 +10,15 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 from accelerate import skip_first_batches
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from trl.experimental.ppo import ppo_trainer as trl_loop
+
+LARGE = 2**31  # bytes of resident memory from which it is worth the time to give some back
 
 
 class Entropy(torch.autograd.Function):
@@ -117,6 +120,7 @@ def trim_heap() -> None:
 
     The heap is left in pieces that the next micro-batch does not fit into: on SmolLM2-135M, 4.5 GB for 2.4 GB in use.
     """
-    if sys.platform == "linux" and not torch.accelerator.is_available():
+    on_cpu = sys.platform == "linux" and not torch.accelerator.is_available()
+    if on_cpu and psutil.Process().memory_info().rss > LARGE:
         with contextlib.suppress(AttributeError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)

@@ -53,10 +53,10 @@ class SharedPolicy(PeftModelForCausalLM):
     """A language model whose LoRA adapters are the roles of PPO.
 
     One adapter is on at a time; the trained ones stay trainable, which PEFT's own `set_adapter` and `disable_adapter`
-    would end. `context_length` is the length of the prompts of the current rollout, padding included.
+    would end.
     """
 
-    context_length = 0
+    context_length = 0  # of the prompts of the current rollout, padding included
 
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[Any]:
@@ -155,20 +155,11 @@ class TextReward(nn.Module):
 
 
 def build_ppo_models(
-    path: str,
-    model_config: ModelConfig,
-    tokenizer: Any,
-    config: Any,
-    reward: RewardModel | Path,
-    run: RunDir,
-    stage: str,
+    path: str, block: ModelConfig, tokenizer: Any, config: Any, reward: RewardModel | Path, run: RunDir, stage: str
 ) -> dict[str, Any]:
-    """Build the policy, value and reward models of a PPO stage.
+    """Build the policy, value and reward models of a PPO stage, on the base in the folder `path`.
 
-    Args:
-        path: the folder of the base; `model_config` says how it is loaded.
-        config: the stage's `PPOConfig`.
-        reward: a reward model, or the folder of one that is an adapter on the same base.
+    `reward` is a reward model, or the folder of one that is an adapter on the same base.
 
     Raises:
         UserError: the parameters are sharded, or the value model is to start from a reward model on another base.
@@ -176,8 +167,8 @@ def build_ppo_models(
     if is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         problem = "PPO cannot generate from parameters that are sharded (FSDP, ZeRO-3)"
         raise UserError("--accelerate", problem, "use ddp or zero2")
-    base = load_causal(path, model_config, tokenizer)
-    lora: Any = get_peft_config(model_config)
+    base = load_causal(path, block, tokenizer)
+    lora: Any = get_peft_config(block)
     policy = SharedPolicy(base, lora, adapter_name=POLICY)
     value_head = None
     if config.value_init == "reward":
@@ -186,10 +177,15 @@ def build_ppo_models(
             raise UserError(f"stages.{stage}.args.value_init", "the reward model lies on another base", remedy)
         value_head = load_adapter(policy, VALUE, reward, widen=True)
     else:
-        policy.add_adapter(VALUE, _value_config(lora, base))
+        config_of_value = copy.deepcopy(lora)  # without the output head, which the value model does not pass through
+        config_of_value.modules_to_save = None
+        if lora.target_modules != "all-linear":
+            head = base.get_output_embeddings()
+            config_of_value.exclude_modules = [name for name, module in base.named_modules() if module is head]
+        policy.add_adapter(VALUE, config_of_value)
     if isinstance(reward, Path):
-        head: Any = load_adapter(policy, REWARD, reward, widen=True)
-        reward = RewardModel(SharedClassifier(policy.use, REWARD, head), tokenizer)
+        reward_head: Any = load_adapter(policy, REWARD, reward, widen=True)
+        reward = RewardModel(SharedClassifier(policy.use, REWARD, reward_head), tokenizer)
     policy.keep_trainable()
     policy.to(PartialState().device)
     if config.gradient_checkpointing:
@@ -204,16 +200,6 @@ def build_ppo_models(
     prompts = {tuple(encode(tokenizer, row["prompt"])[0]): row["prompt"] for row in rows}
     text_reward = TextReward(reward, policy, tokenizer, prompts, mean, std)
     return {"model": policy, "ref_model": None, "value_model": value, "reward_model": text_reward}
-
-
-def _value_config(lora: Any, base: Any) -> Any:
-    """The policy's LoRA without the output head, which the value model does not pass through."""
-    config = copy.deepcopy(lora)
-    config.modules_to_save = None
-    if config.target_modules != "all-linear":
-        head = base.get_output_embeddings()
-        config.exclude_modules = [name for name, module in base.named_modules() if module is head]
-    return config
 
 
 def _measure_scale(reward: RewardModel, run: RunDir, stage: str) -> tuple[float, float]:
