@@ -9,7 +9,7 @@ NEWEST := test_library or mistake_is or libraries_say or shipped or left_out or 
 demo: .venv/.installed
 	$(BIN)/rlhf-trl run recipes/demo.yaml $(ARGS)
 
-# The test processes share the cores: two threads each would make both slower. test_demo, the longest, begins first.
+# The test processes share the cores: two threads each would make both slower. conftest.py has the longest files first.
 test: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -1,9 +1,11 @@
 """Fixtures: the shared data, and one small run whose five stages are trained once for a whole test session."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.update(
@@ -20,6 +22,7 @@ from rlhf_trl.run.layout import RunDir
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with Ctrl-C ignored
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+LONGEST = ("test_demo.py", "test_evaluate.py", "test_launch.py", "test_ppo.py", "test_train.py")
 NO_PPO = [] if "ppo" in CLASSES else ["stages.ppo=null"]  # with a TRL that has none
 
 
@@ -134,8 +137,8 @@ def reset_accelerate() -> None:
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file begins first, so that no process waits for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_demo.py")
+    """The longest files begin first, so that no process waits for one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)
@@ -165,14 +168,29 @@ def call(monkeypatch, capsys, tmp_path):
     return run
 
 
+def once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one test process makes, and all of them read."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "made").open("a+") as made:
+        fcntl.flock(made, fcntl.LOCK_EX)
+        made.seek(0)
+        if not made.read():
+            make(folder)
+            made.write("whole")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> tuple[Recipe, RunDir]:
     """The small recipe with every stage trained. Read only: a test that writes takes a copy."""
-    folder = tmp_path_factory.mktemp("trained")
-    recipe = small_recipe(folder)
-    run = RunDir(folder / "runs" / recipe.name)
-    train_all(recipe, run)
-    return recipe, run
+
+    def make(folder: Path) -> None:
+        train_all(small_recipe(folder), RunDir(folder / "runs" / "small"))
+
+    folder = once(tmp_path_factory, "trained", make)
+    return small_recipe(folder), RunDir(folder / "runs" / "small")
 
 
 @pytest.fixture(scope="session")
@@ -180,9 +198,11 @@ def gpt2_run(tmp_path_factory) -> tuple[Path, Recipe, RunDir]:
     """A base, and a run on it whose policy and reward model start from an SFT adapter. Read only."""
     from adapter_fixtures import write_base, write_run
 
-    folder = tmp_path_factory.mktemp("gpt2")
-    base = write_base(folder / "base", "gpt2")
-    return base, *write_run(folder, base, parent=True)
+    def make(folder: Path) -> None:
+        write_run(folder, write_base(folder / "base", "gpt2"), parent=True)
+
+    folder = once(tmp_path_factory, "gpt2", make)
+    return folder / "base", load_recipe(folder / "small.yaml"), RunDir(folder / "runs" / "run")
 
 
 @pytest.fixture(scope="session")
@@ -202,6 +222,5 @@ def _export(run: RunDir, stage: str, tmp_path_factory) -> Path:
 
     from rlhf_trl.adapters.export import export
 
-    folder = tmp_path_factory.mktemp("exports") / stage
-    export(run, stage, folder, ID, COMMIT)
-    return folder
+    folder = once(tmp_path_factory, f"export-{stage}", lambda folder: export(run, stage, folder / stage, ID, COMMIT))
+    return folder / stage

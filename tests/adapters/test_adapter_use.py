@@ -44,9 +44,10 @@ def printed(call):
 
 
 def test_importing_the_package_loads_no_torch():
-    code = "import sys, rlhf_trl as r; print('torch' in sys.modules, callable(r.load_policy), hasattr(r, 'x'))"
+    code = "import sys, rlhf_trl as r; print('torch' in sys.modules, hasattr(r, 'x'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True", "False"]
+    assert done.stdout.split() == ["False", "False"]
+    assert callable(rlhf_trl.load_policy)
 
 
 def test_what_cannot_be_loaded_is_named(gpt2_run, policy_export, tmp_path, monkeypatch):
