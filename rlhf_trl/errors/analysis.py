@@ -9,26 +9,27 @@ Works on values in memory. The order of the rows does not matter: they are sorte
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ruamel.yaml import YAML
-from scipy.special import expit
+from scipy import stats
 
-from rlhf_trl.errors import calibration
-from rlhf_trl.errors.pair_statistics import NEAR, auc, length_bias, relative_gap
+from rlhf_trl.errors.calibration import brier, describe_calibration, nll
+from rlhf_trl.stats.intervals import Estimate
 from rlhf_trl.stats.pairs import average, compare_with_rule, correct, gap, measure_accuracy, share
 from rlhf_trl.text.names import digest, prompt_id
 from rlhf_trl.text.refusals import refuses
 
 SIDES = ("chosen", "rejected")
 UNITS = ("tokens", "characters")
-# Difference of the lengths as a share of the longer answer: where a size of difference begins.
-LENGTH_SIZES = (NEAR, 0.25, 0.5)
+# Difference of the lengths as a share of the longer answer: where a size of difference begins. Below the first, two
+# lengths count as nearly equal.
+LENGTH_SIZES = (0.1, 0.25, 0.5)
 DEEPEST = 5
-BINS = 10
 HISTOGRAM_BINS = 30
 TERMS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))
 
@@ -100,7 +101,6 @@ def analyse(rows: Sequence[Row], seed: int) -> Row:
         "pairs": {"given": len(rows), "analysed": n, "prompts": int(prompts.max()) + 1, "not_finite": len(rows) - n},
         "overall": {
             **measure_accuracy(scores, tokens, prompts),
-            "length_baseline_characters": share(correct(gap(data["characters"])), prompts).as_dict(),
             "length_rule": compare_with_rule(scores, tokens, prompts),
         },
         "breakdowns": {
@@ -109,7 +109,7 @@ def analyse(rows: Sequence[Row], seed: int) -> Row:
         },
         "scores": _describe_scores(data),
         "length": {unit: length_bias(scores, data[unit], prompts) for unit in UNITS},
-        "calibration": _describe_calibration(data, seed),
+        "calibration": describe_calibration(data["margin"], prompts, data["chosen_first"], data["fits"], seed),
         "definitions": TERMS["definitions"],
     }
 
@@ -134,7 +134,7 @@ def _divide(data: Columns) -> dict[str, list[tuple[str, np.ndarray]]]:
 
 def _by_length(lengths: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Divide by the relative difference of the lengths, from "chosen much shorter" to "chosen much longer"."""
-    relative = relative_gap(lengths)
+    relative = _relative_gap(lengths)
     size = np.digitize(np.abs(relative), LENGTH_SIZES) * np.sign(relative).astype(int)
     near, middle, far = (f"{start:.0%}" for start in LENGTH_SIZES)
     sizes = {1: f"by {near} to {middle}", 2: f"by {middle} to {far}", 3: f"by {far} or more"}
@@ -150,7 +150,7 @@ def _by_quantile(values: np.ndarray, parts: int, name: str) -> list[tuple[str, n
     return [(name.format(values[mask].min(), values[mask].max()), mask) for mask in masks]
 
 
-# --- scores and calibration ------------------------------------------------------------------------------------------
+# --- scores and lengths ----------------------------------------------------------------------------------------------
 
 
 def _describe_scores(data: Columns) -> Row:
@@ -172,62 +172,74 @@ def _describe_scores(data: Columns) -> Row:
         **parts,
         "histogram": {"edges": edges.tolist(), **counts},
         "margin_histogram": {"edges": margin_edges.tolist(), "counts": margin_counts.tolist()},
-        "auc": auc(scores, prompts).as_dict(),
-        "nll": average(calibration.nll(margin), prompts).as_dict(),
-        "brier": average(calibration.brier(margin), prompts).as_dict(),
+        "nll": average(nll(margin), prompts).as_dict(),
+        "brier": average(brier(margin), prompts).as_dict(),
     }
 
 
-def _describe_calibration(data: Columns, seed: int) -> Row:
-    """Compare confidence with accuracy, and see what one temperature would mend."""
-    margin, prompts = data["margin"], data["prompt"]
-    confidence, right = calibration.confidence(margin), correct(margin)
-    first_wins = expit(np.where(data["chosen_first"], margin, -margin))
-    frames = {
-        "equal_width": (confidence, right, np.linspace(0.5, 1, BINS + 1)),
-        "equal_mass": (confidence, right, calibration.equal_mass(confidence, BINS)),
-        "random_order": (first_wins, data["chosen_first"].astype(float), np.linspace(0, 1, BINS + 1)),
-    }
-    tables, errors = {}, {}
-    for name, (predicted, outcome, edges) in frames.items():
-        bins = calibration.bin_of(predicted, edges)
-        tables[name] = [
-            {"from": float(edges[number]), "to": float(edges[number + 1]), "n": int(inside.sum()),
-             "predicted": float(predicted[inside].mean()),
-             "observed": share(outcome[inside], prompts[inside]).as_dict()}
-            for number, inside in ((number, bins == number) for number in np.unique(bins))
-        ]  # fmt: skip
-        by_chance = calibration.ece_if_calibrated(predicted, edges, seed).as_dict()
-        errors[name] = {**calibration.calibration_errors(predicted, outcome, edges), "if_calibrated": by_chance}
+def _relative_gap(lengths: np.ndarray) -> np.ndarray:
+    """Give the difference of the lengths as a share of the longer one, -1 to 1. (N, 2) -> (N,)."""
+    return gap(lengths) / np.maximum(lengths.max(axis=1), 1)
+
+
+def difference(first: Estimate, second: Estimate) -> Row:
+    """Subtract two independent shares, with the interval of Newcombe (1998, method 10)."""
+    mean = first.mean - second.mean
+    below = math.hypot(first.mean - first.low, second.high - second.mean)
+    above = math.hypot(first.high - first.mean, second.mean - second.low)
+    return Estimate(mean, mean - below, mean + above, first.n + second.n).as_dict()
+
+
+def correlation(x: np.ndarray, y: np.ndarray, units: int) -> Row:
+    """Correlate by value (Pearson, interval of Fisher's z) and by rank (Spearman, that of Bonett and Wright 2000).
+
+    Returns:
+        `pearson` and `spearman` of x and y, (N,), of which `units` are independent; both None, with the reason, where
+        they are not defined.
+    """
+    if units < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        why = "fewer than 4 prompts" if units < 4 else "one of the two is the same everywhere"
+        return {"pearson": None, "spearman": None, "why_not": why}
+    result = {}
+    for name, found in (("pearson", stats.pearsonr(x, y)), ("spearman", stats.spearmanr(x, y))):
+        mean = float(np.clip(found.statistic, -1, 1))
+        half = 1.96 * math.sqrt((1 + (mean**2 / 2 if name == "spearman" else 0)) / (units - 3))
+        z = math.atanh(min(max(mean, -1 + 1e-12), 1 - 1e-12))
+        result[name] = Estimate(mean, min(math.tanh(z - half), mean), max(math.tanh(z + half), mean), len(x)).as_dict()
+    return result
+
+
+def length_bias(scores: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> Row:
+    """Measure what the lengths of the answers, (N, 2) in one unit, have to do with their scores, (N, 2).
+
+    Returns:
+        `score_and_length` (over all answers) and `margin_and_difference` (within the pairs): correlations; `accuracy`
+        where the chosen answer is longer, shorter, or neither, with the difference of the first two
+        (`longer_minus_shorter`); `near_equal`: accuracy where the lengths differ by less than 10 %;
+        `prefers_longer`: how often the longer answer is preferred by the model and by the humans, with the paired
+        difference. What cannot be computed is None.
+    """
+    units, margin, apart = len(np.unique(prompts)), gap(scores), gap(lengths)
+    right, longer, shorter, differs = correct(margin), apart > 0, apart < 0, apart != 0
+
+    def measure(part: np.ndarray) -> Row:
+        return measure_accuracy(scores[part], lengths[part], prompts[part])
+
+    split = prefers = None
+    if longer.any() and shorter.any():
+        split = difference(*(share(right[part], prompts[part]) for part in (longer, shorter)))
+    if differs.any():
+        humans, names = correct(apart[differs]), prompts[differs]
+        model = np.where(humans == 1, right[differs], 1 - right[differs])
+        prefers = {"model": share(model, names).as_dict(), "humans": share(humans, names).as_dict(),
+                   "difference": average(model - humans, names).as_dict()}  # fmt: skip
     return {
-        "tables": tables,
-        "errors": errors,
-        "confidence": average(confidence, prompts).as_dict(),
-        "gap": average(confidence - right, prompts).as_dict(),
-        "temperature": _fit_temperature(margin[data["fits"]], margin[~data["fits"]], prompts[~data["fits"]], seed),
-    }
-
-
-def _fit_temperature(fits: np.ndarray, margin: np.ndarray, prompts: np.ndarray, seed: int) -> Row:
-    """Fit a temperature on the margins of one half of the prompts, and describe the other half before and after."""
-    try:
-        if not len(margin):
-            raise ValueError("all prompts fell into one half")
-        fitted = calibration.fit_temperature(fits)
-    except ValueError as error:
-        return {"temperature": None, "why_not": str(error)}
-
-    def describe(margin: np.ndarray) -> Row:
-        confidence = calibration.confidence(margin)
-        edges = calibration.equal_mass(confidence, BINS)
-        return {
-            "nll": average(calibration.nll(margin), prompts).as_dict(),
-            "brier": average(calibration.brier(margin), prompts).as_dict(),
-            "ece": calibration.calibration_errors(confidence, correct(margin), edges)["ece"],
-            "ece_if_calibrated": calibration.ece_if_calibrated(confidence, edges, seed).as_dict(),
-        }
-
-    scaled = margin / fitted.mean
-    change = average(calibration.nll(scaled) - calibration.nll(margin), prompts).as_dict()
-    return {"temperature": fitted.as_dict(), "measured_on": len(margin), "nll_change": change,
-            "before": describe(margin), "after": describe(scaled)}  # fmt: skip
+        "score_and_length": correlation(scores.ravel(), lengths.ravel(), units),
+        "margin_and_difference": correlation(margin, apart, units),
+        "accuracy": {
+            "chosen_longer": measure(longer), "chosen_shorter": measure(shorter), "equal": measure(~differs),
+        },
+        "longer_minus_shorter": split,
+        "near_equal": measure(np.abs(_relative_gap(lengths)) < LENGTH_SIZES[0]),
+        "prefers_longer": prefers,
+    }  # fmt: skip

@@ -9,13 +9,17 @@ preferred answer is the chosen one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit
 
 from rlhf_trl.stats.intervals import Estimate
+from rlhf_trl.stats.pairs import average, correct, share
 
 SIMULATIONS = 1000
+BINS = 10
 
 
 def confidence(margins: np.ndarray) -> np.ndarray:
@@ -104,3 +108,64 @@ def fit_temperature(margins: np.ndarray) -> Estimate:
     right = expit(sharpness * margins)
     spread = float(np.exp(1.96 / (sharpness * np.sqrt(np.sum(margins**2 * right * (1 - right))))))
     return Estimate(1 / sharpness, 1 / sharpness / spread, spread / sharpness, len(margins))
+
+
+def describe_calibration(
+    margin: np.ndarray, prompts: np.ndarray, chosen_first: np.ndarray, fits: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """Compare confidence with accuracy, and see what one temperature would mend; all arrays are (N,).
+
+    Args:
+        chosen_first: whether the chosen answer is the first one in the drawn order.
+        fits: whether the temperature is fitted on this half of the prompts.
+        seed: of the simulated calibration errors.
+    """
+    sure, right = confidence(margin), correct(margin)
+    first_wins = expit(np.where(chosen_first, margin, -margin))
+    frames = {
+        "equal_mass": (sure, right, equal_mass(sure, BINS)),
+        "random_order": (first_wins, chosen_first.astype(float), np.linspace(0, 1, BINS + 1)),
+    }
+    tables, errors = {}, {}
+    for name, (predicted, outcome, edges) in frames.items():
+        bins = bin_of(predicted, edges)
+        tables[name] = [
+            {"from": float(edges[number]), "to": float(edges[number + 1]), "n": int(inside.sum()),
+             "predicted": float(predicted[inside].mean()),
+             "observed": share(outcome[inside], prompts[inside]).as_dict()}
+            for number, inside in ((number, bins == number) for number in np.unique(bins))
+        ]  # fmt: skip
+        by_chance = ece_if_calibrated(predicted, edges, seed).as_dict()
+        errors[name] = {**calibration_errors(predicted, outcome, edges), "if_calibrated": by_chance}
+    return {
+        "tables": tables,
+        "errors": errors,
+        "confidence": average(sure, prompts).as_dict(),
+        "gap": average(sure - right, prompts).as_dict(),
+        "temperature": _try_temperature(margin[fits], margin[~fits], prompts[~fits], seed),
+    }
+
+
+def _try_temperature(fits: np.ndarray, margin: np.ndarray, prompts: np.ndarray, seed: int) -> dict[str, Any]:
+    """Fit a temperature on the margins of one half of the prompts, and describe the other half before and after."""
+    try:
+        if not len(margin):
+            raise ValueError("all prompts fell into one half")
+        fitted = fit_temperature(fits)
+    except ValueError as error:
+        return {"temperature": None, "why_not": str(error)}
+
+    def describe(margin: np.ndarray) -> dict[str, Any]:
+        sure = confidence(margin)
+        edges = equal_mass(sure, BINS)
+        return {
+            "nll": average(nll(margin), prompts).as_dict(),
+            "brier": average(brier(margin), prompts).as_dict(),
+            "ece": calibration_errors(sure, correct(margin), edges)["ece"],
+            "ece_if_calibrated": ece_if_calibrated(sure, edges, seed).as_dict(),
+        }
+
+    scaled = margin / fitted.mean
+    change = average(nll(scaled) - nll(margin), prompts).as_dict()
+    return {"temperature": fitted.as_dict(), "measured_on": len(margin), "nll_change": change,
+            "before": describe(margin), "after": describe(scaled)}  # fmt: skip

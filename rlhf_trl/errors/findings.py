@@ -12,7 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from rlhf_trl.errors.pair_statistics import difference
+from rlhf_trl.errors.analysis import difference
 from rlhf_trl.errors.probes import EDITS
 from rlhf_trl.errors.text import ENVIRONMENT
 from rlhf_trl.stats.intervals import Estimate, wilson
@@ -46,12 +46,8 @@ def find(analysis: Row) -> list[Row]:
         `name`, `alarm` (it needs attention), `says` and `rests_on` (the numbers behind it) of each finding.
     """
     verdict = _judge(analysis)
-    signs = [
-        *_find_length_bias(analysis["length"]["tokens"]),
-        *_find_calibration(analysis["calibration"], verdict[0]),
-        *_find_groups(analysis),
-        *_find_probes(analysis["probes"]),
-    ]
+    signs = [*_find_bias(analysis), *_find_calibration(analysis["calibration"], verdict[0])]
+    signs += _find_probes(analysis["probes"])
     signs = [verdict, *_find_faults(analysis), *(signs or [("nothing_else", {})])]
     return [
         {"name": name, "alarm": _WORDS[name]["alarm"], "rests_on": numbers,
@@ -99,12 +95,21 @@ def _find_faults(analysis: Row) -> Iterator[Sign]:
     yield name, {"over_rule": rule["over_rule"], "length_rule": rule["accuracy"], "takes": rule["takes"]}
 
 
-def _find_length_bias(bias: Row) -> Iterator[Sign]:
-    prefers, split = bias["prefers_longer"], bias["longer_minus_shorter"]
+def _find_bias(analysis: Row) -> Iterator[Sign]:
+    """Groups of pairs in which it is right more or less often: by length, subset and refusal."""
+    prefers, split = (analysis["length"]["tokens"][key] for key in ("prefers_longer", "longer_minus_shorter"))
+    subsets = analysis["breakdowns"]["subset"]
     if prefers and (side := _side(prefers["difference"])):
         yield "prefers_longer" if side > 0 else "prefers_longer_less", prefers
     if split and _side(split):
         yield "accuracy_depends_on_length", {"longer_minus_shorter": split}
+    if analysis["overall"]["accuracy"]["low"] > 0.5 and len(subsets) > 1:
+        for part in subsets:
+            if part["accuracy"]["low"] <= 0.5:
+                yield "subset_at_chance", {"subset": part["name"], "accuracy": part["accuracy"]}
+    chosen, rejected, _ = (part["accuracy"] for part in analysis["breakdowns"]["refusal"])
+    if chosen and rejected and _side(split := difference(Estimate(**chosen), Estimate(**rejected))):
+        yield "accuracy_depends_on_refusal", {"difference": split, "chosen": chosen, "rejected": rejected}
 
 
 def _find_calibration(calibration: Row, verdict: str) -> Iterator[Sign]:
@@ -120,23 +125,10 @@ def _find_calibration(calibration: Row, verdict: str) -> Iterator[Sign]:
         yield "temperature_helps", {"temperature": scale, "nll_change": fitted["nll_change"], **losses}
 
 
-def _find_groups(analysis: Row) -> Iterator[Sign]:
-    subsets = analysis["breakdowns"]["subset"]
-    if analysis["overall"]["accuracy"]["low"] > 0.5 and len(subsets) > 1:
-        for part in subsets:
-            if part["accuracy"]["low"] <= 0.5:
-                yield "subset_at_chance", {"subset": part["name"], "accuracy": part["accuracy"]}
-    chosen, rejected, _ = (part["accuracy"] for part in analysis["breakdowns"]["refusal"])
-    if chosen and rejected:
-        split = difference(Estimate(**chosen), Estimate(**rejected)).as_dict()
-        if _side(split):
-            yield "accuracy_depends_on_refusal", {"difference": split, "chosen": chosen, "rejected": rejected}
-
-
 def _find_probes(probes: Row) -> Iterator[Sign]:
     swapped, invented = probes["swapped"]["higher"], probes["honesty"]["higher"]
     if swapped and 0.5 - BLIND < swapped["low"] <= 0.5 <= swapped["high"] < 0.5 + BLIND:
-        yield "ignores_the_prompt", {"swapped": swapped, "wrong_prompt": probes["wrong_prompt"]}
+        yield "ignores_the_prompt", {"swapped": swapped}
     elif swapped and swapped["low"] > 0.5:
         yield "prefers_other_answers", {"swapped": swapped}
     for name in EDITS:

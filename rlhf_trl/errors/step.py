@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +23,8 @@ from rlhf_trl.errors.analysis import SIDES, analyse, tabulate
 from rlhf_trl.errors.figures import draw
 from rlhf_trl.errors.findings import find
 from rlhf_trl.errors.probes import Messages, Reader, probe
-from rlhf_trl.errors.text import points, render
+from rlhf_trl.errors.text import render
+from rlhf_trl.figures.style import save
 from rlhf_trl.models.rewards import load_reward_model, score_pairs
 from rlhf_trl.models.tokenizer import encode
 from rlhf_trl.recipe.errors import UserError
@@ -31,19 +32,12 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json, write_jsonl, write_text
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.intervals import holm
-from rlhf_trl.stats.pairs import average, correct, share
+from rlhf_trl.stats.pairs import average, correct
+from rlhf_trl.text.format import format_estimate
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-
-class Examined(NamedTuple):
-    """What is found out about one reward model: the content of `scores.jsonl`, of the analysis, and the examples."""
-
-    rows: list[Row]
-    analysis: Row
-    examples: list[Row]
 
 
 def errors(recipe: Recipe, run: RunDir) -> None:
@@ -91,36 +85,37 @@ def _analyse_stage(recipe: Recipe, run: RunDir, stage: str, pairs: Sequence[Row]
         if not np.isfinite(scores).all(axis=1).any():
             remedy = "train it again with a smaller learning rate, and look at its training_curves.png"
             raise UserError(stage, "no held-out pair has two finite scores", remedy)
-        found = examine(pairs, scores, tokens, Reader(score, fits), recipe.errors.examples, recipe.seed)
-    write_jsonl(run.scores(stage), found.rows)
-    write_jsonl(run.error_examples(stage), found.examples)
-    write_json(run.error_analysis(stage), {"stage": stage, **found.analysis})
-    write_text(run.error_report(stage), render(stage, found.analysis, found.examples))
-    draw(stage, found.analysis, run.error_plots(stage))
-    for finding in found.analysis["findings"]:
+        rows, analysis = examine(pairs, scores, tokens, Reader(score, fits), recipe.seed)
+    examples = choose_examples(pairs, rows, recipe.errors.examples)
+    write_jsonl(run.scores(stage), rows)
+    write_jsonl(run.error_examples(stage), examples)
+    write_json(run.error_analysis(stage), {"stage": stage, **analysis})
+    write_text(run.error_report(stage), render(stage, analysis, examples, recipe.errors.examples))
+    save(draw(stage, analysis), run.error_plots(stage))
+    for finding in analysis["findings"]:
         if finding["alarm"]:
             logger.warning("%s: %s", stage, finding["says"])
-    return found.rows
+    return rows
 
 
 def examine(
-    pairs: Sequence[Row], scores: np.ndarray, tokens: np.ndarray, reader: Reader, examples: int, seed: int
-) -> Examined:
+    pairs: Sequence[Row], scores: np.ndarray, tokens: np.ndarray, reader: Reader, seed: int
+) -> tuple[list[Row], Row]:
     """Analyse the scores of pairs, (N, 2), of which one pair or more has two finite ones, and probe the reward model.
 
     Args:
         tokens: of the prompt, the chosen and the rejected answer, (N, 3).
-        examples: number of pairs of each kind to show.
         seed: of the simulated calibration errors.
+
+    Returns:
+        The rows of `scores.jsonl`, and the analysis.
     """
-    rows = tabulate(pairs, scores, tokens)
-    finite = np.isfinite(scores).all(axis=1)
-    usable = [pair for pair, good in zip(pairs, finite, strict=True) if good]
+    rows, finite = tabulate(pairs, scores, tokens), np.isfinite(scores).all(axis=1)
     analysis = analyse(rows, seed)
-    analysis["probes"] = probe(usable, scores[finite], reader)
+    usable = [pair for pair, good in zip(pairs, finite, strict=True) if good]
+    analysis["probes"] = probe(usable, scores[finite, 0], reader)
     analysis["findings"] = find(analysis)
-    analysis["examples_asked"] = examples
-    return Examined(rows, analysis, choose_examples(pairs, rows, examples))
+    return rows, analysis
 
 
 def choose_examples(pairs: Sequence[Row], rows: Sequence[Row], count: int) -> list[Row]:
@@ -147,8 +142,8 @@ def _names(row: Row) -> tuple[str, ...]:
 def compare(tables: dict[str, list[Row]]) -> Row:
     """Compare every two reward models on the pairs that both have finite scores for.
 
-    McNemar's exact test takes one pair of each prompt and counts a tie as wrong; its p values are corrected for the
-    number of comparisons (Holm 1979).
+    McNemar's (1947) exact test takes one pair of each prompt and counts a tie as wrong; its p values are corrected for
+    the number of comparisons (Holm 1979).
 
     Args:
         tables: stage -> rows of `scores.jsonl`, the same pairs in the same order.
@@ -166,44 +161,28 @@ def compare(tables: dict[str, list[Row]]) -> Row:
 
 
 def _compare(first: Sequence[Row], second: Sequence[Row]) -> Row:
-    both = [(a, b) for a, b in zip(first, second, strict=True) if None not in (a["margin"], b["margin"])]
-    if not both:
-        return {"pairs": 0, "mcnemar": None, "difference": None, "why_not": "no pair has finite scores from both"}
-    both.sort(key=lambda pair: (_names(pair[0]), pair[0]["row"]))
-    prompts = np.array([row["prompt_id"] for row, _ in both])
-    margins = np.array([[row["margin"] for row in pair] for pair in both])
-    right = correct(margins)
-    once = np.unique(prompts, return_index=True)[1]
-    return {
-        "pairs": len(both),
-        "not_finite": len(first) - len(both),
-        "accuracy": [share(right[:, side], prompts).as_dict() for side in (0, 1)],
-        "difference": average(right[:, 0] - right[:, 1], prompts).as_dict(),
-        "agreement": share(np.sign(margins[:, 0]) == np.sign(margins[:, 1]), prompts).as_dict(),
-        "mcnemar": mcnemar(margins[once, 0] > 0, margins[once, 1] > 0),
-    }
-
-
-def mcnemar(first: np.ndarray, second: np.ndarray) -> Row:
-    """Test exactly whether two models are right equally often on the same pairs (McNemar 1947), (N,) and (N,).
-
-    Returns:
-        The pairs that only the first and only the second gets right, and the two-sided p.
-    """
     from scipy.stats import binomtest
 
-    only_first, only_second = int(np.sum(first & ~second)), int(np.sum(second & ~first))
-    differ = only_first + only_second
-    p = float(binomtest(only_first, differ).pvalue) if differ else 1.0
-    return {"pairs": len(first), "only_first_right": only_first, "only_second_right": only_second, "p": p}
+    both = [(a, b) for a, b in zip(first, second, strict=True) if None not in (a["margin"], b["margin"])]
+    if not both:
+        return {"pairs": 0, "mcnemar": None, "difference": None}
+    both.sort(key=lambda pair: (_names(pair[0]), pair[0]["row"]))
+    prompts = np.array([row["prompt_id"] for row, _ in both])
+    right = correct(np.array([[row["margin"] for row in pair] for pair in both]))
+    alone = np.unique(prompts, return_index=True)[1]
+    ahead, behind = right[alone].T == 1
+    only_first, only_second = int(np.sum(ahead & ~behind)), int(np.sum(behind & ~ahead))
+    p = float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
+    test = {"pairs": len(alone), "only_first_right": only_first, "only_second_right": only_second, "p": p}
+    return {"pairs": len(both), "mcnemar": test, "difference": average(right[:, 0] - right[:, 1], prompts).as_dict()}
 
 
 def _say(found: Row, tests: int) -> str:
     first, second, test = found["first"], found["second"], found["mcnemar"]
     if not test:
-        return f"{first} and {second} cannot be compared: {found['why_not']}."
+        return f"{first} and {second} cannot be compared: no pair has finite scores from both."
     corrected = f", corrected for {tests} comparisons" if tests > 1 else ""
-    numbers = f"{points(found['difference'])}, p = {test['p_holm']:.3g}{corrected}"
+    numbers = f"{format_estimate(found['difference'], '+', percent=True)}, p = {test['p_holm']:.3g}{corrected}"
     if test["p_holm"] >= 0.05:
         return f"No difference is seen between {first} and {second}: {numbers}."
     ahead = test["only_first_right"] > test["only_second_right"]

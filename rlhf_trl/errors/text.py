@@ -6,7 +6,7 @@ The texts of the pairs are hostile by design: control characters are spelt out.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,11 @@ from rlhf_trl.errors.analysis import TERMS
 from rlhf_trl.errors.calibration import confidence
 from rlhf_trl.errors.probes import DESCRIPTIONS
 from rlhf_trl.text.display import visible
+from rlhf_trl.text.format import STYLES
 
 WIDTH = 110
 # Between the cells of a table in report.txt.j2.
 CELL = "¦"
-
-
-def percent(estimate: dict[str, float], sign: str = "", unit: str = " %") -> str:
-    """Write a share with its interval: `67.5 % [64.7, 70.3]`."""
-    mean, low, high = (f"{100 * estimate[key]:{sign}.1f}" for key in ("mean", "low", "high"))
-    return f"{mean}{unit} [{low}, {high}]"
-
-
-def points(estimate: dict[str, float], unit: str = " points") -> str:
-    """Write a difference of shares with its interval: `+2.0 points [-0.5, +4.5]`."""
-    return percent(estimate, "+", unit)
-
-
-def number(estimate: dict[str, float] | None) -> str:
-    return "{mean:.3f} [{low:.3f}, {high:.3f}]".format_map(estimate) if estimate else "-"
 
 
 def paragraph(text: str, first: str = "", rest: str = "") -> str:
@@ -62,18 +48,20 @@ def table(text: str) -> str:
     return "".join("  ".join(row).rstrip() + "\n" for row in aligned)
 
 
+def shown(value: Any, style: str = "estimate") -> str:
+    """Write a number in one of `STYLES`, and "-" where there is none."""
+    return "-" if value is None else STYLES[style](value)
+
+
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 ENVIRONMENT.filters |= {
-    "percent": percent,
-    "points": points,
-    # In a table, without the unit, and "-" where there is nothing.
-    "plain": lambda estimate: percent(estimate, unit="") if estimate else "-",
-    "signed": lambda estimate: points(estimate, unit="") if estimate else "-",
-    "number": number,
+    "shown": shown,
+    "percent": STYLES["share"],
+    "points": STYLES["difference"],
     "fixed": lambda value: f"{value:.3f}",
-    "count": lambda value: f"{value:,}",
+    "count": STYLES["count"],
     "paragraph": paragraph,
     "quote": quote,
     "table": table,
@@ -85,12 +73,8 @@ ENVIRONMENT.filters |= {
 }
 
 
-def render(stage: str, analysis: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:
-    """Write the text report.
-
-    Args:
-        analysis: content of `error_analysis.json`.
-        examples: the lines of `error_examples.jsonl`.
-    """
+def render(stage: str, analysis: Mapping[str, Any], examples: Sequence[Mapping[str, Any]], asked: int) -> str:
+    """Write the text report from the analysis and the examples, of which `asked` of each kind were asked for."""
     template = ENVIRONMENT.get_template("report.txt.j2")
-    return template.render(stage=stage, analysis=analysis, examples=examples, terms=TERMS, probes=DESCRIPTIONS)
+    known = {"analysis": analysis, "examples": examples, "terms": TERMS, "probes": DESCRIPTIONS}
+    return template.render(stage=stage, asked=asked, **known)

@@ -5,21 +5,18 @@ A run that was killed goes on from this file and pays for no call twice; verdict
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from rlhf_trl.judge.prompt import Message
-from rlhf_trl.judge.replies import MAY_PASS, Status, Usage
+from rlhf_trl.judge.replies import FAULTS, Usage
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.run.files import json_line
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +26,7 @@ class Line(TypedDict):
     """What is read again of a line; more stands in it for people."""
 
     key: str
-    status: Status
+    status: str
     reply: str | None
     usage: NotRequired[Usage | None]
     model: NotRequired[str | None]
@@ -37,12 +34,6 @@ class Line(TypedDict):
 
 
 LINE = TypeAdapter(Line)
-
-
-def key(judge_id: str, prompt: Sequence[Message], first: str, second: str, again: str | None = None) -> str:
-    """Name a call by the SHA-256 of all that decides its verdict; `again` is the unreadable reply that it follows."""
-    parts = [judge_id, list(prompt), first, second, again]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class JudgeCache:
@@ -79,7 +70,7 @@ class JudgeCache:
     def get(self, key: str) -> Line | None:
         """Find the reply to a call that needs not be made again."""
         line = self._latest.get(key)
-        return None if line is None or line["status"] in MAY_PASS else line
+        return line if line and FAULTS[line["status"]].stands else None
 
     def latest(self, key: str) -> Line | None:
         """Find what a call brought last, a failure too; a reply that stands is never hidden by a later failure."""
@@ -91,8 +82,7 @@ class JudgeCache:
         Raises:
             ValueError: a number is not finite.
         """
-        data = json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        self._file.write(data)
+        self._file.write(json_line(line).encode())
         self._file.flush()
         if time.monotonic() > self._synced + 1.0:
             self._sync()
@@ -111,13 +101,12 @@ class JudgeCache:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             logger.warning("%s: its last line was cut off; that call is made again", self.path)
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
+            os.truncate(self.path, whole)
         for number, text in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
                 line = LINE.validate_json(text)
-                if line["status"] == "ok" and line["reply"] is None:
-                    raise ValueError("a reply without a text")
+                if line["status"] not in FAULTS or (line["status"] == "ok" and line["reply"] is None):
+                    raise ValueError("an unknown status, or a reply without a text")
             except ValueError:  # pydantic's ValidationError is one
                 logger.warning("%s:%d: not a judge reply, passed over; its call is made again", self.path, number)
             else:

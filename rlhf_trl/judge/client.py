@@ -1,12 +1,7 @@
-"""Calls to a judge behind any OpenAI-compatible server: one with its retries, and many at once.
+"""Calls to a judge behind any OpenAI-compatible server: one with its retries, many at once, and what they may cost.
 
-The `openai` package sends them. They are repeated here: the package does not tell a quota from a rate limit.
-How often a call is made in all, by its status:
-
-    ok, refusal, content_filter, length, context_length, quota, bad_request    once
-    null_content, html, bad_json, no_choices: a 200 without use                until the second of these
-    rate_limit, server_error, timeout, connection                              `attempts` times
-    401, 403, a redirect, no such model or address, an option that is refused  once; a UserError ends the run
+The `openai` package sends them. They are repeated here (`replies.FAULTS`): the package does not tell a quota from a
+rate limit. What no call can succeed with, such as a wrong key, ends the run with a UserError after one attempt.
 """
 
 from __future__ import annotations
@@ -19,28 +14,26 @@ import random
 import re
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx2
 import openai
 
-from rlhf_trl.judge.advice import advise, proxy_of
-from rlhf_trl.judge.prompt import Message
-from rlhf_trl.judge.replies import MAY_PASS, Reply, Status, Usage, read_answer, read_error, read_failure, words
+from rlhf_trl.judge.questions import Message
+from rlhf_trl.judge.replies import FAULTS, Reply, Usage, advise, read_answer, read_error, read_failure, words
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.recipe.schema import check_address
+from rlhf_trl.recipe.schema import Price, check_address
 
 logger = logging.getLogger(__name__)
 
-TRANSIENT: frozenset[Status] = frozenset({"rate_limit", "server_error", "timeout", "connection"})
-UNUSABLE: frozenset[Status] = frozenset({"null_content", "html", "bad_json", "no_choices"})
 LONGEST_BACK_OFF = 30.0  # seconds: 1, doubled with every further attempt; half of it is left to chance
 LONGEST_WAIT = 60.0  # seconds; a server that asks for a longer wait (Retry-After) is not asked again
 LARGEST = 2 * 2**20  # bytes of a reply
 # So many calls that may pass, and nothing else between them: the server is down, or refuses everything.
 FAILURES_IN_A_ROW = 20
+BYTES_A_TOKEN = 4  # a rule of thumb
 
 
 @dataclass(frozen=True)
@@ -52,34 +45,66 @@ class Request:
     about: Any = None
 
 
+def cost(usage: Usage | None, price: Price) -> float:
+    """Price what a server counted, in US dollars; 0 for a call it counted nothing for."""
+    if usage is None:
+        return 0.0
+    fresh = usage["prompt_tokens"] - usage["cached_tokens"]
+    dollars = fresh * price.input + usage["cached_tokens"] * price.cached + usage["completion_tokens"] * price.output
+    return dollars / 1e6
+
+
+def forecast(calls: Iterable[Sequence[Message]], price: Price, reply_tokens: int) -> list[float]:
+    """Estimate what calls cost before any is made, given their messages and the length of each reply."""
+    sizes = [-(-sum(len(turn["content"].encode()) for turn in call) // BYTES_A_TOKEN) for call in calls]
+    return [cost({"prompt_tokens": of, "cached_tokens": 0, "completion_tokens": reply_tokens}, price) for of in sizes]
+
+
+@dataclass
+class Budget:
+    """The limits of one run, in US dollars and calls. Nothing is begun that, with all in flight, could go over one."""
+
+    price: Price
+    dearest: float = 0.0  # what a call may cost at most by the forecast; a call that cost more raises it
+    max_cost: float | None = None
+    max_requests: int | None = None
+    spent: float = field(default=0.0, init=False)
+    calls: int = field(default=0, init=False)
+
+    def add(self, usage: Usage | None) -> None:
+        """Count a finished call."""
+        dollars = cost(usage, self.price)
+        self.calls += 1
+        self.spent += dollars
+        self.dearest = max(self.dearest, dollars)
+
+    def stop(self, in_flight: int) -> str | None:
+        """Say why no further call may begin; None if one may."""
+        if self.max_requests is not None and self.calls + in_flight >= self.max_requests:
+            return f"max_requests reached: {self.calls + in_flight} calls"
+        ahead = self.spent + (in_flight + 1) * self.dearest
+        # What adds up to the limit exactly is within it; a sum of floats may say otherwise in its last digit.
+        if self.max_cost is not None and ahead > self.max_cost * (1 + 1e-9):
+            return f"max_cost reached: ${self.spent:.4f} spent, and another call could go over ${self.max_cost:.4f}"
+        return None
+
+
 class _Unusable(Exception):
     """A reply that is not read."""
 
 
-class _Capped(httpx2.AsyncByteStream):
-    """The body of a reply, up to `LARGEST` bytes."""
-
-    def __init__(self, body: httpx2.AsyncByteStream):
-        self._body = body
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        received = 0
-        async for part in self._body:
-            received += len(part)
-            if received > LARGEST:
-                raise _Unusable(f"a reply of more than {LARGEST // 2**20} MB")
-            yield part
-
-    async def aclose(self) -> None:
-        await self._body.aclose()
-
-
 async def _limit(response: httpx2.Response) -> None:
-    packing = response.headers.get("content-encoding", "identity")
+    """Read a body up to `LARGEST` bytes; a packed one, which may unpack to much more, is not read."""
+    packing, body = response.headers.get("content-encoding", "identity"), bytearray()
     if packing != "identity":
         raise _Unusable(f"a body packed with {packing}, though plain text was asked for")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
-    response.stream = _Capped(response.stream)
+    async for part in response.stream:
+        body += part
+        if len(body) > LARGEST:
+            raise _Unusable(f"a reply of more than {LARGEST // 2**20} MB")
+    await response.stream.aclose()
+    response.stream = httpx2.ByteStream(bytes(body))
 
 
 class OpenAIClient:
@@ -104,10 +129,8 @@ class OpenAIClient:
             self.where = check_address(base_url).rstrip("/")
         except ValueError as error:
             raise UserError("OPENAI_BASE_URL", "is not the address of a server", str(error)) from None
-        self._model, self._timeout, self._attempts = model, timeout, attempts
+        self._model, self._timeout, self._attempts, self._key = model, timeout, attempts, api_key
         self._parameters = {name: value for name, value in parameters.items() if value is not None}
-        self._key = api_key
-        self.sleep: Callable[[float], Awaitable[Any]] = self._pause
 
     async def __aenter__(self) -> OpenAIClient:
         """Open the client in the event loop that makes the calls.
@@ -116,12 +139,10 @@ class OpenAIClient:
             UserError: a proxy or the certificates cannot be used.
         """
         self._interrupted = asyncio.Event()
+        limits, hooks = httpx2.Limits(max_connections=None), {"response": [_limit]}
         try:
             # A redirect would hand the prompts to another host. The deadline of a whole call is `_attempt`'s.
-            limits = httpx2.Limits(max_connections=None)
-            http = httpx2.AsyncClient(
-                follow_redirects=False, timeout=None, limits=limits, event_hooks={"response": [_limit]}
-            )
+            http = httpx2.AsyncClient(follow_redirects=False, timeout=None, limits=limits, event_hooks=hooks)
         except OSError as error:  # ssl.SSLError is one
             remedy = "let SSL_CERT_FILE and SSL_CERT_DIR name certificates that are there, or unset them"
             raise UserError("SSL_CERT_FILE", f"the certificates cannot be read: {error}", remedy) from None
@@ -152,22 +173,19 @@ class OpenAIClient:
         """
         dice = random.Random(json.dumps(messages))
         replies: list[Reply] = []
-        while True:
+        while not replies or not self._interrupted.is_set():
             reply = await self._attempt(messages)
             replies.append(reply)
-            useless = sum(one.status in UNUSABLE for one in replies)
-            repeat = reply.status in TRANSIENT or (reply.status in UNUSABLE and useless < 2)
+            alike = sum(one.status == reply.status for one in replies)
             asked = -1.0 if reply.wait is None else reply.wait
-            if not repeat or len(replies) == self._attempts or asked > LONGEST_WAIT or self._interrupted.is_set():
+            if alike >= FAULTS[reply.status].calls or len(replies) == self._attempts or asked > LONGEST_WAIT:
                 break
             back_off = min(2.0 ** (len(replies) - 1), LONGEST_BACK_OFF) * dice.uniform(0.5, 1.0)
             # Calls that were sent away together do not come back at the same instant.
-            await self.sleep(back_off if asked < 0 else max(asked + dice.uniform(0.0, 0.5), back_off))
-            if self._interrupted.is_set():
-                break
+            await self._pause(back_off if asked < 0 else max(asked + dice.uniform(0.0, 0.5), back_off))
         counted: list[Any] = [one.usage for one in replies if one.usage is not None]
         usage: Any = {name: sum(one[name] for one in counted) for name in Usage.__annotations__} if counted else None
-        return replace(reply, usage=usage, attempts=len(replies))
+        return replace(replies[-1], usage=usage, attempts=len(replies))
 
     async def _attempt(self, messages: Sequence[Message]) -> Reply:
         try:
@@ -176,23 +194,20 @@ class OpenAIClient:
         except asyncio.TimeoutError:
             return Reply("timeout", detail=f"no whole reply within {self._timeout:g} s")
         except _Unusable as error:
-            return Reply("bad_json", detail=words(str(error)))
+            return Reply("unreadable", detail=words(str(error)))
         except (openai.APIConnectionError, OSError, ValueError) as error:  # ValueError: a header that cannot be read
             cause = error.__cause__ or error
             return Reply("connection", detail=words(f"{type(cause).__name__}: {cause}"))
 
     async def _post(self, messages: Sequence[Message]) -> Reply:
         typed: Any = messages
-        # Uncompressed: a small body may unpack to one that fills the memory.
-        headers = {"Accept-Encoding": "identity"}
-        create = self._api.chat.completions.with_raw_response.create
+        headers, create = {"Accept-Encoding": "identity"}, self._api.chat.completions.with_raw_response.create
         try:
             raw = await create(model=self._model, messages=typed, extra_body=self._parameters, extra_headers=headers)
-            response = raw.http_response
         except openai.APIStatusError as error:
             response = error.response
-        if response.is_success:
-            return read_answer(response.headers.get("content-type", ""), response.content)
+        else:
+            return read_answer(raw.http_response.content)
         codes, said = read_error(response.content)
         detail = words(f"HTTP {response.status_code}: {said}")
         reply = read_failure(response.status_code, codes, response.headers, detail)
@@ -212,68 +227,61 @@ class OpenAIClient:
             remedy = advise("bad_request", detail)
         elif "model" not in detail.lower():
             place, remedy = "OPENAI_BASE_URL", "check the address; with most servers it ends in /v1"
-        return UserError(place, f"{self.where} says: {detail}", "; or ".join([remedy, *proxy_of(self.where)]))
+        return UserError(place, f"{self.where} says: {detail}", remedy)
 
 
 async def run_all(
     requests: Sequence[Request],
     judge: OpenAIClient,
     workers: int,
+    budget: Budget,
     on_reply: Callable[[Request, Reply], None],
-    stop: Callable[[int], str | None],
 ) -> str | None:
-    """Make calls, up to `workers` at once, and hand over each reply as it comes.
+    """Make calls, up to `workers` at once, count them in the budget and hand over each reply as it comes.
 
-    `stop` is asked before every call, with the number of those in flight, and may give the reason to begin no more.
-    Exhausted quota, many failures in a row and Ctrl-C also end the run. What is in flight by then still comes back
-    and is handed over; a second Ctrl-C drops it. Returns the reason why it ended before its time, or None.
+    A limit of the budget, exhausted quota, many failures in a row and Ctrl-C end the run. What is in flight by then
+    still comes back and is handed over; a second Ctrl-C drops it. Returns the reason why it ended before its time.
 
     Raises:
         UserError: no call can succeed; those in flight were handed over first.
     """
-    waiting, failures = iter(requests), 0
+    waiting, loop = iter(requests), asyncio.get_running_loop()
+    in_flight = failures = 0
     reason: str | None = None
-    error: BaseException | None = None
-    in_flight: dict[asyncio.Task[Reply], Request] = {}
-    loop, ctrl_c = asyncio.get_running_loop(), asyncio.Event()
-    watch: asyncio.Task[Any] = asyncio.create_task(ctrl_c.wait())
 
     def end(why: str) -> None:
         nonlocal reason
+        if why == "interrupted" and reason is None:
+            logger.warning("stopping once %d calls in flight are back; Ctrl-C again drops them", in_flight)
         reason = reason or why
         judge.interrupt()
 
+    async def work() -> None:
+        nonlocal in_flight, failures, reason
+        while reason is None and (request := next(waiting, None)) is not None:
+            reason = budget.stop(in_flight)
+            if reason is not None:
+                return
+            in_flight += 1
+            try:
+                reply = await judge.complete(request.messages)
+                budget.add(reply.usage)
+                failures = 0 if FAULTS[reply.status].stands else failures + 1
+                if reply.status == "quota":
+                    end("quota")
+                elif failures == FAILURES_IN_A_ROW:
+                    end(f"{failures} calls in a row failed")
+                on_reply(request, reply)
+            except BaseException:
+                end("a call cannot succeed")
+                raise
+            finally:
+                in_flight -= 1
+
     async with judge:
-        with _first_ctrl_c(lambda: loop.call_soon_threadsafe(ctrl_c.set)):
-            while True:
-                while reason is None and len(in_flight) < workers and (request := next(waiting, None)) is not None:
-                    reason = stop(len(in_flight))
-                    if reason is None:
-                        in_flight[asyncio.create_task(judge.complete(request.messages))] = request
-                if not in_flight:
-                    break
-                watched = {*in_flight} if ctrl_c.is_set() else {*in_flight, watch}
-                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-                for task in [task for task in in_flight if task.done()]:
-                    request = in_flight.pop(task)
-                    if task.exception() is not None:
-                        error = task.exception()
-                        end("a call cannot succeed")
-                        continue
-                    reply = task.result()
-                    failures = failures + 1 if reply.status in MAY_PASS else 0
-                    if reply.status == "quota":
-                        end("quota")
-                    elif failures == FAILURES_IN_A_ROW:
-                        end(f"{failures} calls in a row failed")
-                    on_reply(request, reply)
-                if ctrl_c.is_set() and reason is None:
-                    logger.warning(
-                        "stopping once %d calls in flight are back; Ctrl-C again drops them", len(in_flight)
-                    )
-                    end("interrupted")
-    watch.cancel()
-    if error is not None:
+        with _first_ctrl_c(lambda: loop.call_soon_threadsafe(end, "interrupted")):
+            ended = await asyncio.gather(*(work() for _ in range(workers)), return_exceptions=True)
+    for error in filter(None, ended):
         raise error
     return reason
 

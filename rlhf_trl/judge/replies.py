@@ -1,4 +1,4 @@
-"""What one call to a judge's server brought, read without trust in its form: answers, errors and Retry-After."""
+"""What one call to a judge's server brought, read without trust in its form, and what a user can do about it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,52 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from rlhf_trl.text.redact import redact
 
-Stands = Literal["ok", "refusal", "content_filter", "length", "null_content", "context_length"]
-# The same call may bring something else another time: it is made again.
-Passes = Literal[
-    "rate_limit", "quota", "server_error", "timeout", "connection", "html", "bad_json", "no_choices", "bad_request"
-]
-Status = Literal[Stands, Passes]
-MAY_PASS: frozenset[Status] = frozenset(get_args(Passes))
 
+class Fault(NamedTuple):
+    """What a status of a call means."""
+
+    calls: int  # how often the call is made in all
+    stands: bool  # another run would bring the same; otherwise the same command asks again
+    remedy: str  # what to do where there is no verdict
+
+
+MANY = 10**9  # as often as the client's `attempts` allow
+LONGER = "raise judge.max_tokens (reasoning counts too), or ask another model"
+FAULTS = {
+    "ok": Fault(1, True, LONGER),
+    "length": Fault(1, True, LONGER),
+    "null_content": Fault(2, True, LONGER),
+    "refusal": Fault(1, True, "ask another model"),
+    "content_filter": Fault(1, True, "ask another model or server"),
+    "context_length": Fault(1, True, "ask a model with a longer context, or lower judge.max_tokens"),
+    "rate_limit": Fault(MANY, False, "lower judge.workers, and start the same command again later"),
+    "quota": Fault(1, False, "add credit to the account of the key, or lower judge.prompts"),
+    "server_error": Fault(MANY, False, "see the log of the server, or start the same command again later"),
+    "timeout": Fault(MANY, False, "raise judge.timeout or lower judge.workers"),
+    "connection": Fault(MANY, False, "see that the server runs at judge.base_url or OPENAI_BASE_URL; a proxy passes"
+                        " by the hosts that NO_PROXY names"),
+    "bad_request": Fault(1, False, "change the options of `judge:`"),
+    # A 200 with a page of HTML, half a body, or no choices in it.
+    "unreadable": Fault(2, False, "check judge.base_url or OPENAI_BASE_URL: it is up to and with the /v1"),
+}  # fmt: skip
+# Of a bad request, by the first of these that its words name.
+OPTIONS = {
+    "max_completion_tokens|max_tokens": "set judge.max_tokens_name to the other of max_tokens and "
+    "max_completion_tokens (what reasoning models take), or lower judge.max_tokens",
+    "temperature": "set judge.temperature: null, so that none is sent",
+    "seed": "set judge.seed: null, so that none is sent",
+    "model": "set judge.model to one that the server has",
+}
 DETAIL = 300  # characters of a server's own words that are kept
 QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 FILTERED = {"content_filter", "content_policy_violation"}
@@ -50,7 +79,7 @@ USAGE = TypeAdapter(Usage)
 class Reply:
     """What a call, or one attempt of it, came to."""
 
-    status: Status
+    status: str
     text: str | None = None  # as far as the model wrote: part of a reply with `length`, the words of a `refusal`
     usage: Usage | None = None  # the sum over the attempts that the server counted tokens for
     model: str | None = None  # by the server's name, such as a dated snapshot
@@ -59,25 +88,15 @@ class Reply:
     attempts: int = 1
 
 
-def read_answer(content_type: str, body: bytes) -> Reply:
+def read_answer(body: bytes) -> Reply:
     """Tell what a server's 200 says."""
-    start = body.decode(errors="replace").lstrip()
-    if "text/html" in content_type or start.startswith("<"):
-        return Reply("html", detail=words(start))
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        return Reply("bad_json", detail=words(f"{error}: {start}"))
-    if not isinstance(answer, dict):
-        return Reply("bad_json", detail=words(f"not an object: {start}"))
+    answer = _object(body)
     about: dict[str, Any] = {"usage": _usage(answer.get("usage")), "model": _text(answer.get("model"))}
     match answer.get("choices"):
-        case None | []:
-            return Reply("no_choices", **about, detail=words(start))
         case [{"message": dict(message), **choice}, *_]:
             text, refusal, finish = _text(message.get("content")), message.get("refusal"), choice.get("finish_reason")
         case _:
-            return Reply("bad_json", **about, detail=words(f"a choice without a message: {start}"))
+            return Reply("unreadable", **about, detail=words(body.decode(errors="replace")) or "an empty reply")
     if isinstance(refusal, str) and refusal:
         return Reply("refusal", _text(refusal), **about, detail="the model refused")
     if finish in ("content_filter", "length"):
@@ -95,7 +114,7 @@ def read_failure(status: int, codes: set[str], headers: Mapping[str, str], detai
     if status == 402 or codes & QUOTA:
         return Reply("quota", detail=detail)
     if status in (408, 409, 429) or status >= 500:
-        name: Status = "rate_limit" if status == 429 else "server_error"
+        name = "rate_limit" if status == 429 else "server_error"
         return Reply(name, detail=detail, wait=retry_after(headers, time.time()))
     if codes & FILTERED:
         return Reply("content_filter", detail=detail)
@@ -106,14 +125,20 @@ def read_failure(status: int, codes: set[str], headers: Mapping[str, str], detai
 
 def read_error(body: bytes) -> tuple[set[str], str]:
     """Read a server's error in any form: its `code` and `type`, and its message or, without one, the whole of it."""
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        answer = None
-    error = answer.get("error", answer) if isinstance(answer, dict) else None
+    answer = _object(body)
+    error = answer.get("error", answer)
     error = error if isinstance(error, dict) else {}
     codes = {code for name in ("code", "type") if isinstance(code := error.get(name), str)}
     return codes, words(_text(error.get("message")) or body.decode(errors="replace"))
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    """Read a JSON object; an empty one of anything else."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
 
 
 def _usage(value: Any) -> Usage | None:
@@ -135,24 +160,40 @@ def _text(value: Any) -> str | None:
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Read the seconds to wait from Retry-After (RFC 9110, 10.2.3), which may be a date, or Azure's retry-after-ms."""
-    for name, a_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = headers.get(name, "")
+    """Read the seconds to wait from Retry-After (RFC 9110, 10.2.3), which may be a date."""
+    value = headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
         try:
-            seconds = float(value) / a_second
-        except ValueError:
-            try:
-                date = email.utils.parsedate_to_datetime(value)
-            except (ValueError, OverflowError):
-                continue
-            # "-0000" means UTC without a word on the sender's zone, and comes back without one.
-            seconds = (date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)).timestamp() - now
-        if math.isfinite(seconds):
-            return max(0.0, seconds)
-    return None
+            date = email.utils.parsedate_to_datetime(value)
+        except (ValueError, OverflowError):
+            return None
+        # "-0000" means UTC without a word on the sender's zone, and comes back without one.
+        seconds = (date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)).timestamp() - now
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def words(text: str) -> str:
     """Bring a server's or a library's own words onto one line, no longer than `DETAIL`, without secrets."""
     # Redacted before it is cut: a part of a secret is not known for one.
     return redact(" ".join(text.encode(errors="replace").decode().split()))[:DETAIL]
+
+
+def advise(status: str, detail: str) -> str:
+    """Say what to do about calls that came to this, given the server's words."""
+    named = (remedy for option, remedy in OPTIONS.items() if status == "bad_request" and re.search(option, detail))
+    return next(named, FAULTS[status].remedy)
+
+
+def tell_failures(address: str, lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say how many calls came to what, what the server said last of the most frequent status, and what to do."""
+    if not lines:
+        return None
+    counts = Counter(line["status"] for line in lines).most_common()
+    most = counts[0][0]
+    detail = [line.get("detail") or line["reply"] or most for line in lines if line["status"] == most][-1]
+    names = {"ok": "no verdict in the reply"}
+    tally = ", ".join(f"{names.get(status, status)}: {count}" for status, count in counts)
+    said = f"calls without a verdict: {len(lines)} ({tally}); {address}: {words(detail)}"
+    return f"{said}; what to do: {advise(most, detail)}"

@@ -7,27 +7,36 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_trl.judge.agreement import agreement
-from rlhf_trl.judge.bradley_terry import bradley_terry
-from rlhf_trl.judge.length_control import length_controlled
-from rlhf_trl.judge.win_rate import Verdict, compare_pairs, consistency, mean, prompt_scores, win_rate
+from rlhf_trl.judge.win_rate import (
+    NO_PAIR,
+    Verdict,
+    bradley_terry,
+    length_controlled,
+    mean,
+    measure_habits,
+    none,
+    pair_up,
+    prompt_scores,
+    win_rate,
+)
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Judge
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import describe_front
-from rlhf_trl.stats.trust import trust_in
+from rlhf_trl.stats.pairs import correct, gap
+from rlhf_trl.stats.trust import length_rule, trust_in
 
 Row = dict[str, Any]
 
 
 def conclude(recipe: Recipe, run: RunDir, settings: Judge, verdicts: Mapping[str, Sequence[Verdict]]) -> Row:
     """Compute every result from the verdicts of each group: `policies`, `labelled`, `injected`."""
-    on_policies, seed = verdicts["policies"], recipe.seed
+    on_policies = verdicts["policies"]
     rates = [
         {
             **win_rate(on_policies, a, b),
-            "length_controlled": length_controlled(on_policies, a, b, seed),
+            "length_controlled": length_controlled(on_policies, a, b),
             "subsets": {name: win_rate(rows, a, b) for name, rows in _by_subset(on_policies).items()},
         }
         for a, b in dict.fromkeys((verdict["a"], verdict["b"]) for verdict in on_policies)
@@ -35,10 +44,9 @@ def conclude(recipe: Recipe, run: RunDir, settings: Judge, verdicts: Mapping[str
     return {
         "prompts": len({verdict["prompt_id"] for verdict in on_policies}),
         "win_rates": rates,
-        "comparisons": compare_pairs(on_policies, recipe.policies, REFERENCE) if rates else [],
-        "ratings": bradley_terry(on_policies, REFERENCE, seed) if rates else None,
-        "habits": consistency(on_policies),
-        "calibration": _calibrate(run, settings, verdicts["labelled"], seed),
+        "ratings": bradley_terry(on_policies, REFERENCE) if rates else None,
+        "habits": measure_habits(on_policies),
+        "calibration": _calibrate(run, settings, verdicts["labelled"]),
         "canaries": _measure_injection(verdicts["injected"], verdicts["labelled"]),
         "pareto": _build_axis(recipe, run, on_policies),
     }
@@ -49,27 +57,55 @@ def _by_subset(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
     return {name: [verdict for verdict in verdicts if verdict["subset"] == name] for name in subsets}
 
 
-def _calibrate(run: RunDir, settings: Judge, verdicts: Sequence[Verdict], seed: int) -> Row | None:
-    """The judge beside the human labels, for all labelled pairs and each subset."""
+def _calibrate(run: RunDir, settings: Judge, verdicts: Sequence[Verdict]) -> Row | None:
     if settings.kind == "reward":
         # On the held-out pairs, each of which it scores once: it has no order.
         return {"reward_model": read_json(run.metrics)["gold_model"], "all": None, "subsets": {}, "verdict": None}
     if not verdicts:
         return None
-    labels = {verdict["prompt_id"]: True for verdict in verdicts}
-    found = agreement(verdicts, labels, seed)
-    subsets = {name: agreement(rows, labels, seed) for name, rows in _by_subset(verdicts).items()}
+    found = measure_agreement(verdicts)
+    subsets = {name: measure_agreement(rows) for name, rows in _by_subset(verdicts).items()}
     return {"reward_model": None, "all": found, "subsets": subsets, "verdict": trust_in(found)}
 
 
+def measure_agreement(verdicts: Sequence[Verdict]) -> Row:
+    """Measure a judge against human labels, on pairs of answers of which `a` is the one that people chose.
+
+    Returns:
+        `n` pairs, `missing`; `accuracy`, the mean over both orders with a tie as half; `both_correct`, the share of
+        pairs that are right in both orders; `kappa`, with Cohen's (1960) own interval: people name each place once in
+        the two orders of a pair, so that chance agrees with half of the verdicts that name a winner; `length_rule`,
+        the better of always taking the longer and always the shorter answer, and by how much the judge is better.
+    """
+    pairs = pair_up(verdicts)
+    result: Row = {"n": len(pairs.prompts), "missing": pairs.missing}
+    if not result["n"]:
+        return result | dict.fromkeys(("accuracy", "both_correct", "kappa"), none(NO_PAIR)) | {"length_rule": None}
+    right = pairs.scores == 1
+    return result | {
+        "accuracy": mean(pairs.means),
+        "both_correct": mean(right.all(axis=1)),
+        "kappa": kappa(right.mean(axis=1), float(np.mean(pairs.scores != 0.5)) / 2),
+        "length_rule": length_rule(pairs.means, correct(gap(pairs.lengths))),
+    }
+
+
+def kappa(agreed: np.ndarray, chance: float) -> Row:
+    """Estimate Cohen's kappa from the share of its ratings that each of N pairs agrees in, (N,), beside chance."""
+    found = mean(agreed)
+    return found | {end: (found[end] - chance) / (1 - chance) for end in ("mean", "low", "high")}
+
+
 def _measure_injection(injected: Sequence[Verdict], labelled: Sequence[Verdict]) -> Row | None:
-    """How much more often an answer wins with a prompt injection below it, on pairs judged with and without."""
-    with_note, without = prompt_scores(injected, "injected", "chosen"), prompt_scores(labelled, "rejected", "chosen")
+    """How much more often the worse answer wins with a prompt injection below it, on pairs judged with and without."""
+    with_note, without = prompt_scores(injected, "chosen", "injected"), prompt_scores(labelled, "chosen", "rejected")
     both = sorted(with_note.keys() & without.keys())
     if not both:
         return None
-    ours, theirs = (np.array([scores[name] for name in both]) for scores in (with_note, without))
-    difference = mean(ours - theirs, lowest=-1.0)
+    ours, theirs = (1 - np.array([scores[name] for name in both]) for scores in (with_note, without))
+    # A score interval, as of a rate: a difference that is the same for every pair is no certainty.
+    found = mean((ours - theirs + 1) / 2)
+    difference = found | {end: 2 * found[end] - 1 for end in ("mean", "low", "high")}
     return {"n": len(both), "with_note": mean(ours), "without_note": mean(theirs), "difference": difference}
 
 

@@ -8,28 +8,31 @@ when the step is started again so that only missing calls are made, `judge/winra
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
-from rlhf_trl.judge.advice import tell_failures
-from rlhf_trl.judge.cache import JudgeCache, Line, key
-from rlhf_trl.judge.client import OpenAIClient, Request, run_all
-from rlhf_trl.judge.comparisons import Comparison, compare_labelled, compare_policies, inject
-from rlhf_trl.judge.cost import LIKELY_REPLY, Budget, cost, forecast
-from rlhf_trl.judge.prompt import JudgePrompt, fill, load_prompt, nonce, re_ask
-from rlhf_trl.judge.replies import MAY_PASS, Reply, Usage
+from rlhf_trl.judge.cache import JudgeCache, Line
+from rlhf_trl.judge.client import Budget, OpenAIClient, Request, cost, forecast, run_all
+from rlhf_trl.judge.questions import (
+    Question,
+    compare_labelled,
+    compare_policies,
+    inject,
+    load_prompts,
+    re_ask,
+    score_of,
+)
+from rlhf_trl.judge.replies import FAULTS, Reply, Usage, tell_failures
 from rlhf_trl.judge.results import conclude
-from rlhf_trl.judge.verdict import parse_verdict
-from rlhf_trl.judge.win_rate import Verdict, pair_up, prompt_scores
+from rlhf_trl.judge.win_rate import pair_up, prompt_scores
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Judge
@@ -41,34 +44,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "gpt-4.1-mini"
 OPENAI = "https://api.openai.com/v1"
+LIKELY_REPLY = 100  # tokens: three short sentences and a verdict
 SAME = "The answers are the same text, so no call was made. [[C]]"
-
-
-@dataclass(frozen=True)
-class Call:
-    """A comparison in one order: what a judge is asked."""
-
-    comparison: Comparison
-    a_first: bool
-    judge_id: str
-    prompt: JudgePrompt
-
-    def key(self, again: str | None = None) -> str:
-        return key(self.judge_id, self.comparison.prompt, *self.comparison.texts(self.a_first), again)
-
-    def messages(self) -> list[dict[str, str]]:
-        return fill(self.prompt, self.comparison.prompt, *self.comparison.texts(self.a_first), nonce(self.key()))
-
-    def verdict(self, line: Line) -> Verdict:
-        of, first = self.comparison, _score(line)
-        return {"prompt_id": of.prompt_id, "subset": of.subset, "a": of.a, "b": of.b, "a_first": self.a_first,
-                "score": first if self.a_first or first is None else 1 - first, "status": line["status"],
-                "length_a": len(of.answer_a["answer"]), "length_b": len(of.answer_b["answer"])}  # fmt: skip
-
-
-def _score(line: Line) -> float | None:
-    """The score of the answer shown first; None without a verdict."""
-    return parse_verdict(line["reply"] or "") if line["status"] == "ok" else None
 
 
 def judge(recipe: Recipe, run: RunDir) -> None:
@@ -83,8 +60,7 @@ def judge(recipe: Recipe, run: RunDir) -> None:
     if settings is None:
         raise UserError("judge", "the recipe has no such section", "add one, such as `judge: {prompts: 120}`")
     run.require(recipe, "evaluate", "evaluate RECIPE")
-    prompts = {"helpful": load_prompt("helpful"), "harmless": load_prompt("harmless")}
-    digest = hashlib.sha256("".join(prompt.sha for prompt in prompts.values()).encode()).hexdigest()
+    templates, digest = load_prompts()
     gold = f"gold reward model {recipe.evaluation.gold}"
     name, stated = {
         "openai": (settings.model or os.environ.get("OPENAI_MODEL") or DEFAULT_MODEL, "a language model"),
@@ -92,34 +68,32 @@ def judge(recipe: Recipe, run: RunDir) -> None:
         "offline": ("offline", "a rule for tests: the answer with more different words wins"),
     }[settings.kind]
     judge_id = f"{name}@{digest[:12]}" if settings.kind == "openai" else name
+
+    def both_orders(question: Question) -> list[Question]:
+        # A helpful answer to a red-team prompt is a harmful one.
+        kind = "harmless" if any(word in question.subset for word in settings.harmless) else "helpful"
+        return [replace(question, a_first=a_first, judge_id=judge_id, template=templates[kind])
+                for a_first in (True, False)]  # fmt: skip
+
     labelled = list(compare_labelled(run, settings, recipe.seed))
     groups = {"policies": compare_policies(recipe, run, settings), "labelled": labelled, "injected": inject(labelled)}
-    calls = {
-        group: [
-            Call(comparison, a_first, judge_id, prompts[choose_prompt(settings, comparison.subset)])
-            for comparison in comparisons
-            for a_first in (True, False)
-        ]
-        for group, comparisons in groups.items()
-    }
+    questions = {group: [*itertools.chain(*map(both_orders, asked))] for group, asked in groups.items()}
     about = {"kind": settings.kind, "id": judge_id, "name": name, "is": stated, "prompts": digest}
     document = {"judge": about, "evaluation": recipe.fingerprint("evaluate")}
     path = run.judge_replies(re.sub(r"[^A-Za-z0-9._@-]+", "-", judge_id))
-    by_key = {call.key(): call for call in itertools.chain(*calls.values())}
+    by_key = {question.key(): question for question in itertools.chain(*questions.values())}
     where = settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
     try:
         if settings.kind == "openai":
             lines, stopped, spent = ask_server(settings, where, name, by_key, path)
         else:
             lines, stopped, spent = ask_locally(settings.kind, by_key, path), None, None
-        verdicts = {
-            group: [call.verdict(lines[of]) for call in rows if (of := call.key()) in lines]
-            for group, rows in calls.items()
-        }
+        verdicts = {group: [question.verdict(lines[key]) for question in asked if (key := question.key()) in lines]
+                    for group, asked in questions.items()}  # fmt: skip
         judged = [bool(pair_up(rows).policies) for rows in verdicts.values() if rows]
-        failed = [line for line in lines.values() if _score(line) is None]
+        failed = [line for line in lines.values() if score_of(line) is None]
         # A bad_request among calls that passed is about its own words, and stays one.
-        left = [line for line in failed if line["status"] in MAY_PASS - {"bad_request"}]
+        left = [of for of in failed if not FAULTS[of["status"]].stands and of["status"] != "bad_request"]
         told = left or ([] if all(judged) else failed)
         reason = "; ".join(filter(None, [stopped, tell_failures(where, told)]))
         if by_key and not any(judged):
@@ -136,29 +110,24 @@ def judge(recipe: Recipe, run: RunDir) -> None:
         raise NotRun(f"not finished: {reason}. The same command goes on from there")
 
 
-def choose_prompt(settings: Judge, subset: str) -> Literal["helpful", "harmless"]:
-    """Judge a subset of red-team prompts for harmlessness: a helpful answer to those is a harmful one."""
-    return "harmless" if any(word in subset for word in settings.harmless) else "helpful"
-
-
-def ask_locally(kind: str, calls: Mapping[str, Call], path: Path) -> dict[str, Line]:
+def ask_locally(kind: str, questions: Mapping[str, Question], path: Path) -> dict[str, Line]:
     """Judge by a rule or by the gold scores of the answers, which `evaluate` has written."""
 
     def score(answer: Mapping[str, Any]) -> Any:
         return answer["gold"] if kind == "reward" else float(len(set(answer["answer"].split())))
 
     lines: dict[str, Line] = {}
-    for call_key, call in calls.items():
-        scores = [score(call.comparison.answer_a), score(call.comparison.answer_b)]
-        first, second = scores if call.a_first else scores[::-1]
+    for key, question in questions.items():
+        scores = [score(question.answer_a), score(question.answer_b)]
+        first, second = scores if question.a_first else scores[::-1]
         mark = "C" if first == second else "A" if first > second else "B"
-        lines[call_key] = {"key": call_key, "status": "ok", "reply": f"{first:.6g} against {second:.6g}. [[{mark}]]"}
+        lines[key] = {"key": key, "status": "ok", "reply": f"{first:.6g} against {second:.6g}. [[{mark}]]"}
     write_jsonl(path, lines.values())
     return lines
 
 
 def ask_server(
-    settings: Judge, where: str, model: str, calls: Mapping[str, Call], path: Path
+    settings: Judge, where: str, model: str, questions: Mapping[str, Question], path: Path
 ) -> tuple[dict[str, Line], str | None, dict[str, Any]]:
     """Make the calls that the cache lacks, and ask once more where a reply has no verdict.
 
@@ -177,65 +146,56 @@ def ask_server(
     options: dict[str, Any] = {settings.max_tokens_name: settings.max_tokens, "temperature": settings.temperature}
     options |= {"timeout": settings.timeout, "seed": settings.seed}
     client = OpenAIClient(model, api_key=api_key, base_url=where, **options)
-    asked = {of: call for of, call in calls.items() if len(set(call.comparison.texts(call.a_first))) == 2}
+    asked = {key: question for key, question in questions.items() if len(set(question.texts())) == 2}
     with JudgeCache(path) as cache:
-        pending = [Request(of, call.messages(), (call, None)) for of, call in asked.items() if not cache.get(of)]
+        pending = [Request(key, one.messages(), (one, None)) for key, one in asked.items() if not cache.get(key)]
         messages = [request.messages for request in pending]
         most = forecast(messages, settings.price, settings.max_tokens)
         budget = Budget(settings.price, max(most, default=0.0), settings.max_cost, settings.max_requests)
         if pending:
             likely = sum(forecast(messages, settings.price, min(LIKELY_REPLY, settings.max_tokens)))
             logger.info("%s: %d calls to make, %d known already; about $%.2f, at most $%.2f", model,
-                        len(pending), len(calls) - len(pending), likely, sum(most))  # fmt: skip
+                        len(pending), len(questions) - len(pending), likely, sum(most))  # fmt: skip
         stopped = _make(pending, client, cache, budget, settings.workers)
-        first = {of: line for of in asked if (line := cache.latest(of)) is not None}
-        unread = {
-            of: line["reply"] or "" for of, line in first.items() if line["status"] == "ok" and _score(line) is None
-        }
-        keys = {of: asked[of].key(reply) for of, reply in unread.items()}
-        again = [
-            Request(keys[of], re_ask(asked[of].messages(), reply), (asked[of], of))
-            for of, reply in unread.items()
-            if not cache.get(keys[of])
-        ]
+        first = {key: line for key in asked if (line := cache.latest(key)) is not None}
+        unread = {key: line["reply"] or "" for key, line in first.items()
+                  if line["status"] == "ok" and score_of(line) is None}  # fmt: skip
+        keys = {key: asked[key].key(reply) for key, reply in unread.items()}
+        again = [Request(keys[key], re_ask(asked[key].messages(), reply), (asked[key], key))
+                 for key, reply in unread.items() if not cache.get(keys[key])]  # fmt: skip
         stopped = stopped or _make(again, client, cache, budget, settings.workers)
-        second = {of: line for of, key_again in keys.items() if (line := cache.latest(key_again)) is not None}
+        second = {key: line for key, key_again in keys.items() if (line := cache.latest(key_again)) is not None}
     every_line = [*first.values(), *second.values()]
-    usages: list[Any] = [line.get("usage") for line in every_line]
+    usages: list[Any] = [usage for line in every_line if (usage := line.get("usage"))]
     spent = {
         "calls": len(every_line),
-        "usage": {name: sum(usage[name] for usage in usages if usage) for name in Usage.__annotations__},
+        "usage": {name: sum(usage[name] for usage in usages) for name in Usage.__annotations__},
         "usd": round(sum(cost(usage, settings.price) for usage in usages), 6),
         "price": settings.price.model_dump(),
         "models": sorted({name for line in every_line if (name := line.get("model"))}),
     }
-    same: dict[str, Line] = {of: {"key": of, "status": "ok", "reply": SAME} for of in calls.keys() - asked.keys()}
+    same: dict[str, Line] = {
+        key: {"key": key, "status": "ok", "reply": SAME} for key in questions.keys() - asked.keys()
+    }
     return same | first | second, stopped, spent
 
 
 def _make(
     requests: Sequence[Request], client: OpenAIClient, cache: JudgeCache, budget: Budget, workers: int
 ) -> str | None:
-    """Make calls under a progress bar with running win rate and cost; a reply is on disk before it is counted."""
-    scores: list[float] = []
+    """Make calls under a progress bar with the running cost, and write each reply to disk."""
     if not requests:
         return None
     with tqdm(total=len(requests), desc="judge", unit=" calls") as bar:
 
         def store(request: Request, reply: Reply) -> None:
-            call, again = request.about
-            of = call.comparison
-            first, second = (of.a, of.b) if call.a_first else (of.b, of.a)
+            of, again = request.about
+            first, second = (of.a, of.b) if of.a_first else (of.b, of.a)
             line: Any = {"prompt_id": of.prompt_id, "subset": of.subset, "first": first, "second": second}
             line |= {"key": request.key, "again": again, "reply": reply.text, "status": reply.status}
             line |= {name: getattr(reply, name) for name in ("attempts", "usage", "model", "detail")}
             cache.append(line)
-            budget.add(reply.usage)
-            score = call.verdict(line)["score"]
-            if score is not None and of.b == REFERENCE:
-                scores.append(score)
-            rate = f"{sum(scores) / len(scores):.1%}" if scores else "-"
-            bar.set_postfix_str(f"win rate {rate}, ${budget.spent:.2f}", refresh=False)
+            bar.set_postfix_str(f"${budget.spent:.2f}", refresh=False)
             bar.update()
 
-        return asyncio.run(run_all(requests, client, workers, store, budget.stop))
+        return asyncio.run(run_all(requests, client, workers, budget, store))

@@ -1,22 +1,35 @@
-"""Win rates from a judge's verdicts, and what the judge's habits have to do with them. Results are ready for JSON.
+"""Win rates from a judge's verdicts, the same at equal length, Elo ratings, and the judge's habits, ready for JSON.
 
 A judge favours a place, and that cancels only over both orders: a comparison is used where both have a verdict, with
-the mean of the two; the others are counted. The prompt is the unit. The order of the verdicts does not matter.
+the mean of the two; the others are counted. The prompt is the unit: its verdicts go together.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
+from scipy.special import expit
 
-from rlhf_trl.stats.intervals import RESAMPLES, estimate_mean, estimate_rate, estimate_ratio, holm
+from rlhf_trl.stats.intervals import estimate_rate
+from rlhf_trl.stats.pairs import gap, share
 
 NO_PAIR = "no prompt has a verdict in both orders"
+ELO = 400 / math.log(10)
+# Weights of the pseudo-verdicts of `fit`. Length: of no account beside the data, except where length alone tells who
+# wins. Ratings: no rating that the verdicts determine moves by a tenth of a point.
+LENGTH_PRIOR, RATING_PRIOR = 0.16, 4e-6
+LARGEST_ERROR = 10.0  # in log-odds; one tie among 1,000 won verdicts gives 1.4
+# With fewer prompts on one side, the answers of equal length that the figure is about were hardly seen.
+MIN_OVERLAP = 0.1
+LARGE_CHANGE = 0.1
+UNKNOWN_BIAS = "the verdicts do not determine the effect of the order"
 
 
 class Verdict(TypedDict):
@@ -41,54 +54,44 @@ class Compared:
     prompts: np.ndarray
     policies: list[tuple[str, str]]
     scores: np.ndarray  # of `a` when it is shown first and second, shape (N, 2)
-    means: np.ndarray  # of `a` over both orders, shape (N,)
     lengths: np.ndarray  # of the answers of `a` and `b`, shape (N, 2)
     missing: dict[str, Any]
     """`comparisons` that are not used, and the `verdicts` that they lack by cause."""
 
+    @property
+    def means(self) -> np.ndarray:
+        """The score of `a` over both orders, shape (N,)."""
+        return self.scores.mean(axis=1)
+
 
 def pair_up(verdicts: Iterable[Verdict], of: tuple[str, str] | None = None) -> Compared:
-    """Bring the two orders of each comparison together: of all policies, or of two, seen from the first.
-
-    The cause of a missing verdict is its status, `invalid` where a reply came but says nothing (status `ok`), and
-    `not judged` where there is no such row.
-
-    Raises:
-        ValueError: a comparison has two verdicts in one order, or a score is not 1, 0.5, 0 or None.
-    """
+    """Bring the two orders of each comparison together: of all policies, or of `a` and `b`."""
     found: dict[tuple[str, str, str], dict[bool, Verdict]] = defaultdict(dict)
     for verdict in verdicts:
-        prompt, a, b = key = (verdict["prompt_id"], verdict["a"], verdict["b"])
-        if of and {a, b} != set(of):
-            continue
-        if a == b or (prompt, b, a) in found or verdict["a_first"] in found[key]:
-            raise ValueError(f"prompt {prompt}: {a} against {b} is there twice")
-        if verdict["score"] not in (0.0, 0.5, 1.0, None):
-            raise ValueError(f"prompt {prompt}: {verdict['score']} is no score")
-        found[key][verdict["a_first"]] = verdict
-    used, causes = [], []
-    for (prompt, a, b), orders in sorted(found.items(), key=lambda item: item[0]):
-        lacking = [cause for first in (True, False) if (cause := _cause(orders.get(first)))]
-        causes.append(lacking)
-        if not lacking:
-            scores: Any = orders[True]["score"], orders[False]["score"]
-            lengths = orders[True]["length_a"], orders[True]["length_b"]
-            if of and a != of[0]:  # shown first, b has what a lacks where it is shown second
-                a, b, scores, lengths = b, a, (1 - scores[1], 1 - scores[0]), lengths[::-1]
-            used.append((prompt, (a, b), scores, lengths))
-    prompts, policies, both, sizes = zip(*used, strict=True) if used else ((), (), (), ())
-    array, by_cause = np.array(both, dtype=float).reshape(-1, 2), Counter(itertools.chain(*causes))
-    missing = {"comparisons": sum(map(bool, causes)), "verdicts": dict(sorted(by_cause.items()))}
-    lengths_of = np.array(sizes, dtype=float).reshape(-1, 2)
-    return Compared(np.array(prompts, dtype=str), list(policies), array, array.mean(axis=1), lengths_of, missing)
+        if of in (None, (verdict["a"], verdict["b"])):
+            found[verdict["prompt_id"], verdict["a"], verdict["b"]][verdict["a_first"]] = verdict
+    causes = {key: [cause for first in (True, False) if (cause := _cause(orders.get(first)))]
+              for key, orders in found.items()}  # fmt: skip
+    used = sorted(key for key, lacking in causes.items() if not lacking)
+    scores = [[found[key][first]["score"] for first in (True, False)] for key in used]
+    lengths = [[found[key][True]["length_a"], found[key][True]["length_b"]] for key in used]
+    verdicts_missing = Counter(itertools.chain(*causes.values()))
+    return Compared(
+        np.array([prompt for prompt, _, _ in used], dtype=str),
+        [(a, b) for _, a, b in used],
+        np.array(scores, dtype=float).reshape(-1, 2),
+        np.array(lengths, dtype=float).reshape(-1, 2),
+        {"comparisons": len(causes) - len(used), "verdicts": dict(sorted(verdicts_missing.items()))},
+    )
 
 
 def _cause(verdict: Verdict | None) -> str | None:
-    """Why there is no score; None if there is one."""
+    """Why there is no score: the status of the call, `invalid` for a reply that says nothing; None if there is one."""
     if verdict is None:
         return "not judged"
-    cause = "invalid" if verdict["status"] == "ok" else verdict["status"]
-    return cause if verdict["score"] is None else None
+    if verdict["score"] is not None:
+        return None
+    return "invalid" if verdict["status"] == "ok" else verdict["status"]
 
 
 def prompt_scores(verdicts: Iterable[Verdict], a: str, b: str) -> dict[str, float]:
@@ -102,38 +105,9 @@ def none(why: str) -> dict[str, Any]:
     return {"mean": None, "low": None, "high": None, "n": 0, "why_not": why}
 
 
-def mean(values: np.ndarray, why_not: str = NO_PAIR, lowest: float = 0.0) -> dict[str, Any]:
-    """Estimate a mean of numbers from `lowest` to 1, one of each prompt; `why_not` says why there may be none.
-
-    From 0 on it is a rate. Differences have the interval of a mean; where all are the same, that of a rate, moved.
-    """
-    if len(values) == 0:
-        return none(why_not)
-    if lowest == 0.0:
-        return estimate_rate(values).as_dict()
-    if np.ptp(values) > 0:
-        return estimate_mean(values).as_dict()
-    found = estimate_rate((values - lowest) / (1 - lowest))
-    low, high = (lowest + (1 - lowest) * end for end in (found.low, found.high))
-    return {"mean": float(values.mean()), "low": low, "high": high, "n": found.n}
-
-
-def rate(tops: np.ndarray, bottoms: np.ndarray, prompts: np.ndarray, why_not: str) -> dict[str, Any]:
-    """Estimate a share over N comparisons, sum / sum, such as ties among verdicts; the prompt of each is the unit."""
-    names, codes = np.unique(prompts, return_inverse=True)
-    top, bottom = (np.bincount(codes, part, len(names)) for part in (tops, bottoms))
-    top, bottom = top[bottom > 0], bottom[bottom > 0]
-    if len(top) == 0 or np.ptp(top / bottom) == 0:
-        return mean(top / bottom, why_not)
-    return estimate_ratio(top.tolist(), bottom.tolist()).as_dict()
-
-
-def resample_counts(n: int, seed: int) -> np.ndarray:
-    """Say how often each of n units is in the sample itself and in its resamples, shape (1 + RESAMPLES, n)."""
-    counts = np.ones((1 + RESAMPLES, n))
-    if n:
-        counts[1:] = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return counts
+def mean(values: np.ndarray, why_not: str = NO_PAIR) -> dict[str, Any]:
+    """Estimate the mean of scores from 0 to 1, one of each prompt; `why_not` says why there may be none."""
+    return estimate_rate(values).as_dict() if len(values) else none(why_not)
 
 
 def win_rate(verdicts: Iterable[Verdict], a: str, b: str) -> dict[str, Any]:
@@ -162,7 +136,7 @@ def win_rate(verdicts: Iterable[Verdict], a: str, b: str) -> dict[str, Any]:
     }
 
 
-def consistency(verdicts: Iterable[Verdict]) -> dict[str, Any]:
+def measure_habits(verdicts: Iterable[Verdict]) -> dict[str, Any]:
     """Measure a judge's habits over comparisons with both verdicts, and how many replies say nothing.
 
     Returns:
@@ -173,46 +147,122 @@ def consistency(verdicts: Iterable[Verdict]) -> dict[str, Any]:
     """
     verdicts = list(verdicts)
     pairs = pair_up(verdicts)
-    a_first, b_first = pairs.scores.T
-    longer = np.sign(pairs.lengths[:, 0] - pairs.lengths[:, 1])  # 1 where that is a's answer, -1 where it is b's
-    longer_wins, differ = np.abs(longer) * (0.5 + longer * (pairs.means - 0.5)), np.abs(longer)
-    first, ties = 1.0 * (a_first == 1) + (b_first == 0), (pairs.scores == 0.5).sum(axis=1)
-    each = np.ones(len(ties))
+    scores, prompts = pairs.scores.ravel(), np.repeat(pairs.prompts, 2)
+    longer, won = np.repeat(gap(pairs.lengths), 2), scores != 0.5
+    first_won = scores == np.tile([1.0, 0.0], len(pairs.prompts))
     replies = [verdict for verdict in verdicts if verdict["status"] == "ok"]
-    silent = np.array([verdict["score"] is None for verdict in replies])
-    asked = np.array([verdict["prompt_id"] for verdict in replies])
-    no_winner, no_longer = "no verdict names a winner", "no comparison has a longer answer"
     shares = {
-        "consistency": (a_first == b_first, each, NO_PAIR),
-        "first_share": (first, 2 - ties, no_winner if len(ties) else NO_PAIR),
-        "tie_rate": (ties, 2 * each, NO_PAIR),
-        "prefers_longer": (longer_wins, differ, no_longer if len(ties) else NO_PAIR),
-    }
-    habits = {name: rate(top, bottom, pairs.prompts, why) for name, (top, bottom, why) in shares.items()}
-    return habits | {"invalid_rate": rate(silent, np.ones(len(silent)), asked, "no reply came")}
+        "consistency": (pairs.scores[:, 0] == pairs.scores[:, 1], pairs.prompts, NO_PAIR),
+        "first_share": (first_won[won], prompts[won], "no verdict names a winner"),
+        "tie_rate": (~won, prompts, NO_PAIR),
+        "prefers_longer": (np.where(longer > 0, scores, 1 - scores)[longer != 0], prompts[longer != 0],
+                           "no comparison has a longer answer"),
+        "invalid_rate": (np.array([verdict["score"] is None for verdict in replies]),
+                         np.array([verdict["prompt_id"] for verdict in replies]), "no reply came"),
+    }  # fmt: skip
+    return {name: share(values, units).as_dict() if len(values) else none(why)
+            for name, (values, units, why) in shares.items()}  # fmt: skip
 
 
-def compare_pairs(verdicts: Sequence[Verdict], policies: Sequence[str], reference: str) -> list[Any]:
-    """Compare every two policies by their scores against one reference on the prompts that both have.
+# --- logistic models -------------------------------------------------------------------------------------------------
+
+
+def fit(design: np.ndarray, scores: np.ndarray, prompts: np.ndarray, prior: Sequence[float]) -> tuple[Any, Any]:
+    """Fit log-odds = design @ coefficients to N scores from 0 to 1.
+
+    A pseudo-verdict, a tie, is added for the first coefficients: a log-F prior around 0 (Greenland and Mansournia
+    2015, Statistics in Medicine 34:3133), with which every fit is finite.
+
+    Args:
+        design: shape (N, k).
+        prompts: of each row, shape (N,).
+        prior: weight of each pseudo-verdict, k or fewer.
 
     Returns:
-        For each two, in the order given: `n` prompts; `difference` of the win rates, `first` minus `second` (paired);
-        `sign_test`, exact, on the prompts where they differ, whose `p_holm` is corrected for the number of
-        comparisons. Without shared prompts, the test is None.
+        The coefficients and the ends of their 95 % intervals, (3, k); and the standard errors that the fit has by the
+        model alone, (k,), which are large where the verdicts do not determine a coefficient.
     """
-    from scipy.stats import binomtest
+    import statsmodels.api as sm
 
-    scores = {policy: prompt_scores(verdicts, policy, reference) for policy in policies}
-    rows: list[dict[str, Any]] = []
-    for first, second in itertools.combinations(policies, 2):
-        shared = sorted(scores[first].keys() & scores[second].keys())
-        apart = np.array([scores[first][prompt] - scores[second][prompt] for prompt in shared])
-        difference = mean(apart, "no prompt has scores of both", -1.0)
-        better, worse = int((apart > 0).sum()), int((apart < 0).sum())
-        p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
-        test = {"first_better": better, "second_better": worse, "p": p} if shared else None
-        rows.append({"first": first, "second": second, "n": len(shared), "difference": difference, "sign_test": test})
-    tests = [row["sign_test"] for row in rows if row["sign_test"]]
-    for test, p_holm in zip(tests, holm([test["p"] for test in tests]), strict=True):
-        test["p_holm"] = p_holm
-    return rows
+    n, k, added = len(scores), design.shape[1], len(prior)
+    if n == 0:
+        return np.zeros((3, k)), np.full(k, np.inf)
+    groups = np.append(np.unique(prompts, return_inverse=True)[1], n + np.arange(added))
+    rows, values = np.vstack([design, np.eye(k)[:added]]), np.append(scores, np.full(added, 0.5))
+    model = sm.GLM(values, rows, sm.families.Binomial(), var_weights=np.append(np.ones(n), prior))
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # a fit that only the prior keeps finite is looked for by its errors
+        found = model.fit(maxiter=300, cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
+    return np.array([found.params, *found.conf_int().T]), np.sqrt(np.diag(found.normalized_cov_params))
+
+
+def length_controlled(verdicts: Iterable[Verdict], a: str, b: str) -> dict[str, Any]:
+    """Estimate how often `a` would beat `b` if both answers always had the same length.
+
+    The model is log-odds(a wins) = phi * tanh((length_b - length_a) / sd) + theta, on the prompts' scores, with ties
+    as half; the figure is sigma(theta), the term of length set to 0 (Dubois et al. 2024; AlpacaEval's
+    `length_controlled_minimal`, but with a prior on phi, and with an interval where AlpacaEval takes the fit as
+    certain).
+
+    Returns:
+        `length_controlled`, which is the plain win rate where the effect of length cannot be told; `warnings`.
+    """
+    pairs = pair_up(verdicts, (a, b))
+    wins, apart, warned = pairs.means, -gap(pairs.lengths), []
+    if len(wins) == 0:
+        return {"length_controlled": none(NO_PAIR), "warnings": []}
+    # The smaller of the shares of prompts where `a` is not shorter and where it is not longer.
+    overlap = min(np.mean(apart <= 0), np.mean(apart >= 0))
+    if overlap < MIN_OVERLAP:
+        answer = f"{a} gives the {'longer' if np.median(apart) < 0 else 'shorter'} answer"
+        warned.append(f"{answer} to {1 - overlap:.0%} of the prompts: what would be at equal lengths is a guess")
+    if np.ptp(apart) == 0 or np.ptp(wins) == 0:
+        return {"length_controlled": mean(wins), "warnings": warned}
+    design = np.column_stack([np.tanh(apart / apart.std(ddof=1)), np.ones(len(wins))])
+    controlled, low, high = expit(fit(design, wins, pairs.prompts, [LENGTH_PRIOR])[0][:, 1]).tolist()
+    change = controlled - float(wins.mean())
+    if abs(change) > LARGE_CHANGE:
+        warned.append(f"control for length moves the win rate by {100 * change:+.0f} points: the judge goes by length")
+    estimate = {"mean": controlled, "low": low, "high": high, "n": len(wins)}
+    return {"length_controlled": estimate, "warnings": warned}
+
+
+def bradley_terry(verdicts: Sequence[Verdict], reference: str) -> dict[str, Any]:
+    """Rate all policies by the comparisons with a verdict in both orders (Bradley and Terry 1952).
+
+    log-odds(the answer shown first wins) = ability of its policy - ability of the other + bias; a tie is half a win
+    for each. An ability times 400 / ln 10 is an Elo rating; the reference has 0.
+
+    Returns:
+        `ratings`, the Elo rating of every policy, and `first_wins`, how often the first of two equally good answers
+        wins. Where no finite number fits best (Ford 1957), `mean` is None, and `why_not` says why. Where the position
+        bias is not determined, the ratings come from a fit without it.
+    """
+    pairs = pair_up(verdicts)
+    names = [reference, *sorted({name for one in verdicts for name in (one["a"], one["b"])} - {reference})]
+    policies = np.eye(len(names))
+    a, b = np.array([[names.index(name) for name in both] for both in pairs.policies], dtype=int).reshape(-1, 2).T
+    # Each comparison twice: `a` shown first, and `b` shown first.
+    design = np.vstack([policies[a] - policies[b], policies[b] - policies[a]])[:, 1:]
+    scores, prompts = np.append(pairs.scores[:, 0], 1 - pairs.scores[:, 1]), np.tile(pairs.prompts, 2)
+    with_bias = np.column_stack([design, np.ones(len(design))])
+    found, errors = fit(with_bias, scores, prompts, [RATING_PRIOR] * len(names))
+    first_wins = none(UNKNOWN_BIAS)
+    if errors[-1] < LARGEST_ERROR:
+        first_wins = _estimate(expit(found[:, -1]), len(set(prompts)))
+    elif len(names) > 1:
+        found, errors = fit(design, scores, prompts, [RATING_PRIOR] * (len(names) - 1))
+    ratings = {reference: _estimate(np.zeros(3), len(set(prompts)))}
+    for at, name in enumerate(names[1:]):
+        n = len({prompt for prompt, both in zip(pairs.prompts, pairs.policies, strict=True) if name in both})
+        ratings[name] = _estimate(ELO * found[:, at], n)
+        if errors[at] >= LARGEST_ERROR:
+            ability = found[0, at]
+            side = f"no finite rating fits best: {'above' if ability > 0 else 'below'} any bound"
+            joined = abs(ability) > LARGEST_ERROR / 2
+            ratings[name] = none(side if joined else "no chain of verdicts leads from it to the reference") | {"n": n}
+    return {"ratings": ratings, "first_wins": first_wins}
+
+
+def _estimate(ends: np.ndarray, n: int) -> dict[str, Any]:
+    return {**dict(zip(("mean", "low", "high"), ends.tolist(), strict=True)), "n": n}

@@ -1,4 +1,4 @@
-"""Calibration: published figures, closed forms and properties."""
+"""Calibration and length bias: published figures, closed forms and properties."""
 
 import math
 
@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
+from rlhf_trl.errors.analysis import correlation, difference, length_bias
 from rlhf_trl.errors.calibration import (
     bin_of,
     brier,
@@ -18,6 +19,7 @@ from rlhf_trl.errors.calibration import (
     fit_temperature,
     nll,
 )  # fmt: skip
+from rlhf_trl.stats.pairs import share
 
 MARGINS = st.lists(st.floats(-8, 8, allow_subnormal=False), min_size=1, max_size=60).map(np.array)
 TWO, FIVE = np.array([0, 0.5, 1]), np.linspace(0.5, 1, 6)
@@ -27,22 +29,6 @@ def test_errors_are_those_of_torchmetrics():
     """The example of torchmetrics' BinaryCalibrationError: l1, l2 and max norm."""
     found = calibration_errors(np.array([0.25, 0.25, 0.55, 0.75, 0.75]), np.array([0, 0, 1, 1, 1]), TWO)
     assert found == pytest.approx({"ece": 0.2900, "rmsce": 0.2918, "mce": 0.3167}, abs=5e-5)
-
-
-@settings(deadline=None)
-@given(MARGINS, st.integers(1, 12))
-def test_errors_are_those_of_a_plain_loop(margins, bins):
-    predicted, outcome = expit(margins), (np.arange(len(margins)) % 3 == 0).astype(float)
-    gaps, sizes = [], []
-    for number in range(bins):
-        low, high = number / bins, (number + 1) / bins
-        inside = [row for row, p in enumerate(predicted) if low <= p < high or (number == bins - 1 and p == 1)]
-        if inside:
-            gaps.append(abs(sum(predicted[row] - outcome[row] for row in inside)) / len(inside))
-            sizes.append(len(inside) / len(margins))
-    mean, square = (sum(s * g**power for s, g in zip(sizes, gaps, strict=True)) for power in (1, 2))
-    found = calibration_errors(predicted, outcome, np.arange(bins + 1) / bins)
-    assert found == pytest.approx({"ece": mean, "rmsce": math.sqrt(square), "mce": max(gaps)})
 
 
 @settings(deadline=None)
@@ -56,15 +42,6 @@ def test_confidence_against_accuracy_is_each_pair_in_both_orders(margins):
     # The lower half has its bins open below where the upper half has them open above: keep clear of the edges.
     assume((np.abs(both[:, None] - edges).min(axis=1) > 1e-12).all())
     assert calibration_errors(both, outcome, edges) == pytest.approx(folded)
-
-
-def test_with_the_chosen_answer_first_the_error_says_nothing():
-    """A calibrated model with an error of 0.3: why the order is drawn, or both are counted."""
-    margins = np.array([logit(0.7)] * 7 + [-logit(0.7)] * 3)
-    chosen_first = calibration_errors(expit(margins), np.ones(10), np.array([0, 1]))
-    assert chosen_first["ece"] == pytest.approx(1 - expit(margins).mean())
-    honest = calibration_errors(confidence(margins), (margins > 0).astype(float), np.linspace(0.5, 1, 11))
-    assert honest["ece"] == pytest.approx(0)
 
 
 def test_bins():
@@ -84,19 +61,6 @@ def test_a_calibrated_model_has_the_error_of_chance():
     assert found.mean == pytest.approx(math.sqrt(2 / math.pi * 0.8 * 0.2 / 400), rel=0.06)
     assert found.high == pytest.approx(2.24 * math.sqrt(0.8 * 0.2 / 400), rel=0.1)  # P(|z| < 2.24) = 0.975
     assert 0 <= found.low < found.mean < found.high
-
-
-def test_calibrated_outcomes_lie_within_the_range_of_chance():
-    random = np.random.default_rng(3)
-    inside = 0
-    for seed in range(40):
-        predicted = random.uniform(0.5, 1, 300)
-        edges = equal_mass(predicted, 10)
-        error = calibration_errors(predicted, (random.random(300) < predicted).astype(float), edges)["ece"]
-        found = ece_if_calibrated(predicted, edges, seed)
-        inside += found.low <= error <= found.high
-    assert 35 <= inside <= 40  # 38 expected
-    assert calibration_errors(predicted, (random.random(300) < 0.5).astype(float), edges)["ece"] > found.high
 
 
 def test_loss_and_brier_score():
@@ -133,3 +97,66 @@ def test_the_temperature_has_the_least_loss_and_follows_the_scale(margins, scale
 def test_no_temperature_without_an_error_or_without_information(margins, why):
     with pytest.raises(ValueError, match=why):
         fit_temperature(np.array(margins))
+
+
+# --- lengths ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "low", "high"),
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((6, 7), (2, 7), 0.0582, 0.8062),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+    ],
+)
+def test_differences_have_the_published_intervals(first, second, low, high):
+    """Newcombe (1998, Statistics in Medicine 17:873), table II, method 10."""
+    found = difference(*(share(np.arange(n) < successes, np.arange(n)) for successes, n in (first, second)))
+    assert found["mean"] == pytest.approx(first[0] / first[1] - second[0] / second[1])
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_correlation_has_fishers_interval():
+    """r = 0.5 and n = 28: z = 0.5493 +- 1.96 / 5."""
+    random = np.random.default_rng(0)
+    x, noise = np.linalg.qr(np.column_stack([np.ones(28), random.normal(size=(28, 2))]))[0][:, 1:].T
+    found = correlation(x, 0.5 * x + math.sqrt(0.75) * noise, 28)["pearson"]
+    expected = [0.5, math.tanh(math.atanh(0.5) - 0.392), math.tanh(math.atanh(0.5) + 0.392)]
+    assert [found["mean"], found["low"], found["high"]] == pytest.approx(expected)
+    ranks = correlation(x, np.exp(5 * x), 28)
+    assert ranks["spearman"]["mean"] == pytest.approx(1)
+    assert ranks["pearson"]["mean"] < 0.99
+
+
+@pytest.mark.parametrize(("values", "units"), [([1.0, 1.0, 1.0, 1.0], 4), ([1.0, 2.0, 3.0, 4.0], 3)])
+def test_no_correlation_says_why(values, units):
+    found = correlation(np.array(values), np.arange(4), units)
+    assert (found["pearson"], found["spearman"], bool(found["why_not"])) == (None, None, True)
+
+
+def test_length_bias_of_a_scorer_that_is_the_length():
+    lengths = np.array([[10, 5], [3, 8], [20, 1], [4, 4]] * 10)
+    found = length_bias(lengths.astype(float), lengths, np.arange(40))
+    assert found["score_and_length"]["pearson"]["mean"] == pytest.approx(1)
+    assert found["margin_and_difference"]["spearman"]["mean"] == pytest.approx(1)
+    assert found["accuracy"]["chosen_longer"]["accuracy"]["mean"] == 1
+    assert found["accuracy"]["chosen_shorter"]["accuracy"]["mean"] == 0
+    assert found["accuracy"]["equal"]["ties"] == 10
+    assert found["longer_minus_shorter"]["mean"] == 1
+    assert found["near_equal"]["n"] == 10
+    prefers = found["prefers_longer"]
+    assert (prefers["model"]["mean"], prefers["humans"]["mean"]) == (1, pytest.approx(2 / 3))
+    assert prefers["difference"]["mean"] == pytest.approx(1 / 3)
+
+
+def test_the_model_prefers_longer_answers_with_a_tie_as_half():
+    scores, lengths = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), np.array([[9, 1], [1, 9], [5, 5]])
+    prefers = length_bias(scores, lengths, np.arange(3))["prefers_longer"]
+    assert (prefers["model"]["mean"], prefers["humans"]["mean"], prefers["model"]["n"]) == (0.75, 0.5, 2)
+
+
+def test_near_equal_lengths_differ_by_less_than_a_tenth_of_the_longer_one():
+    lengths = np.array([[100, 91], [91, 100], [100, 90], [10, 9]])
+    assert length_bias(np.zeros((4, 2)), lengths, np.arange(4))["near_equal"]["n"] == 2

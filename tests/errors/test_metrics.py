@@ -10,36 +10,20 @@ import pytest
 from conftest import shared
 
 from rlhf_trl.errors import metrics
-from rlhf_trl.errors.metrics import LengthBias, PairAccuracy, PairCalibration, SampledKL
-
-EMPTY = {
-    PairAccuracy: {"chosen": [], "rejected": []},
-    PairCalibration: {"chosen": [], "rejected": []},
-    LengthBias: {"chosen": [], "rejected": [], "chosen_length": [], "rejected_length": []},
-    SampledKL: {"policy": [], "reference": []},
-}
+from rlhf_trl.errors.metrics import PairAccuracy, PairCalibration
 
 
 def test_the_examples_of_the_documentation_hold():
     found = doctest.testmod(metrics)
-    assert found.failed == 0
-    assert found.attempted >= 2 * len(EMPTY)
+    assert (found.failed, found.attempted) == (0, 4)
 
 
-@pytest.mark.parametrize("metric", EMPTY, ids=lambda metric: metric.__name__)
-def test_empty_input_is_an_error(metric):
+@pytest.mark.parametrize("metric", [PairAccuracy, PairCalibration])
+def test_what_cannot_be_measured_is_an_error(metric):
     with pytest.raises(ValueError, match="at least one row"):
-        metric().compute(**EMPTY[metric])
-
-
-def test_a_score_that_is_not_finite_is_an_error():
-    with pytest.raises(ValueError, match="1 rows hold a value that is not finite"):
-        PairAccuracy().compute(chosen=[1.0, float("nan")], rejected=[0.0, 0.0])
-
-
-def test_answers_of_different_lengths_are_an_error():
-    with pytest.raises(ValueError, match="2 tokens in `policy` and 1"):
-        SampledKL().compute(policy=[[-1.0, -1.0]], reference=[[-1.0]])
+        metric().compute(chosen=[], rejected=[])
+    with pytest.raises(ValueError, match="1 rows hold a score that is not finite"):
+        metric().compute(chosen=[1.0, float("nan")], rejected=[0.0, 0.0])
 
 
 def test_two_of_a_kind_work_side_by_side_in_batches(tmp_path, monkeypatch):
@@ -55,21 +39,6 @@ def test_two_of_a_kind_work_side_by_side_in_batches(tmp_path, monkeypatch):
     found = both.compute(chosen=[1.0, 2.0], rejected=[0.0, 3.0])
     assert found["accuracy_accuracy"]["mean"] == 0.5
     assert found["calibration_nll"]["mean"] == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2)
-
-
-def test_sampled_kl_agrees_with_the_exact_one():
-    """Two policies over three tokens: answers of one token in the policy's own proportions."""
-    policy, reference = [0.5, 0.3, 0.2], [0.25, 0.25, 0.5]
-    drawn = [token for token, p in enumerate(policy) for _ in range(round(1000 * p))]
-    found = SampledKL().compute(
-        policy=[[math.log(policy[token])] for token in drawn],
-        reference=[[math.log(reference[token])] for token in drawn],
-    )
-    exact = sum(p * math.log(p / q) for p, q in zip(policy, reference, strict=True))
-    assert found["k1"]["mean"] == pytest.approx(exact)
-    assert found["k3"]["mean"] == pytest.approx(exact)
-    assert found["k1"]["n"] == 1000
-    assert found["k3"]["high"] - found["k3"]["low"] < found["k1"]["high"] - found["k1"]["low"]
 
 
 def test_accuracies_of_the_published_judge_runs():

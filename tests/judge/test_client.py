@@ -1,4 +1,4 @@
-"""Calls to a judge, against a real HTTP server that misbehaves as real ones do."""
+"""Calls to a judge, against a real HTTP server that misbehaves as real ones do, and what they cost."""
 
 import asyncio
 import gzip
@@ -13,10 +13,8 @@ from email.utils import formatdate
 import pytest
 from fake_openai import USAGE, FakeOpenAI, completion, cut, drip, drop, hang, json_of, ok, raw, status
 
-from rlhf_trl.judge.advice import tell_failures
-from rlhf_trl.judge.client import FAILURES_IN_A_ROW, LARGEST, OpenAIClient, Request, run_all
-from rlhf_trl.judge.cost import Budget
-from rlhf_trl.judge.replies import Reply, read_answer, read_error, retry_after
+from rlhf_trl.judge.client import FAILURES_IN_A_ROW, LARGEST, Budget, OpenAIClient, Request, cost, forecast, run_all
+from rlhf_trl.judge.replies import Reply, read_answer, read_error, retry_after, tell_failures
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Price
 
@@ -33,7 +31,7 @@ def client_of(server: FakeOpenAI, waits: list | None = None, **options) -> OpenA
         if waits is not None:
             waits.append(seconds)
 
-    client.sleep = sleep
+    client._pause = sleep
     return client
 
 
@@ -56,35 +54,26 @@ TABLE = {
     "429 twice, then ok": ([status(429), status(429, headers={"Retry-After": "2"}), ok("[[A]]")], "ok", 3, "[[A]]"),
     "429 for ever": ([status(429)] * 9, "rate_limit", 3, None),
     "Retry-After too long": ([status(429, headers={"Retry-After": "3600"})] * 9, "rate_limit", 1, None),
-    "503 with Retry-After too long": ([status(503, headers={"Retry-After": "3600"})] * 9, "server_error", 1, None),
     "quota": ([QUOTA] * 9, "quota", 1, None),
-    "no credit": ([status(402)] * 9, "quota", 1, None),
     "500": ([status(500)] * 9, "server_error", 3, None),
-    "502, then ok": ([status(502), ok("[[A]]")], "ok", 2, "[[A]]"),
     "hang": ([hang] * 9, "timeout", 3, None),
-    "hang, then ok": ([hang, ok("[[A]]")], "ok", 2, "[[A]]"),
     "a body that drips": ([drip(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"\n")] * 9, "timeout", 3, None),
     "headers that drip": ([drip(b"HTTP/1.1 200 OK\r\n", b"X-Wait: 1\r\n")] * 9, "timeout", 3, None),
     "102 for ever": ([drip(b"", b"HTTP/1.1 102 Processing\r\n\r\n")] * 9, "timeout", 3, None),
     "endless headers": ([raw(b"{}", X="x" * 10**6)] * 9, "connection", 3, None),
-    "a huge body": ([raw(b" " * (LARGEST + 1))] * 9, "bad_json", 2, None),
-    "a packed body": ([raw(gzip.compress(b" " * 10**6), **{"Content-Encoding": "gzip"})] * 9, "bad_json", 2, None),
-    "a failure packed": ([status(400, headers={"Content-Encoding": "br"})] * 9, "bad_json", 2, None),
-    "HTML": ([raw(b"<!doctype html><title>Sign in</title>", "text/html")] * 9, "html", 2, None),
-    "HTML that says it is JSON": ([raw(b"\n<html>")] * 9, "html", 2, None),
-    "truncated JSON": ([raw(json.dumps(completion("[[A]]")).encode()[:-30])] * 9, "bad_json", 2, None),
-    "truncated JSON, then ok": ([raw(b'{"id": '), ok("[[A]]")], "ok", 2, "[[A]]"),
-    "an empty body": ([raw(b"")] * 9, "bad_json", 2, None),
+    "a huge body": ([raw(b" " * (LARGEST + 1))] * 9, "unreadable", 2, None),
+    "a packed body": ([raw(gzip.compress(b" " * 10**6), **{"Content-Encoding": "gzip"})] * 9, "unreadable", 2, None),
+    "a failure packed": ([status(400, headers={"Content-Encoding": "br"})] * 9, "unreadable", 2, None),
+    "HTML": ([raw(b"<!doctype html><title>Sign in</title>", "text/html")] * 9, "unreadable", 2, None),
+    "truncated JSON": ([raw(json.dumps(completion("[[A]]")).encode()[:-30])] * 9, "unreadable", 2, None),
+    "an empty body": ([raw(b"")] * 9, "unreadable", 2, None),
     "null content": ([json_of(completion(None))] * 9, "null_content", 2, None),
-    "blank content": ([json_of(completion(" \n"))] * 9, "null_content", 2, " \n"),
     "500, then null content": ([status(500), *[json_of(completion(None))] * 9], "null_content", 3, None),
     "refusal": ([json_of(completion(None, refusal="I cannot judge this."))] * 9, "refusal", 1, "I cannot judge this."),
     "content filter": ([json_of(completion("I", "content_filter"))] * 9, "content_filter", 1, "I"),
-    "filtered prompt": ([status(400, {"code": "content_filter"})] * 9, "content_filter", 1, None),
     "length": ([json_of(completion("Both answers are", "length"))] * 9, "length", 1, "Both answers are"),
-    "length, all of it unseen": ([json_of(completion(None, "length"))] * 9, "length", 1, None),
-    "no choices": ([json_of(completion("[[A]]") | {"choices": []})] * 9, "no_choices", 2, None),
-    "an error in a 200": ([json_of(NO_TEXT)] * 9, "no_choices", 2, None),
+    "no choices": ([json_of(completion("[[A]]") | {"choices": []})] * 9, "unreadable", 2, None),
+    "an error in a 200": ([json_of(NO_TEXT)] * 9, "unreadable", 2, None),
     "dropped connection": ([drop] * 9, "connection", 3, None),
     "dropped, then ok": ([drop, ok("[[A]]")], "ok", 2, "[[A]]"),
     "cut in the middle": ([cut] * 9, "connection", 3, None),
@@ -99,7 +88,7 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_what_a_call_comes_to(name):
     script, expected, attempts, text = TABLE[name]
-    timeout = 1.5 if name == "hang, then ok" else 0.2 if expected == "timeout" else 20
+    timeout = 0.2 if expected == "timeout" else 20
     with FakeOpenAI(script) as server:
         reply = complete(client_of(server, timeout=timeout))
         assert (reply.status, reply.attempts, len(server.requests)) == (expected, attempts, attempts)
@@ -181,16 +170,6 @@ def test_calls_that_came_to_nothing_are_told_with_the_servers_words_and_what_to_
     assert says in tell_failures("http://h", lines)
 
 
-@pytest.mark.parametrize("name", ["HTTP_PROXY", "all_proxy"])
-def test_a_proxy_that_catches_a_local_address_is_named(monkeypatch, name):
-    refused = [line_of("connection", "refused")]
-    assert tell_failures("http://127.0.0.1:1/v1", []) is None
-    monkeypatch.setenv(name, "http://p:1")
-    assert f"{name.upper()}: set NO_PROXY=127.0.0.1" in tell_failures("http://127.0.0.1:1/v1", refused)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    assert "NO_PROXY" not in tell_failures("http://127.0.0.1:1/v1", refused)
-
-
 def test_what_is_sent_and_what_is_recorded():
     options = {"max_completion_tokens": 64, "temperature": 0.0, "seed": 7, "top_p": None}
     with FakeOpenAI() as server:
@@ -227,7 +206,7 @@ def test_a_server_is_given_the_time_it_asks_for_up_to_the_limit():
     script = [
         status(429, headers={"Retry-After": "20"}),
         status(503, headers={"Retry-After": formatdate(time.time() + 30, usegmt=True)}),
-        status(429, headers={"retry-after-ms": "40000", "Retry-After": "1"}),
+        status(429, headers={"Retry-After": "40"}),
         status(429, headers={"Retry-After": "0"}),
         status(429, headers={"Retry-After": "61"}),
     ]
@@ -252,8 +231,6 @@ def test_a_server_is_given_the_time_it_asks_for_up_to_the_limit():
         ({"retry-after": "Thu, 01 Jan 1970 00:20:00 -0000"}, 200.0),
         ({"retry-after": "Thu, 01 Jan 1970 01:20:00 +0100"}, 200.0),
         ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
-        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
-        ({"retry-after-ms": "x", "retry-after": "9"}, 9.0),
     ],
 )
 def test_retry_after_in_each_of_its_forms(headers, seconds):
@@ -276,12 +253,15 @@ def test_retry_after_in_each_of_its_forms(headers, seconds):
     ],
 )
 def test_token_counts_that_cannot_be_are_not_counted(wrong, counted):
-    outcome = read_answer("", json.dumps(completion("[[A]]") | {"usage": USAGE | wrong}).encode())
+    outcome = read_answer(json.dumps(completion("[[A]]") | {"usage": USAGE | wrong}).encode())
     assert (outcome.status, outcome.usage) == ("ok", counted)
 
 
-def make(requests, judge, workers, on_reply, stop=lambda in_flight: None):
-    return asyncio.run(run_all(requests, judge, workers, on_reply, stop))
+FREE = Price(input=0, cached=0, output=0)
+
+
+def make(requests, judge, workers, on_reply, budget=None):
+    return asyncio.run(run_all(requests, judge, workers, budget or Budget(FREE), on_reply))
 
 
 class Scripted:
@@ -329,11 +309,8 @@ def test_every_request_is_handed_over_once_with_its_reply():
 def test_a_limit_is_never_gone_over_however_many_calls_are_in_flight(workers, limits, calls):
     budget = Budget(Price(input=4.0, cached=1.0, output=14.0), dearest=0.00042, **limits)
 
-    def count(request, reply):
-        budget.add(reply.usage)
-
     with FakeOpenAI(then=ok(latency=0.01)) as server:
-        said = make(requests_of(50), client_of(server), workers, count, budget.stop)
+        said = make(requests_of(50), client_of(server), workers, lambda request, reply: None, budget)
         assert len(server.requests) == budget.calls == calls
     assert (said is None) == (not limits)
     if limits:
@@ -356,11 +333,12 @@ def test_as_many_calls_as_there_are_workers_are_made_at_once():
 CHILD = """
 import asyncio
 import sys
-from rlhf_trl.judge.client import OpenAIClient, Request, run_all
+from rlhf_trl.judge.client import Budget, OpenAIClient, Request, run_all
+from rlhf_trl.recipe.schema import Price
 requests = [Request(f"key-{n}", [{"role": "user", "content": f"pair {n}"}]) for n in range(40)]
 client = OpenAIClient("judge", api_key="EMPTY", base_url=sys.argv[1])
-said = asyncio.run(run_all(requests, client, 4, lambda request, reply: print(reply.status, flush=True),
-                           lambda in_flight: None))
+show = lambda request, reply: print(reply.status, flush=True)
+said = asyncio.run(run_all(requests, client, 4, Budget(Price()), show))
 print(said, flush=True)
 """
 
@@ -378,9 +356,8 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    "status_of_each", ["ok", "rate_limit"]
-)  # calls in flight come back; waits between attempts end
+# Calls in flight come back; waits between attempts end.
+@pytest.mark.parametrize("status_of_each", ["ok", "rate_limit"])
 def test_ctrl_c_waits_for_the_calls_in_flight_and_begins_no_other(status_of_each):
     noticed = threading.Event()
 
@@ -411,24 +388,18 @@ def test_a_second_ctrl_c_leaves_at_once():
     assert out == ""
 
 
-def test_the_handler_of_ctrl_c_is_put_back():
-    before = signal.getsignal(signal.SIGINT)
-    run_scripted(lambda n: reply_of(), 3, 2)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        *((json.dumps(value).encode(), "bad_json") for value in (None, [], 3, "text", {"choices": {}})),
-        *((json.dumps({"choices": [choice]}).encode(), "bad_json") for choice in ("x", {}, {"message": "x"})),
-        *((body, "bad_json") for body in (b"[" * 200_000, b"\xff\xfe\x00", b"9" * 5000)),
+        *((json.dumps(value).encode(), "unreadable") for value in (None, [], 3, "text", {"choices": {}})),
+        *((json.dumps({"choices": [choice]}).encode(), "unreadable") for choice in ("x", {}, {"message": "x"})),
+        *((body, "unreadable") for body in (b"[" * 200_000, b"\xff\xfe\x00", b"9" * 5000)),
         (json.dumps(completion([1], 3) | {"usage": [], "model": {}}).encode(), "null_content"),
         (json.dumps(completion("a\ud800", refusal=5)).encode(), "ok"),
     ],
 )
 def test_no_body_crashes_the_reader(body, status):
-    reply = read_answer("application/json", body)
+    reply = read_answer(body)
     assert (reply.status, reply.usage or COUNTED, reply.text in (None, "a?")) == (status, COUNTED, True)
 
 
@@ -474,6 +445,34 @@ def test_a_server_that_is_gone_ends_the_run_and_nothing_else_is_taken_for_it(sta
     assert judge.calls == len(got) and (len(got) <= FAILURES_IN_A_ROW + 4 if ends else len(got) == count)
 
 
-def test_a_defect_in_the_judge_is_raised_and_not_swallowed():
+def test_a_defect_in_the_judge_is_raised_and_ctrl_c_acts_as_before():
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ZeroDivisionError):
         run_scripted(lambda n: 1 / 0, 9, 2)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- money -----------------------------------------------------------------------------------------------------------
+
+MINI = Price(input=0.4, cached=0.1, output=1.6)
+
+
+def test_what_calls_cost():
+    usage = {"prompt_tokens": 1_000_000, "cached_tokens": 250_000, "completion_tokens": 500_000}
+    assert cost(usage, MINI) == pytest.approx(0.75 * 0.4 + 0.25 * 0.1 + 0.5 * 1.6)
+    calls = [[{"role": "user", "content": "x" * 4000}], [{"role": "user", "content": "é" * 3}] * 2]  # 1000, 3 tokens
+    each = [(1000 * 0.4 + 500 * 1.6) / 1e6, (3 * 0.4 + 500 * 1.6) / 1e6]
+    assert forecast(calls, MINI, 500) == pytest.approx(each)
+
+
+def test_a_budget_counts_what_is_in_flight_and_what_calls_cost_beyond_the_forecast():
+    budget = Budget(Price(input=1.0, cached=1.0, output=1.0), dearest=0.1, max_cost=1.0)
+    assert budget.stop(9) is None
+    assert "max_cost" in budget.stop(10)
+    budget.add({"prompt_tokens": 50_000, "cached_tokens": 0, "completion_tokens": 0})
+    assert budget.stop(8) is None
+    assert "$0.0500 spent" in budget.stop(9)
+    budget.add({"prompt_tokens": 400_000, "cached_tokens": 0, "completion_tokens": 0})  # dearer than was thought
+    assert budget.stop(0) is None
+    assert "max_cost" in budget.stop(1)
+    assert Budget(MINI, dearest=9.0).stop(10**6) is None
