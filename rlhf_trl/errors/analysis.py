@@ -3,12 +3,11 @@
     rows = tabulate(pairs, scores, tokens)  # the rows of scores.jsonl
     analysis = analyse(rows, seed)  # most of error_analysis.json
 
-Works on values in memory. The order of the rows does not matter: they are sorted by the hashes of their texts.
+Works on values in memory.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +68,7 @@ def tabulate(pairs: Sequence[Row], scores: np.ndarray, tokens: np.ndarray) -> li
 
 
 def columns(rows: Sequence[Row]) -> Columns:
-    """Turn the rows with finite scores into arrays, sorted by content; the order is the same with the sides swapped.
+    """Turn the rows with finite scores into arrays.
 
     Returns:
         `score`, `tokens`, `characters` and `refuses` of the chosen and the rejected answer, (N, 2); of each pair
@@ -77,8 +76,6 @@ def columns(rows: Sequence[Row]) -> Columns:
         this half of the prompts; `chosen_first`: whether the chosen answer is the first one in the drawn order.
     """
     finite = [row for row in rows if row["margin"] is not None]
-    finite.sort(key=lambda row: (row["prompt_id"], sorted((row["chosen_id"], row["rejected_id"])),
-                                 json.dumps(row, sort_keys=True)))  # fmt: skip
     data = {key: np.array([row[key] for row in finite]) for key in ("prompt_tokens", "turns", "subset", "margin")}
     for key in ("score", "tokens", "characters", "refuses"):
         data[key] = np.array([[row[f"{side}_{key}"] for side in SIDES] for row in finite])
