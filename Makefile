@@ -37,9 +37,9 @@ bench: .venv/.installed
 simulate: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/compare/simulate.py $(ARGS)
 
-# Random signals and damages; prints its seed. make chaos KILLS=3
+# Fuzzed inputs, damages, kills; prints its seed. make chaos ARGS="--only kills", ARGS="--only cost"
 chaos: .venv/.installed
-	KILLS=$(or $(KILLS),20) PYTHONPATH=tests $(BIN)/python tests/chaos.py
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/chaos.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-newest build dist .pytest_cache .ruff_cache .mypy_cache

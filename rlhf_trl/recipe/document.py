@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,7 +70,7 @@ class Document:
         elif node.tag in [TAG + kind for kind in ("null", "bool", "int", "float")]:
             try:
                 value = CONSTRUCTOR.construct_object(node)
-                if not isinstance(value, float) or math.isfinite(value):
+                if not isinstance(value, (int, float)) or abs(value) <= sys.float_info.max:
                     return value
                 problem = f"{node.value} is not a finite number", "give a finite number"
             except ValueError:
@@ -161,10 +161,12 @@ class Document:
                 comparison["stages"] = [other for other in given if not own.fullmatch(str(other))]
 
     def secrets(self) -> list[Problem]:
-        """Every text that looks like an access token."""
-        remedy = "keep tokens in the environment (see .env.example)"
-        problem = "holds what looks like an access token"
-        return [Problem(place, problem, remedy) for place, text in _texts(self.raw) if redact(text) != text]
+        """Every text that looks like an access token, or that no file can hold."""
+        token = "holds what looks like an access token", "keep tokens in the environment (see .env.example)"
+        half = "holds half of a character, a lone surrogate", "write the whole character"
+        texts = [*_texts(self.raw)]
+        found = [Problem(place, *token) for place, text in texts if redact(text) != text]
+        return found + [Problem(place, *half) for place, text in texts if not text.isascii() and _is_cut(text)]
 
     def error(self, later: Sequence[Problem]) -> RecipeError:
         """Build the error from the document's own problems and later ones, each once and with its line.
@@ -236,6 +238,10 @@ def _syntax_error(path: Path, text: str, error: YAMLError) -> UserError:
             reason += f" (in what begins on line {error.context_mark.line + 1})"
     remedy = next((remedy for part, remedy in SYNTAX_REMEDIES.items() if part in reason), "mend the line")
     return UserError(f"{path}:{line}", f"not valid YAML: {reason}", remedy)
+
+
+def _is_cut(text: str) -> bool:
+    return text.encode(errors="replace").decode() != text
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:

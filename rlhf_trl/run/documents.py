@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -12,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
@@ -43,6 +46,17 @@ class Done(Document):
     seconds: Seconds
     finished: datetime
     outputs: dict[str, str]
+    sealed: str  # hash of the outputs: one that is lost from the list would never be looked at again
+
+    @model_validator(mode="after")
+    def _check_seal(self) -> Done:
+        if self.sealed != seal_outputs(self.outputs):
+            raise PydanticCustomError("seal", "its list of outputs was changed")
+        return self
+
+
+def seal_outputs(outputs: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
 
 
 class Logged(Document):

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import STEPS, Recipe
 from rlhf_trl.run.checkpoints import Hashes, broken, list_checkpoints, set_aside_damaged
-from rlhf_trl.run.documents import Done, Env, Started, Stats, environment, now, read_document
+from rlhf_trl.run.documents import Done, Env, Started, Stats, environment, now, read_document, seal_outputs
 from rlhf_trl.run.files import by_umask, remove, write_json
 
 logger = logging.getLogger(__name__)
@@ -221,7 +221,8 @@ class RunDir:
                     by_umask(file)
                     outputs[file.relative_to(self.root).as_posix()] = self.hashes.of(file)
         marker = {"step": step, "fingerprint": recipe.fingerprint(step), "seconds": round(seconds, 3)}
-        write_json(self.done(step), {**marker, "finished": now(), "outputs": outputs})
+        marker |= {"finished": now(), "outputs": outputs, "sealed": seal_outputs(outputs)}
+        write_json(self.done(step), marker)
         self.hashes.save()
 
     def require(self, recipe: Recipe, step: str, command: str) -> None:

@@ -133,7 +133,7 @@ def test_a_step_is_done_for_exactly_what_it_depends_on(run, recipe):
         assert not run.is_done(recipe, step) and run.fingerprint_of(step) is None
         finish(run, recipe, step)
         assert run.is_done(recipe, step) and run.fingerprint_of(step) == recipe.fingerprint(step)
-        assert read_json(run.done(step)).keys() == {"step", "fingerprint", "seconds", "finished", "outputs"}
+        assert read_json(run.done(step)).keys() == {"step", "fingerprint", "seconds", "finished", "outputs", "sealed"}
         changed = recipe.model_copy(update={"seed": 7})
         assert not run.is_done(changed, step) and run.fingerprint_of(step) is not None
     run.step("dpo-beta=0.1").rename(run.step("dpo-beta=0.3"))

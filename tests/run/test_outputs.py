@@ -90,6 +90,13 @@ def test_a_damaged_output_is_named_refused_and_made_again(step, says, damages, r
             run.require(recipe, "dpo", "train RECIPE dpo")
 
 
+@pytest.mark.parametrize("step", ["sft", "evaluate", "report"])
+def test_a_marker_that_has_lost_an_output_vouches_for_nothing(step, run, recipe):
+    write_json(run.done(step), {**read_json(run.done(step)), "outputs": {}})
+    assert "its list of outputs was changed" in RunDir(run.root).fault(step)
+    assert step in steps_to_run(recipe, RunDir(run.root))
+
+
 def test_a_file_is_read_once_and_again_when_it_changes(run, recipe, monkeypatch):
     read: list[str] = []
 
