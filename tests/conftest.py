@@ -142,9 +142,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerate(request):
+def _fresh_accelerate():
     yield
-    if "torch" in __import__("sys").modules:
+    if "torch" in sys.modules:
         reset_accelerate()
 
 

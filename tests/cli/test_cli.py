@@ -52,23 +52,6 @@ def recipe_file(tmp_path):
     return path
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Run the command line in this process, in an empty folder; return its status, output and messages."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", launch.ASKED):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rlhf-trl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        output = capsys.readouterr()
-        return caught.value.code or 0, output.out, output.err
-
-    return run
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_mistake_in_the_recipe_is_place_problem_and_remedy_with_status_2(command, call, recipe_file):
     recipe_file.write_text(RECIPE.replace("max_length", "max_lenght"))
