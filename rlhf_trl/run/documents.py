@@ -9,12 +9,11 @@ import os
 import platform
 import subprocess
 import time
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -44,7 +43,7 @@ class Done(Document):
     step: str
     fingerprint: str
     seconds: Seconds
-    finished: datetime
+    finished: AwareDatetime
     outputs: dict[str, str]
     sealed: str  # hash of the outputs: one that is lost from the list would never be looked at again
 

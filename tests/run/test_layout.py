@@ -163,16 +163,12 @@ def test_a_finished_stage_is_kept_each_time_it_is_replaced(run, recipe):
 
 
 def test_an_unfinished_stage_and_a_step_are_replaced_without_a_trace(run, recipe):
+    """The report is replaced without touching the run, and a judge keeps its replies."""
     (run.replace("sft") / "half").write_text("")
     run.replace("sft")
-    for step in ("explore", "prepare", "evaluate"):
-        finish(run, recipe, step)
-        run.replace(step)
-        assert not run.is_done(recipe, step)
+    finish(run, recipe, "evaluate")
+    run.replace("evaluate")
     assert files(run.root) == set()
-
-
-def test_the_report_is_replaced_without_touching_the_run_and_a_judge_keeps_its_replies(run, recipe):
     finish(run, recipe, "prepare", "sft", "report", "judge")
     run.report.write_text("old")
     for step in ("report", "judge"):
