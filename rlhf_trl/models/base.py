@@ -216,10 +216,6 @@ class Policies:
     def _load(self, path: str) -> Any:
         return load_causal(path, ModelConfig(**self.block), self.tokenizer).to(PartialState().device).eval()
 
-    def can_hold(self, stage: str) -> bool:
-        """Whether a stage is an adapter on this very base."""
-        return shares_base(self.recipe, self.recipe.policies[0], stage)
-
     def add(self, name: str, folder: Path) -> Tensor | None:
         """Load an adapter onto the base: as `load_adapter`."""
         if not isinstance(self.model, PeftModel):

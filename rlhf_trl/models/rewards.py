@@ -159,7 +159,7 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
         raise UserError(str(folder), "the model has no reward head (`score`)", f"train {name!r} again")
     if not config.use_peft:
         return _freeze(base.load_classifier(str(folder), config, tokenizer), tokenizer)
-    if policies is not None and policies.can_hold(name):
+    if policies is not None and base.shares_base(recipe, recipe.policies[0], name):
         head: Any = policies.add(name, folder)
         return RewardModel(SharedClassifier(policies.use, name, head), tokenizer)
     model = base.load_classifier(base.start_path(recipe, run, name), config, tokenizer)

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
-from rlhf_trl.models.base import Policies
+from rlhf_trl.models.base import Policies, shares_base
 from rlhf_trl.models.rewards import RewardModel, SharedClassifier, load_reward_model
 from rlhf_trl.models.sampling import InverseTransform, answer_logits, measure_kl, sample, sorted_batches, spread
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer, set_up_tokenizer
@@ -207,8 +207,8 @@ def test_what_does_not_fit_the_base_stays_off_it(trained, base, tmp_path):
     policies = Policies(recipe, run, base.tokenizer)
     with pytest.raises(UserError, match="does not fit its base"):
         policies.add("other", folder)
-    policies.recipe = small_recipe(tmp_path, ("stages.rm.model.dtype=bfloat16",))
-    assert base.can_hold("rm") and not policies.can_hold("rm")
+    other = small_recipe(tmp_path, ("stages.rm.model.dtype=bfloat16",))
+    assert shares_base(recipe, "dpo", "rm") and not shares_base(other, "dpo", "rm")
 
 
 def test_any_sequence_classifier_can_score(trained, tmp_path):
