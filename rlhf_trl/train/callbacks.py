@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
+from ruamel.yaml import YAML
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -60,30 +61,7 @@ LOG_KEYS = {
     "kl_coef": "kl_coef",
 }
 NAMES = {key: name for name, keys in LOG_KEYS.items() for key in keys.split()}
-DEFINITIONS = {
-    "reward": "mean score of the reward model, before normalisation and penalties",
-    "reward_std": "standard deviation of the rewards of one update's answers",
-    "equal_groups": "share of the prompts whose answers all have the same reward",
-    "loss": "training loss of the library's trainer; for ppo the clipped surrogate alone, with value_loss beside it",
-    "reward_accuracy": "share of pairs whose chosen answer has the higher reward (dpo: implicit reward)",
-    "grad_norm": "norm of the gradient before clipping",
-    "entropy": "mean over answer tokens, nats per token",
-    "tokens": "tokens processed since the start",
-    "answer_tokens": "mean tokens of a sampled answer, its end token included",
-    "finished": "share of the sampled answers that end by themselves",
-    "clip_fraction": "share of answer tokens whose probability ratio the surrogate's clip holds",
-    "approx_kl": "half the mean squared change of the log-probabilities since the rollout, padding as none",
-    "value_loss": "half the mean squared error of the (clipped) value",
-    "kl_coef": "coefficient of the KL penalty",
-    "seconds": "wall-clock seconds since the start of training",
-    "peak_memory_bytes": "peak of allocated GPU memory, or of resident memory on the CPU, of the main process",
-}
-KL_DEFINITIONS = {
-    "grpo": "k3 estimate against the reference, mean over answer tokens, nats per token (logged only where beta > 0)",
-    "ppo": "estimate (kl_estimator, by default k1) against the reference, summed over an answer, nats per answer, on "
-    "the rollout's samples",
-}
-NO_KL = "not logged by this trainer; `evaluate` measures it"
+TERMS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))
 
 
 class History(TrainerCallback):
@@ -91,7 +69,7 @@ class History(TrainerCallback):
 
     def __init__(self, path: Path, stage: str, trainer: str):
         self.path = path
-        definitions = {**DEFINITIONS, "kl": KL_DEFINITIONS.get(trainer, NO_KL)}
+        definitions = {**TERMS["definitions"], "kl": TERMS["kl"].get(trainer, TERMS["kl"]["other"])}
         self.stats: dict[str, Any] = {"stage": stage, "trainer": trainer, "definitions": definitions, "history": [],
                                       "health": []}  # fmt: skip
         self.before = 0.0
