@@ -43,33 +43,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class GroupsByLength:
-    """Mixin for a `transformers.Trainer`: `train_sampling_strategy` finds the column `length` of the views.
-
-    The library asks the dataset for it after it has removed the columns that the model does not take.
-    """
-
-    def _get_train_sampler(self: Any, train_dataset: Dataset | None = None) -> Any:
-        return super()._get_train_sampler(self.train_dataset)  # type: ignore[misc]
-
-    def _get_eval_sampler(self: Any, eval_dataset: Dataset) -> Any:
-        return super()._get_eval_sampler(self.eval_dataset)  # type: ignore[misc]
-
-
-class DPOTrainer(trl.DPOTrainer):
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """Take the tokens as they are; unlike the other trainers, DPOTrainer has no test for that."""
-        return dataset
-
-
-CLASSES = {
-    "sft": (trl.SFTTrainer, trl.SFTConfig),
-    "reward": (trl.RewardTrainer, trl.RewardConfig),
-    "dpo": (DPOTrainer, trl.DPOConfig),
-    "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
-}
-
-
 def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     """Train one stage, from its newest whole checkpoint if it was interrupted.
 
@@ -140,6 +113,33 @@ def say_one_gpu() -> None:
 
 
 # --- trainer and config
+
+
+class GroupsByLength:
+    """Mixin for a `transformers.Trainer`: `train_sampling_strategy` finds the column `length` of the views.
+
+    The library asks the dataset for it after it has removed the columns that the model does not take.
+    """
+
+    def _get_train_sampler(self: Any, train_dataset: Dataset | None = None) -> Any:
+        return super()._get_train_sampler(self.train_dataset)  # type: ignore[misc]
+
+    def _get_eval_sampler(self: Any, eval_dataset: Dataset) -> Any:
+        return super()._get_eval_sampler(self.eval_dataset)  # type: ignore[misc]
+
+
+class DPOTrainer(trl.DPOTrainer):
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """Take the tokens as they are; unlike the other trainers, DPOTrainer has no test for that."""
+        return dataset
+
+
+CLASSES = {
+    "sft": (trl.SFTTrainer, trl.SFTConfig),
+    "reward": (trl.RewardTrainer, trl.RewardConfig),
+    "dpo": (DPOTrainer, trl.DPOConfig),
+    "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+}
 
 
 def classes_of(trainer: str) -> tuple[Any, Any]:
