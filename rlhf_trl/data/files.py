@@ -1,9 +1,6 @@
 """Rows of one local file, whichever form it has: JSON lines, JSON, CSV, Parquet or Arrow.
 
-Reads the file in pieces, but JSON that has no row on each line whole; writes nothing:
-
-    for raw in read_file(path):
-        ...
+Reads the file in pieces, but JSON that has no row on each line whole; writes nothing.
 """
 
 from __future__ import annotations
@@ -70,9 +67,6 @@ def _open_text(path: Path, errors: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, json.detect_encoding(file.peek(4)[:4]), errors, newline="")
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
-
-
 def _read_json(path: Path) -> Iterator[Any]:
     # A byte that is not UTF-8 becomes a lone surrogate, for which its row alone is dropped.
     with _open_text(path, "surrogateescape") as text:
@@ -112,16 +106,14 @@ def _read_values(text: str) -> Iterator[Any]:
 
 
 def _unfold(value: Any) -> Iterator[Any]:
-    """The rows of a JSON value: of {"train": [rows]}, of {"0": row}, of columns; else the value itself."""
-    if isinstance(value, dict) and not SIDES & value.keys():
-        names, inside = value.get("columns"), value.get("data")
-        if isinstance(names, list) and isinstance(inside, list):  # as pandas writes with `orient="split"`
-            rows = [dict(zip(map(str, names), cells, strict=False)) for cells in inside if isinstance(cells, list)]
-        else:
-            parts = itertools.chain(*(part if isinstance(part, list) else [part] for part in value.values()))
-            rows = [row for row in parts if isinstance(row, dict) and row.keys() >= SIDES]
-        yield from itertools.chain(*map(_unfold, rows)) if rows else [value]
-    elif isinstance(value, dict) and all(map(_is_column, value.values())) and len({*map(len, value.values())}) == 1:
+    """The rows of a JSON value: of {"train": [rows]}, of columns; else the value itself."""
+    if not isinstance(value, dict):
+        yield value
+    elif not SIDES & value.keys():
+        lists = [part for part in value.values() if isinstance(part, list)]
+        rows = [row for row in itertools.chain(*lists) if isinstance(row, dict) and row.keys() >= SIDES]
+        yield from rows or [value]
+    elif all(map(_is_column, value.values())) and len({*map(len, value.values())}) == 1:
         columns = (column.values() if isinstance(column, dict) else column for column in value.values())
         yield from (dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True))
     else:
@@ -133,9 +125,6 @@ def _is_column(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value) and all(key.isdigit() for key in value)
     return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _read_csv(path: Path) -> Iterator[Any]:

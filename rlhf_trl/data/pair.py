@@ -1,7 +1,4 @@
-"""A preference pair, and the reasons why a row is none.
-
-Works on values in memory.
-"""
+"""A preference pair, and the reasons why a row is none."""
 
 from __future__ import annotations
 
@@ -62,12 +59,8 @@ class Pair:
 
 
 class RowError(Exception):
-    """A row that is not a usable pair.
-
-    Attributes:
-        reasons: every reason that holds, in the order of `Reason`; the row is dropped for the first.
-        pair: the pair as far as it can be read (the prompt is the chosen side's), or None where a side has no answer.
-    """
+    """A row that is not a usable pair, with every reason in the order of `Reason`, and the pair as far as it can be
+    read: the prompt is the chosen side's; None where a side has no answer."""
 
     def __init__(self, reasons: Iterable[Reason], pair: Pair | None = None):
         found = set(reasons)

@@ -22,9 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from rlhf_trl.data.check import Checked, check
-from rlhf_trl.data.chunks import map_chunks
 from rlhf_trl.data.pair import Reason
-from rlhf_trl.data.sources import Row, read_rows
+from rlhf_trl.data.sources import Row, map_chunks, read_rows
 from rlhf_trl.data.split import KEY, Split, split
 from rlhf_trl.data.summary import KEPT, Tally, longer, summarise, total_length
 from rlhf_trl.recipe.errors import UserError

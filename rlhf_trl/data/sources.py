@@ -1,30 +1,38 @@
-"""Rows as they stand in a source: a Hub dataset, local files or `builtin:demo`.
+"""Rows as they stand in a source (a Hub dataset, local files or `builtin:demo`), and work on chunks of them.
 
-Reads the source; writes nothing. `prepare` and `explore` see the same rows:
-
-    for number, subset, raw in read_rows(recipe.data, recipe.seed):
-        ...
+Reads the source; writes nothing. `prepare` and `explore` see the same rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_trl.data.files import SUFFIXES, read_file
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Data
+from rlhf_trl.run.signals import end_with
 from rlhf_trl.text.display import first_line
 
 Row = tuple[int, str, Any]
+T = TypeVar("T")
 
 DEMO = Path(__file__).parent / "demo.jsonl.gz"
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 HUB_SPLITS = ("train", "test", "train_prefs", "test_prefs")
+CHUNK = 250  # rows
+ALONE = 40  # chunks, before other processes are worth their start
+_worker: Callable[[list[Row]], Any]
 
 
 def read_rows(data: Data, seed: int) -> Iterator[Row]:
@@ -84,7 +92,8 @@ def _read_source(data: Data) -> Iterator[tuple[str, Any]]:
         yield from ((_subset_of(path), row) for row in read_file(path))
     elif path.is_dir():
         inside = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-        files = [file for file in inside if _is_data(file)]
+        shown = [file for file in inside if not any(part.startswith(".") for part in file.parts)]
+        files = [file for file in shown if file.name.endswith(SUFFIXES) and file.name not in METADATA]
         if not files:
             there = ", ".join(str(file) for file in inside[:5]) or "nothing"
             problem = f"the folder has no data files; it holds {there}"
@@ -99,15 +108,6 @@ def _read_source(data: Data) -> Iterator[tuple[str, Any]]:
         raise UserError(source, "there is no such file or folder", remedy)
     else:
         yield from _read_hub(data)
-
-
-def _is_data(path: Path) -> bool:
-    """Whether a file, by its path inside the folder, holds rows: not what describes them, and nothing hidden."""
-    return (
-        path.name.endswith(SUFFIXES)
-        and path.name not in METADATA
-        and not any(part.startswith(".") for part in path.parts)
-    )
 
 
 def _subset_of(path: Path) -> str:
@@ -133,3 +133,42 @@ def _read_hub(data: Data) -> Iterator[tuple[str, Any]]:
         for split in present:
             for row in splits[split]:
                 yield subset or data.source.rpartition("/")[2], row
+
+
+def map_chunks(set_up: Callable[[], Callable[[list[Row]], T]], rows: Iterator[Row]) -> Iterator[tuple[list[Row], T]]:
+    """Yield the rows in chunks, each with the result of a function that depends on its chunk alone.
+
+    Args:
+        set_up: what makes this function, here and in other processes. It is small when pickled: a process that dies
+            before it has read more than a pipe holds would leave this one waiting for ever.
+    """
+    work = set_up()
+    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+    yield from ((chunk, work(chunk)) for chunk in itertools.islice(chunks, ALONE))
+    cores = os.cpu_count() or 1
+    waiting: deque[tuple[list[Row], Future[T]]] = deque()
+    # Spawned: a process that is forked off one with threads, such as the tokenizer's, may hang. None starts before it
+    # has something to do.
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (set_up, os.getpid()))
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_run, chunk)))
+            if len(waiting) > 2 * cores:
+                done, result = waiting.popleft()
+                yield done, result.result()
+        yield from ((done, result.result()) for done, result in waiting)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(set_up: Callable[[], Callable[[list[Row]], Any]], parent: int) -> None:
+    """Set up a worker process, which ends with its parent and leaves Ctrl-C and the other cores to it."""
+    global _worker
+    end_with(parent)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = set_up()
+
+
+def _run(chunk: list[Row]) -> Any:
+    return _worker(chunk)

@@ -51,13 +51,12 @@ def split(
     subset and each fifth of the lengths.
 
     Args:
-        keys: the keys of all rows after one another; those of a row are of the beginnings of its prompt, then that of
-            the prompt as it was in the source, last that of the prompt as it is kept; dtype `KEY`, shape (keys,).
+        keys: the keys of all rows after one another, (keys,): of the beginnings of a row's prompt, then of the prompt
+            as it was in the source, last of the prompt as it is kept.
         counts: how many keys each row has, (rows,).
         subsets: the number of each row's subset in the order of their names, (rows,).
         lengths: tokens of each row, (rows,).
-        test_fraction: the share of the prompts that is held out.
-        seed: what the hashes are seeded with.
+        test_fraction: of the prompts.
 
     Raises:
         UserError: all rows would have to stay together.
@@ -80,9 +79,7 @@ def split(
         inside = subset == number
         edges = np.quantile(length[inside], np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])
         fifth[inside] = np.searchsorted(edges, length[inside])
-    order = np.lexsort((rank, fifth, subset))
-    stratum = subset * LENGTH_BINS + fifth
-    total = int(weight.sum())
+    order, stratum, total = np.lexsort((rank, fifth, subset)), subset * LENGTH_BINS + fifth, int(weight.sum())
     target = min(max(1, round(total * test_fraction)), total - 1)
     held_out = np.zeros(size, bool)
     due = taken = 0.0

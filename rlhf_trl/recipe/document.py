@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,6 @@ from rlhf_trl.recipe.library import show, suggest
 from rlhf_trl.text.redact import redact
 
 MAX_BYTES = 200_000
-MAX_DEPTH = 20
 TAG = "tag:yaml.org,2002:"
 CONSTRUCTOR = YAML(typ="safe", pure=True).constructor
 TEXTS = (TAG + "str", TAG + "timestamp")  # a date is as good a name as any
@@ -50,31 +50,29 @@ class Document:
     left_out: list[str] = field(default_factory=list)  # stages
 
     # Nodes, not ruamel's round-trip loader: that stops at the first duplicate key, and follows anchors and merge keys.
-    def plain(self, node: Node | None, place: str, depth: int = 0) -> Any:
+    def plain(self, node: Node | None, place: str) -> Any:
         """Turn a YAML node into plain values, noting the line of every key and what a recipe cannot hold."""
         if node is None:
             return None
         problem = f"the tag {str(node.tag).replace(TAG, '!!')} is not read", "write a plain value"
         if node.anchor:
             problem = "anchors (&) and aliases (*) are not read", "write the values out"
-        elif depth > MAX_DEPTH:
-            problem = f"lies more than {MAX_DEPTH} sections deep", "bring it to the depth of the README's recipe"
         elif isinstance(node, MappingNode) and node.tag == TAG + "map":
-            return {name: self.plain(item, path, depth + 1) for name, path, item in self._items(node, place)}
+            return {name: self.plain(item, path) for name, path, item in self._items(node, place)}
         elif isinstance(node, SequenceNode) and node.tag == TAG + "seq":
             items = [(f"{place}.{index}", item) for index, item in enumerate(node.value)]
             self.lines.update((path, item.start_mark.line + 1) for path, item in items)
-            return [self.plain(item, path, depth + 1) for path, item in items]
+            return [self.plain(item, path) for path, item in items]
         elif node.tag in TEXTS:
-            return node.value
+            if not (fault := _fault(node.value)):
+                return node.value
+            problem = fault
         elif node.tag in [TAG + kind for kind in ("null", "bool", "int", "float")]:
-            try:
+            with contextlib.suppress(ValueError):
                 value = CONSTRUCTOR.construct_object(node)
                 if not isinstance(value, (int, float)) or abs(value) <= sys.float_info.max:
                     return value
-                problem = f"{node.value} is not a finite number", "give a finite number"
-            except ValueError:
-                problem = f"{node.value[:40]!r} is not a number", "give a number"
+            problem = f"{node.value[:40]} is not a finite number", "give a finite number"
         self.problems.append(Problem(place, *problem))
         return None
 
@@ -85,12 +83,13 @@ class Document:
             name = str(key.value) if isinstance(key, ScalarNode) else "?"
             path = f"{place}.{name}".lstrip(".")
             before, self.lines[path] = self.lines.get(path), key.start_mark.line + 1
-            problem: tuple[str, str] | None = None
+            empty = isinstance(item, ScalarNode) and item.tag == TAG + "null" and not item.value
+            problem = _fault(name)
             if key.tag == TAG + "merge":
                 problem = "merge keys (<<) are not read", "write the values out"
-            elif node.flow_style and isinstance(item, ScalarNode) and item.tag == TAG + "null" and not item.value:
-                remedy = "write `key: value`; a list stands in brackets [a, b], a decimal number has a point"
-                problem = f"{name!r} has no value", "put a space after the colon" if ":" in name else remedy
+            elif node.flow_style and empty:
+                remedy = "put a space after the colon: `key: value`; lists stand in brackets [a, b]"
+                problem = f"{name!r} has no value", remedy
             elif key.tag not in TEXTS:
                 problem = f"the key {name} is not a text", "put quotes around it"
             elif name in names:
@@ -108,6 +107,8 @@ class Document:
         place = f"--set {key if equals else text}"
         if not equals or not all(key.split(".")):
             return Problem(place, "not of the form path.to.key=value", "e.g. --set stages.dpo.args.beta=0.3")
+        if fault := _fault(key):
+            return Problem(place, *fault)
         stages = self.raw.get("stages")
         names = [str(name) for name in stages] if isinstance(stages, dict) else []
         # The name of a stage may hold dots itself.
@@ -116,9 +117,6 @@ class Document:
         if parts[0] == "stages" and len(parts) > 1 and names and stage is None:
             remedy = suggest(parts[1], names, f"the stages are: {', '.join(names)}")
             return Problem(place, f"there is no stage {parts[1]!r}", remedy)
-        if parts[0] in names and parts[0] not in self.raw:
-            remedy = f"begin the key with stages.{parts[0]}.args. (an option of its trainer)"
-            return Problem(place, f"{parts[0]!r} is a stage", remedy)
         try:
             new = self.plain(YAML(typ="safe", pure=True).compose(value), key)
         except (YAMLError, RecursionError):
@@ -139,34 +137,19 @@ class Document:
         self.overridden.append(key)
         return None
 
-    def leave_out(self) -> Iterator[Problem]:
+    def leave_out(self) -> None:
         """Remove the stages that are left out; `evaluation` and `comparison` go on without them."""
         sections = {key: value for key, value in self.raw.items() if isinstance(value, dict)}
         evaluation, comparison = sections.get("evaluation", {}), sections.get("comparison", {})
-        kept = {key: stage for key, stage in sections.get("stages", {}).items() if key not in self.left_out}
-        links = {key: [str(stage.get(link)) for link in ("init", "reward")]
-                 for key, stage in kept.items() if isinstance(stage, dict)}  # fmt: skip
-        for name in dict.fromkeys(self.left_out):
+        for name in self.left_out:
             own = re.compile(rf"{re.escape(name)}(-\w+=.*)?")  # itself, or what its sweep expands to
-            if readers := [key for key in links if any(map(own.fullmatch, links[key]))]:
-                remedy = "leave out these, too: " + " ".join(f"--without {key}" for key in readers)
-                yield Problem(f"--without {name}", f"{', '.join(readers)} cannot be trained without it", remedy)
-                continue
-            del sections["stages"][name]
+            sections["stages"].pop(name, None)
             for key in [key for key in ("reward", "gold") if own.fullmatch(str(evaluation.get(key)))]:
                 del evaluation[key]
                 if key == "gold" and sections.get("judge", {}).get("kind") == "reward":  # that judge is the gold model
-                    del self.raw["judge"]
+                    self.raw.pop("judge", None)
             if isinstance(given := comparison.get("stages"), list):
                 comparison["stages"] = [other for other in given if not own.fullmatch(str(other))]
-
-    def secrets(self) -> list[Problem]:
-        """Every text that looks like an access token, or that no file can hold."""
-        token = "holds what looks like an access token", "keep tokens in the environment (see .env.example)"
-        half = "holds half of a character, a lone surrogate", "write the whole character"
-        texts = [*_texts(self.raw)]
-        found = [Problem(place, *token) for place, text in texts if redact(text) != text]
-        return found + [Problem(place, *half) for place, text in texts if not text.isascii() and _is_cut(text)]
 
     def error(self, later: Sequence[Problem]) -> RecipeError:
         """Build the error from the document's own problems and later ones, each once and with its line.
@@ -201,8 +184,8 @@ class Document:
         return f"{self.path}{line}: {place}"
 
 
-def read_document(path: Path) -> Document:
-    """Read a YAML mapping (else UserError); smaller problems are kept in the document."""
+def read_document(path: Path, overrides: Sequence[str]) -> Document:
+    """Read a YAML mapping (else UserError) and lay the overrides over it; problems are kept in the document."""
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_BYTES + 1)
@@ -218,11 +201,13 @@ def read_document(path: Path) -> Document:
     except YAMLError as error:
         raise _syntax_error(path, text, error) from None
     except RecursionError:
-        problem = f"sections lie more than {MAX_DEPTH} deep", "bring them to the depth of the README's"
+        problem = "sections lie too deep in one another", "bring them to the depth of the README's recipe"
     else:
         if isinstance(node, MappingNode):
             document = Document(path)
             document.raw = document.plain(node, "") or {}
+            document.problems += filter(None, map(document.override, overrides))
+            document.leave_out()
             return document
     raise UserError(str(path), *problem)
 
@@ -240,17 +225,10 @@ def _syntax_error(path: Path, text: str, error: YAMLError) -> UserError:
     return UserError(f"{path}:{line}", f"not valid YAML: {reason}", remedy)
 
 
-def _is_cut(text: str) -> bool:
-    return text.encode(errors="replace").decode() != text
-
-
-def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every key and every text below a value, each with its place."""
-    if isinstance(value, str):
-        yield place, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        path = f"{place}.{key}".lstrip(".")
-        if isinstance(key, str):
-            yield path, key
-        yield from _texts(item, path)
+def _fault(text: str) -> tuple[str, str] | None:
+    """Say what is wrong with a key or a text: it looks like an access token, or no file can hold it."""
+    if redact(text) != text:
+        return "holds what looks like an access token", "keep tokens in the environment (see .env.example)"
+    if re.search("[\ud800-\udfff]", text):
+        return "holds half of a character, a lone surrogate", "write the whole character"
+    return None

@@ -11,7 +11,7 @@ from rlhf_trl.text.redact import redact
 
 
 class Exit(IntEnum):
-    """The exit statuses of the program; 128 + n says that the signal n came."""
+    """The exit statuses of the program; docs/troubles.md says what they mean. 128 + n says that the signal n came."""
 
     OK = 0
     DEFECT = 1
@@ -20,18 +20,6 @@ class Exit(IntEnum):
     RESOURCES = 4
     DIVERGED = 5
     DAMAGED = 7
-
-
-EXITS = {
-    Exit.OK: "all that was asked for is done",
-    Exit.DEFECT: "a defect of the program, with its traceback; or `adapter check` found a problem",
-    Exit.MISTAKE: "a mistake in the recipe, the data or the command line; nothing was changed",
-    Exit.NOT_RUN: "a step did not run or is not complete, or one that it needs has not run yet",
-    Exit.RESOURCES: "no disk space, memory or permission",
-    Exit.DIVERGED: "training diverged, or a rule of `health:` stopped it",
-    Exit.DAMAGED: "a file of the run is damaged or missing, or another process holds the step",
-}
-"""What each status means; `docs/troubles.md` has the same table."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,10 @@ class UserError(Exception):
         return RecipeError, (self.problems,), {"exit": self.exit}
 
     def _keep(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(_without_secrets(problem) for problem in problems)
+        self.problems = tuple(
+            replace(item, place=redact(item.place), problem=redact(item.problem), remedy=redact(item.remedy))
+            for item in problems
+        )
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
@@ -86,8 +77,3 @@ class NotRun(Exception):
 
     def __init__(self, reason: str):
         super().__init__(redact(reason))
-
-
-def _without_secrets(problem: Problem) -> Problem:
-    place, text, remedy = (redact(part) for part in (problem.place, problem.problem, problem.remedy))
-    return replace(problem, place=place, problem=text, remedy=remedy)

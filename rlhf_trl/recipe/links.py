@@ -87,12 +87,10 @@ def check_recipe(recipe: Recipe, known: Sequence[str], wrong: Set[str], processe
     problems += _expand_names(recipe, origins)
     links = Links(recipe, known, origins)
     for name, stage in recipe.stages.items():
-        problems += _check_links(links, name, stage)
+        problems += links.check_stage(name, stage)
+    problems += [*links.check_judges(), *links.check_compared()]
     bad = {*wrong, *(place for problem in problems for place in (problem.place, problem.meant_place))}
-    problems += [*_check_judges(links), *_check_starts(recipe, bad)]
-    for index, name in enumerate(recipe.comparison.stages):
-        if name not in {*known, *origins}:
-            problems.append(Problem(f"comparison.stages.{index}", *links.unknown(name)))
+    problems += links.check_starts(bad)
     for name, stage in recipe.stages.items():
         for _, args in combinations(name, stage) if f"stages.{name}.sweep" not in bad else ():
             problems += check_values(Values(recipe, name, args, bad, processes))
@@ -147,14 +145,13 @@ def _expand_names(recipe: Recipe, origins: dict[str, str]) -> Iterator[Problem]:
         place = f"stages.{name}.sweep" if stage.sweep else f"stages.{name}"
         count = math.prod(len(values) for values in stage.sweep.values())
         if count > MAX_STAGES:
-            problem = f"expands to {count} stages, more than {MAX_STAGES}"
-            yield Problem(place, problem, "sweep over fewer values")
+            yield Problem(place, f"expands to {count} stages, more than {MAX_STAGES}", "sweep over fewer values")
             continue
         for full_name, _ in combinations(name, stage):
-            if full_name.casefold() in folded:
+            first = folded.get(full_name.casefold())
+            if first is not None:
                 remedy = "give each value once, and each stage a name of its own"
-                other = "" if full_name in origins else f" (also as {folded[full_name.casefold()]!r})"
-                yield Problem(place, f"there are two stages {full_name!r}{other}", remedy)
+                yield Problem(place, f"there are two stages {full_name!r} (also from {first!r})", remedy)
                 break
             if stage.sweep and not NAME.fullmatch(full_name):
                 remedy = "sweep over fewer options, or over values of letters, digits and . _ -"
@@ -169,118 +166,100 @@ def _expand_names(recipe: Recipe, origins: dict[str, str]) -> Iterator[Problem]:
 
 
 class Links(NamedTuple):
-    """What the links between the stages are checked against."""
+    """The links between the stages, and the checks on them."""
 
     recipe: Recipe
     known: Sequence[str]
     origins: Mapping[str, str]  # name of each expanded stage -> its name in the recipe
 
-    def origin(self, name: str) -> str:
-        return self.origins.get(name, name)
-
-    def stage(self, name: str) -> Stage | None:
+    def stage(self, name: str | None) -> Stage | None:
         """The stage of that name, expanded or not; None where there is none or its own keys are wrong."""
-        return self.recipe.stages.get(self.origin(name))
+        return self.recipe.stages.get(self.origins.get(name or "", name or ""))
 
     @property
     def rewards(self) -> list[str]:
         return [name for name, origin in self.origins.items() if self.recipe.stages[origin].trainer == "reward"]
 
-    def unknown(self, name: str) -> tuple[str, str]:
+    def _unknown(self, name: str) -> tuple[str, str]:
         remedy = suggest(name, [*self.known, *self.origins], f"the stages are: {', '.join(self.known)}")
         return f"there is no stage {name!r}", remedy
 
-    def rest_on(self, name: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
-        """The stages that a stage starts from or is scored by, at any distance; a circle holds the stage itself."""
-        stage = self.stage(name)
-        for link in (stage.init, stage.reward) if stage else ():
-            if link is not None and self.origin(link) not in seen:
-                seen = self.rest_on(self.origin(link), seen | {self.origin(link)})
-        return seen
+    def check_stage(self, name: str, stage: Stage) -> Iterator[Problem]:
+        online = stage.trainer in ("grpo", "ppo")
+        if stage.init is not None:
+            yield from self._check_link(f"stages.{name}.init", stage.init, name)
+        if stage.reward is not None and online:
+            yield from self._check_link(f"stages.{name}.reward", stage.reward, name, reward=True)
+        missing = f"add `reward: {self.rewards[0]}`" if self.rewards else "add a stage with `trainer: reward`"
+        yield from _broken(
+            (f"stages.{name}.init", stage.init and "model_name_or_path" in stage.model,
+             "a stage cannot have both `init` and a base model of its own", "leave out one of the two"),
+            (f"stages.{name}.reward", stage.reward and not online,
+             f"{stage.trainer} uses no reward model", "remove the key"),
+            (f"stages.{name}.reward", online and not stage.reward,
+             f"is missing: {stage.trainer} needs a reward model", missing),
+            (f"stages.{name}.half", stage.half and online,
+             f"{stage.trainer} learns from prompts, not from pairs", "remove the key"),
+        )  # fmt: skip
+
+    def _check_link(self, place: str, target: str, before: str | None, reward: bool = False) -> Iterator[Problem]:
+        """Check that a link names one stage, that it stands before `before`, and that it has the right trainer."""
+        origin, order, own = self.origins.get(target, target), list(self.known), self.stage(target)
+        if target in self.recipe.stages and self.recipe.stages[target].sweep:
+            options = ", ".join(name for name, origin in self.origins.items() if origin == target)
+            yield Problem(place, f"{target!r} is swept, so the link is not clear", f"name one of: {options}")
+        elif origin not in order:
+            yield Problem(place, *self._unknown(target))
+        elif before is not None and order.index(origin) >= order.index(before):
+            remedy = "name an earlier stage, or change their order"
+            yield Problem(place, f"{target!r} does not stand before {before!r}", remedy)
+        instead = f"did you mean {self.rewards[0]!r}?" if self.rewards else "add a stage with `trainer: reward`"
+        yield from _broken(
+            (place, own and reward and own.trainer != "reward",
+             f"{target!r} is not a reward stage: its trainer is {own and own.trainer}", instead),
+            (place, own and not reward and own.trainer == "reward",
+             f"{target!r} is a reward model", "start from an sft stage or another policy"),
+        )  # fmt: skip
+
+    def check_judges(self) -> Iterator[Problem]:
+        """A gold reward model that has seen the pairs of what it measures shares its mistakes."""
+        reward, gold, judge = self.recipe.evaluation.reward, self.recipe.evaluation.gold, self.recipe.judge
+        for key, name in (("reward", reward), ("gold", gold)):
+            if name is not None and "/" not in name:
+                yield from self._check_link(f"evaluation.{key}", name, None, reward=True)
+        own = self.stage(gold)
+        itself = own is not None and own is self.stage(reward)
+        yield from _broken(
+            ("judge.kind", judge and judge.kind == "reward" and gold is None, "there is no gold reward model",
+             "set evaluation.gold; the model that the policies were trained with is no judge"),
+            ("evaluation.gold", gold and reward is None,
+             "there is no evaluation.reward to compare it with", "name the reward model there, or leave gold out"),
+            ("evaluation.gold", itself, "is the reward model itself", "train a second one with `half: second`"),
+            (f"stages.{gold}.half", own and reward and not itself and own.half is None,
+             "is missing: a gold model learns from pairs of its own", f"add `half: second` to the stage {gold!r}"),
+        )  # fmt: skip
+        for name, stage in self.recipe.stages.items():
+            if own and own.half and stage is not own and stage.half == own.half and stage.trainer in ("reward", "dpo"):
+                problem = f"is that of the gold model {gold!r}"
+                yield Problem(f"stages.{name}.half", problem, "give the two different halves")
+
+    def check_compared(self) -> Iterator[Problem]:
+        for index, name in enumerate(self.recipe.comparison.stages):
+            if name not in {*self.known, *self.origins}:
+                yield Problem(f"comparison.stages.{index}", *self._unknown(name))
+
+    def check_starts(self, wrong: Set[str]) -> Iterator[Problem]:
+        starts: dict[Any, str] = {}
+        for name in self.recipe.policies:
+            stage = self.recipe.stages[name]
+            if not {f"stages.{name}.init", f"stages.{name}.model.model_name_or_path"} & wrong:
+                starts.setdefault((stage.init, stage.model.get("model_name_or_path")), name)
+        if len(starts) > 1:
+            first, second, *_ = starts.values()
+            problem = f"{first!r} and {second!r} start from different models: KL has no common reference"
+            yield Problem(f"stages.{second}.init", problem, "give all policies the same `init`")
 
 
-def _check_links(links: Links, name: str, stage: Stage) -> Iterator[Problem]:
-    place, online = f"stages.{name}", stage.trainer in ("grpo", "ppo")
-    if stage.init is not None:
-        yield from _check_link(f"{place}.init", stage.init, links, before=name)
-        start = links.stage(stage.init)
-        if start is not None and start.trainer == "reward":
-            remedy = "start from an sft stage or another policy"
-            yield Problem(f"{place}.init", f"{stage.init!r} is a reward model", remedy)
-        if "model_name_or_path" in stage.model:
-            problem = "a stage cannot have both `init` and a base model of its own"
-            yield Problem(f"{place}.init", problem, "leave out one of the two")
-    if stage.reward is not None and online:
-        yield from _check_reward(f"{place}.reward", stage.reward, links, before=name)
-    elif stage.reward is not None:
-        yield Problem(f"{place}.reward", f"{stage.trainer} uses no reward model", "remove the key")
-    elif online:
-        remedy = "add a stage with `trainer: reward` and name it here"
-        remedy = f"add `reward: {links.rewards[0]}`" if links.rewards else remedy
-        yield Problem(f"{place}.reward", f"is missing: {stage.trainer} needs a reward model", remedy)
-    if stage.half is not None and online:
-        yield Problem(f"{place}.half", f"{stage.trainer} learns from prompts, not from pairs", "remove the key")
-
-
-def _check_link(place: str, target: str, links: Links, before: str | None) -> Iterator[Problem]:
-    origin, order = links.origin(target), list(links.known)
-    if target in links.recipe.stages and links.recipe.stages[target].sweep:
-        options = ", ".join(name for name, origin in links.origins.items() if origin == target)
-        remedy = f"name one of: {options}" if options else "name one of the stages it expands to"
-        yield Problem(place, f"{target!r} is swept, so the link is not clear", remedy)
-    elif origin == before:
-        yield Problem(place, "the stage links to itself", "name an earlier stage, or remove the key")
-    elif origin not in order:
-        yield Problem(place, *links.unknown(target))
-    elif before in links.rest_on(origin):
-        remedy = "break the circle: one of them starts without"
-        yield Problem(place, f"{before!r} and {target!r} wait for each other", remedy)
-    elif before is not None and order.index(origin) > order.index(before):
-        yield Problem(place, f"the stage {target!r} comes later", f"move {origin!r} above {before!r}")
-
-
-def _check_reward(place: str, target: str, links: Links, before: str | None = None) -> Iterator[Problem]:
-    yield from _check_link(place, target, links, before)
-    stage = links.stage(target)
-    if stage is not None and stage.trainer != "reward":
-        remedy = f"did you mean {links.rewards[0]!r}?" if links.rewards else "add a stage with `trainer: reward`"
-        yield Problem(place, f"{target!r} is not a reward stage: its trainer is {stage.trainer}", remedy)
-
-
-def _check_judges(links: Links) -> Iterator[Problem]:
-    """The evaluation's reward models; a gold one that has seen the pairs of what it measures shares its mistakes."""
-    recipe, reward, gold = links.recipe, links.recipe.evaluation.reward, links.recipe.evaluation.gold
-    for key, name in (("reward", reward), ("gold", gold)):
-        if name is not None and "/" not in name:
-            yield from _check_reward(f"evaluation.{key}", name, links)
-    if gold is None:
-        if recipe.judge and recipe.judge.kind == "reward":
-            remedy = "set evaluation.gold; the model that the policies were trained with is no judge"
-            yield Problem("judge.kind", "there is no gold reward model", remedy)
-        return
-    if reward is None:
-        remedy = "name the reward model there, or leave gold out"
-        yield Problem("evaluation.gold", "there is no evaluation.reward to compare it with", remedy)
-        return
-    own = links.stage(gold)
-    if own is not None and own is links.stage(reward):
-        yield Problem("evaluation.gold", "is the reward model itself", "train a second one with `half: second`")
-    elif own is not None and own.half is None:
-        remedy = f"add `half: second` to the stage {gold!r}"
-        yield Problem(f"stages.{gold}.half", "is missing: a gold model learns from pairs of its own", remedy)
-    for name, stage in recipe.stages.items():
-        if own and own.half and stage is not own and stage.half == own.half and stage.trainer in ("reward", "dpo"):
-            problem = f"is that of the gold model {gold!r}"
-            yield Problem(f"stages.{name}.half", problem, "give the two different halves")
-
-
-def _check_starts(recipe: Recipe, wrong: Set[str]) -> Iterator[Problem]:
-    starts: dict[Any, str] = {}
-    for name in recipe.policies:
-        if not {f"stages.{name}.init", f"stages.{name}.model.model_name_or_path"} & wrong:
-            base = recipe.stages[name].model.get("model_name_or_path")
-            starts.setdefault((recipe.stages[name].init, base), name)
-    if len(starts) > 1:
-        first, second, *_ = starts.values()
-        problem = f"{first!r} and {second!r} start from different models: KL and reward gain have no common reference"
-        yield Problem(f"stages.{second}.init", problem, "give all policies the same `init`")
+def _broken(*rules: tuple[str, Any, str, str]) -> Iterator[Problem]:
+    """The problems of the rules that are broken: place, whether it is, problem and remedy."""
+    return (Problem(place, problem, remedy) for place, broken, problem, remedy in rules if broken)

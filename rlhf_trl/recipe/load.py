@@ -15,7 +15,7 @@ from rlhf_trl.recipe.document import read_document
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.library import CLASSES, nearest, show, suggest
 from rlhf_trl.recipe.links import check_block, check_recipe
-from rlhf_trl.recipe.recipe import RESERVED, Recipe, expand_sweeps
+from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
 from rlhf_trl.recipe.schema import Stage, Trainer
 
 
@@ -29,9 +29,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -
     Raises:
         RecipeError: with every problem found, each with its place (file, line and key).
     """
-    document = read_document(path)
-    refused = filter(None, map(document.override, overrides))
-    document.problems += [*refused, *document.leave_out(), *document.secrets()]
+    document = read_document(path, overrides)
     recipe, problems = _parse(document.raw)
     if recipe is not None:
         wrong = {place for p in (*document.problems, *problems) for place in (p.place, p.meant_place)}
@@ -45,20 +43,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -
 
 def locate(error: UserError, path: Path, overrides: Sequence[str]) -> RecipeError:
     """Give the problems that the libraries find in a loaded recipe their places in its file."""
-    document = read_document(path)
-    for override in overrides:
-        document.override(override)
-    return document.error(error.problems)
+    return read_document(path, overrides).error(error.problems)
 
 
 def _parse(raw: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """Parse the document; on mistakes, also try it without them so that the later checks can find more."""
     stages = raw.get("stages")
-    problems = [
-        Problem(f"stages.{name}", f"{name!r} is the name of another part of a run", f"call the stage {name}_stage")
-        for name in (stages if isinstance(stages, dict) else ())
-        if str(name).casefold() in RESERVED or str(name).casefold().endswith(".lock")
-    ]
+    problems = []
     if isinstance(stages, dict) and "ppo" not in CLASSES:
         gone = [name for name, stage in stages.items() if isinstance(stage, dict) and stage.get("trainer") == "ppo"]
         for name in gone:
@@ -86,15 +77,11 @@ EXAMPLES = {
     "stages": "`stages:` with at least one stage below it",
     "trainer": f"`trainer:` (one of {', '.join(get_args(Trainer))})",
 }
-# Kind of pydantic's error -> what to do.
+# Kind of pydantic's error -> what to do, where pydantic's own words do not tell it to a writer of YAML.
 TYPE_REMEDIES = {
     "string_type": "give a text; put quotes around it",
-    "int_type": "give a whole number",
-    "float_type": "give a number",
     "list_type": "give a list, such as [a, b]",
     **dict.fromkeys(("dict_type", "model_type"), "write `key: value` lines here, or remove the key"),
-    "string_too_short": "give a text",
-    "too_short": "give at least one value",
 }
 
 
@@ -110,13 +97,11 @@ def _describe(error: Any, loc: list[str]) -> Problem:
         return Problem(place, problem, suggest(error["input"], choices, f"choose one of: {', '.join(choices)}"))
     if kind == "value_error":
         return Problem(place, f"{value} is not valid", error["msg"].removeprefix("Value error, "))
-    if error["input"] in (None, {}) and place in EXAMPLES:
-        return Problem(place, "is empty", f"add {EXAMPLES[place]}")
-    if kind in TYPE_REMEDIES:
-        problem = "is empty" if error["input"] in (None, "", [], {}) else f"{value} is not valid"
-        remedy = f"write {EXAMPLES[place]}" if place in ("model", "stages") else TYPE_REMEDIES[kind]
-        return Problem(place, problem, remedy)
-    return Problem(place, f"{value} is not valid", f"it {error['msg'].removeprefix('Input ')}")
+    empty = error["input"] in (None, "", [], {})
+    remedy = TYPE_REMEDIES.get(kind, error["msg"].replace("Input", "the value"))
+    if place in EXAMPLES and (empty or kind != "string_type"):
+        remedy = f"add {EXAMPLES[place]}"
+    return Problem(place, "is empty" if empty else f"{value} is not valid", remedy)
 
 
 def _unknown_key(place: str, loc: list[str]) -> Problem:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PrivateAttr
+from pydantic import AfterValidator, Field, PrivateAttr
 
 from rlhf_trl.recipe.fingerprint import hash_file, source_hash
 from rlhf_trl.recipe.schema import Comparison, Data, Errors, Evaluation, Judge, Name, Samples, Stage, Strict
@@ -32,6 +32,12 @@ MAX_STAGES = 100
 DOCUMENTS = 2
 
 
+def _free_name(name: str) -> str:
+    if name.casefold() in RESERVED or name.casefold().endswith(".lock"):
+        raise ValueError(f"another part of a run has this name: call the stage {name}_stage")
+    return name
+
+
 class Recipe(Strict):
     """One experiment, resolved: sweeps are expanded and every link names a stage."""
 
@@ -39,7 +45,7 @@ class Recipe(Strict):
     seed: int = Field(default=42, ge=0, lt=2**32)
     model: dict[str, Any]
     data: Data = Data()
-    stages: Annotated[dict[Name, Stage], Field(min_length=1)]
+    stages: Annotated[dict[Annotated[Name, AfterValidator(_free_name)], Stage], Field(min_length=1)]
     evaluation: Evaluation = Evaluation()
     judge: Judge | None = None
     """Without this section no judge is asked."""

@@ -1,6 +1,7 @@
 """Rules about several values of one stage: sizes that must fit, options that exclude each other.
 
-Each rule sees one stage, its sweep expanded, and is silent where a value that it needs is wrong itself.
+A rule is a row of `RULES`. It sees one stage, its sweep expanded, and is silent where a value that it needs is wrong
+itself.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import fnmatch
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,6 @@ from rlhf_trl.recipe.errors import Problem
 from rlhf_trl.recipe.library import read_options, value_of
 from rlhf_trl.recipe.recipe import POLICY_TRAINERS, Recipe
 
-Found = Iterator[tuple[str, str, str]]
-"""Key, problem and remedy; the key is one of the trainer's options, or that of another section, with its name."""
 EVERY = ("sft", "reward", *POLICY_TRAINERS)
 
 
@@ -29,7 +29,7 @@ class _Unusable(Exception):
 
 @dataclass(frozen=True)
 class Values:
-    """The resolved options of one stage: `values["beta"]` is what its training will see."""
+    """What the training of a stage will see: `of["beta"]` of its options, `of["model.lora_r"]`, `of["data.seed"]`."""
 
     recipe: Recipe
     name: str
@@ -42,177 +42,58 @@ class Values:
         return self.recipe.stages[self.name].trainer
 
     def __getitem__(self, key: str) -> Any:
-        self._require(f"stages.{self.name}.args.{key}", f"stages.{self.name}.sweep.{key}")
-        return value_of(self.trainer, self.args, key)
-
-    def model(self, key: str) -> Any:
-        """The value of a key of the stage's model block, None where it is not given."""
-        self._require(f"model.{key}", f"stages.{self.name}.model.{key}")
-        return self.recipe.model_block(self.name).get(key)
-
-    def own(self, section: str, key: str) -> Any:
-        """The value of a key of one of our own sections."""
-        self._require(f"{section}.{key}")
-        return getattr(getattr(self.recipe, section), key)
-
-    def _require(self, *places: str) -> None:
+        section, _, name = key.rpartition(".")
+        own = f"stages.{self.name}"
+        places = {"": (f"{own}.args.{key}", f"{own}.sweep.{key}"), "model": (key, f"{own}.{key}")}.get(section, (key,))
         for place in places:
             if any(f"{place}.".startswith(f"{bad}.") or bad.startswith(f"{place}.") for bad in self.wrong):
                 raise _Unusable
+        if section == "":
+            return value_of(self.trainer, self.args, key)
+        if section == "model":
+            return self.recipe.model_block(self.name).get(name)
+        return getattr(getattr(self.recipe, section), name)
 
     def place(self, key: str) -> str:
-        section, dot, rest = key.partition(".")
-        if not dot:
+        if "." not in key:
             return f"stages.{self.name}.args.{key}"
-        own = section == "model" and rest in self.recipe.stages[self.name].model
+        own = key.startswith("model.") and key.removeprefix("model.") in self.recipe.stages[self.name].model
         return f"stages.{self.name}.{key}" if own else key
 
+    @property
+    def positions(self) -> float:
+        return max_positions(str(self["model.model_name_or_path"])) or math.inf
 
-def check_values(values: Values) -> list[Problem]:
+    @property
+    def room(self) -> float:
+        """Tokens that are left for an answer to the longest prompt."""
+        return self.positions - int(self["data.max_length"])
+
+    @property
+    def rollout(self) -> int:
+        """Answers that GRPO samples at once."""
+        steps = self["steps_per_generation"] or self["gradient_accumulation_steps"]
+        return int(self["generation_batch_size"] or self["per_device_train_batch_size"] * self.processes * steps)
+
+    @property
+    def group(self) -> int:
+        """The divisor of a rollout that comes nearest to the group that is asked for."""
+        divisors = [size for size in range(2, min(self.rollout, 1024) + 1) if self.rollout % size == 0]
+        return min(divisors, key=lambda size: abs(size - self["num_generations"]), default=2)
+
+    def lacks(self, key: str, pattern: str, module: str) -> bool:
+        """Whether a value matches the pattern and needs a package that is not installed."""
+        value = self[key] if "." in key or key in read_options(self.trainer) else None
+        given = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
+        return bool(fnmatch.filter(given, pattern)) and importlib.util.find_spec(module) is None
+
+
+def check_values(values: Values) -> Iterator[Problem]:
     """Apply every rule to one stage."""
-    problems: list[Problem] = []
-    for trainers, rule in RULES:
-        if values.trainer in trainers:
-            with contextlib.suppress(_Unusable):
-                problems += [Problem(values.place(key), problem, remedy) for key, problem, remedy in rule(values)]
-    for trainers, key, breaks, problem, remedy in CONDITIONS:
-        if values.trainer in trainers:
-            with contextlib.suppress(_Unusable):
-                if breaks(values):
-                    problems.append(Problem(values.place(key), problem, remedy))
-    return problems
-
-
-# Trainers, key, when it is wrong, problem, remedy.
-CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...] = (
-    (("ppo",), "model.use_peft", lambda of: not of.model("use_peft"),
-     "PPO holds its policy, value model and reference as adapters on one base",
-     "set use_peft: true, here or in the `model:` of the stage"),
-    *((("ppo",), key, lambda of, key=key, off=off: of[key] not in off, "has no effect in PPO's loop", remedy)
-      for key, off, remedy in (
-          ("fp16", [False], "set bf16: true"), ("max_steps", [-1], "set total_episodes: steps times batch"),
-          ("data_seed", [None], "set seed"), ("eval_strategy", ["no"], "leave it out: checkpoints are evaluated"))),
-    (("ppo",), "save_strategy", lambda of: of["save_strategy"] not in ("no", "steps"),
-     "PPO's loop knows steps alone", "set save_strategy: steps"),
-    (("ppo",), "gradient_checkpointing_kwargs",
-     lambda of: (of["gradient_checkpointing_kwargs"] or {}).get("use_reentrant"),
-     "use_reentrant: true would recompute the value model under the policy's adapter", "leave it out"),
-    (("grpo", "ppo"), "train_sampling_strategy", lambda of: of["train_sampling_strategy"] != "random",
-     "has no effect: the trainer draws its prompts in an order of its own", "leave it out"),
-    (("dpo",), "label_smoothing", lambda of: "exo_pair" in of["loss_type"] and of["label_smoothing"] <= 0,
-     "the loss exo_pair needs it above 0", "set label_smoothing: 0.001"),
-    (("dpo",), "label_smoothing", lambda of: of["label_smoothing"] >= 0.5,
-     "at 0.5 the loss no longer tells the chosen answer from the rejected one", "set it below 0.5"),
-    (("dpo",), "padding_free", lambda of: of["padding_free"], "TRL's DPO trainer switches it off without an error",
-     "leave it out"),
-    (EVERY, "fsdp", lambda of: of["fsdp"] and of.processes == 1, "shards over processes, and this is one",
-     "leave it out, and launch with --accelerate fsdp2"),
-    (("dpo",), "beta", lambda of: of["beta"] <= 0, "is not above 0: nothing would be learned",
-     "give a positive number, such as 0.1"),
-    *((EVERY, f"model.{key}", lambda of, key=key: of.model(key) and not of.model("use_peft"),
-       "a quantised model can be trained only through an adapter", "set use_peft: true beside it")
-      for key in ("load_in_4bit", "load_in_8bit")),
-    (EVERY, "model.load_in_8bit", lambda of: of.model("load_in_8bit") and of.model("load_in_4bit"),
-     "cannot stand beside load_in_4bit", "choose one of the two"),
-)  # fmt: skip
-
-
-def _check_rollout(of: Values) -> Found:
-    batch, group, given = of["per_device_train_batch_size"], of["num_generations"], of["generation_batch_size"]
-    steps = of["steps_per_generation"] or of["gradient_accumulation_steps"]
-    rollout = given or batch * of.processes * steps
-    if group is None:
-        yield "num_generations", "is empty", "give a number of 2 or more"
-    elif rollout % group:
-        divisors = [size for size in range(2, min(rollout, 1024) + 1) if rollout % size == 0]
-        best = min(divisors, key=lambda size: abs(size - group), default=None)
-        made = f"batch {batch} x {steps} steps x {of.processes} process{'es' if of.processes > 1 else ''}"
-        problem = f"{group} does not divide the {rollout} answers of a rollout"
-        remedy = "set per_device_train_batch_size or gradient_accumulation_steps to a multiple of it"
-        remedy = f"use num_generations: {best}, or {remedy}" if best else remedy
-        yield "num_generations", f"{problem} ({'generation_batch_size' if given else made})", remedy
-
-
-def _check_mini_batches(of: Values) -> Found:
-    steps, parts = of["gradient_accumulation_steps"], of["num_mini_batches"]
-    size = of["per_device_train_batch_size"] * steps // parts
-    if steps % parts:
-        problem = f"{parts} does not divide gradient_accumulation_steps, which is {steps}"
-        yield "num_mini_batches", problem, f"set gradient_accumulation_steps to {parts}, or another multiple of it"
-    elif of["whiten_rewards"] and size < 8:
-        remedy = "raise per_device_train_batch_size or gradient_accumulation_steps, or turn it off"
-        yield "whiten_rewards", f"needs mini-batches of at least 8 answers, not {size}", remedy
-
-
-def _check_dropout(of: Values) -> Found:
-    turned_off = of.trainer == "ppo" or of["disable_dropout"]
-    if turned_off and of.model("use_peft") and (of.model("lora_dropout") or 0) > 0:
-        remedy = "" if of.trainer == "ppo" else f", or disable_dropout: false in the args of {of.name}"
-        problem = f"{of.trainer} turns every dropout off, LoRA's too"
-        yield "model.lora_dropout", problem, f"set lora_dropout: 0.0{remedy}"
-
-
-def _check_cut(of: Values) -> Found:
-    limit, longest = of["max_length"], of.own("data", "max_length")
-    positions = max_positions(str(of.model("model_name_or_path"))) or longest
-    if limit is not None and limit < longest <= positions:
-        given = "" if "max_length" in of.args else ", TRL's default,"
-        problem = f"{limit}{given} is below data.max_length {longest}: rows would be cut or dropped without a word"
-        yield "max_length", problem, f"set it to {longest}"
-
-
-def _check_kept(of: Values) -> Found:
-    wanted, limit = of.own("evaluation", "checkpoints"), of["save_total_limit"]
-    if wanted and of["save_strategy"] == "no":
-        remedy = "set save_strategy: steps with a save_steps, or evaluation.checkpoints: 0"
-        yield "save_strategy", "keeps no checkpoint, and evaluation.checkpoints asks for some", remedy
-    elif wanted and limit is not None and limit <= wanted:
-        problem = f"keeps {limit} checkpoints, the last one among them, and {wanted} earlier ones are to be evaluated"
-        yield "save_total_limit", problem, f"set it to {wanted + 1} or more, or leave it out"
-
-
-def _check_positions(of: Values) -> Found:
-    positions = max_positions(str(of.model("model_name_or_path")))
-    longest = of.own("data", "max_length")
-    if positions is None:
-        return
-    if longest > positions:
-        problem = f"{longest} tokens are more than the {positions} positions of the model"
-        yield "data.max_length", problem, f"set it to {positions} or less"
-        return
-    answers = {}
-    if option := {"grpo": "max_completion_length", "ppo": "response_length"}.get(of.trainer):
-        answers[option] = of[option] or 0
-    if of.trainer in POLICY_TRAINERS:
-        answers["evaluation.max_new_tokens"] = of.own("evaluation", "max_new_tokens")
-    for key, tokens in answers.items():
-        if longest + tokens > positions:
-            room = positions - longest
-            remedy = f"set it to {room} or less, or lower data.max_length" if room > 0 else "lower data.max_length"
-            prompt = f"after a prompt of up to {longest} (data.max_length)"
-            yield key, f"{tokens} tokens {prompt} are more than the {positions} positions of the model", remedy
-
-
-# Option, the values that need a package, its module, what brings it.
-NEEDS = (
-    ("use_vllm", "True", "vllm", '"rlhf-trl[vllm]"'),
-    ("use_liger_kernel", "True", "liger_kernel", '"rlhf-trl[liger]"'),
-    ("deepspeed", "*", "deepspeed", '"rlhf-trl[deepspeed]"'),
-    ("report_to", "trackio", "trackio", '"rlhf-trl[trackio]"'),
-    *(("report_to", name, name, name) for name in ("wandb", "mlflow", "tensorboard", "swanlab", "clearml")),
-    ("model.attn_implementation", "flash_attention_2", "flash_attn", "flash-attn"),
-    ("model.attn_implementation", "*/*", "kernels", "kernels"),
-)
-
-
-def _check_packages(of: Values) -> Found:
-    for key, pattern, module, package in NEEDS:
-        own = key.startswith("model.")
-        if own or key in read_options(of.trainer):
-            value = of.model(key.removeprefix("model.")) if own else of[key]
-            given = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
-            if fnmatch.filter(given, pattern) and importlib.util.find_spec(module) is None:
-                yield key, f"needs the package {module}, which is not installed", f"pip install {package}"
+    for trainers, key, breaks, problem, remedy in RULES:
+        with contextlib.suppress(_Unusable):
+            if values.trainer in trainers and breaks(values):
+                yield Problem(values.place(key), problem.format(of=values), remedy.format(of=values))
 
 
 def max_positions(model: str) -> int | None:
@@ -231,12 +112,83 @@ def max_positions(model: str) -> int | None:
     return None
 
 
-RULES: tuple[tuple[tuple[str, ...], Callable[[Values], Found]], ...] = (
-    (("grpo",), _check_rollout),
-    (("ppo",), _check_mini_batches),
-    (("reward", *POLICY_TRAINERS), _check_dropout),
-    (("sft", "reward", "dpo"), _check_cut),
-    (POLICY_TRAINERS, _check_kept),
-    (EVERY, _check_positions),
-    (EVERY, _check_packages),
+# Option, the values that need a package, its module, what brings it.
+NEEDS = (
+    ("use_vllm", "True", "vllm", '"rlhf-trl[vllm]"'),
+    ("use_liger_kernel", "True", "liger_kernel", '"rlhf-trl[liger]"'),
+    ("deepspeed", "*", "deepspeed", '"rlhf-trl[deepspeed]"'),
+    ("report_to", "trackio", "trackio", '"rlhf-trl[trackio]"'),
+    *(("report_to", name, name, name) for name in ("wandb", "mlflow", "tensorboard", "swanlab", "clearml")),
+    ("model.attn_implementation", "flash_attention_2", "flash_attn", "flash-attn"),
+    ("model.attn_implementation", "*/*", "kernels", "kernels"),
 )
+# Trainers, key, when it is wrong, problem and remedy (which may name values of the stage).
+RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...] = (
+    (("ppo",), "model.use_peft", lambda of: not of["model.use_peft"],
+     "PPO holds its policy, value model and reference as adapters on one base",
+     "set use_peft: true, here or in the `model:` of the stage"),
+    *((("ppo",), key, lambda of, key=key, off=off: of[key] not in off, "has no effect in PPO's loop", remedy)
+      for key, off, remedy in (
+          ("fp16", [False], "set bf16: true"), ("max_steps", [-1], "set total_episodes: steps times batch"),
+          ("data_seed", [None], "set seed"), ("eval_strategy", ["no"], "leave it out: checkpoints are evaluated"))),
+    (("ppo",), "save_strategy", lambda of: of["save_strategy"] not in ("no", "steps"),
+     "PPO's loop knows steps alone", "set save_strategy: steps"),
+    (("ppo",), "gradient_checkpointing_kwargs",
+     lambda of: (of["gradient_checkpointing_kwargs"] or {}).get("use_reentrant"),
+     "use_reentrant: true would recompute the value model under the policy's adapter", "leave it out"),
+    (("ppo",), "num_mini_batches", lambda of: of["gradient_accumulation_steps"] % of["num_mini_batches"],
+     "{of[num_mini_batches]} does not divide gradient_accumulation_steps, which is {of[gradient_accumulation_steps]}",
+     "set gradient_accumulation_steps to {of[num_mini_batches]}, or another multiple of it"),
+    (("ppo",), "whiten_rewards",
+     lambda of: of["whiten_rewards"] and of["gradient_accumulation_steps"] * of["per_device_train_batch_size"]
+     < 8 * of["num_mini_batches"], "needs mini-batches of at least 8 answers",
+     "raise per_device_train_batch_size or gradient_accumulation_steps, or turn it off"),
+    (("grpo", "ppo"), "train_sampling_strategy", lambda of: of["train_sampling_strategy"] != "random",
+     "has no effect: the trainer draws its prompts in an order of its own", "leave it out"),
+    (("grpo",), "num_generations", lambda of: of["num_generations"] is None, "is empty", "give a number of 2 or more"),
+    (("grpo",), "num_generations", lambda of: of["num_generations"] and of.rollout % of["num_generations"],
+     "{of[num_generations]} does not divide the {of.rollout} answers of a rollout (generation_batch_size, or else "
+     "batch x steps x {of.processes} process(es))",
+     "use num_generations: {of.group}, or make per_device_train_batch_size or gradient_accumulation_steps a multiple"),
+    (("dpo",), "label_smoothing", lambda of: "exo_pair" in of["loss_type"] and of["label_smoothing"] <= 0,
+     "the loss exo_pair needs it above 0", "set label_smoothing: 0.001"),
+    (("dpo",), "label_smoothing", lambda of: of["label_smoothing"] >= 0.5,
+     "at 0.5 the loss no longer tells the chosen answer from the rejected one", "set it below 0.5"),
+    (("dpo",), "padding_free", lambda of: of["padding_free"], "TRL's DPO trainer switches it off without an error",
+     "leave it out"),
+    (("dpo",), "beta", lambda of: of["beta"] <= 0, "is not above 0: nothing would be learned",
+     "give a positive number, such as 0.1"),
+    (EVERY, "fsdp", lambda of: of["fsdp"] and of.processes == 1, "shards over processes, and this is one",
+     "leave it out, and launch with --accelerate fsdp2"),
+    *((EVERY, f"model.{key}", lambda of, key=key: of[f"model.{key}"] and not of["model.use_peft"],
+       "a quantised model can be trained only through an adapter", "set use_peft: true beside it")
+      for key in ("load_in_4bit", "load_in_8bit")),
+    (EVERY, "model.load_in_8bit", lambda of: of["model.load_in_8bit"] and of["model.load_in_4bit"],
+     "cannot stand beside load_in_4bit", "choose one of the two"),
+    (("reward", *POLICY_TRAINERS), "model.lora_dropout",
+     lambda of: (of.trainer == "ppo" or of["disable_dropout"]) and of["model.use_peft"] and of["model.lora_dropout"],
+     "{of.trainer} turns every dropout off, LoRA's too",
+     "set lora_dropout: 0.0, or, where the trainer has the option, disable_dropout: false"),
+    (("sft", "reward", "dpo"), "max_length",
+     lambda of: of["max_length"] is not None and of["max_length"] < of["data.max_length"] <= of.positions,
+     "{of[max_length]} is below data.max_length {of[data.max_length]}: rows would be cut or dropped without a word",
+     "set it to {of[data.max_length]}"),
+    (POLICY_TRAINERS, "save_strategy", lambda of: of["evaluation.checkpoints"] and of["save_strategy"] == "no",
+     "keeps no checkpoint, and evaluation.checkpoints asks for some",
+     "set save_strategy: steps with a save_steps, or evaluation.checkpoints: 0"),
+    (POLICY_TRAINERS, "save_total_limit",
+     lambda of: 0 < (of["save_total_limit"] or 0) <= of["evaluation.checkpoints"] and of["save_strategy"] != "no",
+     "keeps {of[save_total_limit]} checkpoints with the last one, and evaluation.checkpoints asks for more",
+     "set it above {of[evaluation.checkpoints]}, or leave it out"),
+    (EVERY, "data.max_length", lambda of: of.room < 0,
+     "{of[data.max_length]} tokens are more than the {of.positions} positions of the model",
+     "set it to {of.positions} or less"),
+    *((trainers, key, lambda of, key=key: 0 <= of.room < (of[key] or 0),
+       f"{{of[{key}]}} tokens after a prompt of up to {{of[data.max_length]}} (data.max_length) are more than the "
+       "{of.positions} positions of the model", "set it to {of.room} or less, or lower data.max_length")
+      for trainers, key in ((("grpo",), "max_completion_length"), (("ppo",), "response_length"),
+                            (POLICY_TRAINERS, "evaluation.max_new_tokens"))),
+    *((EVERY, key, lambda of, need=(key, pattern, module): of.lacks(*need),
+       f"needs the package {module}, which is not installed", f"pip install {package}")
+      for key, pattern, module, package in NEEDS),
+)  # fmt: skip

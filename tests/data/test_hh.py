@@ -5,8 +5,6 @@ import csv
 import gzip
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import datasets
@@ -97,6 +95,8 @@ def test_broken_row_has_exactly_these_reasons(raw, reasons):
     with pytest.raises(RowError) as error:
         normalise(raw)
     assert [reason.value for reason in error.value.reasons] == reasons.split()
+    if reasons == "empty_chosen empty_rejected":
+        assert error.value.pair == Pair([USER], "", "")  # what can be read is kept
 
 
 def test_every_reason_of_a_row_is_in_the_table():
@@ -170,6 +170,8 @@ SHAPES += [
      PLAIN),
     ("Python text", {"prompt": str([USER]), "chosen": str([{**YES, "name": None}]), "rejected": str([NO])}, PLAIN),
     ("numpy's text", {"chosen": f"[{USER}\n {YES}]", "rejected": f"[{USER}\n {NO}]"}, PLAIN),
+    ("markers inside a paragraph", hh("Human: me?\nAssistant: you.", "See\n\nHumans: a species"),
+     Pair([USER], "Human: me?\nAssistant: you.", "See\n\nHumans: a species")),
     ("JSON that is an answer", {"prompt": "Q", "chosen": '{"role": "x"}', "rejected": '[{"a": {"role": 1}}]'},
      Pair([USER], '{"role": "x"}', '[{"a": {"role": 1}}]')),
 ]  # fmt: skip
@@ -199,11 +201,6 @@ def test_shape(raw, pair):
     assert json.dumps(raw) == before
 
 
-def test_markers_inside_a_paragraph_are_text():
-    pair = normalise(hh("Human: me?\nAssistant: you.", "See\n\nHumans: a species"))
-    assert pair == Pair([USER], "Human: me?\nAssistant: you.", "See\n\nHumans: a species")
-
-
 @pytest.mark.parametrize(
     ("prompt", "chosen", "rejected", "expected"),
     [
@@ -216,12 +213,6 @@ def test_markers_inside_a_paragraph_are_text():
 def test_repeated_plain_prompt_is_cut_only_where_it_is_no_part_of_the_answers(prompt, chosen, rejected, expected):
     pair = normalise({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     assert (pair.chosen, pair.rejected) == expected
-
-
-def test_faulty_row_keeps_what_can_be_read():
-    with pytest.raises(RowError) as error:
-        normalise(hh("", "no"))
-    assert error.value.pair == Pair([USER], "", "no")
 
 
 def test_conditions_in_real_rows():
@@ -266,8 +257,6 @@ WRITERS = {
     "splits.json": lambda path, rows: path.write_text(json.dumps({"train": rows[:3], "test": rows[3:]})),
     "columns.json": lambda path, rows: path.write_text(pd.DataFrame(rows).to_json(orient="columns")),
     "lists.json": lambda path, rows: path.write_text(json.dumps(pd.DataFrame(rows).to_dict(orient="list"))),
-    "split.json": lambda path, rows: path.write_text(pd.DataFrame(rows).to_json(orient="split")),
-    "index.json": lambda path, rows: path.write_text(json.dumps({str(i): row for i, row in enumerate(rows)})),
     "semicolons.csv": lambda path, rows: write_csv(path, rows, delimiter=";"),
     "tabs.tsv": lambda path, rows: write_csv(path, rows, "utf-16", delimiter="\t"),
     "data.parquet": lambda path, rows: pa.parquet.write_table(pa.Table.from_pylist(rows), path),
@@ -310,7 +299,7 @@ def test_lines_that_are_no_json_objects_are_rows(tmp_path):
 
 def test_one_odd_row_does_not_spoil_its_file(tmp_path):
     rows = [ROWS[0], {"prompt": "Q?", "chosen": ["yes"], "rejected": ["no"]}, {"other": 1}]
-    rows += [{"columns": [], "data": 1}, {"columns": [{}], "data": [1]}, {**ROWS[1], "columns": ["c"], "data": [[1]]}]
+    rows += [{"columns": [{}], "data": [1]}, {**ROWS[1], "data": [[1]]}]
     (tmp_path / "x.jsonl").write_text(lines(rows))
     assert [raw for *_, raw in read(tmp_path / "x.jsonl")] == rows
 
@@ -356,14 +345,15 @@ def test_damaged_file_is_the_users_error(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"),
-    [("", "no rows"), ("\n\n", "no rows"), ("x\ny\n", "the first is 'x'"),
-     ('{"question": 1, "answer": 2}\n', "answer, question")],
+    ("name", "content", "problem"),
+    [("x.jsonl", "", "no rows"), ("x.jsonl", "\n\n", "no rows"), ("x.jsonl", "x\ny\n", "the first is 'x'"),
+     ("x.jsonl", '{"question": 1, "answer": 2}\n', "answer, question"),
+     ("notes.txt", "", r"no data files; it holds notes\.txt")],
 )  # fmt: skip
-def test_unusable_source_is_the_users_error(tmp_path, content, problem):
-    (tmp_path / "x.jsonl").write_text(content)
+def test_unusable_source_is_the_users_error(tmp_path, name, content, problem):
+    (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=problem):
-        read(tmp_path / "x.jsonl")
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -372,12 +362,6 @@ def test_unusable_source_is_the_users_error(tmp_path, content, problem):
 def test_missing_source_is_the_users_error(source):
     with pytest.raises(UserError, match="no such file"):
         read(source)
-
-
-def test_empty_folder_is_the_users_error(tmp_path):
-    (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(UserError, match=r"no data files; it holds notes\.txt"):
-        read(tmp_path)
 
 
 def test_unreachable_hub_is_the_users_error(monkeypatch, tmp_path):
@@ -405,9 +389,6 @@ def test_hub_rows_come_from_the_folders_and_both_splits(monkeypatch, tmp_path):
     assert {(subset, len(raw)) for _, subset, raw in read("owner/name")} == {("name", 3)}
     with pytest.raises(UserError, match="owner/name/three: the dataset cannot be loaded"):
         read("owner/name", subsets=["three"])
-
-
-def test_hub_dataset_without_known_splits_is_the_users_error(monkeypatch):
     only = {"validation_x": datasets.Dataset.from_list(ROWS)}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: only)
     with pytest.raises(UserError, match="only the splits validation_x"):
@@ -426,18 +407,3 @@ def test_max_rows_does_not_depend_on_the_order(tmp_path):
     assert {json.dumps(raw) for *_, raw in picked} == {json.dumps(raw) for *_, raw in again}
     assert any(read(tmp_path / "x.jsonl", max_rows=3, seed=seed) != picked for seed in range(1, 5))
     assert len(read(tmp_path / "x.jsonl", max_rows=99)) == 7
-
-
-def test_demo_is_a_source():
-    rows = read("builtin:demo")
-    assert {subset for _, subset, _ in rows} == {"helpful", "harmless"}
-
-
-def test_reading_needs_no_heavy_library():
-    code = """
-import sys, rlhf_trl.data.hh, rlhf_trl.data.sources
-from rlhf_trl.recipe.schema import Data
-list(rlhf_trl.data.sources.read_rows(Data(source='builtin:demo'), 0))
-assert not {'torch', 'transformers', 'datasets', 'matplotlib', 'pyarrow'} & set(sys.modules), 'heavy import'
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -168,10 +168,6 @@ def test_what_the_libraries_say_is_named_before_the_first_step(row, processes, r
     assert not (tmp_path / "run").exists()
 
 
-def test_a_number_that_python_would_not_read_is_named(refuse):
-    assert keys(refuse(change("beta: 0.1", f"beta: {'9' * 5000}"))) == ["stages.dpo.args.beta"]
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_shipped_recipe_is_valid(path, processes):
@@ -204,17 +200,10 @@ def test_what_is_missing_is_named_at_its_section(row, refuse):
     assert row["says"] in problem.remedy
 
 
-def test_a_circle_is_named_on_both_sides(refuse):
-    problems = refuse(change("trainer: sft\n", "trainer: sft\n    init: dpo\n"))
-    assert [p.place for p in problems] == [":14: stages.sft.init", ":26: stages.dpo.init"]
-    assert all("wait for each other" in p.problem for p in problems)
-
-
 def test_dropout_that_a_trainer_turns_off_is_named_for_each_trainer(refuse):
     problems = refuse(change("lora_dropout: 0.0", "lora_dropout: 0.05"))
     assert {p.place for p in problems} == {":6: model.lora_dropout"}
     assert [p.problem.split()[0] for p in problems] == ["reward", "dpo", "ppo"]
-    assert ["disable_dropout: false" in p.remedy for p in problems] == [True, True, False]
 
 
 def test_what_ppos_loop_does_not_read_is_refused(refuse):
@@ -228,8 +217,8 @@ def test_what_ppos_loop_does_not_read_is_refused(refuse):
 def test_a_batch_is_judged_for_the_number_of_processes(refuse, recipe_file):
     text = change("num_generations: 4", "num_generations: 4\n      per_device_train_batch_size: 2")
     load_recipe(recipe_file(text), processes=2)
-    assert "batch 2 x 1 steps x 1 process)" in refuse(text)[0].problem
-    assert "x 3 processes)" in refuse(text, processes=3)[0].problem
+    for processes in (1, 3):
+        assert f"x {processes} process" in refuse(text, processes=processes)[0].problem
 
 
 def test_positions_are_read_from_the_config_of_a_local_folder(tmp_path, refuse, accept):
@@ -252,7 +241,8 @@ UNREADABLE = {
     "two-documents": (GOOD + "---\nname: x\n", ":47", "remove the `---`"),
     "utf-16": (GOOD.encode("utf-16"), "", "not UTF-8"),
     "latin-1": (change("good", "gøød").encode("latin-1"), "", "not UTF-8"),
-    "deep": (GOOD + "more: " + "[" * 900 + "]" * 900, "", "more than 20 deep"),
+    "deep": (GOOD + "more: " + "[" * 900 + "]" * 900, "", "too deep"),
+    "digits": (change("beta: 0.1", f"beta: {'9' * 5000}"), ":27: stages.dpo.args.beta", "not a finite number"),
     "large": ("# " + "x" * 300_000 + "\n" + GOOD, "", "larger than"),
 }  # fmt: skip
 
@@ -301,14 +291,6 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path, recipe_file):
         assert caught.value.problems[0].place == str(place) and words in str(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_without_permission_is_named(recipe_file):
-    path = recipe_file(GOOD)
-    path.chmod(0)
-    with pytest.raises(UserError, match="Permission denied"):
-        load_recipe(path)
-
-
 # --- all at once -----------------------------------------------------------------------------------------------------
 
 
@@ -354,12 +336,9 @@ def test_what_only_follows_from_a_mistake_is_not_told(old, new, refuse):
     assert len(refuse(change(old, new))) == 1
 
 
-def test_a_misspelt_key_beside_the_real_one_hides_no_mistake_of_that(refuse):
+def test_no_mistake_hides_an_independent_one(refuse):
     problems = refuse(change("beta: 0.1", "beta: x", add("beta: 0.1", "bta: 1")))
     assert keys(problems) == ["stages.dpo.args.beta", "stages.dpo.args.bta"]
-
-
-def test_a_single_stage_with_an_unknown_trainer_hides_nothing_of_the_model(refuse):
     text = "name: x\nmodel: {model_name_or_path: builtin:tiny, lora_rr: 1}\nstages: {a: {trainer: foo}}\n"
     assert keys(refuse(text)) == ["stages.a.trainer", "model.lora_rr"]
 
@@ -445,7 +424,7 @@ def test_a_stage_is_left_out_together_with_what_names_it(accept, refuse):
     swept = add("trainer: reward", "sweep: {seed: [1, 2]}").replace("reward: rm", "reward: rm-seed=1")
     assert accept(swept, *(f"stages.{name}=null" for name in ("rm", "grpo", "ppo"))).evaluation.reward is None
     (problem,) = refuse(swept, "stages.rm=null", "stages.ppo=null")
-    assert problem.place == "--without rm" and problem.remedy == "leave out these, too: --without grpo"
+    assert problem.place.endswith("stages.grpo.reward") and "there is no stage" in problem.problem
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
@@ -472,15 +451,10 @@ def test_a_link_names_one_stage_of_a_sweep(accept, refuse):
     assert accept(linked).stages["ppo"].reward == "rm-seed=2-learning_rate=0.0001"
     misspelt = swept.replace("reward: rm", "reward: rm-seed=2-learning_rate=0.001")
     assert {p.remedy for p in refuse(misspelt)} == {"did you mean 'rm-seed=2-learning_rate=0.0001'?"}
-
-
-def test_a_link_to_a_swept_stage_is_judged_like_any_other(refuse):
-    swept = add("trainer: dpo", "sweep: {beta: [0.1, 0.3]}")
-    problems = refuse(change("  reward: rm\n  prompts", "  reward: dpo-beta=0.1\n  prompts", swept))
-    assert "is not a reward stage: its trainer is dpo" in problems[0].problem
-    itself = swept.replace("{beta: [0.1, 0.3]}\n    init: sft", "{beta: [0.1, 0.3]}\n    init: dpo-beta=0.1")
-    assert "links to itself" in refuse(itself)[0].problem
-    twin = change("  grpo:\n", "  dpo-beta=0.3: {trainer: dpo, init: sft}\n  grpo:\n", swept)
+    dpo = add("trainer: dpo", "sweep: {beta: [0.1, 0.3]}")
+    (problem,) = refuse(change("  reward: rm\n  prompts", "  reward: dpo-beta=0.1\n  prompts", dpo))
+    assert "is not a reward stage: its trainer is dpo" in problem.problem
+    twin = change("  grpo:\n", "  dpo-beta=0.3: {trainer: dpo, init: sft}\n  grpo:\n", dpo)
     assert refuse(twin)[0].place == ":29: stages.dpo-beta=0.3"
 
 
@@ -571,12 +545,8 @@ def test_the_order_of_keys_and_comments_change_nothing(accept):
     expected = fingerprints(accept())
     assert fingerprints(accept(json.dumps(turned))) == expected
     assert fingerprints(accept(GOOD.replace("\n", "  # why\n"))) == expected
-
-
-def test_a_policy_with_another_name_is_evaluated_again(accept):
-    before, after = fingerprints(accept()), fingerprints(accept(change("  dpo:", "  dpo2:")))
-    assert before["dpo"] == after["dpo2"]
-    assert before["evaluate"] != after["evaluate"] and before["report"] != after["report"]
+    renamed = fingerprints(accept(change("  dpo:", "  dpo2:")))
+    assert expected["dpo"] == renamed["dpo2"] and expected["evaluate"] != renamed["evaluate"]
 
 
 def test_loading_imports_no_heavy_library_and_fingerprints_do_not_depend_on_the_hash_seed(recipe_file):
@@ -622,10 +592,7 @@ def test_the_content_of_a_local_model_counts_weights_included(tmp_path, accept):
         seen.add(accept(text).fingerprint("prepare"))
         seen.add(accept(change("lora_r: 4", f"model_name_or_path: {tmp_path}")).fingerprint("sft"))  # its own base
     assert len(seen) == 6
-
-
-def test_a_source_that_is_no_path_is_its_own_name(accept):
-    assert accept(change("builtin:demo", "x/" * 3000)).fingerprint("prepare")
+    assert accept(change("builtin:demo", "x/" * 3000)).fingerprint("prepare")  # no path: its own name
 
 
 # --- whatever is typed -----------------------------------------------------------------------------------------------
