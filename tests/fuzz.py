@@ -354,7 +354,7 @@ def bodies(tally: Tally, count: int, folder: Path) -> None:
         return reply
 
     async def ask_all(client: OpenAIClient, cache: JudgeCache) -> list[Any]:
-        client.sleep = lambda seconds: asyncio.sleep(0.001)
+        client._pause = lambda seconds: asyncio.sleep(0.001)
         turn = asyncio.Semaphore(16)
         async with client:
 

@@ -1,8 +1,10 @@
 """The step `judge`: real HTTP to a server in the test, whole runs, kills, limits, and what each judge is called."""
 
+import contextlib
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from conftest import ROOT, command, small_recipe
 from fake_openai import FakeOpenAI, completion, json_of, ok, raw, status
 
 from rlhf_trl.cli.tables import printable
+from rlhf_trl.judge.client import OpenAIClient
 from rlhf_trl.judge.step import ask_server, judge
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
@@ -170,6 +173,26 @@ def test_failures_are_missing_with_their_cause_and_made_again_next_time(made):
         assert len(server.requests) == 22  # what may pass is asked again, what is final is not
     assert again["status"] == "complete"
     assert rate_of(again, "dpo")["missing"]["verdicts"] == {"context_length": 1}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_server_that_refuses_half_of_all_calls_loses_no_verdict(made, monkeypatch, seed):
+    async def at_once(*_):
+        pass
+
+    monkeypatch.setattr(OpenAIClient, "_pause", at_once)
+    recipe, run = made("judge.workers=16")
+    dice, starts = random.Random(seed), 0
+    behaviours = [ok(prefer(len)), status(429)]
+    with FakeOpenAI(then=lambda *call: dice.choice(behaviours)(*call)) as server:
+        while not starts or read_json(run.winrate)["status"] != "complete":
+            starts += 1
+            with contextlib.suppress(NotRun):
+                assert run_judge(recipe, run, server)["status"] == "complete"
+        assert starts < 5 and rate_of(read_json(run.winrate), "dpo")["n"] == 30
+    (replies,) = run.winrate.parent.glob("*@*.jsonl")
+    told = [line for line in read_jsonl(replies) if line["status"] == "ok"]
+    assert len(told) == len({line["key"] for line in told}) == 2 * 2 * 30  # each was paid for once
 
 
 @pytest.mark.parametrize(
