@@ -30,7 +30,7 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import json_line, write_json, writing
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.text.names import prompt_id
+from rlhf_trl.text.words import prompt_id
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from scipy import stats
 from rlhf_trl.errors.calibration import brier, describe_calibration, nll
 from rlhf_trl.stats.intervals import Estimate
 from rlhf_trl.stats.pairs import average, compare_with_rule, correct, gap, measure_accuracy, share
-from rlhf_trl.text.names import digest, prompt_id
 from rlhf_trl.text.refusals import refuses
+from rlhf_trl.text.words import digest, prompt_id
 
 SIDES = ("chosen", "rejected")
 UNITS = ("tokens", "characters")

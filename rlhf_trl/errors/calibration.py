@@ -1,10 +1,9 @@
 """How far the confidence of a reward model can be believed, from arrays alone.
 
-A margin d (score of the chosen answer minus score of the rejected one) says, by Bradley and Terry, that the chosen
-answer wins with probability sigma(d) (Bai et al. 2022, section 3.3). With the chosen answer always first, the outcome
-is always 1, and "calibration error" is nothing but 1 minus the mean probability. So either the order is drawn, or each
-pair is counted in both orders; the latter is the same as comparing the confidence sigma(|d|) with how often the
-preferred answer is the chosen one.
+A margin d (score of the chosen answer minus score of the rejected one) says that the chosen answer wins with
+probability sigma(d) (Bai et al. 2022, section 3.3). With the chosen answer always first, the outcome is always 1. So
+either the order is drawn, or each pair is counted in both orders, which is the same as comparing the confidence
+sigma(|d|) with how often the preferred answer is the chosen one.
 """
 
 from __future__ import annotations

@@ -1,22 +1,26 @@
-"""What the numbers of an error analysis say, in plain sentences.
+"""What the numbers of an error analysis say: findings in plain sentences, and the text report.
 
 Each finding follows from a rule on a 95 % interval, never from a point estimate alone; its sentence is in
-findings.yaml. Works on values in memory.
+findings.yaml. The texts of the pairs are hostile by design: control characters are spelt out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
-from rlhf_trl.errors.analysis import difference
-from rlhf_trl.errors.probes import EDITS
-from rlhf_trl.errors.text import ENVIRONMENT
+from rlhf_trl.errors.analysis import TERMS, difference
+from rlhf_trl.errors.calibration import confidence
+from rlhf_trl.errors.probes import DESCRIPTIONS, EDITS
 from rlhf_trl.stats.intervals import Estimate, wilson
 from rlhf_trl.stats.trust import compare_with_length
+from rlhf_trl.text.display import visible
+from rlhf_trl.text.format import STYLES
 
 # A verdict of length alone needs more than this share of agreement with the length.
 LENGTH_ALONE = 0.95
@@ -30,6 +34,8 @@ BLIND = 0.1
 # An edit is rewarded when it raises the score in more than this share of the cases.
 REWARDED = 0.55
 FEW_PROMPTS = 100
+WIDTH = 110  # of a line of the text report
+CELL = "¦"  # between the cells of a table in report.txt.j2
 _WORDS = YAML(typ="safe", pure=True).load(Path(__file__).with_suffix(".yaml"))
 
 Row = dict[str, Any]
@@ -72,8 +78,8 @@ def _judge(analysis: Row) -> Sign:
         return "perfect", numbers
     if accuracy["low"] <= 0.5:
         return "reversed" if accuracy["high"] < 0.5 else "random", numbers
-    name, confidence = _judge_confidence(analysis["calibration"])
-    return name, numbers | confidence
+    name, sure = _judge_confidence(analysis["calibration"])
+    return name, numbers | sure
 
 
 def _judge_confidence(calibration: Row) -> Sign:
@@ -137,3 +143,63 @@ def _find_probes(probes: Row) -> Iterator[Sign]:
             yield f"rewards_{name}", {"higher": higher, "change": probes[name]["change"]}
     if invented and invented["low"] > 0.5:
         yield "rewards_invention", {"higher": invented}
+
+
+# --- the text report -------------------------------------------------------------------------------------------------
+
+
+def paragraph(text: str, first: str = "", rest: str = "") -> str:
+    """Fill lines with the words of a text, whatever its own lines are."""
+    return _wrap(" ".join(text.split()), first, rest) + "\n"
+
+
+def quote(text: str, indent: str) -> str:
+    """Indent the lines of a text, each of which is wrapped by itself."""
+    return "".join(_wrap(line, indent, indent) + "\n" for line in visible(text).split("\n"))
+
+
+def _wrap(text: str, first: str, rest: str) -> str:
+    options: dict[str, Any] = {"replace_whitespace": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, **options)
+    return "\n".join(lines) or first.rstrip()
+
+
+def table(text: str) -> str:
+    """Align cells that `CELL` separates: the first column on the left, the others on the right."""
+    lines = [line.split(CELL) for line in text.strip("\n").split("\n")]
+    rows = [[first.rstrip(), *map(str.strip, rest)] for first, *rest in lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "".join("  ".join(row).rstrip() + "\n" for row in aligned)
+
+
+def shown(value: Any, style: str = "estimate") -> str:
+    """Write a number in one of `STYLES`, and "-" where there is none."""
+    return "-" if value is None else STYLES[style](value)
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+ENVIRONMENT.filters |= {
+    "shown": shown,
+    "percent": STYLES["share"],
+    "points": STYLES["difference"],
+    "fixed": lambda value: f"{value:.3f}",
+    "count": STYLES["count"],
+    "paragraph": paragraph,
+    "quote": quote,
+    "table": table,
+    "cell": lambda name: " ".join(visible(name).replace(CELL, "|").split()),
+    "short": lambda text: textwrap.shorten(visible(text), 160, placeholder=" …"),
+    "visible": visible,
+    "confidence": confidence,
+    "name_of": lambda row: f"row {row['row']} of {visible(row['subset'])}",
+}
+
+
+def render(stage: str, analysis: Mapping[str, Any], examples: Sequence[Mapping[str, Any]], asked: int) -> str:
+    """Write the text report from the analysis and the examples, of which `asked` of each kind were asked for."""
+    template = ENVIRONMENT.get_template("report.txt.j2")
+    known = {"analysis": analysis, "examples": examples, "terms": TERMS, "probes": DESCRIPTIONS}
+    return template.render(stage=stage, asked=asked, **known)

@@ -113,14 +113,11 @@ class OpenAIClient:
     def __init__(
         self, model: str, *, api_key: str, base_url: str, timeout: float = 60.0, attempts: int = 5, **parameters: Any
     ):
-        """Set up the calls; none is made yet.
+        """Set up the calls; UserError where the key or the address cannot be used.
 
         Args:
             timeout: seconds for one attempt, from its connection to the last byte of its reply.
-            parameters: sent along with each call, such as `max_tokens` or `temperature`; None is not sent.
-
-        Raises:
-            UserError: the key or the address cannot be used.
+            parameters: sent along with each call, such as `temperature`; None is not sent.
         """
         if not re.fullmatch(r"[!-~]+", api_key):
             problem = "holds a space, a line break or another character that no key has" if api_key else "is empty"
@@ -133,11 +130,7 @@ class OpenAIClient:
         self._parameters = {name: value for name, value in parameters.items() if value is not None}
 
     async def __aenter__(self) -> OpenAIClient:
-        """Open the client in the event loop that makes the calls.
-
-        Raises:
-            UserError: a proxy or the certificates cannot be used.
-        """
+        """Open the client in the event loop; UserError where a proxy or the certificates cannot be used."""
         self._interrupted = asyncio.Event()
         limits, hooks = httpx2.Limits(max_connections=None), {"response": [_limit]}
         try:
@@ -166,11 +159,7 @@ class OpenAIClient:
             await asyncio.wait_for(self._interrupted.wait(), seconds)
 
     async def complete(self, messages: Sequence[Message]) -> Reply:
-        """Make one call, with the retries that are due to what comes back.
-
-        Raises:
-            UserError: the key, the model, the address or an option is wrong, so that no call can succeed.
-        """
+        """Make one call, with the retries that are due to what comes back; UserError where no call can succeed."""
         dice = random.Random(json.dumps(messages))
         replies: list[Reply] = []
         while not replies or not self._interrupted.is_set():
@@ -240,10 +229,8 @@ async def run_all(
     """Make calls, up to `workers` at once, count them in the budget and hand over each reply as it comes.
 
     A limit of the budget, exhausted quota, many failures in a row and Ctrl-C end the run. What is in flight by then
-    still comes back and is handed over; a second Ctrl-C drops it. Returns the reason why it ended before its time.
-
-    Raises:
-        UserError: no call can succeed; those in flight were handed over first.
+    still comes back and is handed over; a second Ctrl-C drops it. Returns the reason why it ended before its time;
+    UserError, once those in flight were handed over, where no call can succeed.
     """
     waiting, loop = iter(requests), asyncio.get_running_loop()
     in_flight = failures = 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.judge.cache import Line
+from rlhf_trl.judge.replies import Line
 from rlhf_trl.judge.win_rate import Verdict
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Judge

@@ -19,7 +19,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf_trl.judge.cache import JudgeCache, Line
 from rlhf_trl.judge.client import Budget, OpenAIClient, Request, cost, forecast, run_all
 from rlhf_trl.judge.questions import (
     Question,
@@ -30,7 +29,7 @@ from rlhf_trl.judge.questions import (
     re_ask,
     score_of,
 )
-from rlhf_trl.judge.replies import FAULTS, Reply, Usage, tell_failures
+from rlhf_trl.judge.replies import FAULTS, JudgeCache, Line, Reply, Usage, tell_failures
 from rlhf_trl.judge.results import conclude
 from rlhf_trl.judge.win_rate import pair_up, prompt_scores
 from rlhf_trl.recipe.errors import NotRun, UserError
@@ -53,8 +52,7 @@ def judge(recipe: Recipe, run: RunDir) -> None:
 
     Raises:
         UserError: the recipe has no judge, `evaluate` is not finished, or no call can succeed.
-        NotRun: there is no judge to ask, it was stopped, calls that may pass are left, or there is no verdict to use;
-            `winrate.json` says so, too.
+        NotRun: there is no judge to ask, it was stopped, calls that may pass are left, or there is no verdict to use.
     """
     settings = recipe.judge
     if settings is None:
@@ -131,12 +129,7 @@ def ask_server(
 ) -> tuple[dict[str, Line], str | None, dict[str, Any]]:
     """Make the calls that the cache lacks, and ask once more where a reply has no verdict.
 
-    Returns:
-        The last line of each call by its key, why the calls ended before their time (or None), and what all cost.
-
-    Raises:
-        NotRun: there is neither a key nor an address.
-        UserError: the key, the address, the name of the model or an option cannot be used.
+    Returns the last line of each call by its key, why the calls ended before their time (or None), and what all cost.
     """
     api_key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if where != OPENAI else None)
     if api_key is None:

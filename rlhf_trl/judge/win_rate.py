@@ -179,8 +179,8 @@ def fit(design: np.ndarray, scores: np.ndarray, prompts: np.ndarray, prior: Sequ
         prior: weight of each pseudo-verdict, k or fewer.
 
     Returns:
-        The coefficients and the ends of their 95 % intervals, (3, k); and the standard errors that the fit has by the
-        model alone, (k,), which are large where the verdicts do not determine a coefficient.
+        The coefficients and the ends of their 95 % intervals, (3, k); and their standard errors by the model alone,
+        (k,), which are large where the verdicts do not determine a coefficient.
     """
     import statsmodels.api as sm
 
@@ -200,9 +200,8 @@ def length_controlled(verdicts: Iterable[Verdict], a: str, b: str) -> dict[str, 
     """Estimate how often `a` would beat `b` if both answers always had the same length.
 
     The model is log-odds(a wins) = phi * tanh((length_b - length_a) / sd) + theta, on the prompts' scores, with ties
-    as half; the figure is sigma(theta), the term of length set to 0 (Dubois et al. 2024; AlpacaEval's
-    `length_controlled_minimal`, but with a prior on phi, and with an interval where AlpacaEval takes the fit as
-    certain).
+    as half; the figure is sigma(theta) (Dubois et al. 2024; AlpacaEval's `length_controlled_minimal`, but with a prior
+    on phi, and with an interval where AlpacaEval takes the fit as certain).
 
     Returns:
         `length_controlled`, which is the plain win rate where the effect of length cannot be told; `warnings`.

@@ -29,7 +29,7 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import check_weights
 from rlhf_trl.stats.pairs import compare_with_rule, measure_accuracy
-from rlhf_trl.text.names import prompt_id
+from rlhf_trl.text.words import prompt_id
 
 
 @dataclass

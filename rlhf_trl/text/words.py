@@ -1,4 +1,4 @@
-"""The words of a text, and how often they repeat: within a text, and over many.
+"""The words of a text, and how often they repeat: within a text, and over many; and names of texts by their content.
 
 Reads and writes nothing. A word is a run of letters and digits; in scripts without spaces (Chinese, Japanese, Thai,
 Lao, Khmer, Burmese) each character; and any other visible character by itself, so that `!!!!!!!!` is a repetition,
@@ -7,13 +7,16 @@ too. Case does not matter.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.special import gammaln
 
 NO_SPACES = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -23,6 +26,16 @@ NO_SPACES = (
 SIGNS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
 LETTERS = rf"(?:[^\W{NO_SPACES}]|[{SIGNS}])+"
 WORD = re.compile(rf"{LETTERS}(?:['’]{LETTERS})*|\S")
+
+
+def digest(text: str) -> str:
+    """Name a text, the same on every machine: 16 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def prompt_id(prompt: Sequence[Mapping[str, object]]) -> str:
+    """Name a prompt, which is a list of messages: 16 hexadecimal digits."""
+    return digest(json.dumps(prompt, sort_keys=True))
 
 
 def split_words(text: str) -> list[str]:
@@ -50,7 +63,7 @@ def distinct(texts: Sequence[str], n: int, draw: int) -> float | None:
     where the texts hold fewer n-grams than `draw`.
     """
     ngrams = Counter(itertools.chain.from_iterable(count_ngrams(text, n).elements() for text in texts))
-    return _rarefy(Counter(ngrams.values()), draw) if 0 < draw <= ngrams.total() else None
+    return _rarefy(np.bincount(list(ngrams.values())), draw) if 0 < draw <= ngrams.total() else None
 
 
 def compare_distinct(ours: Sequence[str], theirs: Sequence[str], n: int = 2) -> tuple[float, float, float] | None:
@@ -93,28 +106,24 @@ def common_opening(texts: Sequence[str], words: int = 5) -> tuple[float, str]:
     return len(written[most]) / len(texts), min(written[most])
 
 
-def _rarefy(spectrum: Counter[int], draw: int) -> float:
-    """Expected share of different n-grams in a draw: n-grams that occur c of T times are absent from it with the
-    chance C(T - c, draw) / C(T, draw). `spectrum`: c -> how many n-grams occur that often."""
-    total = sum(count * many for count, many in spectrum.items())
-
-    def log_choose(rest: int) -> float:
-        return math.lgamma(rest + 1) - math.lgamma(rest - draw + 1)
-
-    absent = {c: math.exp(log_choose(total - c) - log_choose(total)) if total - c >= draw else 0.0 for c in spectrum}
-    return sum(many * (1 - absent[c]) for c, many in sorted(spectrum.items())) / draw
+def _rarefy(spectrum: np.ndarray, draw: int) -> float:
+    """Expected share of different n-grams in a draw; `spectrum[c]` of them occur c of T times, and are absent from the
+    draw with the chance C(T - c, draw) / C(T, draw)."""
+    counts = np.arange(len(spectrum))
+    total = spectrum @ counts
+    rest = total - counts
+    absent = np.exp(gammaln(rest + 1) - gammaln(rest - draw + 1) - gammaln(total + 1) + gammaln(total - draw + 1))
+    return float(spectrum[1:] @ (1 - absent[1:])) / draw
 
 
 def _leave_one_out(texts: Sequence[Counter[tuple[str, ...]]], draw: int) -> tuple[float, np.ndarray]:
     """`distinct` of all texts, and of all but each: a float and (texts,)."""
     ngrams = Counter(itertools.chain.from_iterable(text.elements() for text in texts))
-    whole = Counter(ngrams.values())
+    whole = np.bincount(list(ngrams.values()))
     rest = []
     for text in texts:
-        spectrum = whole.copy()
-        for ngram, count in text.items():
-            spectrum[ngrams[ngram]] -= 1
-            spectrum[ngrams[ngram] - count] += 1
-        del spectrum[0]
+        spectrum, counts = whole.copy(), np.array([ngrams[ngram] for ngram in text], dtype=int)
+        np.subtract.at(spectrum, counts, 1)
+        np.add.at(spectrum, counts - np.array(list(text.values()), dtype=int), 1)
         rest.append(_rarefy(spectrum, draw))
     return _rarefy(whole, draw), np.array(rest)

@@ -22,7 +22,7 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.text.names import prompt_id
+from rlhf_trl.text.words import prompt_id
 
 TEXTS = [f"Question number {i}, how are you?" for i in range(60)]
 

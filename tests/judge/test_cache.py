@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from rlhf_trl.judge.cache import JudgeCache
-from rlhf_trl.judge.replies import FAULTS
+from rlhf_trl.judge.replies import FAULTS, JudgeCache
 from rlhf_trl.recipe.errors import UserError
 
 
@@ -77,7 +76,7 @@ def test_damage_in_the_middle_costs_only_its_own_line(tmp_path, caplog, damage):
 
 def test_a_second_process_is_refused_until_the_first_lets_go(tmp_path):
     path = tmp_path / "x.jsonl"
-    code = "import sys; from pathlib import Path; from rlhf_trl.judge.cache import JudgeCache\n"
+    code = "import sys; from pathlib import Path; from rlhf_trl.judge.replies import JudgeCache\n"
     code += "with JudgeCache(Path(sys.argv[1])) as cache: print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
