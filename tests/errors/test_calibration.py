@@ -149,14 +149,3 @@ def test_length_bias_of_a_scorer_that_is_the_length():
     prefers = found["prefers_longer"]
     assert (prefers["model"]["mean"], prefers["humans"]["mean"]) == (1, pytest.approx(2 / 3))
     assert prefers["difference"]["mean"] == pytest.approx(1 / 3)
-
-
-def test_the_model_prefers_longer_answers_with_a_tie_as_half():
-    scores, lengths = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), np.array([[9, 1], [1, 9], [5, 5]])
-    prefers = length_bias(scores, lengths, np.arange(3))["prefers_longer"]
-    assert (prefers["model"]["mean"], prefers["humans"]["mean"], prefers["model"]["n"]) == (0.75, 0.5, 2)
-
-
-def test_near_equal_lengths_differ_by_less_than_a_tenth_of_the_longer_one():
-    lengths = np.array([[100, 91], [91, 100], [100, 90], [10, 9]])
-    assert length_bias(np.zeros((4, 2)), lengths, np.arange(4))["near_equal"]["n"] == 2

@@ -191,13 +191,6 @@ def test_judges_of_one_habit(scores, accuracy, both_correct, agreed):
     assert found["kappa"]["high"] - found["kappa"]["low"] > 0.05, "fifty pairs leave something open"
 
 
-def test_the_better_length_rule_may_be_to_take_the_shorter():
-    lengths = [(10, 20)] * 30 + [(20, 10)] * 15 + [(10, 10)] * 5
-    rule = measure_agreement(both_orders([(1.0, 1.0)] * 50, lengths=lengths))["length_rule"]
-    assert (rule["takes"], rule["accuracy"]["mean"]) == ("shorter", (30 + 5 / 2) / 50)
-    assert rule["over_rule"]["mean"] == pytest.approx(1 - 32.5 / 50)
-
-
 # --- length control --------------------------------------------------------------------------------------------------
 
 
