@@ -1,13 +1,10 @@
 """The `evaluate.Metric` classes: offline, with the examples of their documentation, against published runs."""
 
 import doctest
-import gzip
-import json
 import math
 
 import evaluate
 import pytest
-from conftest import shared
 
 from rlhf_trl.errors import metrics
 from rlhf_trl.errors.metrics import PairAccuracy, PairCalibration
@@ -39,21 +36,3 @@ def test_two_of_a_kind_work_side_by_side_in_batches(tmp_path, monkeypatch):
     found = both.compute(chosen=[1.0, 2.0], rejected=[0.0, 3.0])
     assert found["accuracy_accuracy"]["mean"] == 0.5
     assert found["calibration_nll"]["mean"] == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2)
-
-
-def test_accuracies_of_the_published_judge_runs():
-    """LLMBar: 250 runs, each with the accuracies that its authors published for both orders of the answers."""
-    with gzip.open(shared("judge-data", "llmbar_runs.jsonl.gz"), "rt") as file:
-        runs = [json.loads(line) for line in file]
-    assert len(runs) == 250
-    metric = PairAccuracy()
-    for run in runs:
-        for order, winners in (("False", run["winner_swap_false"]), ("True", run["winner_swap_true"])):
-            named = list(zip(run["labels"], winners, strict=True))
-            found = metric.compute(
-                chosen=[float(winner == str(label)) for label, winner in named],
-                rejected=[float(winner == str(3 - label)) for label, winner in named],
-            )
-            right, n = map(int, run["published"][f"correct_{order}"].split("=")[0].split("/"))
-            assert (found["strict"]["mean"], found["strict"]["n"]) == (right / n, n)
-            assert found["ties"] == sum(winner is None for winner in winners)
