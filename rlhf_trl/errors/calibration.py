@@ -53,12 +53,7 @@ def calibration_errors(predicted: np.ndarray, outcome: np.ndarray, edges: np.nda
     Returns:
         `ece`, `rmsce` and `mce`: the mean, root mean square and maximum of the gap, weighted by the bins' sizes
         (Naeini et al. 2015; the l1, l2 and max norms of torchmetrics).
-
-    Raises:
-        ValueError: there are no predictions.
     """
-    if len(predicted) == 0:
-        raise ValueError("calibration needs at least one prediction")
     bins, count = bin_of(predicted, edges), len(edges) - 1
     sizes = np.bincount(bins, minlength=count)
     used = sizes > 0

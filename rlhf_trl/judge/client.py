@@ -250,6 +250,7 @@ async def run_all(
             if reason is not None:
                 return
             in_flight += 1
+            handed_over = False
             try:
                 reply = await judge.complete(request.messages)
                 budget.add(reply.usage)
@@ -259,11 +260,11 @@ async def run_all(
                 elif failures == FAILURES_IN_A_ROW:
                     end(f"{failures} calls in a row failed")
                 on_reply(request, reply)
-            except BaseException:
-                end("a call cannot succeed")
-                raise
+                handed_over = True
             finally:
                 in_flight -= 1
+                if not handed_over:
+                    end("a call cannot succeed")
 
     async with judge:
         with _first_ctrl_c(lambda: loop.call_soon_threadsafe(end, "interrupted")):

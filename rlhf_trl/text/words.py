@@ -111,8 +111,9 @@ def _rarefy(spectrum: np.ndarray, draw: int) -> float:
     draw with the chance C(T - c, draw) / C(T, draw)."""
     counts = np.arange(len(spectrum))
     total = spectrum @ counts
-    rest = total - counts
-    absent = np.exp(gammaln(rest + 1) - gammaln(rest - draw + 1) - gammaln(total + 1) + gammaln(total - draw + 1))
+    rest = np.maximum(total - counts, draw)
+    ways = gammaln(rest + 1) - gammaln(rest - draw + 1) - gammaln(total + 1) + gammaln(total - draw + 1)
+    absent = np.where(total - counts < draw, 0.0, np.exp(ways))
     return float(spectrum[1:] @ (1 - absent[1:])) / draw
 
 
