@@ -30,9 +30,9 @@ from rlhf_trl.adapters.check import check_adapter, notes
 from rlhf_trl.cli.run import steps_to_run
 from rlhf_trl.cli.tables import plan_table, status_table
 from rlhf_trl.data.preprocess import prepare
-from rlhf_trl.judge.cache import JudgeCache
 from rlhf_trl.judge.client import OpenAIClient, Request
 from rlhf_trl.judge.questions import parse_verdict
+from rlhf_trl.judge.replies import JudgeCache
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.library import CLASSES, read_options
 from rlhf_trl.recipe.load import load_recipe
