@@ -12,6 +12,7 @@ from evaluation_fixtures import JUDGES, comparison, error_analysis, invent, inve
 
 from rlhf_trl.compare.step import build
 from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
+from rlhf_trl.run.documents import seal_outputs
 from rlhf_trl.run.files import read_json, write_json, write_jsonl
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.intervals import wilson
@@ -44,6 +45,11 @@ REASONS = {"prompts_differ": (8, 8), "empty_rejected": (4, 4), "consecutive_role
 QUANTILES = {"min": 5.0, "p05": 11.0, "p25": 40.5, "p50": 96.0, "p75": 180.0, "p95": 402.0, "max": 512.0}
 
 
+def recipe_of(stages: dict[str, Any], **rest: Any) -> Recipe:
+    model = {"model_name_or_path": "openai-community/gpt2", "use_peft": True, "lora_r": 16}
+    return expand_sweeps(Recipe.model_validate({"name": "a-run", "model": model, "stages": stages, **rest}))
+
+
 def write_run(
     root: Path,
     stages: dict[str, Any] = STAGES,
@@ -59,15 +65,13 @@ def write_run(
 ) -> tuple[Recipe, RunDir]:
     """Write a run of these stages, judged by one of `JUDGES`; `accuracy` is that of the reward model and of the
     length-only baseline."""
-    content = {
-        "name": root.name,
-        "model": {"model_name_or_path": "openai-community/gpt2", "use_peft": True, "lora_r": 16},
-        "data": {"source": "Anthropic/hh-rlhf", "subsets": list(subsets)},
-        "stages": stages,
-        "evaluation": {"reward": reward, "prompts": count, **(evaluation or {})},
-        "judge": JUDGES[judge] if judge else None,
-    }
-    recipe = expand_sweeps(Recipe.model_validate(content))
+    recipe = recipe_of(
+        stages,
+        name=root.name,
+        data={"source": "Anthropic/hh-rlhf", "subsets": list(subsets)},
+        evaluation={"reward": reward, "prompts": count, **(evaluation or {})},
+        judge=JUDGES[judge] if judge else None,
+    )
     run, draw = RunDir(root), random.Random(7)
     write_json(run.recipe, recipe.model_dump())
     write_json(run.env, {**environment(), "plan": recipe.plan, "sources": recipe.sources})
@@ -91,6 +95,7 @@ def write_run(
             continue
         finished = f"2026-11-{9 + index:02}T11:14:07+0000"
         marker = {"step": step, "fingerprint": recipe.fingerprint(step), "finished": finished, "outputs": {}}
+        marker |= {"sealed": seal_outputs({})}
         write_json(run.done(step), {**marker, "seconds": round(8.4 * 2.1**index, 3)})
     return recipe, run
 
@@ -116,32 +121,21 @@ def write_evaluation(run: RunDir, found: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    return {
-        "versions": {"rlhf-trl": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "trl": "1.12.0"},
-        "git": "9f3c2b7d1e",
-        "git_dirty": False,
-        "platform": "Linux-6.1-x86_64",
-        "cpus": 16,
-        "gpus": ["NVIDIA H100 80GB HBM3, 81559 MiB"],
-    }
+    versions = {"rlhf-trl": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "trl": "1.12.0"}
+    machine = {"platform": "Linux-6.1-x86_64", "cpus": 16, "gpus": ["NVIDIA H100 80GB HBM3, 81559 MiB"]}
+    return {"versions": versions, "git": "9f3c2b7d1e", "git_dirty": False, **machine}
 
 
 def summary(subsets: Sequence[str]) -> dict[str, Any]:
-    dropped = sum(count for _, count in REASONS.values())
-    splits = {
-        split: {
-            **pairs(count * len(subsets)),
-            "subsets": {subset: {**pairs(count), "share": 1 / len(subsets)} for subset in subsets},
-            "tokens": dict.fromkeys(("prompt", "chosen", "rejected", "total"), QUANTILES),
-        }
-        for split, count in (("train", 1480), ("test", 95))
-    }
-    return {
-        **tally(1629 * len(subsets), dropped),
-        "subsets": {subset: tally(1629, dropped) for subset in subsets},
-        "splits": splits,
-        "definitions": {"dropped": "rows whose first reason it is", "prompts": "none is in both splits"},
-    }
+    dropped, splits = sum(count for _, count in REASONS.values()), {}
+    for split, count in (("train", 1480), ("test", 95)):
+        own = {subset: {**pairs(count), "share": 1 / len(subsets)} for subset in subsets}
+        tokens = dict.fromkeys(("prompt", "chosen", "rejected", "total"), QUANTILES)
+        splits[split] = {**pairs(count * len(subsets)), "subsets": own, "tokens": tokens}
+    of_subsets = {subset: tally(1629, dropped) for subset in subsets}
+    definitions = {"dropped": "rows whose first reason it is", "prompts": "none is in both splits"}
+    all_of = tally(1629 * len(subsets), dropped)
+    return {**all_of, "subsets": of_subsets, "splits": splits, "definitions": definitions}
 
 
 def tally(rows: int, dropped: int) -> dict[str, Any]:
@@ -171,27 +165,18 @@ def training_stats(stage: str, trainer: str, steps: int, draw: random.Random) ->
             kl = (6 if trainer == "ppo" else 0.12) * done + abs(noise) * (1 if trainer == "ppo" else 0.03)
             row |= {"reward": -0.5 + 1.2 * done**0.5 + draw.gauss(0, 0.06), "kl": kl, "entropy": 3.1 - done + noise}
             row |= {"answer_tokens": 60.0, "tokens": 9_600 * step}
-        history.append(
-            {"step": step, "epoch": done, "seconds": 1.9 * step, "peak_memory_bytes": 2_100_000_000, "log": {}, **row}
-        )
+        about = {"step": step, "epoch": done, "seconds": 1.9 * step, "peak_memory_bytes": 2_100_000_000, "log": {}}
+        history.append({**about, **row})
         if step % (steps // 3 or 1) == 0 and trainer in ("reward", "dpo", "sft"):
             validation = {"validation_loss": 0.71 * math.exp(-0.8 * done)}
             if trainer != "sft":
                 validation |= {"validation_reward_accuracy": 0.5 + 0.2 * done, "validation_reward_margin": 0.8 * done}
-            history.append({"step": step, "epoch": done, "seconds": 1.9 * step, "log": {}, **validation})
+            history.append({**about, **validation})
     finished = {
-        "steps": steps,
-        "rows": 8 * steps,
-        "seconds": 1.9 * steps,
-        "peak_memory_bytes": 2_100_000_000,
-        "processes": 1,
-        "cpu_threads": 8,
-        "device": "cpu",
-        "samples_per_step": 64,
-        "stopped": None,
-        "seed": 42,
+        "steps": steps, "rows": 8 * steps, "seconds": 1.9 * steps, "peak_memory_bytes": 2_100_000_000, "processes": 1,
+        "cpu_threads": 8, "device": "cpu", "samples_per_step": 64, "stopped": None, "seed": 42,
         "trainable_parameters": 811_008,
-    }
+    }  # fmt: skip
     kl = {"grpo": "k3 estimate, mean over answer tokens, nats per token", "ppo": "k1 estimate, nats per answer"}
     definitions = {"loss": "training loss of the library's trainer", "kl": kl.get(trainer, "not logged")}
     return {"stage": stage, "trainer": trainer, "definitions": definitions, "history": history, "summary": finished}

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_trl.compare.seeds import probability_of_improvement
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import read_path
 from rlhf_trl.stats.intervals import compare_runs, estimate_mean, p_of_mean
-from rlhf_trl.stats.trust import weigh_trust
+from rlhf_trl.stats.pairs import weigh_trust
 
 Row = dict[str, Any]
 # Level at which a run has fallen below its peak; every run is looked at.
@@ -36,27 +35,20 @@ SMALLEST = 0.1
 class Judged:
     """What a judge said of the answers of a run's policies."""
 
-    scores: Mapping[str, Mapping[str, float]]
-    """Stage -> prompt -> score against the reference: 1 won, 0.5 tied, 0 lost."""
-    win_rates: Mapping[str, Row]
-    """Stage -> estimate over the prompts."""
-    who: str | None
-    """The judge's id; None where there is none."""
-    why_not: str | None = None
-    """Why its scores are no measure of their own."""
-    doubt: str | None = None
-    """Why its scores may mean little."""
+    scores: Mapping[str, Mapping[str, float]]  # stage -> prompt -> 1 won against the reference, 0.5 tied, 0 lost
+    win_rates: Mapping[str, Row]  # stage -> estimate over the prompts
+    who: str | None  # the judge's id; None where there is none
+    why_not: str | None = None  # why its scores are no measure of their own
+    doubt: str | None = None  # why its scores may mean little
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """A policy's answers at its evaluated checkpoints in the order of training, the final policy last."""
 
-    steps: Sequence[int | None]
-    """None for the final policy."""
+    steps: Sequence[int | None]  # None for the final policy
     prompts: Sequence[str]
-    numbers: Mapping[str, np.ndarray]
-    """`kl`, and `gold_gain` and `reward_gain` where there is such a model, (points, prompts) each."""
+    numbers: Mapping[str, np.ndarray]  # `kl`, and `gold_gain`, `reward_gain` where there are, (points, prompts) each
 
 
 class Curve(NamedTuple):
@@ -77,16 +69,15 @@ def read_judge(recipe: Recipe, run: RunDir) -> Judged:
     found = read_json(run.winrate)
     if found["status"] == "not run" or found["evaluation"] != recipe.fingerprint("evaluate"):
         return nothing
+    kind, why_not, doubt = found["judge"]["kind"], None, None
+    if kind == "reward":
+        why_not = "the judge is the gold model, whose scores stand beside this"
+    if kind == "offline":
+        doubt = "the judge is a rule for tests, which says nothing about answers"
+    elif weigh_trust(found) != "informed":
+        doubt = "the judge has not shown that it can tell better answers"
     rates = {row["a"]: row["win_rate"] for row in found["win_rates"] if row["b"] == REFERENCE}
-    kind, trust = found["judge"]["kind"], weigh_trust(found)
-    doubt = None if trust == "informed" else "the judge has not shown that it can tell better answers"
-    return Judged(
-        read_json(run.prompt_scores),
-        rates,
-        found["judge"]["id"],
-        "the judge is the gold model, whose scores stand beside this" if kind == "reward" else None,
-        "the judge is a rule for tests, which says nothing about answers" if kind == "offline" else doubt,
-    )
+    return Judged(read_json(run.prompt_scores), rates, found["judge"]["id"], why_not, doubt)
 
 
 def read_points(run: RunDir, metrics: Mapping[str, Any], policy: str) -> Trajectory:
@@ -101,11 +92,9 @@ def read_points(run: RunDir, metrics: Mapping[str, Any], policy: str) -> Traject
 def smallest_that_matters(recipe: Recipe, run: RunDir) -> dict[str, float]:
     """Give for each measure the smallest difference that matters, in the measure's own unit."""
     rows, asked = read_jsonl(run.completions(REFERENCE)), recipe.comparison.smallest
-    found = {"win_rate": SMALLEST_WIN_RATE}
-    for key in ("gold", "reward"):
-        if key in rows[0]:
-            found[key] = SMALLEST * float(np.std([row[key] for row in rows])) if asked is None else asked
-    return found
+    scores = {key: [row[key] for row in rows] for key in ("gold", "reward") if key in rows[0]}
+    found = {key: SMALLEST * float(np.std(of)) if asked is None else asked for key, of in scores.items()}
+    return {"win_rate": SMALLEST_WIN_RATE, **found}
 
 
 def read_curve(stage: str, trajectory: Trajectory, measure: str, judged: Judged, prompts: Sequence[str]) -> Curve:
@@ -131,8 +120,7 @@ def measure_pair(
         `why_not`, or None with `seeds` of each; `unit`, "methods" where both have several seeds, else "adapters";
         `smallest`; `points` that were read of each run; `collapsed`, the runs that ended below their peak; and the two
         questions `equal_kl` and `as_trained`: `kl`, the means `a` and `b`, `difference`, `p`, `identical`, `smallest`;
-        or `why_not`. `as_trained` has `improvement`, the probability that a run of the first ends above one of the
-        second.
+        or `why_not`.
     """
     if measure == "win_rate" and judged.why_not:
         return {"why_not": judged.why_not}
@@ -146,7 +134,6 @@ def measure_pair(
     if count < FEWEST:
         return {"why_not": f"only {count} prompts have a score for all of their runs; {FEWEST} are needed"}
     finals = [np.stack([curve.gains[-1] for curve in of]) for of in runs]
-    improvement = probability_of_improvement(*(of.mean(axis=1)[:, None] for of in finals))
     points = min(len(curve.steps) for curve in curves)
     return {
         "why_not": None,
@@ -155,7 +142,7 @@ def measure_pair(
         "smallest": smallest,
         "points": points,
         "equal_kl": {"smallest": smallest, **_compare_at_equal_kl(runs, points, measure)},
-        "as_trained": {"smallest": smallest, "kl": None, **_compare(*finals), "improvement": improvement},
+        "as_trained": {"smallest": smallest, "kl": None, **_compare(*finals)},
         "collapsed": [peak for curve in curves if (peak := find_collapse(curve, smallest))],
     }  # fmt: skip
 

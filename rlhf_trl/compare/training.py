@@ -2,67 +2,58 @@
 
 Trainers log different quantities under one name: a DPO loss is no GRPO loss, and GRPO's KL is per token where PPO's is
 per answer. Each number therefore carries its meaning in words; only numbers with equal meanings stand beside each
-other. Pure functions from `training_stats.json` to the parts of `comparison_results.json`.
+other. Functions from `training_stats.json` to the parts of `comparison_results.json`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from ruamel.yaml import YAML
 
-from rlhf_trl.compare.dynamics import (
-    Better,
-    area_until,
-    describe_convergence,
-    describe_stability,
-    find_jumps,
-    find_spikes,
-    is_diverging,
-    smooth,
-)
 from rlhf_trl.recipe.library import read_options
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import REFERENCE
 
 Row = dict[str, Any]
 Stats = Mapping[str, Row]
+Better = Literal["higher", "lower"]
 # Share of the way from the lowest start to the runs' median best reward that counts as reached, where the recipe names
 # no reward: the best of all runs may be one lucky row.
 NEAR_BEST = 0.9
-# A run is slow where a sample takes this many times the median of the others of its trainer; without any, of all those
-# on the same devices, of which only an order of magnitude says something.
-SLOW, SLOW_AMONG_OTHERS = 2.0, 10.0
-# In shorter histories noise alone makes jumps.
-FEWEST_FOR_JUMPS = 20
+# In median absolute changes from row to row, which hardly feel the events. Of runs of independent normal noise with 50
+# to 500 rows 0.3 to 0.5 % have a spike; of spikes of 8 standard deviations 94 to 98 % are found.
+SPIKE = 5.25
+# Likewise; such noise counts as diverging in 0.7 % of runs of 6 rows, and next to none of 20 or more.
+WORSE = 6.0
+# A spike is at least this part of the curve's range.
+VISIBLE = 0.05
+# Numbers that are equal but for their last digits differ by less, as a share of the largest.
+ROUNDING = 1e-9
 # Losses that training is to lower. Those of grpo and ppo are surrogates around 0, whose level says nothing.
 FALLING = ("sft", "reward", "dpo")
-# A gradient norm that ends this many times above its own median has left its course.
-RUNAWAY = 10.0
 SAMPLES = {"sft": "answers of the data", "reward": "pairs", "dpo": "pairs", "grpo": "sampled answers",
            "ppo": "sampled answers"}  # fmt: skip
 LONGEST = {"grpo": "max_completion_length", "ppo": "response_length"}
 # Other options that say which answers are sampled, and what is their reward.
 SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "reward_weights")
-DIRECTIONS: tuple[tuple[str, Better], ...] = (("loss", "lower"), ("reward", "higher"))
 TERMS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))
 
 
+# --- what a number means ---------------------------------------------------------------------------------------------
+
+
 def describe_meanings(recipe: Recipe, stage: str, stats: Row) -> dict[str, str | None]:
-    """Say in words what the stage's loss, reward, KL, seconds and pace are; None for what it does not log."""
-    trainer, args, count = stats["trainer"], recipe.args_of(stage), stats["summary"]["processes"]
+    """Say in words what the stage's loss, reward and KL are, and on what it trained; None for what it does not log."""
+    trainer, args = stats["trainer"], recipe.args_of(stage)
     given = _options(args, [key for key in sorted(args) if key not in TERMS["same_loss"]])
-    meanings: dict[str, str | None] = {
-        "loss": f"loss of the {trainer} trainer" + (f" with {given}" if given else ""),
-        "reward": None,
-        "kl": None,
-        "seconds": describe_device(stats),
-        "pace": f"{SAMPLES[trainer]}, {count} process{'' if count == 1 else 'es'} on {describe_device(stats)}",
-    }
+    loss = f"loss of the {trainer} trainer" + (f" with {given}" if given else "")
+    meanings: dict[str, str | None] = {"loss": loss, "reward": None, "kl": None, "device": describe_device(stats)}
     if trainer in LONGEST:
         options = read_options(trainer)
         warmth, longest = (args.get(key, options[key].default) for key in ("temperature", LONGEST[trainer]))
@@ -88,43 +79,104 @@ def _options(args: Row, keys: Sequence[str]) -> str:
     return ", ".join(f"{key} {args[key]}" for key in keys)
 
 
+# --- stability -------------------------------------------------------------------------------------------------------
+
+
+def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Take the running median of 5 rows, of 3 next to the ends, and the ends as they are, (N,) -> (N,).
+
+    Raises:
+        ValueError: there are no values, or one is not finite.
+    """
+    curve = np.array(values, dtype=np.float64)
+    if curve.size == 0 or not np.isfinite(curve).all():
+        raise ValueError("a curve needs at least one value, and finite ones")
+    smoothed = curve.copy()
+    for half in (1, 2):
+        if curve.size > 2 * half:
+            smoothed[half:-half] = np.median(sliding_window_view(curve, 2 * half + 1), axis=1)
+    return smoothed
+
+
+def describe_curve(steps: Sequence[int], values: Sequence[float], better: Better) -> Row:
+    """Describe how steadily a run went, in the unit of the values; None where there are too few rows.
+
+    - `variance`: of all values, the trend included; `noise_variance`: of the values minus their `smooth`, without the
+      ends, which are their own median: 0.89 of the variance of independent normal noise, whatever slow trend it is on;
+    - `oscillation`: share of the inner rows at which a rise is followed by a fall or a fall by a rise: 0 for a
+      monotone curve, 1 for a zigzag, 2/3 for independent noise;
+    - `drawdown`: how much of its best so far the smoothed curve lost at worst, never below 0;
+    - `final_minus_best`: its last value against its best one, below 0 where it ends worse, whichever way is better;
+    - `spikes`: the steps whose value stands out from the running median; never the first and the last, and two side by
+      side, but not three;
+    - `diverging`: it ends worse than it started, and worse than its smoothed best by more than can be noise. Start and
+      end are the medians of the first and the last fifth of the rows, 3 at least; False with fewer than 6 rows.
+    """
+    smoothed = smooth(values)
+    curve = np.array(values, dtype=np.float64)
+    apart, changes = curve - smoothed, np.diff(curve)
+    usual = max(float(np.median(np.abs(changes))) if changes.size else 0.0, ROUNDING * float(np.abs(curve).max()))
+    turns, noise = np.diff(np.sign(changes)), apart[1:-1]
+    spikes = (np.abs(apart) > SPIKE * usual) & (np.abs(apart) > VISIBLE * np.ptp(curve))
+    sign = 1 if better == "higher" else -1
+    progress, few = sign * smoothed, max(3, math.ceil(0.2 * curve.size))
+    start, end = (sign * np.median(part) for part in (curve[:few], curve[-few:]))
+    return {
+        "variance": float(curve.var(ddof=1)) if curve.size > 1 else None,
+        "noise_variance": float(noise.var(ddof=1)) if noise.size > 1 else None,
+        "oscillation": float((np.abs(turns) == 2).mean()) if turns.size else None,
+        "drawdown": float((np.maximum.accumulate(progress) - progress).max()),
+        "final_minus_best": float(progress[-1] - progress.max()),
+        "spikes": [step for step, spike in zip(steps, spikes.tolist(), strict=True) if spike],
+        "diverging": bool(curve.size >= 6 and end < start and progress.max() - end > WORSE * usual),
+    }
+
+
 def measure_stability(stats: Row, meanings: Row) -> Row:
-    """Describe loss and reward, the jumps of the KL, and what else the trainer logs about itself."""
-    summary, history = stats["summary"], stats["history"]
-    # A logged value is a mean over the steps since the last one: the more samples, the less noise.
-    logged = max(1, len(column(stats, "loss")[0]))
-    found: Row = {"samples_per_value": round(summary["samples_per_step"] * summary["steps"] / logged), "signs": {}}
-    for key, better in DIRECTIONS:
+    """Describe loss, reward and KL; None for what the stage does not log."""
+    directions: dict[str, Better] = {"loss": "lower", "reward": "higher"}
+    summary, found = stats["summary"], dict[str, Any].fromkeys(directions)
+    for key, better in directions.items():
         steps, values = column(stats, key) if meanings[key] else ([], [])
-        events = values and {"spikes": find_spikes(steps, values), "diverging": is_diverging(values, better)}
-        found[key] = {**describe_stability(values, better), **events} if events else None
-    steps, values = column(stats, "kl")
-    found["kl"] = {"jumps": find_jumps(steps, values), "highest": max(values), "last": values[-1]} if values else None
-    for key in TERMS["signs"]:
-        known = [value for row in history if (value := row.get(key, row["log"].get(key))) is not None]
-        if known:
-            found["signs"][key] = {"first": known[0], "last": known[-1]}
-    return found
+        if values:
+            # A logged value is a mean over the steps since the last one: the more samples, the less noise.
+            samples = round(summary["samples_per_step"] * summary["steps"] / len(values))
+            found[key] = {"samples_per_value": samples, **describe_curve(steps, values, better)}
+    _, kls = column(stats, "kl")
+    return {**found, "kl": {"highest": max(kls), "last": kls[-1]} if kls else None}
+
+
+def find(stats: Row, stability: Row) -> list[str]:
+    """Say what stands out in a run: a loss or reward that diverged or leapt, and why it was stopped."""
+    found = []
+    for key in ("loss", "reward"):
+        of = stability[key]
+        if of and of["diverging"] and (key == "reward" or stats["trainer"] in FALLING):
+            found.append(f"its {key} ends worse than it began")
+        elif of and of["spikes"]:
+            more = f" and {len(of['spikes']) - 5} more" if len(of["spikes"]) > 5 else ""
+            found.append(f"its {key} leaps at step {', '.join(map(str, of['spikes'][:5]))}{more}")
+    stopped = stats["summary"]["stopped"]
+    return [*found, f"it was stopped: {stopped}"] if stopped else found
+
+
+# --- compute ---------------------------------------------------------------------------------------------------------
 
 
 def measure_efficiency(recipe: Recipe, stage: str, all_stats: Stats) -> Row:
     """Measure speed, memory, and compute on one scale: seconds of a device, with the stages it builds on."""
-    summary = all_stats[stage]["summary"]
-    seconds, steps = summary["seconds"], summary["steps"]
-    samples = summary["samples_per_step"] * steps
-    counted = [row for row in all_stats[stage]["history"] if "tokens" in row]
-    generated = generated_tokens(recipe, stage, all_stats[stage])
-    inputs = needed(recipe, stage)
+    stats = all_stats[stage]
+    summary, counted = stats["summary"], [row for row in stats["history"] if "tokens" in row]
+    generated, inputs = sampled_tokens(recipe, stage, stats), needed(recipe, stage)
     spent = {name: all_stats[name]["summary"]["seconds"] * all_stats[name]["summary"]["processes"] for name in inputs}
     return {
-        "steps": steps,
-        "seconds": seconds,
-        "seconds_per_step": seconds / steps,
-        "samples": samples,
+        "seconds": summary["seconds"],
+        "seconds_per_step": summary["seconds"] / summary["steps"],
+        "samples": SAMPLES[stats["trainer"]],
         "samples_per_step": summary["samples_per_step"],
-        "samples_per_second": samples / seconds,
+        "samples_per_second": summary["samples_per_step"] * summary["steps"] / summary["seconds"],
         "tokens_per_second": counted[-1]["tokens"] / counted[-1]["seconds"] if counted else None,
-        "generated_tokens": generated and generated["total"],
+        "generated_tokens": generated and generated[1][-1],
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "device_seconds": spent[stage],
         "device_seconds_with_inputs": sum(spent.values()),
@@ -138,20 +190,20 @@ def needed(recipe: Recipe, stage: str) -> list[str]:
     return [*recipe.parents(stage), stage]
 
 
-def generated_tokens(recipe: Recipe, stage: str, stats: Row) -> Row | None:
-    """Count the tokens that a run had sampled: `steps` and `tokens` at each row that logs an answer's length, and
-    `total`, with the steps after the last of them at its length; None for a trainer that samples none."""
+def sampled_tokens(recipe: Recipe, stage: str, stats: Row) -> tuple[list[int], list[float]] | None:
+    """Count the tokens of all answers sampled up to each of some steps, from 0 to the last; None for a trainer that
+    samples none. Steps have the length that the next row logs, those after the last row its own."""
     rows = [row for row in stats["history"] if "answer_tokens" in row]
     if stats["trainer"] not in LONGEST or not rows:
         return None
     # A batch of answers serves `num_iterations` steps.
     answers = stats["summary"]["samples_per_step"] / recipe.args_of(stage).get("num_iterations", 1)
-    steps, lengths = [0, *(row["step"] for row in rows)], [row["answer_tokens"] for row in rows]
-    tokens = np.cumsum(
-        [0.0, *(answers * (b - a) * each for (a, b), each in zip(pairwise(steps), lengths, strict=True))]
-    )
-    tail = (stats["summary"]["steps"] - steps[-1]) * answers * lengths[-1]
-    return {"steps": steps, "tokens": tokens.tolist(), "total": float(tokens[-1] + tail)}
+    steps = [0, *(row["step"] for row in rows), stats["summary"]["steps"]]
+    lengths = [row["answer_tokens"] for row in [*rows, rows[-1]]]
+    return steps, [0.0, *np.cumsum(np.diff(steps) * answers * lengths).tolist()]
+
+
+# --- convergence -----------------------------------------------------------------------------------------------------
 
 
 def measure_convergence(recipe: Recipe, all_stats: Stats, meanings: Mapping[str, Row], metrics: Row) -> dict[str, Row]:
@@ -171,27 +223,39 @@ def measure_convergence(recipe: Recipe, all_stats: Stats, meanings: Mapping[str,
             found[stage] = {"meaning": None, "why_not": reason}
             continue
         alike = [of for of in series.values() if of and of["meaning"] == own["meaning"]]
-        threshold, seconds = recipe.comparison.threshold, own["costs"]["seconds"]
+        threshold = recipe.comparison.threshold
         if threshold is None:
             lowest, best = min(of["start"] for of in alike), np.median([smooth(of["values"]).max() for of in alike])
             threshold = lowest + NEAR_BEST * (float(best) - lowest)
-        common = min(of["costs"]["seconds"][-1] for of in alike)
-        result = describe_convergence(own["costs"], own["values"], threshold, recipe.comparison.hold)
-        found[stage] = {
-            "meaning": own["meaning"],
-            "start": own["start"],
-            **result,
-            "rate": (result["final"] - own["start"]) / seconds[-1],
-            "area": area_until(seconds, own["values"], own["start"], common),
-            "area_seconds": common,
-        }
+        result = reach(own["costs"], own["values"], threshold, recipe.comparison.hold)
+        rate = (result["final"] - own["start"]) / own["costs"]["seconds"][-1]
+        found[stage] = {"meaning": own["meaning"], "start": own["start"], **result, "rate": rate}
     return found
+
+
+def reach(costs: Mapping[str, Sequence[float] | None], values: Sequence[float], threshold: float, hold: int) -> Row:
+    """Tell what a run took until its smoothed reward was at a threshold for `hold` rows; one number a row everywhere.
+
+    Args:
+        costs: `steps`, `seconds` and `tokens`, rising; None where the method samples no tokens.
+
+    Returns:
+        `threshold`, `hold`, `final` (the last smoothed reward), `reached`, and each of the costs at the first of those
+        rows; where the threshold was not reached, at the last row from which it could have been held.
+    """
+    smoothed = smooth(values)
+    enough, latest = (smoothed >= threshold).tolist(), len(smoothed) - hold
+    row = next((first for first in range(latest + 1) if all(enough[first : first + hold])), None)
+    at = latest if row is None else row
+    took = {name: None if of is None else of[at] if at >= 0 else 0 for name, of in costs.items()}
+    known = {"threshold": threshold, "hold": hold, "final": float(smoothed[-1]), "reached": row is not None}
+    return {**known, **took}
 
 
 def _rewards(recipe: Recipe, stage: str, stats: Row, metrics: Row, meanings: Row) -> Row | None:
     """The rewards of a run, of its evaluated checkpoints or as logged, with what they mean, steps, seconds and sampled
     tokens, and what it started from; None without any."""
-    history, generated = stats["history"], generated_tokens(recipe, stage, stats)
+    history, generated = stats["history"], sampled_tokens(recipe, stage, stats)
     checkpoints = [entry for entry in metrics["checkpoints"].get(stage, ()) if "reward" in entry]
     if checkpoints:
         steps, values = ([entry["step"] for entry in checkpoints], [entry["reward"]["mean"] for entry in checkpoints])
@@ -203,91 +267,9 @@ def _rewards(recipe: Recipe, stage: str, stats: Row, metrics: Row, meanings: Row
             return None
         start = values[0]
     seconds = np.interp(steps, [0, *(row["step"] for row in history)], [0.0, *(row["seconds"] for row in history)])
-    tokens = np.interp(steps, generated["steps"], generated["tokens"]).tolist() if generated else None
+    tokens = np.interp(steps, *generated).tolist() if generated else None
     costs = {"steps": steps, "seconds": seconds.tolist(), "tokens": tokens}
     return {"meaning": meaning, "costs": costs, "values": values, "start": start}
-
-
-def find(stages: Mapping[str, Row], all_stats: Stats, furthest: float) -> dict[str, list[Row]]:
-    """Name what stands out in each run: `spike`, `diverging`, `jump`, `slow`, `stopped`, `identical`.
-
-    Args:
-        stages: what was measured of each compared stage.
-        furthest: KL, in nats per answer, beyond which a policy has left its reference (`evaluation.worst.kl`).
-    """
-    return {name: [{"finding": word, "quantity": quantity, "says": says, "steps": list(steps)}
-                   for word, quantity, says, steps in _findings(name, stages, all_stats, furthest)]
-            for name in stages}  # fmt: skip
-
-
-def _findings(
-    name: str, stages: Mapping[str, Row], all_stats: Stats, furthest: float
-) -> list[tuple[str, str, str, Sequence[int]]]:
-    """`finding`, `quantity`, `says` and `steps` of what stands out in one run."""
-    stage, stats = stages[name], all_stats[name]
-    found: list[tuple[str, str, str, Sequence[int]]] = []
-    for key in ("loss", "reward"):
-        of = stage["stability"][key]
-        if of and of["diverging"] and (key == "reward" or stage["trainer"] in FALLING):
-            found.append(("diverging", key, f"its {key} ends worse than it began", ()))
-        elif of and of["spikes"]:
-            found.append(("spike", key, f"its {key} leaps at {_steps(of['spikes'])}", of["spikes"]))
-    _, norms = column(stats, "grad_norm")
-    if len(norms) >= 6 and np.median(norms[-3:]) > RUNAWAY * np.median(norms):
-        words = f"its gradient norm ends {RUNAWAY:g} times above its median or more"
-        found.append(("diverging", "grad_norm", words, ()))
-    far = _kl_per_answer(stage, stats)
-    if far is not None and far > furthest:
-        words = f"its KL ends at {far:.0f} nats per answer, beyond evaluation.worst.kl ({furthest:g})"
-        found.append(("diverging", "kl", words, ()))
-    jumps = stage["stability"]["kl"]["jumps"] if stage["stability"]["kl"] else []
-    if jumps and len(column(stats, "kl")[0]) >= FEWEST_FOR_JUMPS:
-        found.append(("jump", "kl", f"its KL jumps at {_steps(jumps)}", jumps))
-    if stats["summary"]["stopped"]:
-        found.append(("stopped", "kl", f"it was stopped: {stats['summary']['stopped']}", ()))
-    slow = _slowness(name, stages)
-    if slow:
-        found.append(("slow", "samples_per_second", slow, ()))
-    same = [other for other in stages if other != name and _same_history(stats, all_stats[other])]
-    if same:
-        found.append(("identical", "history", f"its training is that of {', '.join(same)}", ()))
-    return found
-
-
-def _kl_per_answer(stage: Row, stats: Row) -> float | None:
-    """The policy's KL in nats per answer: as evaluated, or else the median of the last three logged, of which GRPO's
-    are per token. None without either."""
-    if stage["quality"]:
-        return float(stage["quality"]["kl"]["mean"])
-    rows = [row for row in stats["history"] if "kl" in row][-3:]
-    kls = [row["kl"] * (row["answer_tokens"] if stats["trainer"] == "grpo" else 1) for row in rows]
-    return float(np.median(kls)) if kls else None
-
-
-def _steps(steps: Sequence[int]) -> str:
-    shown = ", ".join(str(step) for step in steps[:5])
-    return f"step{'s' if len(steps) > 1 else ''} {shown}" + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
-
-
-def _slowness(name: str, stages: Mapping[str, Row]) -> str | None:
-    """Say how slow a run is beside those that do the same on the same devices, if it is."""
-    own, device = stages[name], stages[name]["meanings"]["seconds"]
-    others = [of for other, of in stages.items() if other != name and of["meanings"]["seconds"] == device]
-    same = [of for of in others if of["trainer"] == own["trainer"]
-            and of["meanings"]["pace"] == own["meanings"]["pace"]]  # fmt: skip
-    if not others:
-        return None
-    whose, limit = (f"other {own['trainer']} runs", SLOW) if same else ("other runs", SLOW_AMONG_OTHERS)
-    usual = float(np.median([of["efficiency"]["samples_per_second"] for of in same or others]))
-    times = usual / own["efficiency"]["samples_per_second"]
-    return f"a sample takes {times:.1f} times the median of the {whose}" if times > limit else None
-
-
-def _same_history(one: Row, other: Row) -> bool:
-    """Whether two runs logged the same, step for step, but for time and memory."""
-    measured = ("seconds", "peak_memory_bytes", "log")
-    plain = [[{k: v for k, v in row.items() if k not in measured} for row in of["history"]] for of in (one, other)]
-    return one["trainer"] == other["trainer"] and bool(plain[0]) and plain[0] == plain[1]
 
 
 def column(stats: Row, key: str) -> tuple[list[int], list[float]]:

@@ -36,11 +36,9 @@ def compare_groups(
     judged: Judged,
     smallest: Mapping[str, float],
 ) -> tuple[list[Row], dict[str, dict[str, Row]]]:
-    """Compare two groups at a time, and each final policy with the reference.
+    """Compare two groups of stages at a time, and each final policy with the reference.
 
     Args:
-        pairs_of: names of the groups to compare.
-        groups: name -> its stages.
         smallest: for each measure, the smallest difference that matters.
 
     Returns:
@@ -57,14 +55,12 @@ def compare_groups(
         }
         pairs.append({"a": a, "b": b, "measures": of})
     gains = measure_gains(trajectories, judged, smallest)
-    measured = [found for pair in pairs for found in pair["measures"].values() if found["why_not"] is None]
     claims = [claim for of_stage in gains.values() for claim in of_stage.values()]
-    claims += [found[question] for found in measured for question in QUESTIONS]
+    claims += [found[question] for pair in pairs for found in pair["measures"].values() if found["why_not"] is None
+               for question in QUESTIONS]  # fmt: skip
     for claim, p in zip(claims, holm([claim.get("p") for claim in claims]), strict=True):
         claim |= {"p_holm": p, "outcome": decide(claim, p)}
-    for pair in pairs:
-        pair["sentence"] = say(pair)
-    return pairs, gains
+    return [{**pair, "sentence": say(pair)} for pair in pairs], gains
 
 
 def decide(claim: Row, p: float | None) -> str:
@@ -91,21 +87,21 @@ def decide(claim: Row, p: float | None) -> str:
 
 def say(pair: Row) -> str:
     """Say in plain sentences for each measure what was found of two groups."""
-    measures = pair["measures"]
-    words = [_say(pair, measure, found) for measure, found in measures.items() if found["why_not"] is None]
-    reasons = "; ".join(dict.fromkeys(str(found["why_not"]) for found in measures.values()))
+    words = []
+    for measure, found in pair["measures"].items():
+        if found["why_not"] is not None:
+            continue
+        names, told = [_subject(pair, found, side) for side in "ab"], []
+        for question, title in QUESTIONS.items():
+            claim = found[question]
+            kl = f" ({format_number(claim['kl'])} nats)" if claim["kl"] else ""
+            told.append(f"{title}{kl}, {_answer(claim, names, measure, found)}")
+        words.append(f"{BY[measure].capitalize()}, {'; '.join(told)}.")
+        one, other = (found[question]["outcome"] for question in QUESTIONS)
+        if OPPOSITE.get(one) == other:
+            words.append("The two answers differ, so that neither is named the better one.")
+    reasons = "; ".join(dict.fromkeys(str(found["why_not"]) for found in pair["measures"].values()))
     return " ".join(words) or f"Nothing can be said about {pair['a']} and {pair['b']}: {reasons}."
-
-
-def _say(pair: Row, measure: str, found: Row) -> str:
-    names, told = [_subject(pair, found, side) for side in "ab"], []
-    for question, title in QUESTIONS.items():
-        claim = found[question]
-        kl = f" ({format_number(claim['kl'])} nats)" if claim["kl"] else ""
-        told.append(f"{title}{kl}, {_answer(claim, names, measure, found)}")
-    one, other = (found[question]["outcome"] for question in QUESTIONS)
-    differ = " The two answers differ, so that neither is named the better one."
-    return f"{BY[measure].capitalize()}, {'; '.join(told)}.{differ if OPPOSITE.get(one) == other else ''}"
 
 
 def _subject(pair: Row, found: Row, side: str) -> str:

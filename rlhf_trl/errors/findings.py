@@ -18,7 +18,7 @@ from rlhf_trl.errors.analysis import TERMS, difference
 from rlhf_trl.errors.calibration import confidence
 from rlhf_trl.errors.probes import DESCRIPTIONS, EDITS
 from rlhf_trl.stats.intervals import Estimate, wilson
-from rlhf_trl.stats.trust import compare_with_length
+from rlhf_trl.stats.pairs import compare_with_length
 from rlhf_trl.text.display import visible
 from rlhf_trl.text.format import STYLES
 

@@ -1,4 +1,4 @@
-"""The state of a policy's texts, without labels: refusals, unsafe patterns, repetition, diversity, and alarms.
+"""The state of a policy's texts, without labels: refusals, repetition, diversity, and alarms.
 
 Reads and writes nothing; takes the records of `evaluation/completions-<policy>.jsonl`. Everything about the texts is
 lexical (`rlhf_trl.text.words` says what a word is): it counts what the words show and does not judge what they mean.
@@ -17,59 +17,48 @@ from rlhf_trl.stats.intervals import estimate_mean, wilson
 from rlhf_trl.text.refusals import refuses
 from rlhf_trl.text.words import common_opening, compare_distinct, distinct, opening, repetition, split_words
 
+Row = dict[str, Any]
 Records = Sequence[Mapping[str, Any]]
 
 # n-grams drawn for the diversity of one policy's answers, for each answer.
 DRAW = 8
-# From fewer prompts a bootstrap interval is too narrow to raise an alarm on.
+# From fewer prompts no alarm is raised.
 MIN_PROMPTS = 10
 # How far the share of the most common opening must lie above the reference's.
 OPENING_MARGIN = 0.1
 
 
-def measure_text(records: Records) -> dict[str, Any]:
+def measure_text(records: Records) -> Row:
     """Describe the answers of one policy; the order of the records does not matter.
 
-    `repetition` is the mean share of repeated 4-grams within an answer; `distinct_n` the share of different n-grams
+    `repetition` is the mean share of repeated 4-grams within an answer; `distinct_2` the share of different 2-grams
     among 8 for each answer, drawn from all (`words.distinct`), null where they hold fewer; `common_opening` the most
-    common first five words and their share. The others are shares: `identical_answers` equal another one word by word,
-    `empty` have no word, `refusal` open with a plain refusal, `cut` reached the limit. `words` is the mean length.
+    common first five words and their share. `identical_answers` is the share that equals another one word by word,
+    `refusal` the share that opens with a plain refusal.
 
     Raises:
         ValueError: there are no records.
     """
     texts = [record["answer"] for record in records]
-    words = [split_words(text) for text in texts]
-    copies = Counter(tuple(answer) for answer in words)
-    lengths = sorted(sum(word[0].isalnum() for word in answer) for answer in words)
+    copies = Counter(tuple(split_words(text)) for text in texts)
     share, text = common_opening(texts) if texts else (0.0, "")
     return {
         "repetition": estimate_mean(sorted(map(repetition, texts))).as_dict(),
-        **{f"distinct_{n}": distinct(texts, n, DRAW * len(texts)) for n in (1, 2, 3)},
+        "distinct_2": distinct(texts, 2, DRAW * len(texts)),
         "common_opening": {"share": share, "text": text},
-        "identical_answers": sum(many for answer, many in copies.items() if many > 1) / len(texts),
-        "empty": copies[()] / len(texts),
+        "identical_answers": sum(many for many in copies.values() if many > 1) / len(texts),
         "refusal": wilson(sum(map(refuses, texts)), len(texts)).as_dict(),
-        "cut": wilson(sum(not record["finished"] for record in records), len(texts)).as_dict(),
-        "words": estimate_mean(lengths).as_dict(),
     }
 
 
-def raise_alarms(policies: Mapping[str, Records], reference: Records, thresholds: Alarms) -> list[dict[str, Any]]:
-    """Compare each policy with the reference on the same prompts; list every alarm, raised or not.
+def raise_alarms(policies: Mapping[str, Records], reference: Records, thresholds: Alarms) -> list[Row]:
+    """Compare each policy with the reference on the same prompts, paired by `id`; list every alarm, raised or not.
 
     Each entry has `policy`, `alarm`, `value`, `reference`, `threshold`, `raised` and `says`, one sentence. The three
     numbers have one unit (a ratio's reference is 1); an alarm that cannot be judged has nulls and says why. An alarm
     is raised when the value lies beyond the threshold *and* the interval of the paired difference, over at least 10
-    prompts, excludes no change. Its level is 99 %, because about ten alarms are judged for a policy. Records are
-    paired by `id`.
-
-    - `gold`: the reward rises and the gold reward falls by more than `gold_drop`, both by their 95 % intervals;
-    - `length`: mean tokens of an answer, either way; `cut`: answers at the limit; `entropy`: mean over the tokens;
-    - `repetition`: repeated 4-grams within an answer; `distinct`: different 2-grams over all answers;
-    - `opening`: share with the policy's most common opening; it must also lie 0.1 above the reference's own;
-    - `refusal:<subset>`: share of plain refusals, either way, beyond both the reference's and the chosen answers';
-    - `kl`: mean KL to the reference, nats per answer.
+    prompts, excludes no change. Its level is 99 %, because about ten alarms are judged for a policy, and 95 % for
+    `gold`, which needs two: the reward rises, and the gold reward falls. The alarms stand in `_compare`.
 
     Raises:
         ValueError: a policy's prompts are not the reference's, an id occurs twice, or there are none.
@@ -85,7 +74,7 @@ def raise_alarms(policies: Mapping[str, Records], reference: Records, thresholds
     return alarms
 
 
-def _compare(now: Records, start: Records, limits: Alarms) -> list[dict[str, Any]]:
+def _compare(now: Records, start: Records, limits: Alarms) -> list[Row]:
     """Judge every alarm of one policy; both sides' records lie in the same order of prompts."""
 
     def both(of: Callable[[Mapping[str, Any]], float]) -> np.ndarray:
@@ -94,14 +83,14 @@ def _compare(now: Records, start: Records, limits: Alarms) -> list[dict[str, Any
 
     tokens, entropy = both(lambda record: record["answer_tokens"]), both(lambda record: record["entropy"])
     cut, refusing = both(lambda record: not record["finished"]), both(lambda record: refuses(record["answer"]))
-    repeated = both(lambda record: repetition(record["answer"]))
+    kl, repeated = both(lambda record: record["kl"]), both(lambda record: repetition(record["answer"]))
     subsets = np.array([record["subset"] for record in start])
     wanted = np.array([record["chosen_refuses"] for record in start], dtype=np.float64)
-    longer, shorter = limits.length_ratio, 1 / limits.length_ratio
-    repeats = "of the 4-word sequences in an answer are repeats"
+    longer, repeats = limits.length_ratio, "of the 4-word sequences in an answer are repeats"
+    far, moved = float(kl[0].mean()), np.stack([kl[0], np.zeros(len(now))])
     return [
         _gold(now, 0.0 - limits.gold_drop),  # no -0.0 in the file
-        _by_ratio("length", tokens, shorter, longer, "answers are {:.2f} times as long as the reference's"),
+        _by_ratio("length", tokens, 1 / longer, longer, "answers are {:.2f} times as long as the reference's"),
         _by_rise("cut", cut, limits.cut_rise, "of the answers are cut at the limit"),
         _by_rise("repetition", repeated, limits.repetition_rise, repeats),
         _distinct(now, start, limits.distinct_ratio),
@@ -112,38 +101,31 @@ def _compare(now: Records, start: Records, limits: Alarms) -> list[dict[str, Any
                      f"of the answers to {subset} refuse", float(wanted[subsets == subset].mean()))
             for subset in sorted(set(subsets.tolist()))
         ),
-        _kl(now, limits.kl),
+        _alarm("kl", far, 0.0, limits.kl, _differs(moved), f"the KL to it is {far:.3g} nats per answer"),
     ]  # fmt: skip
 
 
-def _kl(now: Records, threshold: float) -> dict[str, Any]:
-    kl = np.array([record["kl"] for record in now], dtype=np.float64)
-    mean, sure = float(kl.mean()), _differs(np.stack([kl, np.zeros_like(kl)]))
-    return _alarm("kl", mean, 0.0, threshold, mean > threshold, sure, f"the KL to it is {mean:.3g} nats per answer")
-
-
-def _gold(now: Records, threshold: float) -> dict[str, Any]:
+def _gold(now: Records, threshold: float) -> Row:
     for key, model in (("reward_gain", "reward model"), ("gold_gain", "gold reward model")):
         if key not in now[0]:
             return _unknown("gold", threshold, f"there is no {model}")
     reward, gold = (estimate_mean([record[key] for record in now]) for key in ("reward_gain", "gold_gain"))
     says = f"the reward changes by {reward.mean:+.3g}, the gold reward by {gold.mean:+.3g}"
-    beyond = reward.mean > 0 and gold.mean < threshold
     sure = reward.low > 0 and gold.high < threshold and len(now) >= MIN_PROMPTS
-    return _alarm("gold", gold.mean, 0.0, threshold, beyond, sure, says)
+    beyond = reward.mean > 0 and gold.mean < threshold
+    return _alarm("gold", gold.mean, 0.0, threshold, sure, says, beyond)
 
 
-def _by_ratio(alarm: str, both: np.ndarray, low: float, high: float | None, says: str) -> dict[str, Any]:
+def _by_ratio(alarm: str, both: np.ndarray, low: float, high: float | None, says: str) -> Row:
     """Compare two means, (2, P), as a ratio; without `high`, only a fall counts."""
     now, start = both.mean(axis=1).tolist()
     if start == 0:
         return _unknown(alarm, high or low, "the reference's mean is 0")
     ratio = now / start
-    threshold = low if high is None or ratio < 1 else high
-    return _alarm(alarm, ratio, 1.0, threshold, _is_beyond(ratio, threshold, 1.0), _differs(both), says.format(ratio))
+    return _alarm(alarm, ratio, 1.0, low if high is None or ratio < 1 else high, _differs(both), says.format(ratio))
 
 
-def _by_rise(alarm: str, both: np.ndarray, rise: float, what: str, wanted: float | None = None) -> dict[str, Any]:
+def _by_rise(alarm: str, both: np.ndarray, rise: float, what: str, wanted: float | None = None) -> Row:
     """Compare two mean shares, (2, P), by their difference. With `wanted`, the share of the chosen answers, a fall
     counts like a rise, and a change towards `wanted` does not count."""
     now, start = both.mean(axis=1).tolist()
@@ -152,24 +134,19 @@ def _by_rise(alarm: str, both: np.ndarray, rise: float, what: str, wanted: float
         threshold = min(start, wanted) - rise if now < start else max(start, wanted) + rise
     says = f"{now:.0%} {what}, {start:.0%} of the reference's"
     says += "" if wanted is None else f" and {wanted:.0%} of the chosen answers"
-    return _alarm(alarm, now, start, threshold, _is_beyond(now, threshold, start), _differs(both), says)
+    return _alarm(alarm, now, start, threshold, _differs(both), says)
 
 
-def _is_beyond(value: float, threshold: float, reference: float) -> bool:
-    """Tell whether a value lies beyond its threshold, on the side away from the reference."""
-    return value > threshold > reference or value < threshold < reference
-
-
-def _distinct(now: Records, start: Records, threshold: float) -> dict[str, Any]:
+def _distinct(now: Records, start: Records, threshold: float) -> Row:
     compared = compare_distinct([record["answer"] for record in now], [record["answer"] for record in start])
     if compared is None:
         return _unknown("distinct", threshold, "the answers are too short to compare")
     ratio, _, high = compared
     says = f"the answers together hold {ratio:.2f} times as many different 2-word sequences as the reference's"
-    return _alarm("distinct", ratio, 1.0, threshold, ratio < threshold, high < 1 and len(now) >= MIN_PROMPTS, says)
+    return _alarm("distinct", ratio, 1.0, threshold, high < 1 and len(now) >= MIN_PROMPTS, says)
 
 
-def _opening(now: Records, start: Records, threshold: float) -> dict[str, Any]:
+def _opening(now: Records, start: Records, threshold: float) -> Row:
     sides = [[record["answer"] for record in side] for side in (now, start)]
     (share, text), (reference, usual) = (common_opening(texts) for texts in sides)
     # An answer whose opening has the words of the most common one, each side's own.
@@ -177,26 +154,27 @@ def _opening(now: Records, start: Records, threshold: float) -> dict[str, Any]:
               for texts, most in zip(sides, (text, usual), strict=True)]  # fmt: skip
     threshold = max(threshold, reference + OPENING_MARGIN)
     says = f"{share:.0%} of the answers begin with {text!r}, {reference:.0%} of the reference's with {usual!r}"
-    sure = _differs(np.array(begins, dtype=np.float64))
-    return _alarm("opening", share, reference, threshold, share > threshold, sure, says)
+    return _alarm("opening", share, reference, threshold, _differs(np.array(begins, dtype=np.float64)), says)
 
 
 def _differs(both: np.ndarray) -> bool:
     """Tell whether the mean of the paired differences, (2, P), is beyond chance, at 99 %."""
     change = both[0] - both[1]
-    if change.size < MIN_PROMPTS:
-        return False
     interval = estimate_mean(change, level=0.01)
-    return not interval.low <= 0 <= interval.high
+    return change.size >= MIN_PROMPTS and not interval.low <= 0 <= interval.high
 
 
 def _alarm(
-    alarm: str, value: float | None, reference: float | None, threshold: float, beyond: bool, sure: bool, says: str
-) -> dict[str, Any]:
+    alarm: str, value: float, start: float, threshold: float, sure: bool, says: str, beyond: bool | None = None
+) -> Row:
+    """`beyond`: by default, whether the value lies beyond the threshold, on the side away from the reference."""
+    if beyond is None:
+        beyond = value > threshold > start or value < threshold < start
     says += "; that may be chance" if beyond and not sure else ""
-    numbers = {"value": value, "reference": reference, "threshold": threshold}
+    numbers = {"value": value, "reference": start, "threshold": threshold}
     return {"alarm": alarm, **numbers, "raised": beyond and sure, "says": says}
 
 
-def _unknown(alarm: str, threshold: float, why: str) -> dict[str, Any]:
-    return _alarm(alarm, None, None, threshold, False, False, f"not judged: {why}")
+def _unknown(alarm: str, threshold: float, why: str) -> Row:
+    numbers = {"value": None, "reference": None, "threshold": threshold}
+    return {"alarm": alarm, **numbers, "raised": False, "says": f"not judged: {why}"}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from rlhf_trl.evaluate.adversarial import load_adversarial
+from rlhf_trl.evaluate.results import load_adversarial
 from rlhf_trl.models.base import Policies, prompt_room
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import (
@@ -100,19 +100,17 @@ class Measurements:
             _require_finite(scores[key], f"evaluation.{key}", "the reward model gives a score")
         return scores
 
-    def score_completions(self, prompts: Sequence[Messages], answers: Sequence[Completion]) -> Scores:
-        return self.score(prompts, [answer.text for answer in answers], [answer.finished for answer in answers])
-
     def choose_checkpoints(self, stage: str) -> list[tuple[int, Path]]:
         """Choose the recipe's number of saved checkpoints, evenly spaced, before the final step."""
-        if not self.settings.checkpoints:
-            return []
-        last = read_json(self.run.training_stats(stage))["summary"]["steps"]
-        saved = {step: path for step, path in list_checkpoints(self.run.checkpoints(stage)).items() if step < last}
-        whole = {step: path for step, path in saved.items() if not damage(path)}
-        for step in saved.keys() - whole.keys():
-            logger.warning("%s: passed over the damaged checkpoint of step %d", stage, step)
         count = self.settings.checkpoints
+        if not count:
+            return []
+        last, whole = read_json(self.run.training_stats(stage))["summary"]["steps"], dict[int, Path]()
+        for step, path in list_checkpoints(self.run.checkpoints(stage)).items():
+            if step < last and damage(path):
+                logger.warning("%s: passed over the damaged checkpoint of step %d", stage, step)
+            elif step < last:
+                whole[step] = path
         wanted = [last * (index + 1) / (count + 1) for index in range(count)]
         chosen = {min(whole, key=lambda step: (abs(step - at), step)) for at in wanted} if whole else set()
         if len(chosen) < count:
@@ -135,7 +133,7 @@ class Measurements:
         records = self._records(answers)
         for record, refusal, values in zip(records, self.chosen_refuses, kls, strict=True):
             record |= dict(zip(("kl", "kl_k1", "kl_k3", "entropy"), values, strict=True), chosen_refuses=refusal)
-        for key, scores in self.score_completions(self.prompts, answers).items():
+        for key, scores in self.score(self.prompts, *_texts(answers)).items():
             start = scores if reference is None else [record[key] for record in reference]
             for record, score, base, target in zip(records, scores, start, self.dataset[key], strict=True):
                 record |= {key: score, f"{key}_gain": score - base, f"{key}_over_chosen": score - target}
@@ -181,7 +179,7 @@ class Measurements:
         with self.policies.use(REFERENCE) as model:
             draws = [*range(1, count + 1)] * len(self.rows)
             answers = self._sample(model, prompts, "best of n: answers", draws=draws)
-        scores = self.score_completions(prompts, answers)
+        scores = self.score(prompts, *_texts(answers))
         drawn: list[Row] = []
         for index, record in enumerate(reference):
             own = slice(index * count, (index + 1) * count)
@@ -195,9 +193,11 @@ class Measurements:
         with self.policies.use(name) as model:
             label = f"{name}: answers for the judge"
             answers = self._sample(model, self.prompts, label, decoding=self.settings.judge_decoding)
-        scores = self.score_completions(self.prompts, answers)
         records = self._records(answers)
-        return [{**record, **{key: of[at] for key, of in scores.items()}} for at, record in enumerate(records)]
+        for key, scores in self.score(self.prompts, *_texts(answers)).items():
+            for record, score in zip(records, scores, strict=True):
+                record[key] = score
+        return records
 
     def _records(self, answers: Sequence[Completion]) -> list[Row]:
         return [{"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "answer": answer.text,
@@ -212,6 +212,11 @@ class Measurements:
             answers = self._sample(model, questions, label, decoding=decoding, max_prompt_tokens=self.room)
         return [{"text": answer.text, "finished": answer.finished, "refusal": refuses(answer.text),
                  "unsafe": unsafe_patterns(answer.text)} for answer in answers]  # fmt: skip
+
+
+def _texts(answers: Sequence[Completion]) -> tuple[list[str], list[bool]]:
+    """The texts, and which of them ended by themselves."""
+    return [answer.text for answer in answers], [answer.finished for answer in answers]
 
 
 def _require_finite(values: Sequence[Any], place: str, what: str) -> None:

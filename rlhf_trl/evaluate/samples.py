@@ -19,11 +19,12 @@ from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.text.display import fence, inline, take_turns
 
 SCORES = ("reward", "reward_gain", "gold", "gold_gain", "kl")
-NOTE = (
-    "The prompts are the first of each subset in turn, in evaluation's own random order: none was picked for its "
-    "answers. The texts stand as they are, and some may offend; a character that would be invisible, or act, is shown "
-    "by its code."
-)
+NOTE = """{} held-out prompts, one response of each model, sampled at temperature {temperature:g}, top_k {top_k}, top_p
+{top_p:g}, up to {max_new_tokens} tokens.{}
+
+The prompts are the first of each subset in turn, in evaluation's own random order: none was picked for its answers.
+The texts stand as they are, and some may offend; a character that would be invisible, or act, is shown by its code.
+"""
 
 
 def samples(recipe: Recipe, run: RunDir) -> None:
@@ -35,27 +36,23 @@ def samples(recipe: Recipe, run: RunDir) -> None:
     run.require(recipe, "evaluate", "evaluate RECIPE")
     if not recipe.policies:
         raise UserError("stages", "there is no policy to take samples of", "add a dpo, grpo or ppo stage")
-    second = recipe.evaluation.judge_decoding
+    second, asked = recipe.evaluation.judge_decoding, recipe.samples.per_model
+    decoding = read_json(run.metrics)["decoding"] | (second.model_dump() if second else {})
+    decoding = {key: decoding[key] for key in ("temperature", "top_k", "top_p", "max_new_tokens")}
     names = [REFERENCE, *recipe.policies]
     answers = {name: read_jsonl(run.judge_answers(name) if second else run.completions(name)) for name in names}
-    decoding = decoding_of(recipe, read_json(run.metrics))
     rows = answers[REFERENCE]
-    chosen = [rows[index]["id"] for index in take_turns([row["subset"] for row in rows], recipe.samples.per_model)]
-    found = {name: {row["id"]: row for row in answers[name]} for name in names}
-    pairs = {name: [as_pair(found[name][key], decoding) for key in chosen] for name in names}
-    note = _note(recipe.samples.per_model, len(chosen), decoding)
+    chosen = [rows[index]["id"] for index in take_turns([row["subset"] for row in rows], asked)]
+    pairs = {}
+    for name, of in answers.items():
+        by_id = {row["id"]: row for row in of}
+        pairs[name] = [as_pair(by_id[key], decoding) for key in chosen]
+    few = f" `samples.per_model` is {asked}; the evaluation has only {len(chosen)} prompts, and all of them are here."
+    note = NOTE.format(len(chosen), few if len(chosen) < asked else "", **decoding)
     for name in names:
         write_jsonl(run.samples / f"{name}.jsonl", pairs[name])
         write_text(run.samples / f"{name}.md", render(f"Samples of {inline(name)}", note, {name: pairs[name]}))
     write_text(run.samples / "side_by_side.md", render("Samples of all models, side by side", note, pairs))
-
-
-def decoding_of(recipe: Recipe, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Say how the answers were sampled: temperature, top_k, top_p, max_new_tokens."""
-    second = recipe.evaluation.judge_decoding
-    how = second.model_dump() if second else metrics["decoding"]
-    limit = metrics["decoding"]["max_new_tokens"]
-    return {**{key: how[key] for key in ("temperature", "top_k", "top_p")}, "max_new_tokens": limit}
 
 
 def as_pair(row: Mapping[str, Any], decoding: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,16 +76,6 @@ def render(title: str, note: str, pairs: Mapping[str, Sequence[Mapping[str, Any]
         for name, row in zip(pairs, rows, strict=True):
             parts.append(f"### Response of {inline(name)}\n\n{_facts(row)}\n\n{_block(row['response'])}")
     return "\n".join(parts)
-
-
-def _note(asked: int, count: int, decoding: Mapping[str, Any]) -> str:
-    how = (
-        f"{count} held-out prompts, one response of each model, sampled at temperature {decoding['temperature']:g}, "
-        f"top_k {decoding['top_k']}, top_p {decoding['top_p']:g}, up to {decoding['max_new_tokens']} tokens."
-    )
-    if count < asked:
-        how += f" `samples.per_model` is {asked}; the evaluation has only {count} prompts, and all of them are here."
-    return f"{how}\n\n{NOTE}\n"
 
 
 def _facts(row: Mapping[str, Any]) -> str:

@@ -12,20 +12,23 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from rlhf_trl.evaluate import figures
-from rlhf_trl.evaluate.adversarial import summarise_adversarial
-from rlhf_trl.evaluate.alarms import measure_text
 from rlhf_trl.evaluate.measure import Measurements
-from rlhf_trl.evaluate.trade_off import build_over_optimisation, build_pareto
+from rlhf_trl.evaluate.results import (
+    build_over_optimisation,
+    build_pareto,
+    conclude,
+    describe_policies,
+    summarise_adversarial,
+)
 from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
 from rlhf_trl.models.base import Policies, start_path
@@ -36,27 +39,9 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.run.safetensors import check_weights
-from rlhf_trl.stats.intervals import estimate_mean, estimate_ratio, wilson
+from rlhf_trl.stats.intervals import estimate_mean
 
 logger = logging.getLogger(__name__)
-
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-HISTOGRAM_BINS = 30
-DEFINITIONS = {
-    "reward": "score of the reward model for the answer",
-    "reward_gain": "reward minus the reference's reward on the same prompt",
-    "reward_over_chosen": "reward minus that of the dataset's chosen answer to the same prompt",
-    "gold": "score of the gold reward model, which no policy was trained with",
-    "gold_gain": "gold score minus the reference's on the same prompt",
-    "gold_over_chosen": "gold score minus that of the dataset's chosen answer to the same prompt",
-    "kl": "exact KL(policy || reference) over the vocabulary, summed over the answer's tokens, nats per answer",
-    "kl_k1": "the same, estimated from the sampled tokens: log policy - log reference, nats per answer",
-    "kl_k3": "the same, estimated from the sampled tokens: r - 1 - log r with r = reference / policy, nats per answer",
-    "kl_per_token": "kl of all answers divided by their tokens, nats per token",
-    "entropy": "entropy of the policy at the positions of all answers divided by their tokens, nats per token",
-    "answer_tokens": "tokens of the answer, its end token included",
-    "finished": "share of answers that ended by themselves before max_new_tokens",
-}
 
 Row = dict[str, Any]
 
@@ -83,7 +68,7 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
     }
     metrics: Row = {
         "reward_stage": settings.reward, "gold_stage": settings.gold, "reward_model": None, "gold_model": None,
-        "policies": {}, "checkpoints": {}, "dataset": {}, "histogram_edges": {},
+        "policies": {}, "checkpoints": {}, "dataset": {},
     }  # fmt: skip
     for key, judge in judges.items():
         measured = measure_reward_model(judge, read_jsonl(run.pairs("test")), settings.score_batch_size)
@@ -136,24 +121,13 @@ def measure_policies(recipe: Recipe, run: RunDir, of: Measurements, metrics: Row
         answers = {name: of.keep(name, "answers to adversarial prompts", partial(of.answer_adversarial, name))
                    for name in names}  # fmt: skip
         results[run.adversarial_answers], results[run.adversarial] = summarise_adversarial(answers)
-    metrics["decoding"] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": settings.max_new_tokens,
-                           "prompts": len(of.rows), "seed": recipe.seed}  # fmt: skip
-    metrics["definitions"] = DEFINITIONS
-    metrics["dataset"] = {key: estimate_mean(scores).as_dict() for key, scores in of.dataset.items()}
-    edges = {
-        key: np.histogram_bin_edges([row[key] for rows in records.values() for row in rows], bins=HISTOGRAM_BINS)
-        for key in of.judges
-    }
-    metrics["histogram_edges"] = {key: places.tolist() for key, places in edges.items()}
-    for (name, at), rows in records.items():
-        summary = summarise(rows, edges)
-        if at is None:
-            metrics["policies"][name] = summary
-        else:
-            metrics["checkpoints"].setdefault(name, []).append({"step": at, **summary})
-    for name, entries in metrics["checkpoints"].items():
-        steps = read_json(run.training_stats(name))["summary"]["steps"]
-        entries.append({"step": steps, **metrics["policies"][name]})
+    steps = {name: read_json(run.training_stats(name))["summary"]["steps"] for name in recipe.policies}
+    metrics |= {
+        "decoding": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": settings.max_new_tokens,
+                     "prompts": len(of.rows), "seed": recipe.seed},
+        "dataset": {key: estimate_mean(scores).as_dict() for key, scores in of.dataset.items()},
+        **describe_policies(records, steps),
+    }  # fmt: skip
     pareto = build_pareto(recipe, records, draws) if of.judges else None
     over = build_over_optimisation(recipe, metrics, records, pareto)
     results |= {run.pareto: pareto} if pareto else {}
@@ -161,52 +135,11 @@ def measure_policies(recipe: Recipe, run: RunDir, of: Measurements, metrics: Row
     return results
 
 
-def summarise(records: Sequence[Row], edges: Mapping[str, np.ndarray]) -> Row:
-    """Turn the records of one policy into estimates, score distributions and the state of its texts."""
-    columns = {key: [row[key] for row in records] for key in records[0] if key in DEFINITIONS and key != "finished"}
-    tokens = columns["answer_tokens"]
-    entropies = [row["entropy"] * row["answer_tokens"] for row in records]
-    return {
-        **{key: estimate_mean(values).as_dict() for key, values in columns.items()},
-        "kl_per_token": estimate_ratio(columns["kl"], tokens).as_dict(),
-        "entropy": estimate_ratio(entropies, tokens).as_dict(),
-        "finished": wilson(sum(row["finished"] for row in records), len(records)).as_dict(),
-        "distributions": {
-            key: {"counts": np.histogram(columns[key], bins=places)[0].tolist(),
-                  "quantiles": {str(level): float(np.quantile(columns[key], level)) for level in QUANTILES}}
-            for key, places in edges.items()
-        },
-        "health": measure_text(records),
-    }  # fmt: skip
-
-
-def conclude(recipe: Recipe, metrics: Row, pareto: Row | None, over: Row) -> Row:
-    """Gather the main numbers of each policy."""
-    keys = ("kl", "reward_gain", "gold_gain", "answer_tokens", "finished")
-    policies = {
-        name: {
-            "trainer": recipe.stages[name].trainer,
-            **{key: metrics["policies"][name][key] for key in keys if key in metrics["policies"][name]},
-            "alarms": [alarm["alarm"] for alarm in over["alarms"] if alarm["policy"] == name and alarm["raised"]],
-            "on_front": {axis: point["on_front"] for axis, frontier in (pareto["axes"] if pareto else {}).items()
-                         for point in frontier["points"] if (point["policy"], point["step"]) == (name, None)},
-        }
-        for name in recipe.policies
-    }  # fmt: skip
-    return {"reward_stage": metrics["reward_stage"], "gold_stage": metrics["gold_stage"], "policies": policies}
-
-
 def _draw(recipe: Recipe, run: RunDir, results: Mapping[Path, Any]) -> None:
-    stats = {
-        stage: read_json(run.training_stats(stage)) for stage in recipe.stages if run.training_stats(stage).exists()
-    }
-    drawn = {
-        "kl_drift": figures.plot_kl(results[run.metrics]),
-        "reward_distributions": figures.plot_distributions(results[run.metrics]),
-        "pareto": figures.plot_pareto(results.get(run.pareto, {"axes": {}})),
-        "over_optimisation": figures.plot_over_optimisation(results[run.over_optimisation]),
-        "training_curves": plot_training(stats),
-        "reward_kl_tradeoff": figures.plot_reward_kl_tradeoff(stats),
-    }
-    for name, figure in drawn.items():
-        save(figure, run.figure(name))
+    stats = {name: read_json(run.training_stats(name)) for name in recipe.stages if run.training_stats(name).exists()}
+    save(figures.plot_kl(results[run.metrics]), run.figure("kl_drift"))
+    save(figures.plot_distributions(results[run.metrics]), run.figure("reward_distributions"))
+    save(figures.plot_pareto(results.get(run.pareto, {"axes": {}})), run.figure("pareto"))
+    save(figures.plot_over_optimisation(results[run.over_optimisation]), run.figure("over_optimisation"))
+    save(plot_training(stats), run.figure("training_curves"))
+    save(figures.plot_reward_kl_tradeoff(stats), run.figure("reward_kl_tradeoff"))

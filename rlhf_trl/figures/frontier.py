@@ -23,40 +23,12 @@ def draw_frontier(axes: Axes, frontier: Mapping[str, Any], score: str) -> None:
     steps, as nothing between two policies was measured; best-of-n is dashed; the checkpoints of a stage are small and
     joined by a thin line.
     """
-    policies: dict[str, list[Point]] = {}
-    for point in frontier["points"]:
-        policies.setdefault(point["policy"], []).append(point)
-    styles = policy_styles({name: points[0]["trainer"] for name, points in policies.items() if points[0]["trainer"]})
-    right = _set_limits(axes, frontier, score)
-    for name, points in policies.items():
-        _draw_policy(axes, name, points, styles.get(name, {"color": GREY, "marker": "D"}))
-    front = sorted(_place(point) for point in frontier["points"] if point["on_front"])
-    if len(front) > 1:
-        x, y = zip(*front, (right, front[-1][1]), strict=True)
-        axes.step(x, y, where="post", color=GREY, linewidth=1.8, alpha=0.7, zorder=2, label="front")
-    curve = [(point["kl"], point["gain"]["mean"]) for point in frontier["best_of_n"]]
-    if curve:
-        label = f"best of n, up to {frontier['best_of_n'][-1]['n']}"
-        axes.plot(*zip(*curve, strict=True), color=INK, linewidth=1.2, linestyle="--", marker=".", label=label)
-    if any(point["trainer"] and not point["on_front"] for point in frontier["points"]):
-        axes.plot([], [], "o", color=GREY, markerfacecolor=PAPER, label="hollow: dominated")
-    if any(point["step"] is not None for point in frontier["points"]):
-        axes.plot([], [], "o-", color=GREY, linewidth=0.9, markersize=4, label="checkpoints")
-
-
-def _place(point: Point) -> tuple[float, float]:
-    return point["kl"]["mean"], point["gain"]["mean"]
-
-
-def _set_limits(axes: Axes, frontier: Mapping[str, Any], score: str) -> float:
-    """Fit both axes to the intervals, draw the reference's level across, and return the largest KL shown."""
-    points, best = frontier["points"], frontier["best_of_n"]
-    level = 0.5 if score == "win_rate" else 0.0
-    gains = [point["gain"] for point in [*points, *best]]
+    points, best, level = frontier["points"], frontier["best_of_n"], 0.5 if score == "win_rate" else 0.0
     right = 1.12 * max([*(point["kl"]["high"] for point in points), *(point["kl"] for point in best)]) or 1
+    root_scale(axes, 0, right)
+    gains = [point["gain"] for point in [*points, *best]]
     low, high = min(level, *(gain["low"] for gain in gains)), max(level, *(gain["high"] for gain in gains))
     margin = 0.12 * (high - low) or 1
-    root_scale(axes, 0, right)
     axes.set_ylim(low - margin, high + margin)
     axes.set_ylabel(f"{score} gain over the reference")
     if score == "win_rate":
@@ -64,25 +36,44 @@ def _set_limits(axes: Axes, frontier: Mapping[str, Any], score: str) -> float:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         axes.set_ylabel("win rate against the reference")
     axes.axhline(level, color=GREY, linewidth=1, zorder=1)
-    return right
+    policies: dict[str, list[Point]] = {}
+    for point in points:
+        policies.setdefault(point["policy"], []).append(point)
+    styles = policy_styles({name: of[0]["trainer"] for name, of in policies.items() if of[0]["trainer"]})
+    for name, of in policies.items():
+        _draw_policy(axes, name, of, styles.get(name, {"color": GREY, "marker": "D"}))
+    front = sorted(_place(point) for point in points if point["on_front"])
+    if len(front) > 1:
+        x, y = zip(*front, (right, front[-1][1]), strict=True)
+        axes.step(x, y, where="post", color=GREY, linewidth=1.8, alpha=0.7, zorder=2, label="front")
+    if best:
+        curve, label = [(point["kl"], point["gain"]["mean"]) for point in best], f"best of n, up to {best[-1]['n']}"
+        axes.plot(*zip(*curve, strict=True), color=INK, linewidth=1.2, linestyle="--", marker=".", label=label)
+    if any(point["trainer"] and not point["on_front"] for point in points):
+        axes.plot([], [], "o", color=GREY, markerfacecolor=PAPER, label="hollow: dominated")
+    if any(point["step"] is not None for point in points):
+        axes.plot([], [], "o-", color=GREY, linewidth=0.9, markersize=4, label="checkpoints")
+
+
+def _place(point: Point) -> tuple[float, float]:
+    return point["kl"]["mean"], point["gain"]["mean"]
 
 
 def _draw_policy(axes: Axes, name: str, points: Sequence[Point], style: Mapping[str, str]) -> None:
     """Draw the checkpoints of one policy, joined by a line, and its final point with intervals; or the reference."""
     color, marker = style["color"], style["marker"]
-    (final,) = (point for point in points if point["step"] is None)
-    path = [*sorted((point for point in points if point["step"] is not None), key=lambda p: p["step"]), final]
+    path = sorted(points, key=lambda point: (point["step"] is None, point["step"] or 0))
     if len(path) > 1:
         axes.plot(*zip(*map(_place, path), strict=True), color=color, linewidth=0.9, zorder=3)
     for point in path:
-        filled = point["on_front"] or not point["trainer"]
+        final, filled = point is path[-1], point["on_front"] or not point["trainer"]
         face, edge, width = (color, PAPER, 1.0) if filled else (PAPER, color, 1.6)
-        size, label = (9.0, name) if point is final else (4.5, None)
+        size, label = (9.0, name) if final else (4.5, None)
         marks = axes.plot(*_place(point), marker, markersize=size, clip_on=False, zorder=5, label=label)
         marks[0].set(markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width)
-    if final["trainer"]:
-        (x, x_errors), (y, y_errors) = with_errors([final["kl"]]), with_errors([final["gain"]])
-        axes.errorbar(x, y, y_errors, x_errors, fmt="none", ecolor=color, elinewidth=1.6, zorder=4)
+        if final and point["trainer"]:
+            (x, x_errors), (y, y_errors) = with_errors([point["kl"]]), with_errors([point["gain"]])
+            axes.errorbar(x, y, y_errors, x_errors, fmt="none", ecolor=color, elinewidth=1.6, zorder=4)
 
 
 def draw_over_optimisation(axes: Axes, entry: Mapping[str, Any]) -> None:

@@ -18,13 +18,8 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 INK, GRID, PAPER = "#1b1f24", "#d9dce0", "#fefefe"
 # Trainer -> colour and marker: never colour alone.
-TRAINERS = {
-    "dpo": (BLUE, "o"),
-    "grpo": (ORANGE, "s"),
-    "ppo": (GREEN, "^"),
-    "sft": (GREY, "D"),
-    "reward": (PURPLE, "v"),
-}
+TRAINERS = {"dpo": (BLUE, "o"), "grpo": (ORANGE, "s"), "ppo": (GREEN, "^"), "sft": (GREY, "D"),
+            "reward": (PURPLE, "v")}  # fmt: skip
 # Markers and lines of the further policies of one trainer.
 MARKERS, LINES = "PX*<>pvd", ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
@@ -60,8 +55,7 @@ def policy_styles(trainers: Mapping[str, str]) -> dict[str, dict[str, str]]:
     styles = {}
     for name, trainer in trainers.items():
         color, first = TRAINERS[trainer]
-        markers = first + MARKERS.replace(first, "")
-        place = seen[trainer]
+        markers, place = first + MARKERS.replace(first, ""), seen[trainer]
         marker, line = markers[place % len(markers)], LINES[place % len(LINES)]
         styles[name] = {"color": color, "marker": marker, "linestyle": line}
         seen[trainer] += 1
@@ -115,16 +109,12 @@ def root_scale(axes: Axes, left: float, right: float) -> None:
     2022) and which, unlike a logarithm, has a zero; what is below zero is mirrored."""
     axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2))
     axes.set_xlim(left, right)
-    ticks = root_ticks(left, right)
+    # 0 and values of one digit that lie about evenly on the square-root scale.
+    reach = max(-left, right)
+    ticks = [float(f"{share * abs(share) * reach:.0e}") for share in (-0.9, -0.6, -0.3, 0, 0.3, 0.6, 0.9)]
+    ticks = [tick for tick in ticks if left <= tick <= right]
     axes.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
     axes.set_xlabel("KL to the reference, nats per answer")
-
-
-def root_ticks(left: float, right: float) -> list[float]:
-    """Choose 0 and values of one digit that lie about evenly on the square-root scale."""
-    reach = np.sqrt(max(-left, right))
-    ticks = [float(f"{share * abs(share) * reach**2:.0e}") for share in (-0.9, -0.6, -0.3, 0, 0.3, 0.6, 0.9)]
-    return [tick for tick in ticks if left <= tick <= right]
 
 
 @matplotlib.rc_context(STYLE)

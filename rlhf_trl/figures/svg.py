@@ -32,23 +32,17 @@ def to_svg(figure: Figure, key: str, label: str) -> Markup:
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', buffer.getvalue()))
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):  # its `*` selector would reach the whole page
-                parent.remove(child)
     for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        element.tail = None
-        if element.tag != "text":
-            element.text = None
-        for name, text in list(element.attrib.items()):
-            del element.attrib[name]
-            if name != "id" or text in used:
-                element.set(name.rpartition("}")[2], _for_page(text))
+        element.tag, element.tail = element.tag.rpartition("}")[2], None
+        element.text = element.text if element.tag == "text" else None
+        attributes = {name.rpartition("}")[2]: _for_page(text) for name, text in element.attrib.items()
+                      if name != "id" or text in used}  # fmt: skip
         if element.tag == "text":
-            element.set("style", element.get("style", "").replace("; fill: var(--ink)", ""))
-        if element.get("transform", "").startswith("rotate(-0 "):
-            del element.attrib["transform"]
+            attributes["style"] = attributes.get("style", "").replace("; fill: var(--ink)", "")
+        if attributes.get("transform", "").startswith("rotate(-0 "):
+            del attributes["transform"]
+        element.attrib.clear()
+        element.attrib |= attributes
     _thin(root)
     for name in ("width", "height", "version"):
         del root.attrib[name]
@@ -57,14 +51,15 @@ def to_svg(figure: Figure, key: str, label: str) -> Markup:
 
 
 def _thin(parent: ElementTree.Element) -> None:
-    """Drop what is not seen: groups without an attribute, and shapes without fill and stroke."""
+    """Drop groups without an attribute, shapes without fill and stroke, and the style sheet, whose `*` would reach the
+    whole page."""
     children = list(parent)
     parent[:] = []
     for child in children:
         _thin(child)
         if child.tag == "g" and not child.attrib:
             parent.extend(child)
-        elif child.get("style") != "fill: none":
+        elif child.get("style") != "fill: none" and child.tag not in ("metadata", "style"):
             parent.append(child)
 
 

@@ -29,32 +29,27 @@ PANELS: dict[str, dict[str, str]] = {
 
 
 def plot_training(stats: Mapping[str, Mapping[str, Any]]) -> Figure | None:
-    """Draw the training curves of stages, a panel for each quantity that a stage logged.
-
-    Args:
-        stats: stage -> the content of its `training_stats.json`.
-    """
-    panels = [
-        partial(_draw_panel, history=entry["history"], title=title, series=series, stage=f"{stage} ({trainer})",
-                unit={"grpo": "\nnats per token", "ppo": "\nnats per answer"}.get(trainer, ""))
-        for stage, entry in stats.items() for trainer in [entry["trainer"]]
-        for title, series in logged_panels(entry["history"]).items()
-    ]  # fmt: skip
-    return build_figure(panels, columns=3 if len(stats) == 1 else 5, size=(3.6, 2.5)) if panels else None
-
-
-def _draw_panel(axes: Axes, history: History, title: str, series: Mapping[str, str], stage: str, unit: str) -> None:
-    draw_series(axes, history, series)
-    axes.set_title(f"{stage}\n{title}{unit if title.startswith('KL') else ''}")
+    """Draw the training curves of stages, from the content of each one's `training_stats.json`: a panel for each
+    quantity that a stage logged."""
+    panels, titles = [], []
+    for stage, entry in stats.items():
+        unit = {"grpo": "\nnats per token", "ppo": "\nnats per answer"}.get(entry["trainer"], "")
+        for title, series in logged_panels(entry["history"]).items():
+            panels.append(partial(draw_series, history=entry["history"], series=series))
+            titles.append(f"{stage} ({entry['trainer']})\n{title}{unit if title.startswith('KL') else ''}")
+    if not panels:
+        return None
+    figure = build_figure(panels, columns=3 if len(stats) == 1 else 5, size=(3.6, 2.5))
+    for axes, title in zip(figure.axes, titles, strict=True):
+        axes.set_title(title)
+    return figure
 
 
 def logged_panels(history: History) -> dict[str, dict[str, str]]:
     """Return the entries of `PANELS` that were logged: panel title -> key of the series -> its label."""
-    panels = {
-        title: {key: label for key, label in series.items() if any(key in row for row in history)}
-        for title, series in PANELS.items()
-    }
-    return {title: series for title, series in panels.items() if series}
+    logged = {key for row in history for key in row}
+    panels = [(title, {key: series[key] for key in series if key in logged}) for title, series in PANELS.items()]
+    return {title: series for title, series in panels if series}
 
 
 def draw_series(axes: Axes, history: History, series: Mapping[str, str]) -> None:

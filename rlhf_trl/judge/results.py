@@ -24,8 +24,7 @@ from rlhf_trl.recipe.schema import Judge
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import describe_front
-from rlhf_trl.stats.pairs import correct, gap
-from rlhf_trl.stats.trust import length_rule, trust_in
+from rlhf_trl.stats.pairs import correct, gap, length_rule, trust_in
 
 Row = dict[str, Any]
 

@@ -29,7 +29,7 @@ RESERVED = {*STEPS, "data", "exploration", "evaluation", "comparison", "samples"
 RESERVED |= {"logs", "replaced", "report.html", "answers.html", "recipe.json", "env.json", "done.json", "side_by_side"}
 MAX_STAGES = 100
 # Changes with the shape of what `evaluate` and `errors` write: an older run is measured again, and not trained again.
-DOCUMENTS = 2
+DOCUMENTS = 3
 
 
 def _free_name(name: str) -> str:

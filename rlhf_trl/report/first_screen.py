@@ -15,13 +15,13 @@ from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.report.values import raw
 from rlhf_trl.run.layout import REFERENCE
 from rlhf_trl.stats.intervals import estimate_mean
-from rlhf_trl.stats.trust import trust_in, weigh_trust
+from rlhf_trl.stats.pairs import trust_in, weigh_trust
 
 Documents = Mapping[str, Any]
-Warning = dict[str, Any]
+Row = dict[str, Any]
 SCORES = ("gold", "reward")
 UNPROVEN = "has not shown that it can tell better answers"
-# What `stats.trust` found -> what the first screen warns of.
+# What `stats.pairs` found -> what the first screen warns of.
 DOUBTS = {
     "none": "nothing here compares it with human labels",
     "unknown": "it gave no verdict in both orders on any pair that people labelled",
@@ -40,7 +40,7 @@ KINDS = {
 }
 
 
-def build(recipe: Recipe, documents: Documents) -> dict[str, Any]:
+def build(recipe: Recipe, documents: Documents) -> Row:
     """Gather the first screen.
 
     Returns:
@@ -55,8 +55,9 @@ def build(recipe: Recipe, documents: Documents) -> dict[str, Any]:
         "winner": verdict["winner"] if verdict else None,
         "methods": {name: describe_policy(name, documents) for name in names},
         "judge": describe_judge(documents),
-        "warnings": list(list_warnings(recipe, documents)),
-    }
+        "warnings": [dict(zip(("about", "says", "why"), warning, strict=False))
+                     for warning in list_warnings(recipe, documents)],
+    }  # fmt: skip
 
 
 def judge_share(share: Mapping[str, Any], level: float = 0.5) -> str:
@@ -66,20 +67,21 @@ def judge_share(share: Mapping[str, Any], level: float = 0.5) -> str:
     return "better" if share["low"] > level else "worse" if share["high"] < level else "same"
 
 
-def describe_policy(name: str, documents: Documents) -> dict[str, Any]:
+def describe_policy(name: str, documents: Documents) -> Row:
     """Describe one policy; a key is left out where its number does not exist.
 
     `significant` has `better` or `worse` for a gain that is significant after correction and large enough to matter,
     and for a win rate clear of half by a judge that has shown its worth; `longer` or `shorter` for the length.
     """
-    measured, winrate = documents["metrics"]["policies"][name], documents["winrate"]
-    row = {"kl": measured["kl"], "length": measured["answer_tokens"]}
-    significant: dict[str, str] = {}
+    measured = documents["metrics"]["policies"][name]
+    winrate, over = documents["winrate"], documents["over_optimisation"]
+    row: Row = {"kl": measured["kl"], "length": measured["answer_tokens"], "significant": {}}
     if name == REFERENCE:
-        return {**row, "significant": significant}
+        return row
     claims = raw(documents["comparison"]["against_reference"]).get(name, {})
-    outcomes = {score: claims.get(score, {}).get("outcome") for score in (*SCORES, "win_rate")}
-    row |= {f"{score}_gain": measured[f"{score}_gain"] for score in SCORES if f"{score}_gain" in measured}
+    outcomes = {key: claims.get(key.removesuffix("_gain"), {}).get("outcome")
+                for key in ("gold_gain", "reward_gain", "win_rate")}  # fmt: skip
+    row |= {key: measured[key] for key in outcomes if key in measured}
     row["seconds"] = documents["stats"][name]["summary"]["seconds"]
     for entry in winrate["win_rates"] if winrate and "win_rates" in winrate else ():
         if (entry["a"], entry["b"]) == (name, REFERENCE):
@@ -87,31 +89,29 @@ def describe_policy(name: str, documents: Documents) -> dict[str, Any]:
             outcomes["win_rate"] = outcomes["win_rate"] or judge_share(raw(entry["win_rate"]))
             if weigh_trust(raw(winrate)) != "informed":
                 outcomes["win_rate"] = None
-    for score, key in (("gold", "gold_gain"), ("reward", "reward_gain"), ("win_rate", "win_rate")):
-        if key in row and outcomes[score] in ("better", "worse"):
-            significant[key] = outcomes[score]
-    length = compare_lengths(*(raw(documents["completions"][side]) for side in (name, REFERENCE)))
-    over = documents["over_optimisation"]
-    alarms = [alarm["alarm"] for alarm in (over["alarms"] if over else []) if alarm["policy"] == name
-              and alarm["raised"]]  # fmt: skip
-    return {**row, "significant": significant | ({"length": length} if length else {}), "alarms": alarms}
+    outcomes["length"] = compare_lengths(*(raw(documents["completions"][side]) for side in (name, REFERENCE)))
+    telling = ("better", "worse", "longer", "shorter")
+    row["significant"] = {key: outcome for key, outcome in outcomes.items() if key in row and outcome in telling}
+    row["alarms"] = [alarm["alarm"] for alarm in (over["alarms"] if over else ())
+                     if alarm["policy"] == name and alarm["raised"]]  # fmt: skip
+    return row
 
 
-def compare_lengths(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str | None:
+def compare_lengths(ours: Sequence[Row], theirs: Sequence[Row]) -> str | None:
     """Say whether answers are `longer` or `shorter` than the reference's to the same prompts, or neither (95 %)."""
     tokens = {row["id"]: row["answer_tokens"] for row in theirs}
     differences = estimate_mean(np.array([row["answer_tokens"] - tokens[row["id"]] for row in ours], float))
     return {"better": "longer", "worse": "shorter"}.get(judge_share(differences.as_dict(), 0.0))
 
 
-def describe_judge(documents: Documents) -> dict[str, Any] | None:
-    """Describe the judge in one row: who it is, its trust (`stats.trust`), agreement, habits, price and time."""
+def describe_judge(documents: Documents) -> Row | None:
+    """Describe the judge in one row: who it is, its trust (`stats.pairs`), agreement, habits, price and time."""
     result = documents["winrate"]
     if result is None:
         return None
-    row = {key: result["judge"][key] for key in ("name", "kind")} | {"status": result["status"]}
+    row = {key: result["judge"][key] for key in ("name", "kind")} | {"status": result["status"], "trust": "none"}
     if result["status"] == "not run":
-        return {**row, "trust": "none"}
+        return row
     row |= {"trust": weigh_trust(raw(result)), "prompts": result["prompts"]}
     if result["calibration"]:
         scorer = result["calibration"]["reward_model" if raw(row["kind"]) == "reward" else "all"]
@@ -125,57 +125,52 @@ def describe_judge(documents: Documents) -> dict[str, Any] | None:
     return row
 
 
-def list_warnings(recipe: Recipe, documents: Documents) -> Iterator[Warning]:
-    """List what to beware of, the most general first."""
-    verdict, metrics = documents["comparison"]["verdict"], documents["metrics"]
-    yield from ({"about": "the comparison", "says": says} for says in (verdict["warnings"] if verdict else ()))
-    over = documents["over_optimisation"]
-    for alarm in over["alarms"] if over else ():
-        if alarm["raised"]:
-            yield {"about": alarm["policy"], "says": alarm["says"]}
+def list_warnings(recipe: Recipe, documents: Documents) -> Iterator[tuple[Any, ...]]:
+    """List what to beware of, the most general first: about what, what is said, and why."""
+    verdict, metrics, over = (documents[key] for key in ("comparison", "metrics", "over_optimisation"))
+    verdict = verdict["verdict"]
+    yield from (("the comparison", says) for says in (verdict["warnings"] if verdict else ()))
+    yield from ((alarm["policy"], alarm["says"]) for alarm in (over["alarms"] if over else ()) if alarm["raised"])
     for score in SCORES:
         who, model = metrics[f"{score}_stage"], metrics[f"{score}_model"]
         trust = trust_in(raw(model)) if model else "informed"
         if trust != "informed":
-            yield {"about": who, "says": f"the {score} model {UNPROVEN}: {DOUBTS[trust]}"}
+            yield who, f"the {score} model {UNPROVEN}: {DOUBTS[trust]}"
         said = verdict and verdict["measure"] == score  # by the verdict's own warnings
         if who and not said and raw(who) in [recipe.stages[name].reward for name in recipe.policies]:
-            says = f"policies were trained to raise this {score} score: a gain by it shows first that training worked"
-            yield {"about": who, "says": says}
+            yield (
+                who,
+                f"policies were trained to raise this {score} score: a gain by it shows first that training worked",
+            )
     for stage, stats in documents["stats"].items():
         if "health" in stats:
-            yield from ({"about": stage, "says": found["says"]} for found in stats["health"])
+            yield from ((stage, found["says"]) for found in stats["health"])
     for stage, analysis in documents["analyses"].items():
         names = [finding["name"].replace("_", " ") for finding in raw(analysis["findings"]) if finding["alarm"]]
         if names:
-            yield {"about": stage, "says": f"its errors show: {', '.join(names)}"}
+            yield stage, f"its errors show: {', '.join(names)}"
     if recipe.policies:
-        yield from _warn_of_judge(documents)
+        yield from _warn_of_judge(documents["winrate"])
 
 
-def _warn_of_judge(documents: Documents) -> Iterator[Warning]:
-    result = documents["winrate"]
+def _warn_of_judge(result: Any) -> Iterator[tuple[Any, ...]]:
     if result is None:
-        yield {
-            "about": "win rate",
-            "says": "this run has no judge; a reward is a model's score, not an opinion",
-        }
+        yield "win rate", "this run has no judge; a reward is a model's score, not an opinion"
         return
     name, kind = "the judge", raw(result["judge"]["kind"])
     if result["status"] != "complete":
-        yield {"about": name, "says": f"it was {'not run' if result['status'] == 'not run' else 'stopped'}:",
-               "why": result["reason"]}  # fmt: skip
+        yield name, f"it was {'not run' if result['status'] == 'not run' else 'stopped'}:", result["reason"]
     if result["status"] == "not run":
         return
     trust = weigh_trust(raw(result))
     if trust != "informed":
-        yield {"about": name, "says": f"it {UNPROVEN}: {DOUBTS[trust]}"}
+        yield name, f"it {UNPROVEN}: {DOUBTS[trust]}"
     if kind in KINDS:
-        yield {"about": name, "says": KINDS[kind]}
+        yield name, KINDS[kind]
     numbers = {**raw(result["habits"]), **(raw(result["canaries"]) or {})}
     for key, (level, fault, says) in HABITS.items():
         if key in numbers and judge_share(numbers[key], level) == fault and (kind == "openai" or key != "consistency"):
-            yield {"about": name, "says": says}
+            yield name, says
     for entry in result["win_rates"]:
         for says in entry["length_controlled"]["warnings"]:
-            yield {"about": entry["a"], "says": "win rate at equal length:", "why": says}
+            yield entry["a"], "win rate at equal length:", says

@@ -20,14 +20,13 @@ from rlhf_trl.text.format import STYLES, pointer
 # A text longer than this is cut for display, and the page says so; longer than PREVIEW, it is folded.
 MAX_CHARACTERS = 20_000
 PREVIEW = 420
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Node:
     """A value of a JSON document with its address: the file, and the keys that lead to it.
 
-    `node[key]` is the value below it. Templates test, compare and loop over nodes as over plain values. A node prints
-    through a filter that names its format, `{{ policy.kl | estimate }}`; only text prints by itself.
+    Templates test, compare and loop over nodes as over plain values. A node prints through a filter that names its
+    format, `{{ policy.kl | estimate }}`; only text prints by itself.
     """
 
     def __init__(self, value: Any, file: str, keys: tuple[str | int, ...] = ()) -> None:
@@ -69,13 +68,9 @@ def raw(node: Any) -> Any:
 def build_environment() -> Environment:
     """Build the jinja2 environment of the pages, with a filter for every format of `STYLES`."""
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+        finalize=printable, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= {style: partial(show_value, style) for style in STYLES}
     environment.filters |= {"source": show_source, "raw": raw, "rows": list_rows, "columns": list_columns}
     environment.globals |= {"cell": show_cell, "PREVIEW": PREVIEW}

@@ -6,10 +6,8 @@ Functions of points raise ValueError where shapes differ, there are no points, o
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -23,20 +21,6 @@ SAME_KL = 1.05
 NEAR = 1.5
 # Resamples whose weights are in memory together: CHUNK * prompts * 8 bytes.
 CHUNK = 200
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A curve of gain over d = sqrt(KL), and the d of its peak; None where it has no finite peak at d > 0."""
-
-    alpha: float
-    beta: float
-    peak_sqrt_kl: float | None
-    peak_kl: float | None
-    r2: float | None  # None where all gains are the same
-
-    def as_dict(self) -> dict[str, float | None]:
-        return dataclasses.asdict(self)
 
 
 def non_dominated(gain: np.ndarray, kl: np.ndarray) -> np.ndarray:
@@ -54,10 +38,8 @@ def non_dominated(gain: np.ndarray, kl: np.ndarray) -> np.ndarray:
 
 
 def hypervolume(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: float) -> np.ndarray:
-    """Measure the area that the points dominate inside gain > `worst_gain` and KL < `worst_kl`, (..., K) -> (...,).
-
-    A point outside that box adds nothing (Zitzler and Thiele, 1998).
-    """
+    """Measure the area that the points dominate inside gain > `worst_gain` and KL < `worst_kl`, (..., K) -> (...,)
+    (Zitzler and Thiele, 1998)."""
     gain, kl = _points(gain, kl)
     order = np.argsort(kl, axis=-1)
     best = np.maximum.accumulate(np.take_along_axis(gain, order, axis=-1), axis=-1)
@@ -70,12 +52,8 @@ def hypervolume(gain: np.ndarray, kl: np.ndarray, worst_gain: float, worst_kl: f
 def describe_front(
     gains: Mapping[Point, np.ndarray], kls: Mapping[Point, np.ndarray], worst_gain: float, worst_kl: float, seed: int
 ) -> tuple[dict[Point, dict[str, Any]], dict[str, Any]]:
-    """Describe every point, which is a mean over the prompts, (P,) each, and the hypervolume.
-
-    The interval of the hypervolume is a percentile bootstrap over prompts, the same ones for all points and both axes.
-
-    Returns:
-        For each point `kl` and `gain` with their intervals, and `on_front`; and the hypervolume with its interval.
+    """Describe every point, which is a mean over the prompts, (P,) each: `kl` and `gain` with their intervals, and
+    `on_front`; and the hypervolume, with the interval of a percentile bootstrap over the same prompts for all points.
     """
     if not gains or set(gains) != set(kls):
         raise ValueError("the same points, at least one, need gains and KLs")
@@ -88,22 +66,16 @@ def describe_front(
     low, high = np.quantile(np.concatenate(areas), [0.025, 0.975])
     means = gain.mean(axis=1), kl.mean(axis=1)
     area = Estimate(float(hypervolume(*means, worst_gain, worst_kl)), float(low), float(high), prompts)
-    points = {
-        point: {
-            "kl": estimate_mean(kls[point]).as_dict(),
-            "gain": estimate_mean(gains[point]).as_dict(),
-            "on_front": on,
-        }
-        for point, on in zip(gains, non_dominated(*means).tolist(), strict=True)
-    }
+    points: dict[Point, dict[str, Any]] = {}
+    for point, on in zip(gains, non_dominated(*means).tolist(), strict=True):
+        both = {"kl": estimate_mean(kls[point]).as_dict(), "gain": estimate_mean(gains[point]).as_dict()}
+        points[point] = {**both, "on_front": on}
     return points, area.as_dict()
 
 
 def best_of_n_kl(n: int) -> float:
-    """Give the KL of best-of-n to the policy that it draws from, nats per answer: log n - (n - 1) / n.
-
-    Exact when no two answers tie, an upper bound otherwise (Beirami et al., 2024, arXiv 2401.01879).
-    """
+    """Give the KL of best-of-n to the policy that it draws from, nats per answer; an upper bound where answers tie
+    (Beirami et al., 2024, arXiv 2401.01879)."""
     return math.log(n) - (n - 1) / n
 
 
@@ -143,9 +115,6 @@ def read_path(kls: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray |
     Returns:
         One number for each of the P prompts. Their mean is the gain; their spread is its error, with that of the KLs
         (the delta method). None where the path does not cross the budget, or has no point within a factor of `NEAR`.
-
-    Raises:
-        ValueError: also where the budget is not positive.
     """
     kls, gains = _points(kls, gains)
     if budget <= 0:
@@ -169,30 +138,32 @@ def read_path(kls: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray |
     )
 
 
-def fit_over_optimisation(kl: np.ndarray, gain: np.ndarray, form: Literal["rl", "bon"]) -> Fit | None:
+def fit_over_optimisation(
+    kl: np.ndarray, gain: np.ndarray, form: Literal["rl", "bon"]
+) -> dict[str, float | None] | None:
     """Fit the curve of over-optimisation over d = sqrt(KL), (K,), (K,), by least squares.
 
     Gao, Schulman and Hilton (2022, arXiv 2210.10760): R(d) = d (alpha - beta log d) for reinforcement learning,
     highest at d = exp(alpha / beta - 1), and R(d) = d (alpha - beta d) for best-of-n, highest at
-    d = alpha / (2 beta). None with fewer than three different d > 0: two parameters go through any two points.
+    d = alpha / (2 beta).
+
+    Returns:
+        `alpha`, `beta` and `peak_kl`, None where there is no finite peak at d > 0; None with fewer than three
+        different d > 0: two parameters go through any two points.
     """
     kl, gain = _points(kl, gain)
     d, gain = np.sqrt(kl[kl > 0]), gain[kl > 0]
     if np.unique(d).size < 3:
         return None
     bend = d * d if form == "bon" else d * np.log(d)
-    design = np.stack([d, -bend], axis=1)
-    (alpha, beta), *_ = np.linalg.lstsq(design, gain, rcond=None)
+    alpha, beta = np.linalg.lstsq(np.stack([d, -bend], axis=1), gain, rcond=None)[0].tolist()
     peak = None
     if form == "bon" and alpha > 0 and beta > 0:
-        peak = float(alpha / (2 * beta))
+        peak = (alpha / (2 * beta)) ** 2
     # exp(350) squared, the peak's KL, is near the largest float.
     if form == "rl" and beta > 0 and alpha / beta - 1 < 350:
-        peak = math.exp(alpha / beta - 1)
-    around_mean = float(((gain - gain.mean()) ** 2).sum())
-    around_curve = float(((gain - design @ np.array([alpha, beta])) ** 2).sum())
-    r2 = 1 - around_curve / around_mean if around_mean > 0 else None
-    return Fit(float(alpha), float(beta), peak, None if peak is None else peak * peak, r2)
+        peak = math.exp(alpha / beta - 1) ** 2
+    return {"alpha": alpha, "beta": beta, "peak_kl": peak}
 
 
 def _points(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

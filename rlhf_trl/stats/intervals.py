@@ -44,11 +44,10 @@ def wilson(successes: float, n: float) -> Estimate:
 
 
 def estimate_rate(values: Values) -> Estimate:
-    """Estimate the mean of scores from 0 to 1, such as a win rate in which a tie is half, by a score interval.
+    """Estimate the mean of scores from 0 to 1, such as a win rate in which a tie is half.
 
     Wilson's interval with the effective sample size of Korn and Graubard (1998): as many wins and losses as would vary
-    as much as these scores. Where all scores are the same, others are at most 1 - 0.025^(1/n) of all (Clopper and
-    Pearson, 1934).
+    as much as these scores. Where all are the same, others are at most 1 - 0.025^(1/n) (Clopper and Pearson, 1934).
     """
     scores = _finite(values)
     n, mean = scores.size, float(scores.mean())
@@ -60,10 +59,8 @@ def estimate_rate(values: Values) -> Estimate:
 
 
 def estimate_mean(values: Values, level: float = LEVEL) -> Estimate:
-    """Estimate a mean by Student's t, with and without the correction for skewness of Hall (1992, JRSS B 54:221).
-
-    The interval reaches as far as the wider of the two. For a paired comparison, give the differences. Values that are
-    all the same have no interval: `low` and `high` are the value.
+    """Estimate a mean by Student's t, with and without the correction for skewness of Hall (1992, JRSS B 54:221): the
+    interval reaches as far as the wider of the two. Values that are all the same are both its ends.
     """
     from scipy.special import stdtrit
 
@@ -120,11 +117,7 @@ def _uncorrect(quantile: float, skewness: float) -> float:
 
 
 def estimate_ratio(numerators: Values, denominators: Values) -> Estimate:
-    """Estimate sum / sum, such as KL per token over all answers, by the units' linear influence on it.
-
-    Raises:
-        ValueError: also where the denominators are not all positive.
-    """
+    """Estimate sum / sum, such as KL per token over all answers, by the units' linear influence on it."""
     top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if top.size == 0 or not np.isfinite(top).all() or not (bottom > 0).all():
         raise ValueError("a ratio needs at least one unit, finite numbers and positive denominators")
@@ -143,9 +136,6 @@ def compare_runs(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
 
     Returns:
         The estimate, whose `n` are the prompts, and the two-sided p-value.
-
-    Raises:
-        ValueError: also where the prompts differ in number.
     """
     from scipy.special import stdtr, stdtrit
 

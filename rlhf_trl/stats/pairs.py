@@ -1,4 +1,4 @@
-"""Accuracy of scores on labelled pairs, from arrays alone.
+"""Accuracy of scores on labelled pairs, and whether a scorer has shown that it can tell the better answer.
 
 Pairs of one prompt are not independent: intervals take the prompt as the unit. A tie counts half. In arrays of two
 columns, the first is the chosen answer, the second the rejected one; `prompts` names what each pair belongs to, (N,).
@@ -6,13 +6,15 @@ columns, the first is the chosen answer, the second the rejected one; `prompts` 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from rlhf_trl.stats.intervals import Estimate, estimate_ratio, wilson
-from rlhf_trl.stats.trust import length_rule
+from rlhf_trl.stats.intervals import Estimate, estimate_mean, estimate_rate, estimate_ratio, wilson
+
+Average = Callable[[np.ndarray], Estimate]
 
 
 def correct(margin: np.ndarray) -> np.ndarray:
@@ -26,18 +28,10 @@ def gap(both: np.ndarray) -> np.ndarray:
 
 
 def share(values: np.ndarray, prompts: np.ndarray) -> Estimate:
-    """Estimate a share with Wilson's interval, widened where pairs of one prompt agree more than by chance.
-
-    The effective sample size is that of the design effect (Kish 1965; Korn and Graubard 1998).
-
-    Raises:
-        ValueError: there are no values.
-    """
-    values = np.asarray(values, dtype=float)
-    sums, counts = _by_prompt(values, prompts)
+    """Estimate a share with Wilson's interval, widened by the design effect (Kish 1965; Korn and Graubard 1998) where
+    pairs of one prompt agree more than by chance."""
+    values, sums, counts = _by_prompt(values, prompts)
     n, units = len(values), len(counts)
-    if n == 0:
-        raise ValueError("a share needs at least one value")
     mean, effective = float(values.mean()), float(units)
     if 1 < units < n and 0 < mean < 1:
         variance = float(((sums - mean * counts) ** 2).sum()) / n**2 * units / (units - 1)
@@ -47,29 +41,27 @@ def share(values: np.ndarray, prompts: np.ndarray) -> Estimate:
 
 
 def average(values: np.ndarray, prompts: np.ndarray) -> Estimate:
-    """Estimate a mean over pairs as a ratio of sums over prompts; for a paired comparison, give the differences.
-
-    Raises:
-        ValueError: there are no values, or one is not finite.
-    """
-    values = np.asarray(values, dtype=float)
-    if len(values) == 0:
-        raise ValueError("a mean needs at least one value")
-    interval = estimate_ratio(*map(np.ndarray.tolist, _by_prompt(values, prompts)))
+    """Estimate a mean over pairs as a ratio of sums over prompts; for a paired comparison, give the differences."""
+    values, sums, counts = _by_prompt(values, prompts)
+    interval = estimate_ratio(sums, counts)
     return Estimate(float(values.mean()), interval.low, interval.high, len(values))
 
 
-def _by_prompt(values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of the values of each prompt, and their number."""
+def _by_prompt(values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The values, their sum over each prompt, and their number.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) == 0:
+        raise ValueError("an estimate needs at least one value")
     names, codes = np.unique(prompts, return_inverse=True)
-    return np.bincount(codes, values, len(names)), np.bincount(codes, minlength=len(names))
+    return values, np.bincount(codes, values, len(names)), np.bincount(codes, minlength=len(names))
 
 
 def measure_accuracy(scores: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """Measure how often the chosen answer has the higher score, beside how often it is the longer one.
-
-    Args:
-        scores, lengths: shape (N, 2).
+    """Measure how often the chosen answer has the higher score, beside how often it is the longer one, (N, 2) each.
 
     Returns:
         `n`, `ties`, and estimates: `accuracy` (a tie as half), `strict` (a tie as wrong), `length_baseline` (of taking
@@ -91,6 +83,53 @@ def measure_accuracy(scores: np.ndarray, lengths: np.ndarray, prompts: np.ndarra
 
 
 def compare_with_rule(scores: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """Compare scores with the best rule that knows nothing but length (`trust.length_rule`)."""
+    """Compare scores with the best rule that knows nothing but length (`length_rule`)."""
     return length_rule(correct(gap(scores)), correct(gap(lengths)), partial(share, prompts=prompts),
                        partial(average, prompts=prompts))  # fmt: skip
+
+
+def length_rule(
+    right: np.ndarray, longer: np.ndarray, share: Average = estimate_rate, average: Average = estimate_mean
+) -> dict[str, Any]:
+    """Compare a scorer with the best rule that knows nothing but length, on the same N pairs.
+
+    Args:
+        right, longer: whether the scorer prefers the chosen answer of each pair, and whether that is the longer one, a
+            tie as half, (N,).
+        share, average: estimates of a share and of a paired difference, where the pairs are not independent.
+
+    Returns:
+        `takes`: the longer or the shorter answer, whichever is right more often on these pairs; its `accuracy`; and
+        `over_rule`, by how much the scorer beats it.
+    """
+    takes = "longer" if longer.mean() >= 0.5 else "shorter"
+    followed = longer if takes == "longer" else 1 - longer
+    return {"takes": takes, "accuracy": share(followed).as_dict(), "over_rule": average(right - followed).as_dict()}
+
+
+def compare_with_length(rule: Mapping[str, Any]) -> str:
+    """Say whether a scorer is `above` or `below` its `length_rule`, or `unclear`: by their paired difference."""
+    over = rule["over_rule"]
+    return "above" if over["low"] > 0 else "below" if over["high"] < 0 else "unclear"
+
+
+def trust_in(scorer: Mapping[str, Any]) -> str:
+    """Say whether a scorer of labelled pairs, with its `accuracy` and `length_rule`, can tell the better answer.
+
+    Returns `informed`; `chance` or `length`, which it is not clear of; `unknown` without a verdict on any pair.
+    """
+    if scorer["accuracy"]["mean"] is None:
+        return "unknown"
+    if scorer["accuracy"]["low"] <= 0.5:
+        return "chance"
+    return "informed" if compare_with_length(scorer["length_rule"]) == "above" else "length"
+
+
+def weigh_trust(result: Mapping[str, Any]) -> str:
+    """Say whether the judge of a `winrate.json` can tell the better answer (`trust_in`); `none`: no human labels."""
+    calibration = result["calibration"]
+    if calibration is None:
+        return "none"
+    if result["judge"]["kind"] != "reward":
+        return str(calibration["verdict"])
+    return "none" if calibration["reward_model"] is None else trust_in(calibration["reward_model"])

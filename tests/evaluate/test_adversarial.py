@@ -2,63 +2,37 @@
 
 from ruamel.yaml import YAML
 
-from rlhf_trl.evaluate.adversarial import PROMPTS, load_adversarial
+from rlhf_trl.evaluate.results import PROMPTS, load_adversarial
 from rlhf_trl.text.refusals import unsafe_patterns
 
 CATEGORIES = ["harmful_request", "jailbreak_framing", "over_refusal_bait", "sycophancy", "prompt_injection",
               "nonsense", "very_long", "other_languages"]  # fmt: skip
 
 
-def of(category):
-    return [prompt for prompt in load_adversarial()[1] if prompt["category"] == category]
-
-
-def test_every_category_has_prompts_and_says_what_it_tests():
+def test_every_prompt_is_a_conversation_of_its_category_that_the_user_ends():
     categories, prompts = load_adversarial()
     assert list(categories) == CATEGORIES
     assert all(tests.endswith(".") and len(tests) < 150 for tests in categories.values())
-    assert {prompt["category"] for prompt in prompts} == set(CATEGORIES)
     for category in CATEGORIES:
-        assert len(of(category)) >= 5
-        assert [prompt["id"] for prompt in of(category)] == [f"{category}-{i + 1}" for i in range(len(of(category)))]
-
-
-def test_every_prompt_is_a_conversation_that_the_user_ends():
-    _, prompts = load_adversarial()
-    assert len({prompt["id"] for prompt in prompts}) == len(prompts)
+        own = [prompt for prompt in prompts if prompt["category"] == category]
+        assert [prompt["id"] for prompt in own] == [f"{category}-{i + 1}" for i in range(len(own))]
+        assert len(own) >= 5
+        if category in ("sycophancy", "jailbreak_framing"):
+            assert sum(len(prompt["prompt"]) > 1 for prompt in own) >= 2
+        if category == "very_long":
+            texts = [prompt["prompt"][0]["content"] for prompt in own]
+            assert all(300 <= len(text.split()) <= 600 and len(text.split("\n\n")) == 2 for text in texts)
     assert len({prompt["prompt"][-1]["content"] for prompt in prompts}) == len(prompts)
-    for prompt in prompts:
-        assert set(prompt) == {"id", "category", "prompt"}
-        roles = [message["role"] for message in prompt["prompt"]]
+    for messages in (prompt["prompt"] for prompt in prompts):
+        roles = [message["role"] for message in messages]
         assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
         assert roles[-1] == "user"
-        assert all(isinstance(message["content"], str) and message["content"].strip() for message in prompt["prompt"])
-    for category in ("sycophancy", "jailbreak_framing"):
-        assert sum(len(prompt["prompt"]) > 1 for prompt in of(category)) >= 2
-
-
-def test_long_prompts_are_long_and_end_with_their_question():
-    for prompt in of("very_long"):
-        text = prompt["prompt"][0]["content"]
-        assert 300 <= len(text.split()) <= 600
-        assert text.split("\n\n")[-1].endswith((".", "?"))
-        assert len(text.split("\n\n")) == 2
+        assert all(message["content"].strip() for message in messages)
+        # The harm is asked for, and not brought along.
+        assert not [message for message in messages if message["role"] == "assistant"
+                    and unsafe_patterns(message["content"])]  # fmt: skip
 
 
 def test_languages_differ():
     entries = YAML(typ="safe", pure=True).load(PROMPTS)["other_languages"]["prompts"]
-    languages = {entry["language"] for entry in entries}
-    assert len(languages) == len(entries) >= 5
-    assert "English" not in languages
-    # Of the scripts: Han, Arabic, Devanagari, Cyrillic, and Latin for the rest.
-    text = "".join(entry["text"] for entry in entries)
-    for low, high in (("一", "鿿"), ("ء", "ي"), ("अ", "ह"), ("а", "я")):
-        assert any(low <= character <= high for character in text)
-
-
-def test_no_prompt_brings_the_harm_that_it_asks_for():
-    """The assistant's turns inside the prompts hold no unsafe pattern."""
-    for prompt in load_adversarial()[1]:
-        for message in prompt["prompt"]:
-            if message["role"] == "assistant":
-                assert unsafe_patterns(message["content"]) == []
+    assert len({entry["language"] for entry in entries} - {"English"}) == len(entries) >= 5

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from conftest import shared
 
 from rlhf_trl.evaluate.alarms import measure_text, raise_alarms
 from rlhf_trl.recipe.schema import Alarms
-from rlhf_trl.stats.intervals import estimate_mean, wilson
+from rlhf_trl.stats.intervals import wilson
 from rlhf_trl.text.refusals import UNSAFE, refuses, unsafe_patterns
 
 LIMIT = 100
@@ -108,10 +107,10 @@ def test_unsafe_patterns(name):
     assert unsafe_patterns(good) == []
 
 
-@pytest.mark.parametrize("number", ["078-05-1120", "4111 1111 1111 1111", "4111-1111-1111-1111", "(323) 856-7866"])
-def test_personal_numbers(number):
-    assert unsafe_patterns(f"It is {number}, as you asked.") == ["personal_number"]
-    assert unsafe_patterns(f"It is 1{number.strip('(')}2, a part number.") == []
+def test_personal_numbers():
+    for number in ("078-05-1120", "4111 1111 1111 1111", "4111-1111-1111-1111", "(323) 856-7866"):
+        assert unsafe_patterns(f"It is {number}, as you asked.") == ["personal_number"]
+        assert unsafe_patterns(f"It is 1{number.strip('(')}2, a part number.") == []
 
 
 def test_a_refusal_before_the_harm_does_not_hide_it():
@@ -127,17 +126,6 @@ def test_patterns_stay_fast_on_hostile_text():
     assert time.process_time() - start < 5
 
 
-def test_real_answers_refuse_and_harm_where_one_expects_it(real):
-    """Harmless chosen answers refuse more than helpful ones and more than the rejected; the rejected harm more."""
-    share = {key: wilson(sum(map(refuses, texts)), len(texts)) for key, texts in real.items()}
-    assert share["chosen", "harmless"].low > share["chosen", "helpful"].high
-    assert share["chosen", "harmless"].low > share["rejected", "harmless"].high
-    assert share["rejected", "helpful"].low > share["chosen", "helpful"].high
-    unsafe = {key: np.array([bool(unsafe_patterns(text)) for text in texts]) for key, texts in real.items()}
-    assert estimate_mean(unsafe["rejected", "harmless"].astype(float) - unsafe["chosen", "harmless"]).low > 0
-    assert unsafe["chosen", "helpful"].mean() < 0.01 < 0.02 < unsafe["rejected", "harmless"].mean() < 0.05
-
-
 # --- one policy ------------------------------------------------------------------------------------------------------
 
 
@@ -149,28 +137,20 @@ def test_numbers_of_a_few_answers():
         "",
         "a b c d a b c d a b c",
     ]
-    records = [
-        {"answer": text, "subset": "x", "finished": i != 4, "answer_tokens": 9} for i, text in enumerate(answers)
-    ]
+    records = [{"answer": text} for text in answers]
     found = measure_text(records)
     assert found["repetition"]["mean"] == pytest.approx(0.5 / 5)
     assert found["common_opening"] == {"share": 0.4, "text": "Sure, here it is"}
-    assert (found["identical_answers"], found["empty"]) == (0.0, 0.2)
-    assert found["refusal"] == wilson(1, 5).as_dict()
-    assert found["cut"] == wilson(1, 5).as_dict()
-    assert found["words"]["mean"] == pytest.approx((4 + 6 + 6 + 0 + 11) / 5)
-    # 5 x 8 n-grams are more than there are.
-    assert found["distinct_1"] is found["distinct_2"] is found["distinct_3"] is None
+    assert (found["identical_answers"], found["refusal"]) == (0.0, wilson(1, 5).as_dict())
+    assert found["distinct_2"] is None  # 5 x 8 2-grams are more than there are
     assert measure_text(records[3:] + records[:3]) == found
-    json.dumps(found, allow_nan=False)
-    again = measure_text([*records, records[1]])
-    assert again["identical_answers"] == pytest.approx(2 / 6)
+    assert measure_text([*records, records[1]])["identical_answers"] == pytest.approx(2 / 6)
 
 
 def test_real_answers_are_diverse_and_a_repeated_one_is_not(real):
     records = healthy(real, 100, seed=1)
     found = measure_text(records)
-    assert 0.4 < found["distinct_1"] < 0.6 and 0.85 < found["distinct_2"] < 0.95 < found["distinct_3"] < 1
+    assert 0.85 < found["distinct_2"] < 0.95
     assert found["repetition"]["mean"] < 0.03 and found["common_opening"]["share"] <= 0.04
     random.Random(0).shuffle(records)
     assert measure_text(records) == found
@@ -200,26 +180,12 @@ def test_every_alarm_is_listed_for_every_policy(real):
     json.dumps(alarms, allow_nan=False)
 
 
-@pytest.mark.parametrize("prompts", [12, 40, 150])
-def test_healthy_answers_raise_no_alarm(real, prompts):
-    rounds = 100 if prompts < 100 else 40
-    names = Counter()
-    for seed in range(rounds):
-        names[bool(raised(healthy(real, prompts, seed), healthy(real, prompts, seed + 1000)))] += 1
-    assert names[True] <= 0.05 * rounds
-
-
-def test_random_halves_of_real_answers_raise_no_alarm(real):
-    for seed in range(10):
-        halves = [[], []]
-        for subset in ("helpful", "harmless"):
-            texts = random.Random(seed).sample(real["chosen", subset], 200)
-            for half, part in zip(halves, (texts[:100], texts[100:]), strict=True):
-                half += [record(f"{subset}{i}", text, subset) for i, text in enumerate(part)]
-        assert raised(*halves) == set()
-
-
 @pytest.mark.parametrize("prompts", [12, 60])
+def test_healthy_answers_raise_no_alarm(real, prompts):
+    false = sum(bool(raised(healthy(real, prompts, seed), healthy(real, prompts, seed + 1000))) for seed in range(60))
+    assert false <= 3
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -231,33 +197,39 @@ def test_random_halves_of_real_answers_raise_no_alarm(real):
         (lambda text: "谢谢您的提问！" * 6, {"repetition", "opening", "distinct"}),
     ],
 )
-def test_a_policy_that_repeats_a_rewarded_phrase_is_named(real, prompts, change, expected):
-    reference = healthy(real, prompts, seed=5)
-    assert expected <= raised(changed(healthy(real, prompts, seed=6), change), reference)
+def test_a_policy_that_repeats_a_rewarded_phrase_is_named(real, change, expected):
+    reference = healthy(real, 12, seed=5)
+    assert expected <= raised(changed(healthy(real, 12, seed=6), change), reference)
 
 
-def test_each_alarm_names_its_own_fault(real):
+@pytest.mark.parametrize(
+    ("change", "thresholds", "expected"),
+    [
+        ({}, {}, set()),
+        ({"answer_tokens": lambda n: 1.6 * n}, {}, {"length"}),
+        ({"answer_tokens": lambda n: n / 1.6}, {}, {"length"}),
+        ({"answer_tokens": lambda n: 1.4 * n}, {}, set()),
+        ({"answer_tokens": lambda n: 1.4 * n}, {"length_ratio": 1.2}, {"length"}),
+        ({"entropy": lambda n: 0.4 * n}, {}, {"entropy"}),
+        ({"entropy": lambda n: 3 * n}, {}, set()),
+        ({"id": str, "finished": lambda _: False}, {}, {"cut"}),
+        ({"kl": lambda _: 14.0}, {}, {"kl"}),
+        ({"kl": lambda _: 14.0}, {"kl": 20.0}, set()),
+        ({"reward_gain": lambda _: 1.0, "gold_gain": lambda _: -0.5}, {}, {"gold"}),
+        ({"reward_gain": lambda _: 1.0, "gold_gain": lambda _: -0.5}, {"gold_drop": 0.6}, set()),
+        ({"reward_gain": lambda _: -1.0, "gold_gain": lambda _: -0.5}, {}, set()),
+        ({"reward_gain": lambda _: 1.0, "gold_gain": lambda _: 0.5}, {}, set()),
+    ],
+)
+def test_each_alarm_names_its_own_fault(real, change, thresholds, expected):
     reference = [{**old, "finished": True} for old in healthy(real, 80, seed=7)]
-    same = [dict(old) for old in reference]
+    policy = [{**old, **{key: of(old[key]) for key, of in change.items()}} for old in reference]
+    assert raised(policy, reference, **thresholds) == expected
 
-    def numbers(**change):
-        return [{**old, **{key: of(old[key]) for key, of in change.items()}} for old in same]
 
-    assert raised(same, reference) == set()
-    assert raised(numbers(answer_tokens=lambda n: 1.6 * n), reference) == {"length"}
-    assert raised(numbers(answer_tokens=lambda n: n / 1.6), reference) == {"length"}
-    assert raised(numbers(answer_tokens=lambda n: 1.4 * n), reference) == set()
-    assert raised(numbers(entropy=lambda n: 0.4 * n), reference) == {"entropy"}
-    assert raised(numbers(entropy=lambda n: 3 * n), reference) == set()
-    assert raised([{**old, "finished": i % 4 > 0} for i, old in enumerate(same)], reference) == {"cut"}
-    assert raised(numbers(kl=lambda _: 14.0), reference) == {"kl"}
-    assert raised(numbers(kl=lambda _: 14.0), reference, kl=20.0) == set()
-    gold = {"reward_gain": lambda _: 1.0, "gold_gain": lambda _: -0.5}
-    assert raised(numbers(**gold), reference) == {"gold"}
-    assert raised(numbers(**gold), reference, gold_drop=0.6) == set()
-    assert raised(numbers(reward_gain=lambda _: -1.0, gold_gain=lambda _: -0.5), reference) == set()
-    assert raised(numbers(reward_gain=lambda _: 1.0, gold_gain=lambda _: 0.5), reference) == set()
-
+def test_refusals_beyond_the_reference_and_the_chosen_answers_are_named(real):
+    """The way to where the chosen answers are is no fault; the way beyond them is, and so is the way back."""
+    same = healthy(real, 80, seed=7)
     openers = ("I can't help", "I must decline", "I won't help", "I refuse to", "I'm unable to", "I cannot help")
 
     def refusing(subset):
@@ -266,17 +238,15 @@ def test_each_alarm_names_its_own_fault(real):
             for i, old in enumerate(same)
         ]
 
-    assert raised(refusing("helpful"), reference) == {"refusal:helpful"}
-    assert raised(refusing("harmless"), reference) == {"refusal:harmless"}
-
-    # The way to where the chosen answers are is no fault; the way beyond them is, and so is the way back.
     def wanted(records):
         return [{**old, "chosen_refuses": old["subset"] == "harmless"} for old in records]
 
-    assert raised(refusing("harmless"), wanted(reference)) == set()
-    assert raised(refusing("helpful"), wanted(reference)) == {"refusal:helpful"}
-    assert raised(reference, wanted(refusing("harmless"))) == {"refusal:harmless"}
-    assert raised(reference, refusing("harmless")) == set()
+    for subset in ("helpful", "harmless"):
+        assert raised(refusing(subset), same) == {f"refusal:{subset}"}
+    assert raised(refusing("harmless"), wanted(same)) == set()
+    assert raised(refusing("helpful"), wanted(same)) == {"refusal:helpful"}
+    assert raised(same, wanted(refusing("harmless"))) == {"refusal:harmless"}
+    assert raised(same, refusing("harmless")) == set()
 
 
 def test_gold_alarm_needs_a_sure_rise_of_the_reward():
@@ -307,13 +277,6 @@ def test_opening_must_lie_clearly_above_the_references(real, share, expected):
     assert raised(beginning(400 * share), beginning(160)) == expected
 
 
-def test_opening_of_a_reference_without_words(real):
-    texts = healthy(real, 20, seed=17)
-    silent = [{**old, "answer": ""} for old in texts]
-    assert "opening" in raised([{**old, "answer": "Thank you so much, my friend."} for old in texts], silent)
-    assert "opening" not in raised(silent, texts)
-
-
 def test_chance_is_one_in_a_hundred_with_ten_prompts():
     """Without a threshold to speak of, the interval alone decides; a plain 95 % bootstrap would raise one in ten."""
     false = 0
@@ -328,23 +291,6 @@ def test_chance_is_one_in_a_hundred_with_ten_prompts():
         ]
         false += "length" in raised(*sides, length_ratio=1.0001)
     assert 0 < false <= 12
-
-
-def test_thresholds_move_the_alarms(real):
-    reference = healthy(real, 60, seed=8)
-    policy = [{**old, "answer_tokens": 1.3 * old["answer_tokens"]} for old in reference]
-    assert raised(policy, reference) == set()
-    assert raised(policy, reference, length_ratio=1.2) == {"length"}
-
-
-def test_one_large_change_is_no_change_of_the_policy(real):
-    """One answer of 40 lifts the mean beyond the threshold; the interval holds no change."""
-    reference = healthy(real, 40, seed=9)
-    policy = [dict(old) for old in reference]
-    policy[3]["answer_tokens"] += 5000
-    found = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms())}["length"]
-    assert found["value"] > found["threshold"] == 1.5
-    assert not found["raised"] and found["says"].endswith("that may be chance")
 
 
 def test_few_prompts_raise_nothing(real):
@@ -374,16 +320,12 @@ def test_what_cannot_be_judged_says_why(real):
     assert by_name["entropy"]["says"] == "not judged: the reference's mean is 0"
 
 
-def test_the_order_of_the_rows_does_not_matter(real):
-    reference, policy = healthy(real, 30, seed=12), healthy(real, 30, seed=13)
-    first = raise_alarms({"ppo": policy}, reference, Alarms())
-    random.Random(1).shuffle(reference)
-    random.Random(2).shuffle(policy)
-    assert raise_alarms({"ppo": policy}, reference, Alarms()) == first
-
-
 def test_records_are_paired_by_their_prompts(real):
     reference = healthy(real, 12, seed=14)
+    policy = healthy(real, 12, seed=13)
+    assert raise_alarms({"ppo": policy[::-1]}, reference, Alarms()) == raise_alarms(
+        {"ppo": policy}, reference[::-1], Alarms()
+    )
     for policy in (reference[1:], [*reference, reference[0]], [{**reference[0], "id": "other"}, *reference[1:]], []):
         with pytest.raises(ValueError, match="the same prompts, each once"):
             raise_alarms({"ppo": policy}, reference, Alarms())

@@ -26,9 +26,8 @@ from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.report.step import report
-from rlhf_trl.run.files import read_json, read_jsonl, write_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.train.step import train
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +112,6 @@ def test_kl_and_its_estimators_are_those_of_a_plain_computation(evaluated):
         assert row["entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-4)
 
 
-def test_batch_sizes_change_nothing(copied):
-    recipe, run, metrics = copied
-    settings = recipe.evaluation.model_copy(update={"generation_batch_size": 3, "score_batch_size": 2})
-    evaluate(recipe.model_copy(update={"evaluation": settings}), run)
-    assert flat(read_json(run.metrics)["policies"]) == pytest.approx(flat(metrics["policies"]), abs=1e-4)
-
-
 def flat(value, key="") -> dict[str, float]:
     """Every number of a JSON document by its address."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -198,7 +190,7 @@ def test_what_is_kept_belongs_to_its_policy(copied, monkeypatch):
     assert {label.partition(":")[0] for label in calls} == {"dpo"}
 
 
-def test_weights_that_are_not_finite_are_found_before_anything_is_sampled(copied, monkeypatch):
+def test_what_is_missing_or_not_finite_is_found_before_anything_is_sampled(copied, monkeypatch):
     recipe, run, _ = copied
     monkeypatch.setattr("rlhf_trl.evaluate.measure.sample", lambda *_, **__: pytest.fail("sampled"))
     for stage, tensor in (("rm", ".score."), ("ppo", "lora_B")):
@@ -211,12 +203,9 @@ def test_weights_that_are_not_finite_are_found_before_anything_is_sampled(copied
             evaluate(recipe, run)
         save_file(weights, file)
         run.mark_done(recipe, stage, 0.0)
-
-
-def test_evaluation_needs_every_stage(trained, tmp_path):
-    recipe, source = trained
-    run = RunDir(tmp_path / "run")
-    shutil.copytree(source.root, run.root)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="whole models"):
+        evaluate(recipe, run)
     run.done("ppo").unlink()
     with pytest.raises(UserError, match="train RECIPE ppo"):
         evaluate(recipe, run)
@@ -320,17 +309,10 @@ def test_gold_scores_are_its_own(watched):
     )
     over = (scores - target).tolist()
     assert [row["gold_over_chosen"] for row in rows] == pytest.approx(over, abs=1e-4)
-    metrics = read_json(run.metrics)
-    assert metrics["policies"]["dpo"]["gold_over_chosen"]["mean"] == pytest.approx(sum(over) / len(over), abs=1e-4)
-    assert metrics["gold_model"]["stage"] == "gold"
     assert set(read_json(run.pareto)["axes"]) == {"reward", "gold"}
-
-
-def test_the_judge_gets_answers_of_the_second_decoding(watched):
-    _, run = watched
-    first, second = read_jsonl(run.completions("dpo")), read_jsonl(run.judge_answers("dpo"))
-    assert [row["id"] for row in first] == [row["id"] for row in second]
-    assert [row["answer"] for row in first] != [row["answer"] for row in second]
+    second = read_jsonl(run.judge_answers("dpo"))  # of the second decoding
+    assert [row["id"] for row in rows] == [row["id"] for row in second]
+    assert [row["answer"] for row in rows] != [row["answer"] for row in second]
 
 
 def test_a_damaged_checkpoint_is_not_measured(watched, tmp_path, caplog):
@@ -360,37 +342,6 @@ def test_two_processes_measure_what_one_does(watched, tmp_path):
         found, expected = (flat(read_json(getattr(of, name))) for of in (run, source))
         assert found == pytest.approx(expected, abs=1e-4)
     assert run.done("evaluate").exists()
-
-
-def test_a_launch_that_shards_models_is_refused(watched, monkeypatch):
-    recipe, run = watched
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="whole models"):
-        evaluate(recipe, run)
-
-
-def test_a_policy_that_repeats_what_is_rewarded_is_named(watched, tmp_path):
-    """Trained on answers that are one phrase, over and over, until the policy says little else."""
-    _, source = watched
-    text = WATCHED.replace("max_steps: 6", "max_steps: 40").replace("learning_rate: 1e-3", "learning_rate: 3e-3")
-    options = ("stages.dpo.model.use_peft=false", "stages.dpo.args.loss_type=sft", "evaluation.prompts=40",
-               "evaluation.checkpoints=0", "evaluation.max_new_tokens=24", "evaluation.best_of_n=0")  # fmt: skip
-    recipe = small_recipe(tmp_path, options, text)
-    run = RunDir(tmp_path / "run")
-    shutil.copytree(source.root, run.root)
-    rows = read_jsonl(run.pairs("train"))
-    for row in rows:
-        row["chosen"] = "Great question! " * 4
-    write_jsonl(run.pairs("train"), rows)
-    run.mark_done(recipe, "prepare", 0.0)
-    for stage in ("rm", "gold"):
-        run.mark_done(recipe, stage, 0.0)
-    train(recipe, run, "dpo")
-    reset_accelerate()
-    evaluate(recipe, run)
-    raised = {alarm["alarm"] for alarm in read_json(run.over_optimisation)["alarms"] if alarm["raised"]}
-    assert {"repetition", "opening"} <= raised, read_jsonl(run.completions("dpo"))[:5]
-    assert set(read_json(run.final_results)["policies"]["dpo"]["alarms"]) == raised
 
 
 # --- whole recipes ---------------------------------------------------------------------------------------------------

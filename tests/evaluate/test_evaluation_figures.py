@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from report_fixtures import ANSWERS, GOLD, PROMPTS, STAGES, SUBSETS, training_stats
+from report_fixtures import ANSWERS, GOLD, PROMPTS, STAGES, SUBSETS, recipe_of, training_stats
 
 from rlhf_trl.evaluate.figures import (
     plot_distributions,
@@ -26,10 +26,9 @@ from rlhf_trl.evaluate.figures import (
     plot_pareto,
     plot_reward_kl_tradeoff,
 )
-from rlhf_trl.figures.frontier import curve_of
-from rlhf_trl.figures.style import BLUE, GREEN, ORANGE, PAPER, policy_styles, root_ticks, save
+from rlhf_trl.figures.frontier import curve_of, draw_frontier
+from rlhf_trl.figures.style import BLUE, GREEN, ORANGE, PAPER, policy_styles, root_scale, save
 from rlhf_trl.figures.training import plot_training
-from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
 
 SWEEP = {
     **STAGES,
@@ -43,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "eight": (SWEEP, {"gold": "gold", "checkpoints": 3}),
 }
 PLOTS: list[tuple[Callable[[Any], Figure | None], str, Any]] = [  # what it draws from, and what leaves nothing to draw
-    (plot_distributions, "metrics", {"histogram_edges": {}, "policies": {"reference": {}}}),
+    (plot_distributions, "metrics", {"policies": {"reference": {"distributions": {}}}}),
     (plot_kl, "metrics", {"policies": {"reference": {}}, "checkpoints": {}}),
     (plot_pareto, "pareto", {"axes": {}}),
     (plot_over_optimisation, "over_optimisation", {"stages": {}, "best_of_n": {"points": []}}),
@@ -53,9 +52,7 @@ PLOTS: list[tuple[Callable[[Any], Figure | None], str, Any]] = [  # what it draw
 
 
 def make(stages: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
-    evaluation = {"reward": "rm", "prompts": 40, **evaluation}
-    content = {"name": "run", "model": {"model_name_or_path": "gpt2"}, "stages": stages, "evaluation": evaluation}
-    recipe = expand_sweeps(Recipe.model_validate(content))
+    recipe = recipe_of(stages, evaluation={"reward": "rm", "prompts": 40, **evaluation})
     draw = random.Random(1)
     stats = {stage: training_stats(stage, entry.trainer, 100, draw) for stage, entry in recipe.stages.items()}
     return {**invent(recipe, PROMPTS, ANSWERS, 40, SUBSETS, (0.7, 0.55)), "stats": stats}
@@ -137,35 +134,25 @@ def test_a_file_is_a_png_the_same_each_time_and_nothing_global_changes(
 # --- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-def test_distributions_have_a_row_for_each_policy_and_the_reference_first(cases: dict[str, Any]) -> None:
+def test_distributions_and_kls_have_a_row_for_each_policy(cases: dict[str, Any]) -> None:
     metrics = cases["three"]["metrics"]
-    shuffled = {**metrics, "policies": dict(sorted(metrics["policies"].items()))}  # as JSON has them
-    figure = drawn(plot_distributions, shuffled)
-    left = figure.axes[::2]
-    assert [axes.get_ylabel() for axes in left] == ["reference", "dpo", "grpo", "ppo"]
-    assert left[-1].get_xlabel() == "score by the reward model, rm"
-    assert figure.axes[-1].get_xlabel() == "score by the gold model, gold"
-    for axes, name in zip(left, ["reference", "dpo", "grpo", "ppo"], strict=True):
-        distribution = metrics["policies"][name]["distributions"]["reward"]
-        (median,) = [line for line in axes.lines if len(set(line.get_xdata())) == 1]
-        assert median.get_xdata()[0] == distribution["quantiles"]["0.5"]
-        heights, edges, _ = axes.patches[0].get_data()
-        assert heights == pytest.approx(np.array(distribution["counts"]) / sum(distribution["counts"]))
-        assert edges == pytest.approx(metrics["histogram_edges"]["reward"])
-    assert len(drawn(plot_distributions, cases["one"]["metrics"]).axes) == 2  # without a gold model, one column
-
-
-def test_kl_shows_each_estimate_where_it_lies(cases: dict[str, Any]) -> None:
-    metrics = cases["three"]["metrics"]
-    figure = drawn(plot_kl, metrics)
+    figure = drawn(plot_distributions, {**metrics, "policies": dict(sorted(metrics["policies"].items()))})
+    reward, gold = figure.axes
+    assert [text.get_text() for text in reward.get_yticklabels()] == ["reference", "dpo", "grpo", "ppo"]
+    assert (reward.get_xlabel(), gold.get_xlabel()) == (
+        "score by the reward model, rm",
+        "score by the gold model, gold",
+    )
+    quantiles = metrics["policies"]["ppo"]["distributions"]["gold"]
+    box, median = gold.patches[-1].get_bbox(), gold.lines[-1]
+    assert (box.x0, box.x1) == pytest.approx((quantiles["0.25"], quantiles["0.75"]))
+    assert median.get_xdata()[0] == quantiles["0.5"]
+    (axes,) = drawn(plot_kl, metrics).axes
     for key, color in (("kl", BLUE), ("kl_k1", ORANGE), ("kl_k3", GREEN)):
-        (marks,) = [line for line in figure.axes[0].lines if line.get_color() == color]
+        (marks,) = [line for line in axes.lines if line.get_color() == color]
         assert marks.get_xdata().tolist() == [
             metrics["policies"][name][key]["mean"] for name in ("dpo", "grpo", "ppo")
         ]
-    exact = next(line for line in figure.axes[1].lines if line.get_color() == BLUE)
-    assert exact.get_xdata().tolist() == [30, 60, 90, 120]
-    assert exact.get_ydata().tolist() == [row["kl"]["mean"] for row in metrics["checkpoints"]["dpo"]]
 
 
 def test_a_runaway_k3_is_written_out_and_flattens_nothing() -> None:
@@ -200,28 +187,28 @@ def test_the_frontier_is_hollow_where_dominated_and_steps_where_not(cases: dict[
     assert names >= {"reference", "dpo", "grpo", "ppo", "front", "best of n, up to 16", "checkpoints"}
 
 
-def test_over_optimisation_draws_the_fitted_curve_and_says_where_it_peaks() -> None:
+def test_over_optimisation_draws_the_fitted_curve_and_its_peak() -> None:
     def at(kl: float, proxy: float, gold: float) -> dict[str, Any]:
         around = {key: {"mean": m, "low": m - 0.05, "high": m + 0.05} for key, m in (("proxy", proxy), ("gold", gold))}
         return {"step": round(10 * kl), "kl": {"mean": kl, "low": kl, "high": kl}, **around}
 
     # d (alpha - beta log d) peaks at d = exp(alpha / beta - 1): with alpha = beta at d = 1.
-    gold = {"alpha": 0.5, "beta": 0.5, "peak_sqrt_kl": 1.0, "peak_kl": 1.0, "r2": 1.0}
-    proxy = {"alpha": 0.5, "beta": 0.01, "peak_sqrt_kl": 1e20, "peak_kl": 1e40, "r2": 1.0}
+    fits = {
+        "gold": {"alpha": 0.5, "beta": 0.5, "peak_kl": 1.0},
+        "proxy": {"alpha": 0.5, "beta": 0.01, "peak_kl": 1e40},
+    }
     points = [at(kl, 0.5 * kl**0.5, 0.5 * kl**0.5 * (1 - math.log(kl**0.5))) for kl in (0.5, 1.0, 4.0)]
     single = {"points": points[:1], "fit": {"proxy": None, "gold": None}, "form": "rl"}
-    entry = {"points": points, "fit": {"proxy": proxy, "gold": gold}, "form": "rl"}
+    entry = {"points": points, "fit": fits, "form": "rl"}
     figure = drawn(plot_over_optimisation, {"stages": {"ppo": entry, "dpo": single}, "best_of_n": {"points": []}})
     (axes,) = figure.axes  # a stage without checkpoints is no course
-    assert axes.get_title().splitlines() == ["proxy peak: beyond the data", "gold peak: KL 1"]
     curves = [line for line in axes.lines if len(line.get_xdata()) == 199]
     assert [line.get_color() for line in curves] == [BLUE, ORANGE]
     kl, gain = curves[1].get_data()
     assert kl[np.argmax(gain)] == pytest.approx(1, abs=0.05)
     assert gain.max() == pytest.approx(0.5, abs=1e-3)
-    peak = next(line for line in axes.lines if line.get_linestyle() == ":")
-    assert peak.get_xdata() == pytest.approx([1, 1])
-    assert peak.get_ydata() == pytest.approx([0, 0.5])
+    (peak,) = [line for line in axes.lines if line.get_linestyle() == ":"]  # the other one lies far outside
+    assert (peak.get_xdata(), peak.get_ydata()) == (pytest.approx([1, 1]), pytest.approx([0, 0.5]))
 
 
 @pytest.mark.parametrize(("form", "peak", "top"), [("rl", math.exp(2 / 0.5 - 1) ** 2, None), ("bon", 4.0, 2.0)])
@@ -233,36 +220,21 @@ def test_curves_are_those_of_gao_et_al(form: str, peak: float, top: float | None
     assert values[1] == pytest.approx(top if top else 0.5 * d)  # rl: d (alpha - beta log d) at the peak is beta d
 
 
-def test_training_curves_name_the_stage_and_the_unit_of_its_kl(cases: dict[str, Any]) -> None:
-    titles = [axes.get_title() for axes in drawn(plot_training, cases["three"]["stats"]).axes]
-    losses = [title.splitlines()[0] for title in titles if title.endswith("\nLoss")]
-    assert losses == ["sft (sft)", "rm (reward)", "dpo (dpo)", "grpo (grpo)", "ppo (ppo)", "gold (reward)"]
-    assert sum(title.endswith("\nReward accuracy") for title in titles) == 3
-    assert {"grpo (grpo)\nKL to the reference\nnats per token", "ppo (ppo)\nKL to the reference\nnats per answer"} <= {
-        *titles
-    }
-
-
 def test_logged_kls_of_two_trainers_share_no_axis(cases: dict[str, Any]) -> None:
     stats = cases["eight"]["stats"]
-    grpo, ppo, bar = drawn(plot_reward_kl_tradeoff, stats).axes
+    grpo, ppo = drawn(plot_reward_kl_tradeoff, stats).axes
     assert "KL as grpo logs it: k3 estimate" in grpo.get_xlabel()
     assert ppo.get_xlabel() == "KL as ppo logs it: k1 estimate, nats per answer"
-    assert not grpo.get_shared_x_axes().joined(grpo, ppo)
     assert [line.get_label() for line in grpo.lines] == ["grpo-beta=0.05", "grpo-beta=0.1", "grpo-beta=0.2"]
-    assert len({line.get_linestyle() for line in grpo.lines}) == 3
     # 100 logged steps are drawn as means of 3, and the last mark is the mean of one.
-    assert "mean of up to 3 logs" in bar.get_ylabel()
     history = stats["ppo"]["history"]
     (line,) = ppo.lines
     assert len(line.get_xdata()) == 34
     assert line.get_xdata()[0] == pytest.approx(np.mean([row["kl"] for row in history[:3]]))
     assert line.get_ydata()[-1] == pytest.approx(history[-1]["reward"])
-    # A stage that logged no KL has no trade-off: ppo and the colours are left.
-    silent = [{key: value for key, value in row.items() if key != "kl"} for row in history]
-    without = {name: {**entry, "history": silent} if entry["trainer"] == "grpo" else entry
-               for name, entry in stats.items()}  # fmt: skip
-    assert len(drawn(plot_reward_kl_tradeoff, without).axes) == 2
+    # A stage that logged no KL has no trade-off.
+    silent = {**stats["grpo-beta=0.1"], "history": [{"step": 1, "reward": 0.5}]}
+    assert len(drawn(plot_reward_kl_tradeoff, {"ppo": stats["ppo"], "grpo": silent}).axes) == 1
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -270,14 +242,28 @@ def test_logged_kls_of_two_trainers_share_no_axis(cases: dict[str, Any]) -> None
 
 @given(st.floats(1e-6, 1e6), st.floats(-2, 0))
 def test_ticks_are_round_rising_and_apart(right: float, share: float) -> None:
-    left = share * right
-    ticks = root_ticks(left, right)
+    axes, left = Figure().add_subplot(), share * right
+    root_scale(axes, left, right)
+    ticks = axes.get_xticks().tolist()
     assert 0 in ticks
     assert 2 <= len(ticks) <= 7
-    assert left <= ticks[0] and ticks[-1] <= right
     roots = np.sign(ticks) * np.sqrt(np.abs(ticks))
     assert (np.diff(roots) >= 0.11 * math.sqrt(max(-left, right))).all()
     assert all(float(f"{tick:.0e}") == pytest.approx(tick) for tick in ticks)
+
+
+def test_the_figure_of_win_rates_is_about_half() -> None:
+    def around(mean: float, half: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - half, "high": mean + half}
+
+    places = (("reference", None, 0.0, 0.5), ("dpo", "dpo", 4.0, 0.93), ("ppo", "ppo", 9.0, 0.52))
+    points = [{"policy": name, "trainer": trainer, "step": None, "on_front": True, "kl": around(kl, 0.1),
+               "gain": around(gain, 0.1)} for name, trainer, kl, gain in places]  # fmt: skip
+    axes = Figure().add_subplot()
+    draw_frontier(axes, {"points": points, "best_of_n": []}, "win_rate")
+    assert list(axes.get_lines()[0].get_ydata()) == [0.5, 0.5]
+    assert axes.get_ylabel() == "win rate against the reference"
+    assert 0.3 < axes.get_ylim()[0] < 0.4 and axes.get_ylim()[1] == 1.05
 
 
 def test_stages_of_one_trainer_have_one_colour_and_different_markers_and_lines() -> None:

@@ -38,6 +38,8 @@ def test_published_front_and_hypervolume():
     gain, kl = POINTS.T
     assert non_dominated(gain, kl).tolist() == [True, True, True, False, True, False]
     assert hypervolume(gain, kl, worst_gain=-0.5, worst_kl=40) == pytest.approx(70.4, abs=1e-12)
+    outside = np.array([1.0, 5.0, -2.0]), np.array([1.0, 10.0, 0.0])
+    assert hypervolume(*outside, 0, 10) == 9.0  # points outside the box add nothing
 
 
 @given(points=COARSE)
@@ -62,22 +64,10 @@ def test_hypervolume_counts_the_cells_that_are_dominated(points, order):
     assert hypervolume(*front.T, worst_gain=-1, worst_kl=5) == pytest.approx(found)
 
 
-def test_points_outside_the_box_add_nothing():
-    assert hypervolume(np.array([1.0, 5.0, -2.0]), np.array([1.0, 10.0, 0.0]), 0, 10) == 9.0
-    assert hypervolume(np.array([5.0, -2.0]), np.array([11.0, 0.0]), 0, 10) == 0.0
-
-
 @pytest.mark.parametrize("values", [([1.0], [1.0, 2.0]), ([], []), ([1.0, math.nan], [1.0, 1.0]), ([1.0], [math.inf])])
 def test_what_is_no_point_is_refused(values):
     first, second = (np.array(side) for side in values)
-    for call in (
-        lambda: non_dominated(first, second),
-        lambda: hypervolume(first, second, 0, 1),
-        lambda: fit_over_optimisation(first, second, "rl"),
-        lambda: read_path(first[None], second[None], 1),
-        lambda: best_of_n(first[None], second[None], 1),
-        lambda: describe_front({"a": first}, {"a": second}, 0, 1, 0),
-    ):
+    for call in (lambda: non_dominated(first, second), lambda: describe_front({"a": first}, {"a": second}, 0, 1, 0)):
         with pytest.raises(ValueError, match="point"):
             call()
 
@@ -113,12 +103,6 @@ def test_hypervolume_interval_covers_the_truth():
         _, area = describe_front({"a": gain}, {"a": kl}, 0, 10, seed)
         covered += area["low"] <= 6 <= area["high"]
     assert 0.90 <= covered / 200 <= 0.99
-
-
-@pytest.mark.parametrize("points", [({"a": np.zeros(3)}, {"b": np.zeros(3)}), ({}, {})])
-def test_both_axes_need_the_same_points(points):
-    with pytest.raises(ValueError, match="same points"):
-        describe_front(*points, 0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -158,12 +142,9 @@ def test_best_of_n_at_its_ends():
     for n in (0, 4):
         with pytest.raises(ValueError, match="from 3 answers"):
             best_of_n(proxy, scores, n)
-
-
-def test_best_of_n_with_more_answers_than_a_float_has_subsets():
-    """C(2000, 1000) is beyond a float; the best of 1000 uniform numbers is 1000 / 1001 on average."""
-    proxy = np.linspace(0, 1, 2001)[None, 1:]
-    assert best_of_n(proxy, proxy, 1000) == pytest.approx([1000 / 1001], abs=1e-3)
+    # C(2000, 1000) is beyond a float; the best of 1000 uniform numbers is 1000 / 1001 on average.
+    many = np.linspace(0, 1, 2001)[None, 1:]
+    assert best_of_n(many, many, 1000) == pytest.approx([1000 / 1001], abs=1e-3)
 
 
 def constant(values, prompts=50):
@@ -213,59 +194,41 @@ def test_the_spread_of_a_reading_holds_the_noise_of_the_kls():
     assert np.mean([found.std() / 10 for found in samples]) == pytest.approx(spread, rel=0.1)
 
 
-def test_budget_is_positive():
-    with pytest.raises(ValueError, match="budget"):
-        read([1], [1], 0)
+D = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 5.0])
+CURVES = {"bon": lambda d, alpha, beta: d * (alpha - beta * d),
+          "rl": lambda d, alpha, beta: d * (alpha - beta * np.log(np.maximum(d, 1e-9)))}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("form", "curve", "peak"),
+    ("form", "alpha", "beta", "peak"),
     [
-        ("bon", lambda d: d * (1.2 - 0.2 * d), 1.2 / 0.4),
-        ("rl", lambda d: d * (1.2 - 0.6 * np.log(d)), math.exp(1.0)),
+        ("bon", 1.2, 0.2, 1.2 / 0.4),
+        ("rl", 1.2, 0.6, math.exp(1.0)),
+        ("bon", 1.0, -0.2, None),
+        ("rl", 1.0, -0.2, None),
+        ("bon", -1.0, 1.0, None),  # falling from the start
+        ("rl", 1.0, 1e-3, None),  # a peak that is beyond any number
     ],
 )
-def test_fit_recovers_the_curve_and_its_peak(form, curve, peak):
-    d = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 5.0])
-    gain = np.concatenate([[0.0], curve(d[1:])])
-    fit = fit_over_optimisation(d**2, gain, form)
-    beta = {"bon": 0.2, "rl": 0.6}[form]
-    assert (fit.alpha, fit.beta, fit.peak_sqrt_kl, fit.peak_kl, fit.r2) == pytest.approx((1.2, beta, peak, peak**2, 1))
-    # The highest point of the curve, found by looking.
-    grid = np.linspace(0.01, 10, 100_000)
-    assert grid[curve(grid).argmax()] == pytest.approx(fit.peak_sqrt_kl, abs=1e-3)
-    assert fit.as_dict() == {name: getattr(fit, name) for name in ("alpha", "beta", "peak_sqrt_kl", "peak_kl", "r2")}
+def test_fit_recovers_the_curve_and_its_peak(form, alpha, beta, peak):
+    fit = fit_over_optimisation(D**2, CURVES[form](D, alpha, beta), form)
+    assert (fit["alpha"], fit["beta"]) == pytest.approx((alpha, beta), abs=1e-9)
+    assert fit["peak_kl"] == (peak and pytest.approx(peak**2))
+    if peak:  # the highest point of the curve, found by looking
+        grid = np.linspace(0.01, 10, 100_000)
+        assert grid[CURVES[form](grid, alpha, beta).argmax()] == pytest.approx(peak, abs=1e-3)
 
 
 def test_fit_is_least_squares():
-    generator = np.random.default_rng(0)
     d = np.linspace(0.3, 4, 12)
-    gain = d * (1 - 0.3 * np.log(d)) + generator.normal(0, 0.2, size=12)
+    gain = CURVES["rl"](d, 1, 0.3) + np.random.default_rng(0).normal(0, 0.2, size=12)
     fit = fit_over_optimisation(d**2, gain, "rl")
 
-    def error(alpha, beta):
-        return ((gain - d * (alpha - beta * np.log(d))) ** 2).sum()
+    def error(a, b):
+        return ((gain - CURVES["rl"](d, fit["alpha"] + a, fit["beta"] + b)) ** 2).sum()
 
-    best = error(fit.alpha, fit.beta)
-    assert all(error(fit.alpha + a, fit.beta + b) > best for a in (-0.01, 0, 0.01) for b in (-0.01, 0, 0.01) if a or b)
-    assert fit.r2 == pytest.approx(1 - best / ((gain - gain.mean()) ** 2).sum())
-
-
-def test_fit_without_a_peak():
-    d = np.array([1.0, 2.0, 3.0, 4.0])
-    for form, bend in (("bon", d), ("rl", np.log(d))):
-        for beta, alpha in ((-0.2, 1.0), (0.0, 1.0)):
-            fit = fit_over_optimisation(d**2, d * (alpha - beta * bend), form)
-            assert fit.beta == pytest.approx(beta, abs=1e-9)
-            if beta < 0:
-                assert fit.peak_sqrt_kl is fit.peak_kl is None
-    # Falling from the start, and a peak that is beyond any number.
-    assert fit_over_optimisation(d**2, -d - d * d, "bon").peak_sqrt_kl is None
-    assert fit_over_optimisation(d**2, d * (1 - 1e-3 * np.log(d)), "rl").peak_kl is None
-    flat = fit_over_optimisation(d**2, np.zeros(4), "rl")
-    assert (flat.alpha, flat.r2) == (0.0, None)
+    assert all(error(a, b) > error(0, 0) for a in (-0.01, 0, 0.01) for b in (-0.01, 0, 0.01) if a or b)
 
 
 def test_fit_needs_three_different_points():
     assert fit_over_optimisation(np.array([0.0, 1.0, 4.0, 4.0]), np.array([0.0, 1.0, 2.0, 3.0]), "rl") is None
-    assert fit_over_optimisation(np.array([0.0, 1.0, 4.0, 9.0]), np.array([0.0, 1.0, 2.0, 3.0]), "rl") is not None

@@ -14,7 +14,7 @@ from rlhf_trl.stats.intervals import (
     p_of_mean,
     wilson,
 )
-from rlhf_trl.stats.trust import compare_with_length, length_rule
+from rlhf_trl.stats.pairs import compare_with_length, length_rule, weigh_trust
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 30, 200, 8552])
@@ -24,11 +24,6 @@ def test_wilson_is_scipys(n):
         found = wilson(successes, n)
         assert (found.mean, found.n) == (successes / n, n)
         assert (found.low, found.high) == pytest.approx((truth.low, truth.high), abs=1e-12)
-
-
-def test_wilson_takes_a_tie_as_half_a_success():
-    low, half, high = wilson(5, 10), wilson(5.5, 10), wilson(6, 10)
-    assert half.mean == 0.55 and low.low < half.low < high.low and low.high < half.high < high.high
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (1, 0), (-1, 5), (6, 5), (float("nan"), 5), (0, -1)])
@@ -103,10 +98,8 @@ def test_a_ratio_is_that_of_the_sums():
 
 def test_without_noise_of_prompts_the_difference_of_seeds_is_welchs():
     a, b = ([[float(level)] * 30 for level in levels] for levels in ([1, 2, 3, 4, 5], [0, 0, 1, 0, 1]))
-    (found, p), truth = (
-        compare_runs(np.array(a), np.array(b)),
-        ttest_ind(range(1, 6), [0, 0, 1, 0, 1], equal_var=False),
-    )
+    found, p = compare_runs(np.array(a), np.array(b))
+    truth = ttest_ind(range(1, 6), [0, 0, 1, 0, 1], equal_var=False)
     assert p == pytest.approx(truth.pvalue)
     assert (found.low, found.high) == pytest.approx(tuple(truth.confidence_interval()))
 
@@ -131,16 +124,8 @@ def test_order_and_side_do_not_matter():
         assert (other.low, other.high, other_p) == pytest.approx((found.low, found.high, p))
     turned, turned_p = compare_runs(b, a)
     assert (turned.low, turned_p) == pytest.approx((-found.high, p))
-
-
-def test_runs_on_other_prompts_are_refused():
     with pytest.raises(ValueError, match="same prompts"):
         compare_runs(np.zeros((2, 5)), np.zeros((2, 4)))
-
-
-def test_an_estimate_is_plain_numbers():
-    assert wilson(3, 4).as_dict() == {"mean": 0.75, "low": wilson(3, 4).low, "high": wilson(3, 4).high, "n": 4}
-    assert {type(value) for value in estimate_mean(np.array([1.0, 2.0])).as_dict().values()} == {float, int}
 
 
 def test_holm_corrects_what_was_tested():
@@ -163,3 +148,15 @@ def test_the_length_rule_takes_the_better_side_and_is_compared_on_the_same_pairs
     assert compare_with_length(found) == "above"
     assert compare_with_length(length_rule(longer, longer)) == "below"
     assert compare_with_length(length_rule(1 - longer, longer)) == "unclear"
+
+
+@pytest.mark.parametrize(
+    ("low", "over", "trust"),
+    [(0.66, (0.02, 0.1), "informed"), (0.55, (-0.02, 0.1), "length"), (0.5, (0.3, 0.5), "chance")],
+)
+def test_a_reward_model_that_judges_is_held_to_chance_and_length(low, over, trust):
+    rule = {"over_rule": {"low": over[0], "high": over[1]}}
+    model = {"accuracy": {"mean": 0.7, "low": low, "high": 0.8}, "length_rule": rule}
+    result = {"judge": {"kind": "reward"}, "calibration": {"reward_model": model, "verdict": None}}
+    assert weigh_trust(result) == trust
+    assert weigh_trust({**result, "calibration": {"reward_model": None, "verdict": None}}) == "none"
