@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -119,7 +120,7 @@ class Here:
     terminate = wait = poll
 
 
-def finish(recipe: Recipe, run: RunDir) -> str:
+def finish(recipe: Recipe, run: RunDir, leave_out: str = "") -> str:
     """What `run` does, in this process; returns what it says."""
     said, handler = io.StringIO(), logging.StreamHandler(io.StringIO())
     handler.stream = said
@@ -127,7 +128,8 @@ def finish(recipe: Recipe, run: RunDir) -> str:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         for _ in range(5):  # a judge that was refused too often goes on at the next start
             launcher: Any = Here()
-            execute(recipe, run, steps_to_run(recipe, run), launcher, 1)
+            waiting = [step for step in steps_to_run(recipe, run) if step != leave_out]
+            execute(recipe, run, waiting, launcher, 1)
             if run.is_done(recipe, "judge"):
                 break
     logging.getLogger("rlhf_trl").removeHandler(handler)
@@ -163,13 +165,13 @@ def undisturbed(home: Path) -> tuple[Recipe, dict[str, str]]:
     other.join()
     one, two = (hashes(RunDir(folder / "small")) for folder in folders)
     same = {name: digest for name, digest in one.items() if two.get(name) == digest}
-    differ = sorted(one.keys() | two.keys() - same.keys())
+    differ = sorted((one.keys() | two.keys()) - same.keys())
     weights = {f"{stage}/adapter/adapter_model.safetensors" for stage in STAGES[1:]}
     needed = weights | {"sft/model/model.safetensors", "data/train.jsonl", "evaluation/completions-ppo.jsonl"}
     needed |= {"judge/prompt_scores.json"}
     if not same.keys() >= needed:
         raise Wrong(f"two undisturbed runs differ in {sorted(needed - same.keys())}")
-    print(f"  {len(same)} of {len(differ)} files are bit-equal in two undisturbed runs", flush=True)
+    print(f"  two undisturbed runs: {len(same)} files are bit-equal, {len(differ)} have times in them", flush=True)
     return recipe, same
 
 
@@ -194,26 +196,23 @@ def keep_one(path: Path) -> None:
     write_json(path, dict([next(iter(read_json(path).items()))]))
 
 
-EMPTY = ("{}", "[]", "null", "", '{"step": 1}')
-BY_HAND = {f"is {text!r}": functools.partial(Path.write_text, data=text) for text in EMPTY}
-FILE = {"a bit": flip, "cut": cut, "gone": Path.unlink, "empty": functools.partial(Path.write_bytes, data=b"")}
-# What is damaged (below the folder of a stage or of the newest checkpoint) -> how.
-OF_RESULT = {
-    "*/*.safetensors": FILE, "*/*config.json": FILE, "training_stats.json": FILE | BY_HAND,
-    "done.json": FILE | BY_HAND | {"no outputs": edit(outputs={}), "other time": edit(finished="2026-13-45")},
+# What is damaged (below the folder of a stage, of its newest checkpoint, or `data/`) -> how.
+WAYS: dict[str, Callable[[Path], Any]] = {
+    "bit": flip, "cut": cut, "gone": Path.unlink, "{}": lambda path: path.write_text("{}"),
+    "by hand": lambda path: path.write_text('{"step": 1}'), "one file": keep_one, "no outputs": edit(outputs={}),
 }  # fmt: skip
-OF_CHECKPOINT = {
-    "manifest.json": FILE | BY_HAND | {"one file": keep_one}, "optimizer.pt": FILE, "*.safetensors": FILE,
-    "trainer_state.json": FILE, "../../started.json": FILE | BY_HAND,
-    "../../training_stats.json": {"gone": Path.unlink},
+DAMAGES = {
+    "result": {"*/*.safetensors": "bit cut gone", "*/*config.json": "bit", "training_stats.json": "bit gone {}",
+               "done.json": "bit cut {}, no outputs"},
+    "checkpoint": {"manifest.json": "bit gone {}, one file", "optimizer.pt": "bit cut", "*.safetensors": "bit gone",
+                   "trainer_state.json": "cut", "../../started.json": "by hand", "../../training_stats.json": "gone"},
+    "data": {"prompts_train.jsonl": "bit", "train.jsonl": "bit cut", "done.json": "{}"},
 }  # fmt: skip
-OF_DATA = {"prompts_train.jsonl": FILE, "train.jsonl": FILE, "done.json": BY_HAND}
 
 
 def cases() -> Iterator[tuple[str, str, str, str]]:
-    for stage in STAGES:
-        for kind, table in (("result", OF_RESULT), ("checkpoint", OF_CHECKPOINT), ("data", OF_DATA)):
-            yield from ((stage, kind, pattern, how) for pattern, ways in table.items() for how in ways)
+    for stage, (kind, table) in itertools.product(STAGES, DAMAGES.items()):
+        yield from ((stage, kind, file, how) for file, ways in table.items() for how in WAYS if how in ways)
 
 
 def damages(tally: Tally, home: Path) -> None:
@@ -226,8 +225,8 @@ def damages(tally: Tally, home: Path) -> None:
         shutil.rmtree(run.root, ignore_errors=True)
         shutil.copytree(home / "here" / "small", run.root)
         with tally.attempt(f"{number} ({stage}: {kind}: {pattern}: {how})", limit=120):
-            damage(recipe, run, stage, kind, pattern, how)
-            said = finish(recipe, run)
+            damage(recipe, run, stage, kind, pattern, WAYS[how])
+            said = finish(recipe, run, leave_out="report")
             if "Traceback" in said:
                 raise RuntimeError(said[-1500:])
             if names := differing(run, expected):
@@ -236,27 +235,27 @@ def damages(tally: Tally, home: Path) -> None:
                 raise Wrong(f"nothing is said: {said[-500:]}")
 
 
-def damage(recipe: Recipe, run: RunDir, stage: str, kind: str, pattern: str, how: str) -> None:
-    """Do the damage, and see that the state says so and that the next trainers refuse it."""
-    folder, table = {"result": (run.step(stage), OF_RESULT), "data": (run.data, OF_DATA)}.get(
-        kind, (run.checkpoints(stage), OF_CHECKPOINT)
-    )
+def damage(recipe: Recipe, run: RunDir, stage: str, kind: str, pattern: str, harm: Callable[[Path], Any]) -> None:
+    """Do the damage; see that it is found, and that a trainer that reads the file refuses to begin."""
+    folder = {"result": run.step(stage), "data": run.data, "checkpoint": run.checkpoints(stage)}[kind]
     if kind == "checkpoint":  # as an attempt that was killed after its last checkpoint leaves it
         run.done(stage).unlink()
         shutil.rmtree(run.adapter(stage), ignore_errors=True)
         folder = [*list_checkpoints(folder).values()][-1]
-    path = next(iter(sorted(folder.glob(pattern))), None) or folder / pattern
-    if not path.exists():  # PPO has files of its own
-        return
-    table[pattern][how](path)
-    fresh = RunDir(run.root)
-    step = "prepare" if kind == "data" else stage
-    if step not in steps_to_run(recipe, fresh):
+    harm(next(iter(sorted(folder.glob(pattern))), folder / pattern))
+    run, step = RunDir(run.root), "prepare" if kind == "data" else stage
+    if step not in steps_to_run(recipe, run):
         raise Wrong("the step counts as done")
-    if kind != "checkpoint":
-        with contextlib.suppress(UserError):
-            fresh.require(recipe, step, "command")
-            raise Wrong("its readers take it")
+    readers = [stage] if kind == "data" else [name for name, links in recipe.links.items() if stage in links]
+    for reader in readers[: 0 if kind == "checkpoint" else 1]:
+        run.done(reader).unlink()
+        try:
+            Here().start_in(recipe, run)(reader, {})
+        except UserError as error:
+            if error.exit not in (Exit.DAMAGED, Exit.NOT_RUN):
+                raise Wrong(f"{reader} ends with {error.exit}") from error
+        else:
+            raise Wrong(f"{reader} is trained on it")
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
@@ -268,8 +267,9 @@ MODES = (("--jobs", "1"), ("--jobs", "2"), ("--accelerate", "ddp", "--processes"
 def kills(tally: Tally, home: Path, count: int) -> None:
     """Signals at random moments of all steps, to `run`, its step or all processes; one stage at a time, two, DDP."""
     recipe, alone = undisturbed(home)
-    shares = (count - 2 * (count // 3), count // 3, count // 3)
-    for mode, (options, share) in enumerate(zip(MODES, shares, strict=True)):
+    deck = random.Random(f"{tally.seed} kills").sample(recipe.plan, len(recipe.plan)) * 9
+    third = count // 3
+    for mode, (options, steps) in enumerate(zip(MODES, (deck[third : count - third], deck[:third], []), strict=True)):
         rng = random.Random(f"{tally.seed} kills {mode}")
         folder = home / f"killed{mode}"
         expected = alone
@@ -282,17 +282,18 @@ def kills(tally: Tally, home: Path, count: int) -> None:
         folder.mkdir()
         (folder / "small.yaml").write_text(TEXT)
         run = RunDir(folder / "small")
-        among = [*STAGES, "evaluate"] if options[0] == "--accelerate" else recipe.plan  # those of two processes
-        steps = sorted(rng.sample(among * 9, share), key=recipe.plan.index)
+        if options[0] == "--accelerate":  # what is trained and evaluated in two processes
+            steps = (rng.sample([*STAGES, "evaluate"], 6) * 9)[:third]
         length = {step: read_json(RunDir(home / "here" / "small").done(step))["seconds"] for step in recipe.plan}
-        for number, step in enumerate(steps):
+        for number, step in enumerate(sorted(steps, key=recipe.plan.index)):
             how = rng.choice(HOW)
             with tally.attempt(f"{mode}.{number} ({' '.join(options)}: {step}: {how})", limit=300):
                 strike(start(folder, *options), run, step, how, rng.uniform(0, length[step] + 5))
         with tally.attempt(f"{mode} ({' '.join(options)}: the end)", limit=600):
             complete(folder, *options)
-            if "Traceback" in (said := (folder / "output.txt").read_text()):
-                raise RuntimeError(said[said.index("Traceback") :][:1500])
+            for log in (folder / "output.txt", *run.logs.glob("*.log")):
+                if "Traceback" in (said := log.read_text()):
+                    raise RuntimeError(f"{log.name}: {said[said.index('Traceback') :][:1500]}")
             if names := differing(run, expected):
                 raise Wrong(f"{names} differ")
             (replies,) = run.winrate.parent.glob("*@*.jsonl")
@@ -321,9 +322,11 @@ def strike(process: "subprocess.Popen[str]", run: RunDir, step: str, how: str, d
     began = time.monotonic()
     try:
         code = process.wait(60)
-    finally:
         while any(run.is_held(one) for one in (*STAGES, "run")) and time.monotonic() - began < 60:
             time.sleep(0.05)
+    finally:
+        with contextlib.suppress(OSError):  # whatever is left
+            os.killpg(process.pid, signal.SIGKILL)
     print(f"  {step}: {how} after {delay:.1f} s: {code}, {time.monotonic() - began:.1f} s", flush=True)
     if whom != "step" and code not in (-number, 128 + number, Exit.OK):
         raise Wrong(f"ended with {code}")
