@@ -1,4 +1,4 @@
-"""The tokenizer, the text encoding that all share, and the base `builtin:tiny`; it loads neither torch, peft nor trl.
+"""The tokenizer, the text encoding that all share, and the base `builtin:tiny`; it loads neither peft nor trl.
 
 One encoding (`encode`) serves reward training, preference optimisation, the rewards of online training and
 evaluation, so that all score the same tokens.
@@ -10,11 +10,18 @@ import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
@@ -22,9 +29,6 @@ from rlhf_trl.run.checkpoints import Patterns, damage, seal
 from rlhf_trl.run.files import remove, staged
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.text.display import first_line
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
 
 Messages = list[dict[str, str]]
 TINY = "builtin:tiny"
@@ -155,8 +159,6 @@ def build_once(run: RunDir, owner: str, path: Path, build: Callable[[Path], None
 
 def tiny_config(vocabulary: int = 1024, end: int = 0, pad: int = 1) -> LlamaConfig:
     """The shape of `builtin:tiny`, a small Llama; the token ids are those that its tokenizer comes to have."""
-    from transformers import LlamaConfig
-
     return LlamaConfig(vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
                        num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
                        bos_token_id=end, eos_token_id=end, pad_token_id=pad)  # fmt: skip
@@ -164,9 +166,6 @@ def tiny_config(vocabulary: int = 1024, end: int = 0, pad: int = 1) -> LlamaConf
 
 def build_tiny(folder: Path) -> None:
     """Build it untrained, about 0.9 M parameters, with a tokenizer fitted to the demo's text; always the same one."""
-    import torch
-    from transformers import LlamaForCausalLM
-
     with gzip.open(DEMO, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     texts = [row[side] for row in rows for side in ("chosen", "rejected") if isinstance(row.get(side), str)]
@@ -182,7 +181,7 @@ def build_tiny(folder: Path) -> None:
     config = tiny_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
