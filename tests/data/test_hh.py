@@ -1,6 +1,5 @@
 """Rows of every source and shape, broken ones above all."""
 
-import contextlib
 import csv
 import gzip
 import json
@@ -13,10 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import shared
-from hypothesis import given
-from hypothesis import strategies as st
 
-from rlhf_trl.data.hh import READ, normalise, read_completion, score_not_higher, unread_columns
+from rlhf_trl.data.hh import normalise
 from rlhf_trl.data.pair import Pair, Reason, RowError
 from rlhf_trl.data.sources import read_rows
 from rlhf_trl.recipe.errors import UserError
@@ -175,23 +172,6 @@ SHAPES += [
     ("JSON that is an answer", {"prompt": "Q", "chosen": '{"role": "x"}', "rejected": '[{"a": {"role": 1}}]'},
      Pair([USER], '{"role": "x"}', '[{"a": {"role": 1}}]')),
 ]  # fmt: skip
-
-
-texts = st.sampled_from(["", "yes", str([YES]), TALK, "[{'role': ", "\ud800"])
-parts = st.recursive(
-    st.one_of(st.none(), st.floats(), st.just(10**400), texts),
-    lambda part: st.lists(part, max_size=2) | st.dictionaries(st.sampled_from(["role", "content", "type"]), part),
-    max_leaves=6,
-)
-
-
-@given(raw=st.dictionaries(st.sampled_from(sorted(READ)), parts, max_size=6))
-def test_any_row_is_a_pair_or_has_its_reasons(raw):
-    assert unread_columns(raw) == []
-    assert score_not_higher(raw) in (True, False)
-    for read_row in (normalise, read_completion):
-        with contextlib.suppress(RowError):
-            read_row(raw)
 
 
 @pytest.mark.parametrize(("raw", "pair"), [row[1:] for row in SHAPES], ids=[row[0] for row in SHAPES])
