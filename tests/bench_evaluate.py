@@ -32,9 +32,8 @@ POLICIES = ("dpo", "grpo", "ppo")
 def main(model: str, prompts: int = 96, tokens: int = 64, batch: int = 32) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.yaml"
-        path.write_text(
-            RECIPE.format(model=model, data=SHARED / "hh-rlhf", prompts=prompts, tokens=tokens, batch=batch)
-        )
+        data = SHARED / "hh-rlhf"
+        path.write_text(RECIPE.format(model=model, data=data, prompts=prompts, tokens=tokens, batch=batch))
         results = {}
         for way in ("make", "plain", "ours"):
             command = [sys.executable, __file__, way, str(path)]
@@ -85,14 +84,8 @@ def save_adapter(recipe, run, stage: str) -> None:
 
 def report(seconds: float) -> None:
     # ru_maxrss is in KiB on Linux; what the libraries take is part of it on both sides.
-    print(
-        json.dumps(
-            {
-                "seconds": round(seconds, 1),
-                "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-            }
-        )
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps({"seconds": round(seconds, 1), "peak_gb": round(peak, 2)}))
 
 
 def ours(path: str) -> None:

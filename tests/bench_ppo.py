@@ -37,10 +37,8 @@ def main(model: str) -> None:
     for dtype in ("float32", "bfloat16"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "bench.yaml"
-            text = RECIPE.format(
-                model=model, dtype=dtype, data=SHARED / "hh-rlhf", bf16=str(dtype != "float32").lower()
-            )
-            path.write_text(text)
+            data, bf16 = SHARED / "hh-rlhf", str(dtype != "float32").lower()
+            path.write_text(RECIPE.format(model=model, dtype=dtype, data=data, bf16=bf16))
             results = {}
             for way in ("make", "stock", "ours"):
                 done = subprocess.run([sys.executable, __file__, way, str(path)], stdout=subprocess.PIPE, text=True,
@@ -120,9 +118,8 @@ def build(path: str, ours: bool):
     base, dtype = recipe.model["model_name_or_path"], getattr(torch, recipe.model["dtype"])
     config.bf16 = False  # which it ignores
     policy = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    policy = get_peft_model(
-        policy, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    policy = get_peft_model(policy, lora)
     value, reward = (AutoModelForSequenceClassification.from_pretrained(base, dtype=dtype, num_labels=1) for _ in "12")
     reward = PeftModel.from_pretrained(reward, run.adapter("rm")).merge_and_unload()
     for model in (policy, value, reward):

@@ -81,19 +81,14 @@ class FakeHub:
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}, 200
         if parts[-1] == "batch":
-            found = [
-                {**one, "actions": {"upload": {"href": f"{self.url}/objects/{one['oid']}"}}}
-                for one in json.loads(body)["objects"]
-            ]
+            asked = json.loads(body)["objects"]
+            found = [{**one, "actions": {"upload": {"href": f"{self.url}/objects/{one['oid']}"}}} for one in asked]
             return {"transfer": "basic", "objects": found}, 200
         name = "/".join(parts[2:4])
         if parts[4:5] == ["preupload"]:
-            files = [
-                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                 "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]  # fmt: skip
-            return {"files": files}, 200
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
+            return {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}, 200
         if parts[4:5] == ["commit"]:
             for line in body.splitlines():
                 row = json.loads(line)
