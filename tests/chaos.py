@@ -108,7 +108,7 @@ class Here:
             run.logs.mkdir(exist_ok=True)
             run.log(stage).touch()
             with run.lock(stage):
-                train(recipe, run, stage)
+                train(recipe, RunDir(run.root), stage)  # as a process of its own, which knows no hashes yet
             reset_accelerate()
             return self
 
@@ -288,7 +288,10 @@ def kills(tally: Tally, home: Path, count: int) -> None:
         for number, step in enumerate(sorted(steps, key=recipe.plan.index)):
             how = rng.choice(HOW)
             with tally.attempt(f"{mode}.{number} ({' '.join(options)}: {step}: {how})", limit=300):
-                strike(start(folder, *options), run, step, how, rng.uniform(0, length[step] + 5))
+                longest = length[step] + 3 * (step in STAGES)  # a stage imports the trainers first
+                while not strike(start(folder, *options), run, step, how, rng.uniform(0, longest)):
+                    shutil.rmtree(run.root)  # it came to its end: from the beginning, and earlier
+                    longest /= 2
         with tally.attempt(f"{mode} ({' '.join(options)}: the end)", limit=600):
             complete(folder, *options)
             for log in (folder / "output.txt", *run.logs.glob("*.log")):
@@ -302,8 +305,8 @@ def kills(tally: Tally, home: Path, count: int) -> None:
                 raise Lost(f"{len(keys)} verdicts, {len({*keys})} different ones")
 
 
-def strike(process: "subprocess.Popen[str]", run: RunDir, step: str, how: str, delay: float) -> None:
-    """Wait for a step, then a while, send a signal, and see that everything ends as is documented."""
+def strike(process: "subprocess.Popen[str]", run: RunDir, step: str, how: str, delay: float) -> bool:
+    """Wait for a step, then a while, and send a signal: everything ends as is documented. False if it ended before."""
     whom, name = how.split()
     number = signal.Signals[f"SIG{name}"]
     while process.poll() is None and not (run.holder(step).exists() and run.is_held(step)):
@@ -313,12 +316,13 @@ def strike(process: "subprocess.Popen[str]", run: RunDir, step: str, how: str, d
     if process.poll() is not None:  # it came to its end
         if process.returncode not in (Exit.OK, Exit.NOT_RUN):
             raise Wrong(f"ended by itself with {process.returncode}")
-        return
-    if whom == "step":
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            os.kill(int(run.holder(step).read_text().split()[1]), number)
-    else:
-        (os.killpg if whom == "all" else os.kill)(process.pid, number)
+        return False
+    target = process.pid
+    if whom == "step":  # or the one after it
+        with contextlib.suppress(OSError, IndexError, ValueError, StopIteration):
+            holder = next(path for path in map(run.holder, (step, *STAGES)) if path.exists())
+            target = int(holder.read_text().split()[1])
+    (os.killpg if whom == "all" else os.kill)(target, number)
     began = time.monotonic()
     try:
         code = process.wait(60)
@@ -332,6 +336,7 @@ def strike(process: "subprocess.Popen[str]", run: RunDir, step: str, how: str, d
         raise Wrong(f"ended with {code}")
     if time.monotonic() - began > fuzz.LIMIT:
         raise fuzz.Hang(f"ended {time.monotonic() - began:.0f} s after the signal")
+    return True
 
 
 # --- the cost of verifying -------------------------------------------------------------------------------------------
@@ -377,7 +382,7 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of the fuzzed inputs")
     given = parser.parse_args()
     part, _, number = given.only.partition(":")
-    only = int(number) if number else None
+    only = int(number) if number.isdigit() else None
     print(f"seed {given.seed}", flush=True)
     tallies = []
     with tempfile.TemporaryDirectory() as name, Busy(given.seed) as server:
