@@ -215,11 +215,12 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
         yield from ((stage, kind, file, how) for file, ways in table.items() for how in WAYS if how in ways)
 
 
-def damages(tally: Tally, home: Path) -> None:
+def damages(tally: Tally, home: Path, share: float) -> None:
     """Each damage of what a trainer wrote, reads or goes on from: named, refused, made again, with the same files."""
     recipe, expected = undisturbed(home)
     for number, (stage, kind, pattern, how) in enumerate(cases()):
-        if tally.only not in (None, number):
+        kept = random.Random(f"{tally.seed} damages {number}").random() < share
+        if number != tally.only if tally.only is not None else not kept:
             continue
         run = RunDir(home / "damaged" / "small")
         shutil.rmtree(run.root, ignore_errors=True)
@@ -379,7 +380,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--only", default="", help=f"PART[:NUMBER] of {', '.join(fuzz.PARTS)}, damages, kills, cost")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--share", type=float, default=1.0, help="of the fuzzed inputs")
+    parser.add_argument("--share", type=float, default=1.0, help="of the fuzzed inputs and of the damages")
     given = parser.parse_args()
     part, _, number = given.only.partition(":")
     only = int(number) if number.isdigit() else None
@@ -396,7 +397,7 @@ def main() -> int:
             if each in fuzz.PARTS:
                 fuzz.fuzz(tally, home / each, given.share)
             elif each == "damages":
-                damages(tally, home)
+                damages(tally, home, given.share)
             else:
                 kills(tally, home, given.kills)
             tallies.append(tally)
