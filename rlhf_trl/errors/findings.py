@@ -14,9 +14,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
-from rlhf_trl.errors.analysis import TERMS, difference
+from rlhf_trl.errors.analysis import DESCRIPTIONS, EDITS, TERMS, difference
 from rlhf_trl.errors.calibration import confidence
-from rlhf_trl.errors.probes import DESCRIPTIONS, EDITS
 from rlhf_trl.stats.intervals import Estimate, wilson
 from rlhf_trl.stats.pairs import compare_with_length
 from rlhf_trl.text.display import visible

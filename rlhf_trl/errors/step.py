@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rlhf_trl.errors.analysis import SIDES, analyse, tabulate
+from rlhf_trl.errors.analysis import SIDES, Messages, Reader, analyse, probe, tabulate
 from rlhf_trl.errors.figures import draw
 from rlhf_trl.errors.findings import find, render
-from rlhf_trl.errors.probes import Messages, Reader, probe
 from rlhf_trl.figures.style import save
 from rlhf_trl.models.rewards import load_reward_model, score_pairs
 from rlhf_trl.models.tokenizer import encode

@@ -18,10 +18,9 @@ from scipy.special import ndtri
 from rlhf_trl.data.hh import normalise
 from rlhf_trl.data.pair import RowError
 from rlhf_trl.errors import step
-from rlhf_trl.errors.analysis import SIDES, analyse, tabulate
+from rlhf_trl.errors.analysis import HONESTY, SIDES, Reader, analyse, tabulate
 from rlhf_trl.errors.figures import draw
 from rlhf_trl.errors.findings import render
-from rlhf_trl.errors.probes import HONESTY, Reader
 from rlhf_trl.errors.step import choose_examples, choose_pairs, compare, errors, examine
 from rlhf_trl.figures.style import save
 from rlhf_trl.models.rewards import load_reward_model
