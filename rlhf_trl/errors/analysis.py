@@ -1,7 +1,7 @@
 """What a reward model gets right and wrong on labelled pairs, from scores alone; and what changed answers score.
 
-    rows = tabulate(pairs, scores, tokens)  # the rows of scores.jsonl
-    analysis = analyse(rows, seed)  # most of error_analysis.json
+rows = tabulate(pairs, scores, tokens)  # the rows of scores.jsonl
+analysis = analyse(rows, seed)  # most of error_analysis.json
 """
 
 from __future__ import annotations

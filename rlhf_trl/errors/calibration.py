@@ -47,19 +47,10 @@ def bin_of(predicted: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, len(edges) - 2)
 
 
-def calibration_errors(predicted: np.ndarray, outcome: np.ndarray, edges: np.ndarray) -> dict[str, float]:
-    """Compare the mean predicted probability, (N,), with the mean outcome, 0 to 1, (N,), in each bin.
-
-    Returns:
-        `ece`, `rmsce` and `mce`: the mean, root mean square and maximum of the gap, weighted by the bins' sizes
-        (Naeini et al. 2015; the l1, l2 and max norms of torchmetrics).
-    """
-    bins, count = bin_of(predicted, edges), len(edges) - 1
-    sizes = np.bincount(bins, minlength=count)
-    used = sizes > 0
-    gaps = np.abs(np.bincount(bins, predicted - outcome, count)[used]) / sizes[used]
-    weights = sizes[used] / len(predicted)
-    return {"ece": float(weights @ gaps), "rmsce": float(np.sqrt(weights @ gaps**2)), "mce": float(gaps.max())}
+def ece(predicted: np.ndarray, outcome: np.ndarray, edges: np.ndarray) -> float:
+    """Give the expected calibration error (Naeini et al. 2015): the mean distance of predicted probability, (N,), and
+    outcome, 0 to 1, (N,), over the bins, weighted by their sizes."""
+    return float(np.abs(np.bincount(bin_of(predicted, edges), predicted - outcome)).sum()) / len(predicted)
 
 
 def ece_if_calibrated(predicted: np.ndarray, edges: np.ndarray, seed: int) -> Estimate:
@@ -68,11 +59,8 @@ def ece_if_calibrated(predicted: np.ndarray, edges: np.ndarray, seed: int) -> Es
     It is above 0 by chance, the more so the fewer predictions; outcomes are drawn from the predictions (Bröcker and
     Smith 2007, consistency resampling).
     """
-    n, bins, random = len(predicted), bin_of(predicted, edges), np.random.default_rng(seed)
-    errors = [
-        float(np.abs(np.bincount(bins, (random.random(n) < predicted) - predicted)).sum()) / n
-        for _ in range(SIMULATIONS)
-    ]
+    n, random = len(predicted), np.random.default_rng(seed)
+    errors = [ece(predicted, random.random(n) < predicted, edges) for _ in range(SIMULATIONS)]
     low, high = np.quantile(errors, [0.025, 0.975])
     return Estimate(float(np.mean(errors)), float(low), float(high), n)
 
@@ -130,7 +118,7 @@ def describe_calibration(
             for number, inside in ((number, bins == number) for number in np.unique(bins))
         ]  # fmt: skip
         by_chance = ece_if_calibrated(predicted, edges, seed).as_dict()
-        errors[name] = {**calibration_errors(predicted, outcome, edges), "if_calibrated": by_chance}
+        errors[name] = {"ece": ece(predicted, outcome, edges), "if_calibrated": by_chance}
     return {
         "tables": tables,
         "errors": errors,
@@ -155,7 +143,7 @@ def _try_temperature(fits: np.ndarray, margin: np.ndarray, prompts: np.ndarray, 
         return {
             "nll": average(nll(margin), prompts).as_dict(),
             "brier": average(brier(margin), prompts).as_dict(),
-            "ece": calibration_errors(sure, correct(margin), edges)["ece"],
+            "ece": ece(sure, correct(margin), edges),
             "ece_if_calibrated": ece_if_calibrated(sure, edges, seed).as_dict(),
         }
 

@@ -75,6 +75,6 @@ class PairCalibration(PairMetric):
         sure, right = calibration.confidence(margin), correct(margin)
         means = {"brier": calibration.brier(margin), "nll": calibration.nll(margin), "over_confidence": sure - right}
         return {
-            **calibration.calibration_errors(sure, right, calibration.equal_mass(sure, bins)),
+            "ece": calibration.ece(sure, right, calibration.equal_mass(sure, bins)),
             **{name: average(values, np.arange(len(values))).as_dict() for name, values in means.items()},
         }
