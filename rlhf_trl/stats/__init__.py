@@ -1,1 +1,1 @@
-"""Intervals, tests, fronts and logistic fits, on plain numbers."""
+"""Intervals, tests, fronts and accuracies, on plain numbers."""
