@@ -94,13 +94,8 @@ def build(recipe: Recipe, run: RunDir) -> Row:
 def compare_stages(
     recipe: Recipe, stats: Mapping[str, Row], metrics: Row, win_rates: Mapping[str, Row], names: Sequence[str]
 ) -> Row:
-    """Measure each named stage by itself, and gather those in which a quantity means the same.
-
-    Args:
-        stats: `training_stats.json` of every stage that is needed.
-        metrics: content of `evaluation/metrics.json`; `policies` and `checkpoints` are read.
-        win_rates: of each policy against the reference.
-    """
+    """Measure each named stage by itself, and gather those in which a quantity means the same. `stats` are those of
+    every stage that is needed; `win_rates` those of each policy against the reference."""
     meanings = {name: training.describe_meanings(recipe, name, stats[name]) for name in names}
     convergence = training.measure_convergence(recipe, stats, meanings, metrics)
     comparable: dict[str, dict[str, list[str]]] = {quantity: {} for quantity in COMPARABLE}

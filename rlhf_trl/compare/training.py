@@ -207,14 +207,8 @@ def sampled_tokens(recipe: Recipe, stage: str, stats: Row) -> tuple[list[int], l
 
 
 def measure_convergence(recipe: Recipe, all_stats: Stats, meanings: Mapping[str, Row], metrics: Row) -> dict[str, Row]:
-    """Measure when each run first reached a reward and kept it.
-
-    Args:
-        all_stats: of every stage of the recipe.
-        meanings: of the stages to compare.
-        metrics: content of `metrics.json`. The reward of an evaluated checkpoint means the same for every trainer, and
-            is taken where there are any.
-    """
+    """Measure when each run of `meanings` first reached a reward and kept it. The reward of evaluated checkpoints, in
+    `metrics.json`, means the same for every trainer, and is taken where there are any."""
     series = {stage: _rewards(recipe, stage, all_stats[stage], metrics, meanings[stage]) for stage in meanings}
     found: dict[str, Row] = {}
     for stage, own in series.items():

@@ -29,15 +29,12 @@ OPENING_MARGIN = 0.1
 
 
 def measure_text(records: Records) -> Row:
-    """Describe the answers of one policy; the order of the records does not matter.
+    """Describe the answers of one policy, at least one; their order does not matter.
 
     `repetition` is the mean share of repeated 4-grams within an answer; `distinct_2` the share of different 2-grams
     among 8 for each answer, drawn from all (`words.distinct`), null where they hold fewer; `common_opening` the most
     common first five words and their share. `identical_answers` is the share that equals another one word by word,
     `refusal` the share that opens with a plain refusal.
-
-    Raises:
-        ValueError: there are no records.
     """
     texts = [record["answer"] for record in records]
     copies = Counter(tuple(split_words(text)) for text in texts)

@@ -21,11 +21,8 @@ COMMON = ("font-size: 10px; ", "font-family: 'DejaVu Sans'; ", "; stroke-linecap
 def to_svg(figure: Figure, key: str, label: str) -> Markup:
     """Write a figure as an SVG element, the same bytes for the same figure.
 
-    Ids that nothing refers to are dropped: matplotlib calls the parts of every figure alike, and a page has many.
-
-    Args:
-        key: names the figure; it keeps the ids of the page's figures apart.
-        label: says in words what the figure shows, for those who hear the page.
+    `key` keeps the ids of a page's figures apart; those that nothing refers to are dropped. `label` says what it
+    shows, for those who hear the page.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": key}):

@@ -41,12 +41,8 @@ KINDS = {
 
 
 def build(recipe: Recipe, documents: Documents) -> Row:
-    """Gather the first screen.
-
-    Returns:
-        `run`; the `verdict` and the `winner`, or None; `methods`, a row for each policy and the reference with
-        `significant`, what is clear of the reference; `judge`, or None; `warnings`, each with `about` and `says`.
-    """
+    """Gather the first screen: `run`; the `verdict` and the `winner`, or None; `methods`, a row for each policy and
+    the reference; `judge`, or None; `warnings`, each with `about` and `says`."""
     verdict = documents["comparison"]["verdict"]
     names = [*recipe.policies, REFERENCE] if recipe.policies else []
     return {

@@ -24,10 +24,8 @@ CHUNK = 200
 
 
 def non_dominated(gain: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """Mark the points that no other point beats or equals in both gain (more is better) and KL (less is better).
-
-    Of points that are exactly the same, the first is marked. Shapes (K,) and (K,) -> (K,).
-    """
+    """Mark the points that no other point beats or equals in both gain (more is better) and KL (less is better), and
+    the first of points that are the same, (K,), (K,) -> (K,)."""
     gain, kl = _points(gain, kl)
     # Along rising KL, and falling gain at the same KL, a point counts when it is above all before it.
     order = np.lexsort((-gain, kl))
@@ -80,14 +78,10 @@ def best_of_n_kl(n: int) -> float:
 
 
 def best_of_n(proxy: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
-    """Estimate, for each prompt, the mean score of the answer that the proxy ranks first of `n`, from N >= n answers.
+    """Estimate for each prompt the mean score of the answer that the proxy ranks first of `n`, (P, N), (P, N) -> (P,).
 
     The exact mean over all C(N, n) subsets: sorted by the proxy, the i-th answer is the best of C(i - 1, n - 1)
     (Nakano et al., 2021, arXiv 2112.09332, appendix I). Answers with the same proxy are taken equally often.
-    `scores` are any scores of the same answers. Shapes (P, N), (P, N) -> (P,).
-
-    Raises:
-        ValueError: also where `n` is below 1 or above N.
     """
     proxy, scores = _points(proxy, scores)
     prompts, total = proxy.shape
