@@ -73,13 +73,12 @@ def test_stability_of_a_curve_by_hand() -> None:
     assert describe(noise(40, 0), "lower") == describe(-noise(40, 0))
 
 
-def test_oscillation_and_noise_of_independent_values() -> None:
-    """Of three values the middle one is an extreme in 4 of 6 orders (Bienayme, 1874). The noise has 1 + v - 2 / 5 with
-    v = 0.2868, the variance of the median of 5 normal numbers (Teichroew, 1956), whatever the trend."""
+def test_noise_variance_does_not_see_the_trend() -> None:
+    """1 + v - 2 / 5 with v = 0.2868, the variance of the median of 5 normal numbers (Teichroew, 1956)."""
     for trend in (0, np.linspace(0, 500, 20_000)):
         assert describe(noise(20_000, 2) + trend)["noise_variance"] == pytest.approx(0.887, abs=0.02)
+    # Of three values the middle one is an extreme in 4 of 6 orders (Bienayme, 1874).
     assert describe(noise(20_000, 1))["oscillation"] == pytest.approx(2 / 3, abs=0.01)
-    assert (describe([1, 2, 3, 7])["oscillation"], describe([0, 1, 0, 1, 0])["oscillation"]) == (0, 1)
 
 
 def test_noise_has_no_spikes_and_a_spike_is_found() -> None:
@@ -266,14 +265,6 @@ def test_evaluated_checkpoints_let_every_method_be_compared(rl: Any) -> None:
         if checkpoints is curve:
             assert (dpo["start"], dpo["final"], dpo["tokens"]) == (-0.25, pytest.approx(1.0), None)
             assert dpo["rate"] == pytest.approx(1.25 / (60 * 1.9))
-
-
-def test_a_run_is_held_against_its_own_start(rl: Any) -> None:
-    """A run that begins high and stays there has not risen, whatever the others began with."""
-    recipe, stats = rl
-    of_rows(reward=lambda *_: 2.0)(stats["ppo"])
-    found = measured(recipe, stats)["stages"]["ppo"]["convergence"]
-    assert (found["start"], found["rate"]) == (2.0, 0.0)
 
 
 def test_sampled_tokens_are_counted_between_logs_after_the_last_and_once_a_batch() -> None:

@@ -270,4 +270,4 @@ def test_stages_of_one_trainer_have_one_colour_and_different_markers_and_lines()
     styles = policy_styles({"a": "grpo", "b": "ppo", "c": "grpo", "d": "grpo", "e": "ppo"})
     assert [styles[name]["linestyle"] for name in "abcde"] == ["-", "-", "--", ":", "--"]
     assert [styles[name]["color"] for name in "abcde"] == [ORANGE, GREEN, ORANGE, ORANGE, GREEN]
-    assert len({styles[name]["marker"] for name in "acd"}) == 3 and styles["a"]["marker"] == "s"
+    assert len({styles[name]["marker"] for name in "acd"}) == 3
