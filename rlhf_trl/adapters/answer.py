@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rlhf_trl.run.files import write_json, write_jsonl
 # Batches that are lost at most when the program ends.
 BATCHES = 4
 ASKED = ("turns", "messages", "prompt", "instruction", "question")
+FORMS = ("jsonl", "alpaca_eval", "arena_hard", "mt_bench")
 
 
 def answer_file(
@@ -35,7 +36,7 @@ def answer_file(
     """Answer every line of a file, each question of a row after the other; the same seed gives the same answers.
 
     Args:
-        form: a key of `FORMS`.
+        form: one of `FORMS`.
         name: of the model, as the benchmark shows it.
         how: `max_new_tokens`, `temperature` and `seed` of `Policy.answer_all`, of which every turn gets an answer.
 
@@ -48,8 +49,13 @@ def answer_file(
     rows = [(raw, *_read(raw, f"{path}:{number}")) for number, raw in read_lines(path)]
     partial = out.with_name(f"{out.name}.partial")
     begun = hashlib.sha256(f"{path.read_text(encoding='utf-8')}{name}{sorted(how.items())}".encode()).hexdigest()
-    done = _resume(partial, begun)
+    lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else [begun, ""]
+    if lines[0] != begun:
+        remedy = "give the same file, model and options, or remove it"
+        raise UserError(str(partial), "holds answers of another file, model, or way of sampling", remedy)
+    done = [json.loads(line) for line in lines[1:-1]]  # without a line that the earlier start was ended in
     kept = len(done)
+    partial.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
     with partial.open("a", encoding="utf-8") as file:
         for first in tqdm(range(kept, len(rows), size := BATCHES * batch_size), f"answers, {size} at a time"):
             talks = [(list(start), turns) for _, start, turns in rows[first : first + size]]
@@ -57,21 +63,10 @@ def answer_file(
             file.write("".join(json.dumps(one) + "\n" for one in answers))
             file.flush()
             done += answers
-    written = [FORMS[form](raw, turns, answers, name) for (raw, _, turns), answers in zip(rows, done, strict=True)]
+    written = [_write(form, raw, turns, answers, name) for (raw, _, turns), answers in zip(rows, done, strict=True)]
     (write_json if form == "alpaca_eval" else write_jsonl)(out, written)
     partial.unlink()
     return {"rows": len(rows), "kept": kept}
-
-
-def _resume(partial: Path, begun: str) -> list[list[str]]:
-    """Read what an earlier start has done, without a line that it was ended in."""
-    lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else [begun, ""]
-    if lines[0] != begun:
-        remedy = "give the same file, model and options, or remove it"
-        raise UserError(str(partial), "holds answers of another file, model, or way of sampling", remedy)
-    whole = [line for line in lines[1:-1] if line]
-    partial.write_text("".join(f"{line}\n" for line in (begun, *whole)), encoding="utf-8")
-    return [json.loads(line) for line in whole]
 
 
 def _answer(
@@ -105,27 +100,17 @@ def _read(raw: Any, place: str) -> tuple[Messages, list[str]]:
     return [], asked
 
 
-def _choices(raw: Any, _: list[str], answers: list[str], name: str) -> dict[str, Any]:
-    return {"question_id": raw.get("question_id"), "answer_id": uuid.uuid4().hex, "model_id": name,
-            "choices": [{"index": 0, "turns": answers}], "tstamp": time.time()}  # fmt: skip
-
-
-def _messages(raw: Any, turns: list[str], answers: list[str], name: str) -> dict[str, Any]:
-    talk = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": {"answer": answers[0]}}]
-    return {"uid": raw.get("uid"), "ans_id": uuid.uuid4().hex, "model": name, "messages": talk, "tstamp": time.time()}
-
-
-def _plain(raw: Any, _: list[str], answers: list[str], name: str) -> dict[str, Any]:
+def _write(form: str, raw: Any, turns: Sequence[str], answers: Sequence[str], name: str) -> dict[str, Any]:
+    """Write a row as a benchmark reads it; all are JSON lines, but for that of AlpacaEval, which is one list."""
     row = raw if isinstance(raw, dict) else {"prompt": raw}
-    return {**row, "model": name, "answer": answers[0] if len(answers) == 1 else answers}
-
-
-def _alpaca(raw: Any, turns: list[str], answers: list[str], name: str) -> dict[str, Any]:
-    kept = {"dataset": raw["dataset"]} if isinstance(raw, dict) and "dataset" in raw else {}
-    return {"instruction": turns[0], "output": answers[0], "generator": name, **kept}
-
-
-# Form -> how a row of it is made; all are JSON lines, but for that of AlpacaEval, which is one list.
-FORMS: dict[str, Callable[[Any, list[str], list[str], str], dict[str, Any]]] = {
-    "jsonl": _plain, "alpaca_eval": _alpaca, "arena_hard": _messages, "mt_bench": _choices,
-}  # fmt: skip
+    if form == "jsonl":
+        return {**row, "model": name, "answer": answers[0] if len(answers) == 1 else answers}
+    if form == "alpaca_eval":
+        kept = {key: row[key] for key in ("dataset",) if key in row}
+        return {"instruction": turns[0], "output": answers[0], "generator": name, **kept}
+    made = {"tstamp": time.time()}
+    if form == "mt_bench":
+        return {"question_id": row.get("question_id"), "answer_id": uuid.uuid4().hex, "model_id": name,
+                "choices": [{"index": 0, "turns": answers}], **made}  # fmt: skip
+    talk = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": {"answer": answers[0]}}]
+    return {"uid": row.get("uid"), "ans_id": uuid.uuid4().hex, "model": name, "messages": talk, **made}

@@ -1,7 +1,7 @@
 """`adapter check`: find what is wrong with the folder of an adapter, whoever made it, before anything of it is loaded.
 
-Reads the folder, and the headers of its base where that is given or shipped; writes nothing and imports no torch. A
-file that is not known is not opened, and no tensor is read before the header of its file has been checked.
+Reads the folder, and the headers of its base where that is given or shipped; writes nothing. A file that is not known
+is not opened, and no tensor is read before the header of its file has been checked.
 
     rlhf-trl adapter check downloads/some-adapter --base models/some-base
 """
@@ -10,27 +10,49 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from rlhf_trl.adapters import files, rules
-from rlhf_trl.adapters.files import AGAIN, BASE, BASE_CONFIG, CLEAN
-from rlhf_trl.adapters.rules import Tensors, check_base, check_model, check_tensors
+from rlhf_trl.adapters import rules
+from rlhf_trl.adapters.rules import Tensors
 from rlhf_trl.adapters.settings import IMPORTS, check_settings
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.safetensors import hash_weights, is_finite, read_header, read_weights
 from rlhf_trl.text.display import visible
 
-BASE_SETTINGS = f"{BASE}/generation_config.json"
-BASE_SINGLE, BASE_INDEX = f"{BASE}/model.safetensors", f"{BASE}/model.safetensors.index.json"
+# The files of an exported adapter.
+ADAPTER, CONFIG, LINEAGE = "adapter_model.safetensors", "adapter_config.json", "lineage.json"
+EVIDENCE, PROBE, CARD, FIGURE, BASE = "evidence.json", "probe.json", "README.md", "pareto.png", "base"
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+TOKENIZER = {"tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json",
+             "merges.txt", "tokenizer.model", TEMPLATE}  # fmt: skip
+NOT_LISTED = {LINEAGE, ".gitattributes"}  # by a lineage; the Hub adds the second one to every repository
+BASE_CONFIG, BASE_INDEX = f"{BASE}/config.json", f"{BASE}/model.safetensors.index.json"
+BASE_SETTINGS, BASE_SINGLE = f"{BASE}/generation_config.json", f"{BASE}/model.safetensors"
+KNOWN = {ADAPTER, CONFIG, PROBE, EVIDENCE, CARD, FIGURE, BASE_CONFIG, BASE_INDEX, BASE_SETTINGS, BASE_SINGLE}
+KNOWN |= TOKENIZER | NOT_LISTED
+SHARD = re.compile(r"base/model-\d+-of-\d+\.safetensors")
+# Written by `hf download --local-dir`; ignored by every loader, and never uploaded.
+DOWNLOAD = ".cache/huggingface"
+# Suffixes of files that are never opened -> what such a file is.
+NEVER = dict.fromkeys((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"),
+                      "a pickle, or a file that may hold one: loading it can run any code")  # fmt: skip
+NEVER |= dict.fromkeys((".py", ".so", ".pyc", ".sh", ".dll", ".ipynb"), "a program, which no adapter needs")
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+MODEL_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+PATH = re.compile(r"^[~.]|[/\\:]")  # on any system
 RENDER = Path(__file__).with_name("render_program.py")
-MODEL_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 MAX_JSON = 20_000_000
+# Remedies.
+AGAIN = "fetch the adapter again, or ask its author"
+CLEAN = "do not load it; ask its author for a clean one"
+FETCH = "fetch real files, such as with `hf download REPO --local-dir DIR`"
 
 Settings = dict[str, Any]
 
@@ -68,23 +90,35 @@ def check_adapter(folder: Path, base: Path | None = None) -> list[Problem]:
 
 def notes(folder: Path) -> list[str]:
     """Say what whoever uses a sound adapter should know of it."""
-    config, tensors = _read_objects(folder, (files.CONFIG,))[files.CONFIG], read_header(folder / files.ADAPTER)
-    return list(rules.notes(config, tensors))
+    return list(rules.notes(_read_objects(folder, (CONFIG,))[CONFIG], read_header(folder / ADAPTER)))
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """List the files of an adapter, without what a download has left beside them: name in the folder -> path."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in files.items() if not name.startswith(f"{DOWNLOAD}/")}
+
+
+def run_isolated(program: Path, *arguments: str, given: str, **environment: str) -> str | None:
+    """Run a program without the directory, PYTHONPATH and packages of the user; return its last words if it fails."""
+    done = subprocess.run([sys.executable, "-I", str(program), *arguments], input=given, env=os.environ | environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    return (done.stderr.strip() or "it takes too long").splitlines()[-1] if done.returncode else None
 
 
 def _collect(folder: Path, base: Path | None, problems: list[Problem]) -> None:
-    problems += files.check_files(folder)
+    problems += _check_files(folder)
     if problems:
         return  # what is linked, packed or executable is not looked into
-    documents = _read_objects(folder, (files.CONFIG, files.LINEAGE, files.TOKENIZER_CONFIG))
-    config, lineage = documents[files.CONFIG], documents.get(files.LINEAGE)
-    problems += (Problem(files.CONFIG, text, CLEAN) for text in check_settings(config))
+    documents = _read_objects(folder, (CONFIG, LINEAGE, TOKENIZER_CONFIG))
+    config, lineage = documents[CONFIG], documents.get(LINEAGE)
+    problems += (Problem(CONFIG, text, CLEAN) for text in check_settings(config))
     if problems:
         return
     problems += _check_places(folder, documents)
-    problems += _check_template(folder, documents.get(files.TOKENIZER_CONFIG, {}))
-    tensors = read_header(folder / files.ADAPTER)
-    problems += (Problem(files.ADAPTER, text, f"do not use it; {AGAIN}") for text in check_tensors(config, tensors))
+    problems += _check_template(folder, documents.get(TOKENIZER_CONFIG, {}))
+    tensors = read_header(folder / ADAPTER)
+    problems += (Problem(ADAPTER, text, f"do not use it; {AGAIN}") for text in rules.check_tensors(config, tensors))
     if lineage is not None:
         problems += _check_lineage(folder, lineage)
     if (folder / BASE).is_dir():
@@ -92,6 +126,27 @@ def _collect(folder: Path, base: Path | None, problems: list[Problem]) -> None:
         base = base or folder / BASE
     if base is not None and not problems:
         problems += _check_against(folder, base, config, lineage, tensors)
+
+
+def _check_files(folder: Path) -> Iterator[Problem]:
+    """Find links, folders, programs, pickles and other files that no adapter has, and files that are missing."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name.startswith(f"{DOWNLOAD}/"):
+            continue
+        if path.is_symlink():
+            where = "within" if path.resolve().is_relative_to(folder.resolve()) else "out of"
+            yield Problem(name, f"a symbolic link {where} the folder: what is loaded is not what lies here", FETCH)
+        elif path.is_dir():
+            if name not in (BASE, ".cache", DOWNLOAD):
+                yield Problem(name, "a folder that no adapter has", CLEAN)
+        elif not path.is_file():
+            yield Problem(name, "is no ordinary file", CLEAN)
+        elif path.suffix.lower() in NEVER:
+            yield Problem(name, NEVER[path.suffix.lower()], CLEAN)
+        elif name not in KNOWN and not SHARD.fullmatch(name):
+            yield Problem(name, "a file that is no part of an adapter", "remove it, if you know what it is")
+    yield from (Problem(name, "is missing", AGAIN) for name in (CONFIG, ADAPTER) if not (folder / name).exists())
 
 
 def _read_objects(folder: Path, names: Iterable[str]) -> dict[str, Settings]:
@@ -110,63 +165,51 @@ def _read_objects(folder: Path, names: Iterable[str]) -> dict[str, Settings]:
     return objects
 
 
-def _check_places(folder: Path, documents: dict[str, Settings]) -> Iterator[Problem]:
+def _check_places(folder: Path, documents: Mapping[str, Settings]) -> Iterator[Problem]:
     """Find what an adapter would have a loader import or open outside its folder."""
-    name = documents[files.CONFIG].get("base_model_name_or_path")
+    name = documents[CONFIG].get("base_model_name_or_path")
     shipped = name == f"./{BASE}" and (folder / BASE).is_dir()
-    if not shipped and (not isinstance(name, str) or is_path(name) or not MODEL_ID.fullmatch(name)):
+    if not shipped and not (isinstance(name, str) and MODEL_ID.fullmatch(name)):
         problem = f"base_model_name_or_path is {name!r}: a place on somebody's machine, not a public model"
-        yield Problem(files.CONFIG, problem, "write the OWNER/NAME of the base there, and check with --base")
+        yield Problem(CONFIG, problem, "write the OWNER/NAME of the base there, and check with --base")
     yield from _check_imports(documents)
-    for key, value in documents.get(files.TOKENIZER_CONFIG, {}).items():
-        if key.endswith(("_file", "_path")) and isinstance(value, str) and is_path(value):
-            yield Problem(files.TOKENIZER_CONFIG, f"{key} is {value!r}, a place outside the folder", CLEAN)
+    for key, value in documents.get(TOKENIZER_CONFIG, {}).items():
+        if key.endswith(("_file", "_path")) and isinstance(value, str) and PATH.search(value):
+            yield Problem(TOKENIZER_CONFIG, f"{key} is {value!r}, a place outside the folder", CLEAN)
 
 
-def _check_template(folder: Path, settings: Settings) -> Iterator[Problem]:
-    """Render the chat template of a tokenizer once, in a process with limits on time and memory."""
-    file = folder / files.TEMPLATE
-    if not file.exists() and not settings.get("chat_template"):
-        return
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else None
-    if why := _render(json.dumps({"text": text, "settings": settings})):
-        yield Problem(files.TEMPLATE, f"the chat template cannot be rendered: {why}", CLEAN)
-
-
-@functools.cache  # an adapter is checked alone, then with its base; a merge loads it twice
-def _render(given: str) -> str | None:
-    done = subprocess.run(
-        [sys.executable, "-I", str(RENDER)], input=given, capture_output=True, text=True, check=False
-    )
-    return (done.stderr.strip() or "it takes too long").splitlines()[-1] if done.returncode else None
-
-
-def _check_imports(documents: dict[str, Settings]) -> Iterator[Problem]:
+def _check_imports(documents: Mapping[str, Settings]) -> Iterator[Problem]:
     for file, document in documents.items():
         for key in dict.fromkeys(key for key, value in rules.walk(document) if key in IMPORTS and value):
             yield Problem(file, f"{key} makes the loader import code that the adapter names", CLEAN)
 
 
-def is_path(text: str) -> bool:
-    """Tell whether a text is the path of a file, on any system, or climbs out of a folder."""
-    absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
-    return absolute or text.startswith(("~", ".")) or "\\" in text or ".." in PurePosixPath(text).parts
+def _check_template(folder: Path, settings: Settings) -> Iterator[Problem]:
+    """Render the chat template of a tokenizer once, in a process with limits on time and memory."""
+    file = folder / TEMPLATE
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else None
+    if (text is not None or settings.get("chat_template")) and (why := _render(json.dumps([text, settings]))):
+        yield Problem(TEMPLATE, f"the chat template cannot be rendered: {why}", CLEAN)
+
+
+@functools.cache  # an adapter is checked alone, then with its base; a merge loads it twice
+def _render(given: str) -> str | None:
+    return run_isolated(RENDER, given=given)
 
 
 def _check_lineage(folder: Path, lineage: Settings) -> Iterator[Problem]:
     listed, base = lineage.get("files"), lineage.get("base")
     if not isinstance(listed, dict) or not isinstance(base, dict) or not {"id", "revision", "weights"} <= set(base):
-        yield Problem(files.LINEAGE, "does not say what the base and the files are", AGAIN)
+        yield Problem(LINEAGE, "does not say what the base and the files are", AGAIN)
         return
-    here = files.list_files(folder)
-    for name in sorted(set(here) - set(listed) - files.NOT_LISTED):
+    here = list_files(folder)
+    for name in sorted(set(here) - set(listed) - NOT_LISTED):
         yield Problem(name, "is not in the lineage: it was not exported", CLEAN)
     for name, exported in sorted(listed.items()):
         if name not in here:
             yield Problem(name, "is missing: the lineage names it", AGAIN)
         elif hash_file(here[name]) != exported:
-            what = {files.ADAPTER: "the weights are", files.TEMPLATE: "the chat template is"}.get(name, "it is")
-            yield Problem(name, f"{what} not what was exported: the hash in the lineage differs", CLEAN)
+            yield Problem(name, "is not what was exported: its hash in the lineage differs", CLEAN)
 
 
 def _check_shipped(folder: Path, config: Settings, lineage: Settings | None) -> Iterator[Problem]:
@@ -179,24 +222,23 @@ def _check_shipped(folder: Path, config: Settings, lineage: Settings | None) -> 
         yield Problem(BASE, "a model lies here, and the lineage does not say that the base is shipped", CLEAN)
         return
     settings = _read_objects(folder, (BASE_CONFIG, BASE_SETTINGS, BASE_INDEX))
-    weights = {f"{BASE}/{file.name}": read_header(file) for file in sorted((folder / BASE).glob("*.safetensors"))}
     if BASE_CONFIG not in settings:
         yield Problem(BASE_CONFIG, "is missing", AGAIN)
     yield from _check_imports(settings)
     for file in settings:
         if settings[file].get("quantization_config") is not None:
             yield Problem(file, "quantization_config would have the loader rewrite the weights", CLEAN)
-    index, held = settings.get(BASE_INDEX), [(key, file) for file, tensors in weights.items() for key in tensors]
-    places = {key: file.removeprefix(f"{BASE}/") for key, file in held}
-    if BASE_SINGLE in weights:
-        if len(weights) > 1 or index is not None:
+    files = sorted((folder / BASE).glob("*.safetensors"))
+    weights = [(file.name, *one) for file in files for one in read_header(file).items()]
+    index, places = settings.get(BASE_INDEX), {key: file for file, key, _ in weights}
+    if (folder / BASE_SINGLE).exists():
+        if index is not None or set(places.values()) != {Path(BASE_SINGLE).name}:
             yield Problem(BASE, "holds the weights in one file and in several: which are loaded is not known", CLEAN)
-    elif index is None or len(places) < len(held) or index.get("weight_map") != places:
+    elif index is None or len(places) < len(weights) or index.get("weight_map") != places:
         yield Problem(BASE_INDEX, "does not name the file of every tensor that lies beside it, and no other", AGAIN)
-    for key, file in held:
-        if weights[file][key].is_empty or not is_finite(weights[file][key]):
-            what = "is empty" if weights[file][key].is_empty else "holds NaN or infinity"
-            yield Problem(file, f"the tensor {key} of the base {what}", CLEAN)
+    for file, key, tensor in weights:
+        if tensor.is_empty or not is_finite(tensor):
+            yield Problem(f"{BASE}/{file}", f"the tensor {key} of the base is empty, or holds NaN or infinity", CLEAN)
 
 
 def _check_against(
@@ -204,21 +246,20 @@ def _check_against(
 ) -> Iterator[Problem]:
     """Check an adapter against its base: shapes, the hash of the weights, and the chat template."""
     weights = read_weights(base)
-    settings = _read_objects(base, ("config.json",)).get("config.json", {})
-    packed = settings.get("quantization_config")
-    yield from (Problem(f"{base.name}/config.json", text, CLEAN) for text in check_model(settings, weights))
-    if not (folder / files.TOKENIZER_CONFIG).exists():
-        yield from _check_template(
-            base, _read_objects(base, (files.TOKENIZER_CONFIG,)).get(files.TOKENIZER_CONFIG, {})
-        )
+    documents = _read_objects(base, ("config.json", TOKENIZER_CONFIG))
+    settings = documents.get("config.json", {})
+    yield from (Problem(f"{base.name}/config.json", text, CLEAN) for text in rules.check_model(settings, weights))
+    if not (folder / TOKENIZER_CONFIG).exists():
+        yield from _check_template(base, documents.get(TOKENIZER_CONFIG, {}))
     # The shapes of quantised weights are those of their packing.
-    if unfit := None if packed else next(check_base(config, tensors, weights), None):
-        yield Problem(files.ADAPTER, unfit, f"use the base that it was trained on, or {AGAIN}")
+    packed = settings.get("quantization_config")
+    if unfit := None if packed else next(rules.check_base(config, tensors, weights), None):
+        yield Problem(ADAPTER, unfit, f"use the base that it was trained on, or {AGAIN}")
     elif lineage is not None and hash_weights(weights) != lineage["base"]["weights"]:
         problem = "the weights of this base are not those that the adapter was exported for, though their shapes fit"
         remedy = f"use {lineage['base']['id'] or 'the base that it ships'}, revision {lineage['base']['revision']}"
         yield Problem(str(base), problem, remedy)
-    own, other = folder / files.TEMPLATE, base / files.TEMPLATE
+    own, other = folder / TEMPLATE, base / TEMPLATE
     if lineage is None and own.exists() and other.exists() and hash_file(own) != hash_file(other):
         problem = "the chat template differs from that of the base, and nothing says which one it was trained with"
-        yield Problem(files.TEMPLATE, problem, "ask its author, and remove the wrong one")
+        yield Problem(TEMPLATE, problem, "ask its author, and remove the wrong one")

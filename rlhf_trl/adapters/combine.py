@@ -1,35 +1,37 @@
-"""LoRA adapters that lie on top of each other, written as one adapter for the base below them all.
+"""LoRA adapters that lie on top of each other, as one adapter for the base below them all.
 
 An adapter adds s·B·A to a weight, with its scaling s. Two of them add s₁·B₁·A₁ + s₂·B₂·A₂, which is exactly the
-product of [s₁·B₁, s₂·B₂] and [A₁; A₂]: one adapter whose rank is the sum of theirs. Works on tensors in memory.
+product of [B₁, B₂] and [s₁·A₁; s₂·A₂]: one adapter whose rank is the sum of theirs. PEFT concatenates them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
 from pathlib import Path
 
-import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
 
-from rlhf_trl.adapters.files import ADAPTER
-from rlhf_trl.adapters.rules import LINEAR, PREFIX
+from rlhf_trl.adapters.check import ADAPTER, CONFIG
+from rlhf_trl.adapters.rules import HEAD, LINEAR, PREFIX
+from rlhf_trl.adapters.settings import HEADS, is_off
+from rlhf_trl.models.base import load_weights
+from rlhf_trl.models.policies import adapter_config, load_adapter
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.run.files import read_json
+from rlhf_trl.run.safetensors import read_header
 
-LORA_A, LORA_B = LINEAR
 # Settings in which an adapter may differ from plain LoRA. Others add something else than s·B·A to the weights that its
 # names say, or change the base.
-MAY_DIFFER = {"task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
-              "lora_dropout", "target_modules", "fan_in_fan_out", "use_rslora", "rank_pattern", "alpha_pattern",
-              "modules_to_save"}  # fmt: skip
+MAY_DIFFER = {"task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+              "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "use_rslora", "rank_pattern",
+              "alpha_pattern"}  # fmt: skip
 
 
-def combine(folders: Sequence[Path]) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Combine saved adapters, each trained on the base with those before it merged in, with the scaling folded into B.
+def combine(base: Path, folders: Sequence[Path]) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Combine saved adapters, each trained on the base with those before it merged in.
 
     Where an adapter has no tensor for a module, zeros keep the rank the same for all, as servers such as vLLM require.
 
@@ -37,57 +39,42 @@ def combine(folders: Sequence[Path]) -> tuple[dict[str, Tensor], LoraConfig]:
         folders: at least two, the lowest first; the last one may bring a reward head.
 
     Returns:
-        The tensors in float32, and the last adapter's configuration, with the summed rank and a scaling of 1.
+        The tensors in float32, and a configuration for them, with the summed rank and a scaling of 1.
 
     Raises:
         UserError: an adapter cannot be combined exactly.
     """
-    adapters = [(LoraConfig.from_pretrained(str(folder)), load_file(folder / ADAPTER)) for folder in folders]
-    for folder, (config, tensors) in zip(folders, adapters, strict=True):
-        if reason := _not_exact(config, tensors, last=folder == folders[-1]):
+    for folder in folders:
+        if reason := _not_exact(folder, last=folder == folders[-1]):
             problem = f"the adapter cannot be combined exactly with another one: {reason}"
             raise UserError(str(folder), problem, "export it with the base that it lies on: --with-base")
-    config, own = adapters[-1]
-    rank = sum(max(len(tensor) for key, tensor in tensors.items() if key.endswith(LORA_A)) for _, tensors in adapters)
-    combined = {key: tensor for key, tensor in own.items() if not key.endswith(LINEAR)}
-    modules = {key.removesuffix(LORA_A) for _, tensors in adapters for key in tensors if key.endswith(LORA_A)}
-    for module in sorted(modules):
-        parts = [
-            (tensors[module + LORA_A].float(), _scaling(config, module, tensors) * tensors[module + LORA_B].float())
-            for config, tensors in adapters
-            if module + LORA_A in tensors
-        ]
-        down, up = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], dim=1)
-        combined[module + LORA_A] = torch.nn.functional.pad(down, (0, 0, 0, rank - len(down)))
-        combined[module + LORA_B] = torch.nn.functional.pad(up, (0, rank - len(down))).contiguous()
-    config.r = config.lora_alpha = rank
-    targets = [adapter[0].target_modules for adapter in adapters]
-    if not all(isinstance(names, set) for names in targets):  # a pattern
-        targets = [{module.removeprefix(PREFIX) for module in modules}]
-    config.target_modules = set().union(*targets)
-    config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
-    return combined, config
+    names = [f"part{number}" for number in range(len(folders))]
+    model = load_weights(AutoModelForCausalLM, str(base), ModelConfig(dtype="float32"))
+    adapted = get_peft_model(model, adapter_config(folders[0]), adapter_name=names[0])
+    for name, folder in zip(names, folders, strict=True):
+        head = load_adapter(adapted, name, folder)
+        config = adapted.peft_config[name]
+        config.use_rslora = False  # its scaling is known by now, and the combined one is 1
+        if isinstance(config.target_modules, str):  # a pattern, which PEFT does not join with a list
+            modules = (key.rpartition(".lora_")[0].removeprefix(PREFIX) for key in read_header(folder / ADAPTER))
+            config.target_modules = set(filter(None, modules))
+    adapted.add_weighted_adapter(names, [1.0] * len(names), "combined", combination_type="cat")
+    tensors = get_peft_model_state_dict(adapted, adapter_name="combined")
+    config, last = adapted.peft_config["combined"], LoraConfig.from_pretrained(str(folders[-1]))
+    config.task_type, config.modules_to_save = last.task_type, last.modules_to_save
+    return tensors | ({} if head is None else {HEAD: head}), config
 
 
-def _not_exact(config: LoraConfig, tensors: dict[str, Tensor], last: bool) -> str | None:
+def _not_exact(folder: Path, last: bool) -> str | None:
     """Say why an adapter cannot be combined exactly, if it cannot."""
-    plain = LoraConfig().to_dict()
-    for key, value in config.to_dict().items():
-        harmless = key in MAY_DIFFER or (key, value) == ("init_lora_weights", "gaussian")
-        if value and value != plain[key] and not harmless:
+    for key, value in read_json(folder / CONFIG).items():
+        harmless = key == "modules_to_save" and set(value or ()) <= set(HEADS)
+        harmless |= (key, value) == ("init_lora_weights", "gaussian")
+        if key not in MAY_DIFFER and not harmless and not is_off(key, value):
             return f"its setting {key} is {value!r}"
-    others = [key for key in tensors if not key.endswith(LINEAR)]
-    if any(".lora_" in key for key in others):
-        return "it adapts an embedding"
-    if whole := [*sorted(set(config.modules_to_save or ()) - {"score", "classifier"}), *([] if last else others)]:
-        return f"it replaces a whole module of its base ({whole[0]})"
-    if not last and any(".lm_head." in key for key in tensors):
-        return "it adapts the output layer, which a base may share with its embedding"
+    for key in read_header(folder / ADAPTER):
+        if not key.endswith(LINEAR) and not (last and key == HEAD):
+            return f"it adapts an embedding, or replaces a tensor of its base ({key})"
+        if not last and ".lm_head." in key:
+            return "it adapts the output layer, which a base may share with its embedding"
     return None
-
-
-def _scaling(config: LoraConfig, module: str, tensors: dict[str, Tensor]) -> float:
-    """The scaling of a module; patterns are matched as `peft` does it."""
-    patterns, rank = config.alpha_pattern, len(tensors[module + LORA_A])
-    alpha = patterns.get(get_pattern_key(patterns, module.removeprefix(PREFIX)), config.lora_alpha)
-    return float(alpha / (sqrt(rank) if config.use_rslora else rank))

@@ -1,10 +1,12 @@
-"""`adapter export`: a folder with one stage's adapter that others can load, and the evidence of what it is.
+"""`adapter export`: a folder with one stage's adapter that others can load, and the evidence of what it is; and
+`adapter merge`: an adapter folded into its base, as a model of its own that answers, or scores, the same.
 
-Writes the adapter, the tokenizer with its chat template, `probe.json` (texts and the run's outputs for them),
+An export has the adapter, the tokenizer with its chat template, `probe.json` (texts and the run's outputs for them),
 `evidence.json`, `lineage.json`, `README.md` (the card), the Pareto figure, and `base/` where that has no public id.
 The folder appears when a fresh process has verified it.
 
     rlhf-trl adapter export runs/demo grpo shared/demo-grpo
+    rlhf-trl adapter merge shared/demo-grpo merged/demo-grpo
 """
 
 from __future__ import annotations
@@ -19,26 +21,29 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf_trl.adapters import files
-from rlhf_trl.adapters.base import Base, find_base, lora_chain, require_stage
+from rlhf_trl.adapters import check as files
 from rlhf_trl.adapters.card import render_card
-from rlhf_trl.adapters.check import require_sound
+from rlhf_trl.adapters.check import list_files, require_sound
 from rlhf_trl.adapters.combine import combine
-from rlhf_trl.adapters.evidence import describe, gather, kind_of
+from rlhf_trl.adapters.evidence import Base, describe, find_base, gather, kind_of, lora_chain, require_current
+from rlhf_trl.adapters.load import load, locate_base
 from rlhf_trl.adapters.probe_program import outputs
-from rlhf_trl.adapters.verify import verify
-from rlhf_trl.models.base import MODEL_FILES, adapter_config, load_classifier, load_weights
+from rlhf_trl.adapters.verify import require_equal, verify
+from rlhf_trl.models.base import MODEL_FILES, load_classifier, load_weights
+from rlhf_trl.models.policies import adapter_config
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
-from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.documents import now
+from rlhf_trl.run.environment import now
 from rlhf_trl.run.files import read_json, read_jsonl, staged, write_json, write_text
 from rlhf_trl.run.layout import RunDir
 
+# What the outputs of a merged model are compared on.
+TEXTS = (("What is a good way to learn a language?", "Read a little every day, and talk to people."),
+         ("Why is the sky blue?", "Because air scatters blue light more than red."))  # fmt: skip
 PROBE_PAIRS = 4  # of the held-out data, whose texts are the probe
 TALK = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
 # A template that writes what another one does, up to the last end token.
@@ -64,10 +69,9 @@ def export(
             adapters cannot be combined exactly; the base is large and has no public id; the export does not do what
             the run's adapter does, or names a place on this machine.
     """
-    files.require_new(out)
-    recipe = require_stage(run, stage)
+    require_new(out)
+    recipe = require_current(run, stage)
     stages = lora_chain(recipe, stage)
-    _require_current(recipe, run, stage)
     base = find_base(recipe, run, stages[0], base_id, revision, ship)
     kind, tokenizer = kind_of(recipe, stage), recorded_tokenizer(recipe, run, stage)
     _require_no_date(tokenizer)
@@ -79,35 +83,27 @@ def export(
             for file in flatten(*map(base.folder.glob, MODEL_FILES)):
                 shutil.copyfile(file, folder / files.BASE / file.name)
             if kind == "reward":
-                config = read_json(folder / files.BASE_CONFIG)
-                write_json(folder / files.BASE_CONFIG, config | one_score(tokenizer))
-        probe, rounding = _probe(run, stages, base, kind, tokenizer)
-        write_json(folder / files.PROBE, probe)
-        verification = verify(folder, kind, base.folder, base.id, base.revision)
-        verification |= {"rounding": rounding, "dtype": "float32", "finished": now()}
+                write_json(folder / files.BASE_CONFIG, read_json(folder / files.BASE_CONFIG) | one_score(tokenizer))
+        write_json(folder / files.PROBE, _probe(run, stages, base, kind, tokenizer))
+        verification = verify(folder, kind, base.folder, base.id, base.revision) | {"finished": now()}
         lineage = describe(recipe, run, stages, base, folder) | {"verification": verification}
         evidence = gather(recipe, run, stage)
         write_json(folder / files.EVIDENCE, evidence)
         if kind == "policy" and evidence["policy"] and run.figure("pareto").exists():
             shutil.copyfile(run.figure("pareto"), folder / files.FIGURE)
         write_text(folder / files.CARD, render_card(lineage, evidence, (folder / files.FIGURE).exists()))
-        hashes = {name: hash_file(file) for name, file in files.list_files(folder).items()}
+        hashes = {name: hash_file(file) for name, file in list_files(folder).items()}
         write_json(folder / files.LINEAGE, lineage | {"files": hashes})
         require_sound(folder, base.folder)
         _require_no_path(folder, (str(run.root.resolve()), str(base.folder.resolve())))
     return lineage
 
 
-def _require_current(recipe: Recipe, run: RunDir, stage: str) -> None:
-    """Refuse a stage if it, or one that it rests on, is not finished, not current, or older than its own parent."""
-    names = [*recipe.parents(stage), stage]
-    for name in names:
-        require_stage(run, name)
-    for name in names:
-        for parent in (recipe.stages[name].init, recipe.stages[name].reward):
-            if parent is not None and run.finished(name) < run.finished(parent):
-                problem = f"its parent {parent!r} was trained again afterwards"
-                raise UserError(str(run.step(name)), problem, f"train {name!r} again")
+def require_new(out: Path) -> None:
+    """Refuse, by a UserError, to write over what is there; make the folder around it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(str(out), "this is there already", "name a folder that does not exist")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _require_no_date(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -122,20 +118,18 @@ def _require_no_date(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _require_no_path(folder: Path, paths: Sequence[str]) -> None:
-    for name, file in files.list_files(folder).items():
-        if file.suffix in (".json", ".md", ".jinja"):
-            text = file.read_text(encoding="utf-8")
-            for path in paths:
-                if path in text:
-                    raise UserError(name, f"the export would name a place on this machine: {path}", "report this")
+    for name, file in list_files(folder).items():
+        text = file.read_text(encoding="utf-8") if file.suffix in (".json", ".md", ".jinja") else ""
+        if told := [path for path in paths if path in text]:
+            raise UserError(name, f"the export would name a place on this machine: {told[0]}", "report this")
 
 
 def _write_adapter(adapters: Sequence[Path], base: Base, folder: Path) -> None:
     if len(adapters) == 1:
         tensors, config = load_file(adapters[0] / files.ADAPTER), LoraConfig.from_pretrained(str(adapters[0]))
     else:
-        tensors, config = combine(adapters)
-    config.base_model_name_or_path, config.revision = base.name, base.revision
+        tensors, config = combine(base.folder, adapters)
+    config.base_model_name_or_path, config.revision = base.id or f"./{files.BASE}", base.revision
     config.inference_mode = True
     config.save_pretrained(folder)
     save_file(tensors, folder / files.ADAPTER, metadata={"format": "pt"})
@@ -151,26 +145,22 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path)
     """Save a tokenizer without the place that it was read from.
 
     That of a reward model pads on the right: models with learned positions, such as GPT-2, take padding on the left
-    for text. A plain call of it on a text of its template gives the tokens that `score` reads.
+    for text. A plain call of it on a text of its template gives the tokens that `score` reads: the template ends on
+    the end token, and nothing is added.
     """
-    tokenizer.padding_side = "right" if kind == "reward" else "left"
+    tokenizer.padding_side = "left"
     if kind == "reward":
-        _read_as_scored(tokenizer)
+        tokenizer.padding_side, text = "right", tokenizer.apply_chat_template(TALK, tokenize=False)
+        if not text.endswith(tokenizer.eos_token):
+            tokenizer.chat_template = ENDED.format(template=tokenizer.chat_template.removesuffix("\n"))
+        if tokenizer(text).input_ids != tokenizer(text, add_special_tokens=False).input_ids:
+            tokenizer.add_bos_token = tokenizer.add_eos_token = False
     tokenizer.save_pretrained(folder)
     tokenizer.padding_side = "left"
     settings = read_json(folder / files.TOKENIZER_CONFIG)
     for key in ("is_local", "local_files_only", "name_or_path"):
         settings.pop(key, None)
     write_json(folder / files.TOKENIZER_CONFIG, settings)
-
-
-def _read_as_scored(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a conversation end on its end token, whatever its template writes behind that, and add no tokens to it."""
-    text = tokenizer.apply_chat_template(TALK, tokenize=False)
-    if not text.endswith(tokenizer.eos_token):
-        tokenizer.chat_template = ENDED.format(template=tokenizer.chat_template.removesuffix("\n"))
-    if tokenizer(text).input_ids != tokenizer(text, add_special_tokens=False).input_ids:
-        tokenizer.add_bos_token = tokenizer.add_eos_token = False
 
 
 def one_score(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -181,35 +171,60 @@ def one_score(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _probe(
     run: RunDir, stages: Sequence[str], base: Base, kind: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, Any], dict[str, float] | None]:
-    """Compute the run's outputs for a few held-out texts, on the CPU in float32.
+) -> dict[str, Any]:
+    """Compute the run's outputs for a few held-out texts, on the CPU in float32, with its adapters merged one by one.
 
     Returns:
-        The probe: of each text the token ids and the outputs, which are its score, or the logit of each next token.
-        And how far the run's merged start, in the precision of the recipe, rounds them; None without such a start.
+        Of each text the token ids and the outputs, which are its score, or the logit of each next token.
     """
     sides = {"reward": ("chosen", "rejected"), "policy": ("chosen",)}[kind]
     pairs = read_jsonl(run.pairs("test"))[:PROBE_PAIRS]
     texts = [list(flatten(*encode(tokenizer, pair["prompt"], pair[side]))) for pair in pairs for side in sides]
-    adapters = [run.adapter(name) for name in stages]
-    found = _outputs(base.folder, adapters, kind, tokenizer, texts)
-    rounding = None
-    if len(stages) > 1 and run.model(stages[-2]).exists():
-        started = _outputs(run.model(stages[-2]), adapters[-1:], kind, tokenizer, texts)
-        rounding = {"difference": float(np.max(np.abs(np.hstack(found) - np.hstack(started))))}
-    rows = [{"input_ids": ids, "outputs": values} for ids, values in zip(texts, found, strict=True)]
-    return {"kind": kind, "dtype": "float32", "rows": rows}, rounding
-
-
-def _outputs(
-    start: Path, adapters: Sequence[Path], kind: str, tokenizer: PreTrainedTokenizerBase, texts: list[list[int]]
-) -> list[list[float]]:
-    """Compute the outputs of a model with adapters, all but the last of which are merged into it, one by one."""
     config = ModelConfig(dtype="float32")
     if kind == "reward":
-        model: Any = load_classifier(str(start), config, tokenizer)
+        model: Any = load_classifier(str(base.folder), config, tokenizer)
     else:
-        model = load_weights(AutoModelForCausalLM, str(start), config)
-    for folder in adapters[:-1]:
+        model = load_weights(AutoModelForCausalLM, str(base.folder), config)
+    for stage in stages[:-1]:
+        folder = run.adapter(stage)
         model = PeftModel.from_pretrained(model, folder, config=adapter_config(folder)).merge_and_unload()
-    return outputs(PeftModel.from_pretrained(model, adapters[-1]), [torch.tensor(ids) for ids in texts])
+    found = outputs(PeftModel.from_pretrained(model, run.adapter(stages[-1])), [torch.tensor(ids) for ids in texts])
+    rows = [{"input_ids": ids, "outputs": values} for ids, values in zip(texts, found, strict=True)]
+    return {"kind": kind, "dtype": "float32", "rows": rows}
+
+
+def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
+    """Merge an adapter into its base in float32, and compare what was saved with the adapter.
+
+    They are compared in float64: in float32, rounding on the way through the layers is larger than what merging does.
+
+    Returns:
+        The largest absolute `difference` of an output, and the `largest` absolute output.
+
+    Raises:
+        UserError: the adapter or the base is not sound, the base is quantised, or the merged model's outputs differ.
+    """
+    require_new(out)
+    path = locate_base(folder, base)
+    if read_json(path / "config.json").get("quantization_config") is not None:
+        problem = "the base is quantised: merged weights would be rounded to its few values"
+        raise UserError(str(path), problem, "merge into the base in full precision: --base")
+    model, tokenizer, task = load(folder, path, "float32")
+    pairs = [encode(tokenizer, [{"role": "user", "content": text}], answer) for text, answer in TEXTS]
+    texts = [torch.tensor(prompt + answer) for prompt, answer in pairs]
+    before = np.hstack(outputs(model.double(), texts))
+    classifier = task == "SEQ_CLS"
+    with staged(out) as target:
+        merged = model.float().merge_and_unload()  # back from float64 nothing is lost
+        if classifier:
+            merged.config.update(one_score(tokenizer))
+        merged.save_pretrained(target)
+        write_tokenizer(tokenizer, "reward" if classifier else "policy", target)
+        del merged, model  # one copy in memory at a time
+        auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        after = np.hstack(outputs(auto.from_pretrained(target, dtype="float64", trust_remote_code=False), texts))
+        found = {"difference": float(np.abs(before - after).max()), "largest": float(np.abs(before).max())}
+        require_equal(str(folder), "the merged model", **found)
+        lineage = read_json(folder / files.LINEAGE) if (folder / files.LINEAGE).exists() else None
+        write_json(target / files.LINEAGE, {"merged": found, "adapter": lineage})
+    return found

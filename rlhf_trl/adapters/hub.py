@@ -6,13 +6,16 @@ rlhf-trl adapter push shared/demo-grpo me/demo-grpo --yes    # uploads it to a p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.adapters.check import require_sound
-from rlhf_trl.adapters.files import BASE, EVIDENCE, LINEAGE, REPOSITORY, list_files
+from httpx2 import TransportError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from rlhf_trl.adapters.check import BASE, EVIDENCE, LINEAGE, REPOSITORY, list_files, require_sound
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json
 from rlhf_trl.text.display import first_line, visible
@@ -21,20 +24,8 @@ from rlhf_trl.text.format import format_estimate
 COLUMNS = ("folder", "run", "stage", "trainer", "base", "gain", "KL", "win rate", "accuracy", "MB")
 
 
-@dataclass(frozen=True)
-class Upload:
-    """What goes where."""
-
-    repository: str
-    private: bool
-    files: dict[str, int]  # name -> bytes
-
-
-def plan(folder: Path, repository: str, public: bool) -> Upload:
-    """Check an export and the repository's name, and list what would be uploaded; a UserError says what is wrong."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
+def plan(folder: Path, repository: str) -> dict[str, int]:
+    """Check an export and the repository's name; return the files that would be uploaded, and the bytes of each."""
     if not REPOSITORY.fullmatch(repository):
         raise UserError("REPO", f"{repository!r} is not the name of a repository", "give OWNER/NAME")
     try:
@@ -44,44 +35,41 @@ def plan(folder: Path, repository: str, public: bool) -> Upload:
     require_sound(folder)
     if not (folder / LINEAGE).exists():
         raise UserError(str(folder), "there is no lineage.json: it was not exported", "use `rlhf-trl adapter export`")
-    return Upload(repository, not public, {name: file.stat().st_size for name, file in list_files(folder).items()})
+    return {name: file.stat().st_size for name, file in list_files(folder).items()}
 
 
-def push(folder: Path, upload: Upload) -> str:
+def push(folder: Path, repository: str, files: Iterable[str], private: bool) -> str:
     """Upload what was planned, in one commit, and return its address.
 
     Raises:
         UserError: the upload fails, or the repository is there, and public though it is to be private.
     """
-    from httpx2 import TransportError
-    from huggingface_hub import HfApi
-
     api, message = HfApi(), f"Export of {read_json(folder / LINEAGE)['stage']}"
     try:
-        api.create_repo(upload.repository, private=upload.private, exist_ok=True)
-        if upload.private and not api.model_info(upload.repository).private:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
             problem = "the repository is there, and everybody can read it"
-            raise UserError(upload.repository, problem, "choose another name, or say --public")
-        commit = api.upload_folder(repo_id=upload.repository, folder_path=folder, allow_patterns=list(upload.files),
+            raise UserError(repository, problem, "choose another name, or say --public")
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(files),
                                    commit_message=message)  # fmt: skip
     except (OSError, TransportError) as error:  # the Hub's own errors, no token, no network
         problem = f"the upload failed: {first_line(error)}"
-        raise UserError(upload.repository, problem, "check the network, and log in with `hf auth login`") from error
+        raise UserError(repository, problem, "check the network, and log in with `hf auth login`") from error
     return str(commit.commit_url)
 
 
-def list_exports(folder: Path) -> list[dict[str, str]]:
+def list_exports(folder: Path) -> list[list[str]]:
     """Describe the exports below a folder, a row of `COLUMNS` for each: what was not measured is empty, the `run` of
     one that is damaged is `unreadable`."""
     if not folder.is_dir():
         raise UserError(str(folder), "there is no such folder", "give the folder that holds exports")
     rows = []
     for export in sorted(path.parent for path in folder.rglob(LINEAGE) if (path.parent / EVIDENCE).exists()):
+        name = export.relative_to(folder).as_posix()
         try:
-            values = [visible(value) for value in _describe(export)]
+            rows.append([visible(value) for value in (name, *_describe(export))])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged, wherever
-            values = ["unreadable", *[""] * (len(COLUMNS) - 2)]
-        rows.append(dict(zip(COLUMNS, [visible(export.relative_to(folder).as_posix()), *values], strict=True)))
+            rows.append([visible(name), "unreadable", *[""] * (len(COLUMNS) - 2)])
     return rows
 
 

@@ -22,9 +22,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf_trl.adapters.base import require_stage
-from rlhf_trl.adapters.check import notes, require_sound
-from rlhf_trl.adapters.files import BASE, CONFIG, TOKENIZER_CONFIG
+from rlhf_trl.adapters.check import BASE, CONFIG, TOKENIZER_CONFIG, notes, require_sound
+from rlhf_trl.adapters.evidence import require_stage
 from rlhf_trl.models import rewards
 from rlhf_trl.models.base import base_block, fetch, load_causal, load_classifier, prompt_room, start_path
 from rlhf_trl.models.rewards import RewardModel
@@ -34,7 +33,7 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Decoding
 from rlhf_trl.run.files import read_json
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.text.display import first_line, visible
+from rlhf_trl.text.display import first_line
 
 # What the libraries raise at files that others wrote: `tokenizers` raises nothing narrower.
 FOREIGN = (Exception,)
@@ -61,7 +60,7 @@ class Policy:
 
     def answer_all(
         self, prompts: Sequence[Messages], max_new_tokens: int = 256, temperature: float = 1.0, seed: int = 0,
-        batch_size: int = 16, progress: str = "",
+        batch_size: int = 16,
     ) -> list[str]:  # fmt: skip
         """Answer conversations that end on a user turn; a seed and a prompt fix the answer, whatever the others are.
 
@@ -71,25 +70,9 @@ class Policy:
             UserError: the model has not more positions than `max_new_tokens`.
         """
         room = prompt_room(self.model, max_new_tokens)
-        decoding = Decoding(temperature=temperature)
-        found = sample(self.model, self.tokenizer, prompts, max_new_tokens, batch_size, seed, decoding,
-                       max_prompt_tokens=room, progress=progress)  # fmt: skip
+        found = sample(self.model, self.tokenizer, prompts, max_new_tokens, batch_size, seed,
+                       Decoding(temperature=temperature), max_prompt_tokens=room)  # fmt: skip
         return [one.text for one in found]
-
-
-class Conversation:
-    """What was said so far to one policy, and how it answers."""
-
-    def __init__(self, policy: Policy, max_new_tokens: int, temperature: float, seed: int):
-        self._policy, self._how = policy, (max_new_tokens, temperature, seed)
-        self.turns: Messages = []
-
-    def reply(self, text: str) -> str:
-        """Say something and get the answer, with every character that acts on a terminal spelt out."""
-        self.turns.append({"role": "user", "content": text})
-        answer = self._policy.answer(self.turns, *self._how)
-        self.turns.append({"role": "assistant", "content": answer})
-        return visible(answer)
 
 
 def load_policy(
@@ -106,12 +89,9 @@ def load_policy(
         AdapterError: with everything that is wrong with the adapter, or with this base for it.
         UserError: it is a reward adapter, or the base cannot be reached.
     """
-    if stage is not None:
-        return _load_stage(RunDir(Path(folder)), stage)
-    return Policy(*_load(Path(folder), base, "CAUSAL_LM", dtype))
-
-
-def _load_stage(run: RunDir, stage: str) -> Policy:
+    if stage is None:
+        return Policy(*load(Path(folder), base, dtype, "CAUSAL_LM")[:2])
+    run = RunDir(Path(folder))
     recipe = require_stage(run, stage)
     tokenizer, adapted = recorded_tokenizer(recipe, run), bool(recipe.model_block(stage).get("use_peft"))
     path = start_path(recipe, run, stage) if adapted else str(run.model(stage))
@@ -125,7 +105,7 @@ def load_reward_model(folder: str | Path, base: str | Path | None = None, stage:
     if stage is not None:
         run = RunDir(Path(folder))
         return rewards.load_reward_model(require_stage(run, stage), run, stage)
-    model, tokenizer = _load(Path(folder), base, "SEQ_CLS", "float32")
+    model, tokenizer, _ = load(Path(folder), base, "float32", "SEQ_CLS")
     return RewardModel(model.requires_grad_(False), tokenizer)
 
 
@@ -142,22 +122,24 @@ def locate_base(folder: Path, base: str | Path | None) -> Path:
     return fetch(config["base_model_name_or_path"], config.get("revision"))
 
 
-def _load(folder: Path, base: str | Path | None, task: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(
+    folder: Path, base: str | Path | None, dtype: str, task: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase, str]:
     """Check an adapter and its base, and lay the one on the other; with the adapter's own tokenizer, or that of its
-    base where others have left it out."""
-    path = locate_base(folder, base)
-    found = read_json(folder / CONFIG)["task_type"]
-    if found != task:
+    base where others have left it out. `task`, a key of `KINDS`, is refused if the adapter has another; returned, too.
+    """
+    path, found = locate_base(folder, base), read_json(folder / CONFIG)["task_type"]
+    if task not in (None, found):
         problem = f"the adapter is of {KINDS[found]}, not of {KINDS[task]}"
         raise UserError(str(folder), problem, "use the other command, or load function")
     if path != folder / BASE:  # which was checked with the adapter
         require_sound(folder, path)
     for note in notes(folder):
         warnings.warn(f"{folder}: {note}", stacklevel=3)
-    load = load_classifier if task == "SEQ_CLS" else load_causal
     try:
         tokenizer = set_up_tokenizer(str(folder if (folder / TOKENIZER_CONFIG).exists() else path), {})
-        adapted = PeftModel.from_pretrained(load(str(path), ModelConfig(dtype=dtype), tokenizer), folder)
+        read = load_classifier if found == "SEQ_CLS" else load_causal
+        adapted = PeftModel.from_pretrained(read(str(path), ModelConfig(dtype=dtype), tokenizer), folder)
         adapted = adapted.to(PartialState().device).eval()
         with torch.no_grad():
             ids = tokenizer("Hello.", return_tensors="pt").input_ids
@@ -168,4 +150,4 @@ def _load(folder: Path, base: str | Path | None, task: str, dtype: str) -> tuple
     except FOREIGN as error:
         problem = f"the adapter cannot be laid on its base: {first_line(error)}"
         raise UserError(str(folder), problem, "ask its author for another one") from error
-    return adapted, tokenizer
+    return adapted, tokenizer, found

@@ -1,7 +1,7 @@
 """The program that `check` runs for a chat template: render a talk as `transformers` does.
 
-Limits its own time and memory. Reads JSON from standard input: the `text` of `chat_template.jinja`, or null, and the
-`settings` of the tokenizer. Ends with 0 where it has rendered; otherwise, the last line of its errors says why not.
+Limits its own time and memory. Reads JSON from standard input: the text of `chat_template.jinja`, or null, and the
+settings of the tokenizer. Ends with 0 where it has rendered; otherwise, the last line of its errors says why not.
 
     python -I render_program.py < template.json
 """
@@ -37,13 +37,12 @@ def _raise(message: str) -> None:
 
 
 def _say(kind: type[BaseException], error: BaseException, _: Any) -> None:
-    """Say in a line what a template has raised, instead of a traceback."""
-    sys.stderr.write(f"{kind.__name__}: {' '.join(str(error)[:200].split())}\n")
+    sys.stderr.write(f"{kind.__name__}: {' '.join(str(error)[:200].split())}\n")  # a line instead of a traceback
 
 
 def main() -> None:
     sys.excepthook = _say
-    given = json.load(sys.stdin)
+    text, settings = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     environment = ImmutableSandboxedEnvironment(
@@ -51,9 +50,9 @@ def main() -> None:
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **({"ensure_ascii": False} | options))
     environment.globals |= {"raise_exception": _raise, "strftime_now": datetime.now().strftime}
-    own, settings = given["settings"].pop("chat_template", None), given["settings"]
+    own = settings.pop("chat_template", None)
     named = {"default": own} if isinstance(own, str) else {one["name"]: one["template"] for one in own or ()}
-    template = environment.from_string(named["default"] if given["text"] is None else given["text"])
+    template = environment.from_string(named["default"] if text is None else text)
     tokens = {key: value.get("content") if isinstance(value, dict) else value
               for key, value in settings.items() if key.endswith("_token")}  # fmt: skip
     for messages, begin in ((TALK[:1], True), (TALK, False), (TALK * 2, False)):

@@ -24,10 +24,8 @@ EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 OUTPUT = "lm_head"
 LAYER = re.compile(r"\.\d+\.")
 # Settings of a model that count its layers, and its other parts.
-LAYERS, PARTS = (
-    re.compile(r"^(?!max_)(.*_)?(layers?|blocks|depths?)$"),
-    re.compile(r"^(n|num)_(?!ctx|pos)|_(heads|experts)$"),
-)
+LAYERS = re.compile(r"^(?!max_)(.*_)?(layers?|blocks|depths?)$")
+PARTS = re.compile(r"^(n|num)_(?!ctx|pos)|_(heads|experts)$")
 # How a model computes, in the code of `transformers` itself: another name is that of a kernel to be fetched.
 IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "batched_mm",
                    "grouped_mm")  # fmt: skip
@@ -41,7 +39,7 @@ def check_tensors(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     """Say what is wrong with an adapter by itself: a tensor that is neither LoRA nor the head, is empty, not finite or
     half there, that the settings do not ask for, or that is missing in a layer."""
     classifier, modules = config["task_type"] == "SEQ_CLS", modules_of(tensors)
-    # With the name of an adapter in it (`lora_A.default.weight`), `peft` loads nothing and says nothing.
+    # With the name of an adapter in it (`lora_A.default.weight`), PEFT loads nothing and says nothing.
     magnitudes = (MAGNITUDE,) if config.get("use_dora") else ()
     for key, tensor in tensors.items():
         if tensor.is_empty:
@@ -60,34 +58,10 @@ def check_tensors(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
         yield f"the reward head has the shape {tensors[HEAD].shape}, not that of one score"
     if not modules:
         yield "there is no LoRA tensor in it"
-    for module in sorted({key.removesuffix(MAGNITUDE) for key in tensors if key.endswith(magnitudes)} - set(modules)):
-        yield f"there are magnitudes of {module}, and no LoRA"
+    layers: defaultdict[str, set[str]] = defaultdict(set)  # modules but for the number of their layer -> the layers
     for module, ends in modules.items():
-        yield from _check_module(config, tensors, module, (*ends, *magnitudes))
-    yield from _check_layers(config, modules)
-
-
-def _check_module(config: Mapping[str, Any], tensors: Tensors, module: str, ends: tuple[str, ...]) -> Iterator[str]:
-    """Say what is wrong with the factors of a module, and their magnitudes where those are asked for."""
-    name = module.removeprefix(PREFIX)
-    if missing := [module + end for end in ends if module + end not in tensors]:
-        yield f"the tensor {missing[0]} is missing"
-        return
-    down, up, *magnitudes = (tensors[module + end].shape for end in ends)
-    if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
-        yield f"the shapes of {module} do not fit each other: {down} and {up}"
-    elif down[0] != (rank := rank_of(config, name)):
-        yield f"{module} has rank {down[0]}, and the configuration says {rank}"
-    elif magnitudes not in ([], [up[:1]]):
-        yield f"the magnitudes of {module} are not one for each of its {up[0]} outputs"
-    elif not is_target(config, name):
-        yield f"the settings do not ask for LoRA on {module}: a loader would leave its tensors out"
-
-
-def _check_layers(config: Mapping[str, Any], modules: Iterable[str]) -> Iterator[str]:
-    """Compare the layers with each other: a module that the settings ask for is in every one."""
-    layers: defaultdict[str, set[str]] = defaultdict(set)
-    for module in modules:
+        if problem := _check_module(config, tensors, module, (*ends, *magnitudes)):
+            yield problem
         if layer := LAYER.search(module):
             layers[module.replace(layer[0], ".*.", 1)].add(layer[0])
     every = set().union(*layers.values())
@@ -97,11 +71,27 @@ def _check_layers(config: Mapping[str, Any], modules: Iterable[str]) -> Iterator
             yield f"the tensors of the target module {asked[0]} are missing"
 
 
+def _check_module(config: Mapping[str, Any], tensors: Tensors, module: str, ends: tuple[str, ...]) -> str | None:
+    """Say what is wrong with the factors of a module, and their magnitudes where those are asked for."""
+    name = module.removeprefix(PREFIX)
+    if missing := [module + end for end in ends if module + end not in tensors]:
+        return f"the tensor {missing[0]} is missing"
+    down, up, *magnitudes = (tensors[module + end].shape for end in ends)
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+        return f"the shapes of {module} do not fit each other: {down} and {up}"
+    if down[0] != (rank := rank_of(config, name)):
+        return f"{module} has rank {down[0]}, and the configuration says {rank}"
+    if magnitudes not in ([], [up[:1]]):
+        return f"the magnitudes of {module} are not one for each of its {up[0]} outputs"
+    unasked = f"the settings do not ask for LoRA on {module}: a loader would leave its tensors out"
+    return None if is_target(config, name) else unasked
+
+
 def check_base(config: Mapping[str, Any], tensors: Tensors, weights: Tensors) -> Iterator[str]:
     """Say in what a sound adapter does not fit its base: a module that is not there or has another shape, the width
     that the reward head reads, a target without tensors. A later one may follow from the first."""
-    matrices = {key: tensor.shape for key, tensor in weights.items() if len(tensor.shape) == 2}
-    sizes = {_short(key.removesuffix(".weight")): shape for key, shape in matrices.items()}
+    matrices = {key.removesuffix(".weight"): tensor.shape for key, tensor in weights.items() if len(tensor.shape) == 2}
+    sizes = {_short(key): shape for key, shape in matrices.items()}
     embedding = next((sizes[short] for short in sorted(sizes) if short.split(".")[-1] in EMBEDDINGS), None)
     if embedding is not None:
         sizes.setdefault(OUTPUT, embedding)  # tied: the base keeps one matrix for both
@@ -165,9 +155,9 @@ def vllm_rank(rank: int) -> int | None:
 
 
 def modules_of(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Name of each module with LoRA, sorted -> the ends of the names of its two tensors."""
-    return {key.removesuffix(end): ends for key in sorted(tensors) for ends in (LINEAR, EMBEDDING)
-            for end in ends if key.endswith(end)}  # fmt: skip
+    """Name of each module with LoRA, or magnitudes -> the ends of the names of its two tensors."""
+    kinds = {MAGNITUDE: LINEAR} | {end: ends for ends in (LINEAR, EMBEDDING) for end in ends}
+    return {key.removesuffix(end): ends for end, ends in kinds.items() for key in sorted(tensors) if key.endswith(end)}
 
 
 def _short(name: str) -> str:

@@ -1,17 +1,20 @@
-"""What `adapter_config.json` may say, and which modules it asks for, as `peft` reads it.
+"""What `adapter_config.json` may say, and which modules it asks for.
 
-Keys, types and values are an allow-list. What `peft` would ignore, or what is more than A and B beside weights of the
-base, is refused. Works on parsed JSON.
+Keys, types and values are an allow-list: those below, and PEFT's own defaults. What PEFT would ignore, or what is more
+than A and B beside weights of the base, is refused. Works on parsed JSON.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
+import peft
 from packaging.version import InvalidVersion, Version
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 try:
@@ -19,21 +22,10 @@ try:
 except ImportError:  # Python 3.10
     import sre_parse as parser
 
-REVISION = r"^\w([\w/-]|\.(?!\.))*\Z"
 # Settings that make a loader import what they name, in any file.
 IMPORTS = ("auto_mapping", "megatron_config", "auto_map")
-# Settings that must be off, and why.
-OFF = {
-    "layer_replication": ": it repeats layers of the base",
-    "kasa_config": ": it cuts off small singular values of the base",
-    "trainable_token_indices": ": it replaces rows of the embedding",
-    "lora_bias": ": biases of A and B are not read",
-    "alora_invocation_tokens": ": it acts on a part of a text only",
-    "ensure_weight_tying": ": it ties tensors that are not in the file",
-    **dict.fromkeys(("arrow_config", "corda_config", "enable_lora", "eva_config", "loftq_config", "lora_ga_config",
-                     "merge_weights", "monteclora_config", "runtime_config", "target_parameters", "use_bdlora",
-                     "use_qalora", "velora_config"), ": it changes the base, or what is added to it"),
-}  # fmt: skip
+PLAIN = LoraConfig().to_dict()
+HEADS = ("score", "classifier")
 # `re` tries one way after the other to match. A star over one character multiplies them by about so many.
 STAR, MOST_WAYS, MOST_PATTERNS = 30, 2_000_000, 500
 REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
@@ -52,10 +44,8 @@ def _ways(parsed: Any) -> int:
             ways *= _ways(value[3])
         elif name in REPEATS and len(value[2]) == 1 and str(value[2][0][0]) in SINGLE:
             ways *= STAR if value[1] > 1 else 2
-        elif name in REPEATS and value[1] <= 1:
-            ways *= 1 + _ways(value[2])
-        elif name in ("ASSERT", "ASSERT_NOT"):
-            ways *= 1 + _ways(value[1])
+        elif name in (*REPEATS, "ASSERT", "ASSERT_NOT") and value[-2] <= 1:
+            ways *= 1 + _ways(value[-1])
         elif name not in (*SINGLE, "AT"):
             raise ValueError("it repeats a group, or refers to one")
     return ways
@@ -70,85 +60,80 @@ def _count(pattern: str) -> int:
         raise ValueError(str(error)) from error
 
 
-def _end(pattern: str) -> str:
-    """The pattern of full names that `peft` makes of one for their ends."""
-    return rf"(.*\.)?({pattern})$"
-
-
 def _safe(pattern: str) -> str:
     if _count(pattern) > MOST_WAYS:
         raise ValueError("it can match in too many ways")
     return pattern
 
 
+def _end(pattern: str) -> str:
+    """The pattern of full names that PEFT makes of one for their ends."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _known(written: str) -> str:
     try:
-        known = Version(written.partition("@")[0]) <= Version(version("peft"))
+        if Version(written.partition("@")[0]) <= Version(peft.__version__):
+            return written
     except InvalidVersion as error:
         raise ValueError(str(error)) from error
-    if not known:
-        raise ValueError("newer")
-    return written
+    raise ValueError("newer")
 
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*\Z", max_length=200)]
 Pattern = Annotated[str, Field(max_length=2_000), AfterValidator(_safe)]
 End = Annotated[Pattern, AfterValidator(lambda text: _safe(_end(text)) and text)]
 Names = Pattern | Annotated[list[Name], Field(min_length=1, max_length=20_000)]
 Known = Annotated[str, AfterValidator(_known)]
 Flag = Annotated[bool, Field(description=", not true or false")]
-# What `peft` saves whole for a classifier, under either name.
-Head = Literal["score", "classifier"]
 SAFE = "; in a pattern, no group repeats, and at most four stars stand over single characters"
 NAMES = f", neither a pattern nor a list of names{SAFE}"
 RANKS = f", not names, each with a whole number from 1 to 4096{SAFE}"
 NUMBERS = f", not names with finite numbers{SAFE}"
-LATER = f", and what is installed is PEFT {version('peft')}: a later one may mean more"
+ONLY = ": only the reward head of a base may be replaced"
+LATER = f", and what is installed is PEFT {peft.__version__}: a later one may mean more"
 
 
 class LoraSettings(BaseModel):
     """What may be set; the description of a field is said after its name and value."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", regex_engine="python-re")  # strict: `true` is no number
+    model_config = ConfigDict(strict=True, extra="allow", regex_engine="python-re")  # strict: `true` is no number
 
     peft_type: Literal["LORA"] = Field(description=", not 'LORA'")
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = Field(description=", of neither a policy nor a reward model")
     peft_version: Known | None = Field(None, description=LATER)
     base_model_name_or_path: Any = None  # see `check`
-    revision: str | None = Field(None, pattern=REVISION, description=", not a branch, a tag or a commit")
+    revision: str | None = Field(None, pattern=r"^\w([\w/-]|\.(?!\.))*\Z", description=", not a branch or a commit")
     target_modules: Names = Field(description=NAMES)
     exclude_modules: Names | None = Field(None, description=NAMES)
     r: Rank = Field(description=", not a whole number from 1 to 4096")
     lora_alpha: Number = Field(description=", not a finite number up to a million")
-    lora_dropout: Share = Field(0.0, description=", not a number from 0 to 1")
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description=", not a number from 0 to 1")
     rank_pattern: dict[End, Rank] | None = Field(None, max_length=MOST_PATTERNS, description=RANKS)
     alpha_pattern: dict[End, Number] | None = Field(None, max_length=MOST_PATTERNS, description=NUMBERS)
     layers_to_transform: int | list[int] | None = Field(None, description=", not numbers of layers")
     layers_pattern: Name | list[Name] | None = Field(None, description=", not names")
-    modules_to_save: list[Head] | None = Field(None, description=": only the reward head of a base may be replaced")
-    bias: Literal["none"] = Field("none", description=": it would replace biases of the base")
+    modules_to_save: list[Literal["score", "classifier"]] | None = Field(None, description=ONLY)
     init_lora_weights: StrictBool | Literal["gaussian"] = Field(True, description=", which changes the base")
     fan_in_fan_out: Flag = False
     use_rslora: Flag = False
     use_dora: Flag = False
     inference_mode: Flag = False
-    # Read with settings of `OFF` and `IMPORTS` alone.
-    megatron_core: Literal["megatron.core"] | None = Field(None, description=" makes the loader import what it names")
-    qalora_group_size: int | None = Field(None, description=", not a whole number")
 
 
 def check_settings(config: Mapping[str, Any]) -> Iterator[str]:
     """Say which settings do not belong to a LoRA adapter for text."""
-    yield from (f"{key} is {_short(config[key])}{why}" for key, why in OFF.items() if _is_on(key, config.get(key)))
+    for key in config.keys() - {*LoraSettings.model_fields, *IMPORTS}:
+        if not is_off(key, config[key]):
+            why = ": it changes the base, or adds more than A and B to it" if key in PLAIN else ", an unknown setting"
+            yield f"{key} is {_short(config[key])}{why}"
     try:
-        LoraSettings.model_validate({key: value for key, value in config.items() if key not in (*OFF, *IMPORTS)})
+        LoraSettings.model_validate(config)
     except ValidationError as error:
         for key in dict.fromkeys(str(wrong["loc"][0]) for wrong in error.errors()):
-            field = LoraSettings.model_fields.get(key)
-            yield f"{key} is {_short(config.get(key))}{field.description if field else ', an unknown setting'}"
+            yield f"{key} is {_short(config.get(key))}{LoraSettings.model_fields[key].description}"
         return
     if config.get("modules_to_save") and config["task_type"] != "SEQ_CLS":
         yield f"modules_to_save is {config['modules_to_save']}: the head of a policy may not be replaced"
@@ -162,11 +147,10 @@ def check_settings(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"rank_pattern and alpha_pattern can match in too many ways{SAFE}"
 
 
-def _is_on(key: str, value: Any) -> bool:
-    """Tell whether a setting of `OFF` does something; `peft` writes two of them as tables of what is off."""
-    if key in ("loftq_config", "runtime_config") and isinstance(value, dict):
-        return any(_is_on("", inner) for inner in value.values())
-    return value is not None and value is not False and value != []
+def is_off(key: str, value: Any) -> bool:
+    """Tell whether a setting does nothing: it is PEFT's default, or a table of what is off."""
+    empty = isinstance(value, dict) and len(value) > 0 and not any(value.values())
+    return empty or value in (None, False, [], PLAIN.get(key))
 
 
 def _short(value: Any) -> str:
@@ -175,26 +159,13 @@ def _short(value: Any) -> str:
 
 def rank_of(config: Mapping[str, Any], module: str) -> int:
     """The rank of a module by its full name."""
-    patterns = (config.get("rank_pattern") or {}).items()
-    return next((rank for pattern, rank in patterns if re.match(_end(pattern), module)), config["r"])
+    patterns = config.get("rank_pattern") or {}
+    rank: int = patterns.get(get_pattern_key(patterns, module), config["r"])
+    return rank
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:
     """Tell whether the settings ask for LoRA on a module, by its full name."""
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
-    if _is_named(config.get("exclude_modules") or (), module) or module.split(".")[0] in ("score", "classifier"):
-        return False
-    if layers is None or layers == [] or module in targets or not _is_named(targets, module):
-        return _is_named(targets, module)
-    behind = config.get("layers_pattern") or r"[^.]*"
-    for before in [behind] if isinstance(behind, str) else behind:
-        ahead = r".*?\." if before == r"[^.]*" else r"(?:^|.*?\.)"
-        if number := re.match(rf"{ahead}{before}\.(\d+)\.", module):
-            return int(number[1]) in (layers if isinstance(layers, list) else [layers])
-    return False
-
-
-def _is_named(names: str | Iterable[str], module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return f".{module}".endswith(tuple(f".{name}" for name in names))
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    asked = LoraConfig(**{key: config.get(key) for key in keys}, modules_to_save=HEADS)
+    return bool(check_target_module_exists(asked, module))

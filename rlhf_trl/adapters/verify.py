@@ -6,17 +6,14 @@ network, no GPU, and the base under its public id, in a model cache made for it.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf_trl.adapters.files import PROBE
+from rlhf_trl.adapters.check import PROBE, run_isolated
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, write_text
 
@@ -70,30 +67,19 @@ def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: s
         cache, result = Path(scratch) / "hub", Path(scratch) / "result.json"
         if base_id is not None:
             _fill_cache(cache, base, base_id, revision)
-        environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                       "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-        # -I: neither the directory, nor PYTHONPATH, nor packages of the user
-        command = [sys.executable, "-I", str(PROGRAM), kind, str(folder.resolve()), str(result)]
-        done = subprocess.run(command, input=loading_lines(kind, base_id is None), env=os.environ | environment,
-                              cwd=folder,  # where `./base` is the base that is shipped
-                              capture_output=True, text=True, check=False)  # fmt: skip
-        if done.returncode != 0:
-            reason = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
-            raise UserError(str(folder), f"a fresh process cannot load the export: {reason}", "report this")
+        lines, environment = loading_lines(kind, base_id is None), {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        why = run_isolated(PROGRAM, kind, str(folder.resolve()), str(result), given=lines, HF_HUB_CACHE=str(cache),
+                           HF_HUB_DISABLE_TELEMETRY="1", **environment)  # fmt: skip
+        if why is not None:
+            raise UserError(str(folder), f"a fresh process cannot load the export: {why}", "report this")
         written = read_json(result)
     if "rlhf_trl" in written["packages"]:
         raise UserError(str(folder), "the fresh process has loaded rlhf_trl itself", "report this")
-    expected = [row["outputs"] for row in read_json(folder / PROBE)["rows"]]
-    largest = max(abs(value) for row in expected for value in row)
-    differences = [
-        abs(value - other)
-        for rows in written["outputs"].values()
-        for row, others in zip(expected, rows, strict=True)
-        for value, other in zip(row, others, strict=True)
-    ]
-    difference = float(np.max(differences))  # unlike `max`, NaN where any is
+    rows = [row["outputs"] for row in read_json(folder / PROBE)["rows"]]
+    expected, found = np.hstack(rows), np.array([np.hstack(outputs) for outputs in written["outputs"].values()])
+    largest, difference = float(np.abs(expected).max()), float(np.abs(found - expected).max())
     require_equal(PROBE, "the export", difference, largest)
-    return {"rows": len(expected), "outputs": len(differences), "largest": largest, "difference": difference}
+    return {"rows": len(rows), "outputs": found.size, "largest": largest, "difference": difference}
 
 
 def require_equal(place: str, what: str, difference: float, largest: float) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from rlhf_trl.cli import options
 from rlhf_trl.cli.tables import show, table
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import write_jsonl
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.text.display import visible
 
 adapter_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Share adapters: export, merge, check, push and list them."
@@ -23,17 +25,12 @@ adapter_app = typer.Typer(
 
 @adapter_app.command("export")
 def export_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, such as runs/demo.")],
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The name of a stage.")],
+    run: Annotated[Path, Argument(metavar="RUN", help="The folder of a run, such as runs/demo.")],
+    stage: Annotated[str, Argument(metavar="STAGE", help="The name of a stage.")],
     out: options.Out,
-    base_id: Annotated[
-        str | None,
-        typer.Option("--base-id", metavar="ID", help="Public id of a base that the recipe has as a path."),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REV", help="Commit, branch or tag of --base-id.")
-    ] = None,
-    with_base: Annotated[bool, typer.Option("--with-base", help="Ship the base with the adapter.")] = False,
+    base_id: Annotated[str | None, Option(metavar="ID", help="Public id of a base that is a path here.")] = None,
+    revision: Annotated[str | None, Option(metavar="REV", help="Commit, branch or tag of --base-id.")] = None,
+    with_base: Annotated[bool, Option("--with-base", help="Ship the base with the adapter.")] = False,
 ) -> None:
     """Write a stage's adapter with its lineage, evidence and card. It is verified in a fresh process."""
     from rlhf_trl.adapters.export import export
@@ -45,7 +42,7 @@ def export_command(
 @adapter_app.command("merge")
 def merge_command(folder: options.Folder, out: options.Out, base: options.Base = None) -> None:
     """Merge an adapter into its base, and compare the outputs. In full precision."""
-    from rlhf_trl.adapters.merge import merge
+    from rlhf_trl.adapters.export import merge
 
     check = merge(folder, out, base)
     equal = f"outputs equal the adapter's within {check['difference']:.2g}"
@@ -69,80 +66,75 @@ def check_command(folder: options.Folder, base: options.Base = None) -> None:
 @adapter_app.command("push")
 def push_command(
     folder: options.Folder,
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it, say what would be uploaded.")] = False,
+    repository: Annotated[str, Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
+    public: Annotated[bool, Option("--public", help="Let everybody read it.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Upload; without it, say what would be uploaded.")] = False,
 ) -> None:
     """Upload an export to a private repository of the Hub. Shows first what would go where."""
     from rlhf_trl.adapters.hub import plan, push
 
-    upload = plan(folder, repository, public)
-    for name, size in upload.files.items():
+    files = plan(folder, repository)
+    for name, size in files.items():
         print(f"{size:>14,}  {name}")
-    whom = "private" if upload.private else "public: everybody can read it"
-    print(f"{len(upload.files)} files, {sum(upload.files.values()) / 1e6:.1f} MB, to {repository} ({whom})")
-    print(push(folder, upload) if yes else "nothing was uploaded; add --yes to do it")
+    whom = "public: everybody can read it" if public else "private"
+    print(f"{len(files)} files, {sum(files.values()) / 1e6:.1f} MB, to {repository} ({whom})")
+    print(push(folder, repository, files, not public) if yes else "nothing was uploaded; add --yes to do it")
 
 
 @adapter_app.command("list")
 def list_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that holds exports.")] = Path(),
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="The folder that holds exports.")] = Path(),
 ) -> None:
     """Show the exports below a folder side by side."""
-    from rlhf_trl.adapters.hub import list_exports
+    from rlhf_trl.adapters.hub import COLUMNS, list_exports
 
     rows = list_exports(folder)
-    show(table([*rows[0]], [[*row.values()] for row in rows]) if rows else f"{folder}: no export")
+    show(table(COLUMNS, rows) if rows else f"{folder}: no export")
 
 
 def chat(
     folder: options.Folder,
-    compare: Annotated[
-        Path | None,
-        typer.Option("--compare", metavar="DIR", help="A second adapter, whose answers stand beside the first's."),
-    ] = None,
+    compare: Annotated[Path | None, Option(metavar="DIR", help="Another adapter, to answer beside it.")] = None,
     base: options.Base = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the most likely token.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed and talk give the same answers.")] = 0,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 1.0,
+    seed: options.Seed = 0,
 ) -> None:
     """Talk to a policy, or to two side by side. A line is a turn, /new starts again, /exit ends."""
-    from rlhf_trl.adapters.load import Conversation, load_policy
+    from rlhf_trl.adapters.load import load_policy
 
     policies = {str(path): load_policy(path, base) for path in (folder, compare) if path is not None}
-    talks = {name: Conversation(policy, max_new_tokens, temperature, seed) for name, policy in policies.items()}
-    shown = sys.stdin.isatty()
+    talks: dict[str, list[dict[str, str]]] = {name: [] for name in policies}
     while True:
-        if shown:
+        if sys.stdin.isatty():
             print("you> ", end="", flush=True)
         line = sys.stdin.readline()
-        if not line or line.strip() == "/exit":
+        said = line.strip()
+        if not line or said == "/exit":
             return
-        if line.strip() == "/new":
-            for talk in talks.values():
-                talk.turns.clear()
-        elif line.strip():
-            for name, talk in talks.items():
-                print(f"{name}> {talk.reply(line.strip())}", flush=True)
+        for name, talk in talks.items():
+            if said == "/new":
+                talk.clear()
+            elif said:
+                talk.append({"role": "user", "content": said})
+                reply = policies[name].answer(talk, max_new_tokens, temperature, seed)
+                talk.append({"role": "assistant", "content": reply})
+                print(f"{name}> {visible(reply)}", flush=True)
 
 
 def answer(
     folder: options.Folder,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines of prompts.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the answers.")],
+    file: options.File,
+    out: Annotated[Path, Option(metavar="FILE", help="Where to write the answers.")],
     base: options.Base = None,
     stage: options.Stage = None,
-    base_only: Annotated[bool, typer.Option("--base-only", help="Answer without the adapter.")] = False,
-    form: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="jsonl, alpaca_eval, arena_hard or mt_bench.")
-    ] = "jsonl",
-    name: Annotated[str | None, typer.Option("--name", help="Of the model, in the answers; DIR's by default.")] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")
-    ] = 1024,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the most likely token.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed and prompt give the same answer.")] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at once.")] = 16,
+    base_only: Annotated[bool, Option("--base-only", help="Answer without the adapter.")] = False,
+    form: Annotated[str, Option("--format", help="Or alpaca_eval, arena_hard, mt_bench.")] = "jsonl",
+    name: Annotated[str | None, Option(help="Of the model, in the answers; DIR's by default.")] = None,
+    max_new_tokens: options.MaxNewTokens = 1024,
+    temperature: options.Temperature = 1.0,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 16,
 ) -> None:
     """Answer a file of prompts with a policy. A second start goes on where the first one ended."""
     from rlhf_trl.adapters.answer import FORMS, answer_file
@@ -150,8 +142,6 @@ def answer(
 
     if form not in FORMS:
         raise UserError("--format", f"there is no format {form!r}", f"give one of: {', '.join(FORMS)}")
-    if not file.is_file():
-        raise UserError(str(file), "there is no such file", "give a file of JSON lines")
     policy = load_policy(folder, base, stage=stage)
     name = name or (stage or folder.resolve().name) + ("-base" if base_only else "")
     with policy.without_adapter() if base_only else contextlib.nullcontext():
@@ -162,20 +152,16 @@ def answer(
 
 def score(
     folder: options.Folder,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines of pairs, or of prompt and completion.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the scores here instead of to the terminal.")
-    ] = None,
+    file: options.File,
+    out: Annotated[Path | None, Option(metavar="FILE", help="Write the scores here, not to the terminal.")] = None,
     base: options.Base = None,
     stage: options.Stage = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at once.")] = 16,
+    batch_size: options.BatchSize = 16,
 ) -> None:
     """Score pairs or single answers with a reward adapter."""
     from rlhf_trl.adapters.load import load_reward_model
     from rlhf_trl.adapters.score import score_file, summarise
 
-    if not file.is_file():
-        raise UserError(str(file), "there is no such file", "give a file of JSON lines")
     rows = score_file(load_reward_model(folder, base, stage), file, batch_size)
     if out is not None:
         write_jsonl(out, rows)

@@ -3,8 +3,6 @@
 A command imports its step inside, so that `--help` and `validate` answer without torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -12,35 +10,21 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from rlhf_trl import __version__
-from rlhf_trl.cli import options
+from rlhf_trl.cli import options, run
 from rlhf_trl.cli.adapters import adapter_app, answer, chat, score
 from rlhf_trl.cli.options import RUNS
-from rlhf_trl.cli.run import (
-    find_run,
-    keep_traceback,
-    launch,
-    load_env,
-    open_run,
-    opened,
-    overriding,
-    planned_processes,
-    run,
-    run_step,
-    run_with,
-    status,
-    timed,
-)
 from rlhf_trl.cli.tables import printable
 from rlhf_trl.recipe.errors import RecipeError, UserError
 from rlhf_trl.recipe.library import suggest
 from rlhf_trl.recipe.load import locate
 from rlhf_trl.run.faults import FAULTS, explain
-from rlhf_trl.run.launch import require_processes, shipped
+from rlhf_trl.run.launch import shipped
 from rlhf_trl.run.layout import RunDir
 
 app = typer.Typer(
@@ -71,11 +55,13 @@ def main() -> None:
     try:
         app()
     except (UserError, *FAULTS) as error:
-        told = error if isinstance(error, UserError) else explain(error, str(opened[-1].root) if opened else "")
+        told = (
+            error if isinstance(error, UserError) else explain(error, str(run.opened[-1].root) if run.opened else "")
+        )
         if told is None:
             raise
         if told is not error:
-            keep_traceback(error)
+            run.keep_traceback(error)
         count = len(told.problems)
         rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"\n{count} problems found" if count > 1 else f"\nerror{rank}", file=sys.stderr)
@@ -106,7 +92,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @app.callback(invoke_without_command=True)
 def show_version(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[bool, Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
         print(__version__)
@@ -119,11 +105,11 @@ def validate(
     overrides: options.Overrides = None,
     without: options.Without = None,
     processes: options.Processes = None,
-    show: Annotated[bool, typer.Option("--print", help="Print the resolved recipe as JSON.")] = False,
+    show: Annotated[bool, Option("--print", help="Print the resolved recipe as JSON.")] = False,
 ) -> None:
     """Check a recipe and report every problem. Nothing is run or written."""
-    overrides = overriding(overrides, without)
-    loaded, directory = open_run(recipe, overrides, RUNS, processes or 1)
+    overrides = run.overriding(overrides, without)
+    loaded, directory = run.open_run(recipe, overrides, RUNS, processes or 1)
     from rlhf_trl.train.check import check_stages
 
     try:
@@ -136,15 +122,21 @@ def validate(
         print(f"{recipe}: a valid recipe with the stages {', '.join(loaded.stages)}")
 
 
-def add_step(step: str, purpose: str) -> None:
-    """Register the command of a step that has no options of its own."""
+def add_step(step: str, purpose: str, setting: str = "", own: Any = None) -> None:
+    """Register the command of a step; the option `own` fills a setting of the recipe that `run` does not ask for."""
 
-    def command(
-        recipe: options.Recipe = "demo", overrides: options.Overrides = None, runs: options.Runs = RUNS
+    def plain(recipe: options.Recipe = "demo", overrides: options.Overrides = None, runs: options.Runs = RUNS) -> None:
+        run.run_with(recipe, overrides, runs, step)
+
+    def asking(
+        recipe: options.Recipe = "demo",
+        overrides: options.Overrides = None,
+        runs: options.Runs = RUNS,
+        value: own = None,  # type: ignore[valid-type]
     ) -> None:
-        run_with(recipe, overrides, runs, step)
+        run.run_with(recipe, overrides, runs, step, None if value is None else setting.format(value))
 
-    app.command(step, help=purpose)(command)
+    app.command(step, help=purpose)(asking if own else plain)
 
 
 add_step("explore", "Describe the preference data: lengths, biases, patterns.")
@@ -154,7 +146,7 @@ add_step("prepare", "Clean the pairs, split them by prompt, write the training d
 @app.command()
 def train(
     recipe: options.Recipe,
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The name of a stage.")],
+    stage: Annotated[str, Argument(metavar="STAGE", help="The name of a stage.")],
     overrides: options.Overrides = None,
     without: options.Without = None,
     runs: options.Runs = RUNS,
@@ -163,24 +155,20 @@ def train(
     recorded: options.Recorded = None,
 ) -> None:
     """Train one stage. Also under `accelerate launch -m rlhf_trl train RECIPE STAGE`."""
-    planned_processes(accelerate, processes)
-    overrides = overriding(overrides, without)
-    if accelerate:
-        with timed(stage):
-            launch(["train", recipe, stage, "--runs", str(runs)], overrides, accelerate, processes)
+    overrides = run.overriding(overrides, without)
+    if run.launched(["train", recipe, stage, "--runs", str(runs)], overrides, accelerate, processes):
         return
-    require_processes()
-    loaded, run = find_run(recipe, overrides, runs, stage, recorded)
+    loaded, directory = run.find_run(recipe, overrides, runs, stage, recorded)
     if stage not in loaded.stages:
         remedy = suggest(stage, loaded.stages, f"the stages are: {', '.join(loaded.stages)}")
         raise UserError(recipe, f"there is no stage {stage!r}", remedy)
-    if run.is_done(loaded, stage):
+    if directory.is_done(loaded, stage):
         print(f"{stage}: done already, nothing to do")
         return
-    with run.lock(stage) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+    with directory.lock(stage) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
         from rlhf_trl.train.step import train as train_stage
 
-        train_stage(loaded, run, stage)
+        train_stage(loaded, directory, stage)
 
 
 @app.command()
@@ -193,12 +181,8 @@ def evaluate(
     recorded: options.Recorded = None,
 ) -> None:
     """Measure reward, KL and alarms on held-out prompts. Also under `accelerate launch`."""
-    planned_processes(accelerate, processes)
-    if accelerate:
-        launch(["evaluate", recipe, "--runs", str(runs)], overrides, accelerate, processes)
-        return
-    require_processes()
-    run_step(*find_run(recipe, overrides, runs, "evaluate", recorded), "evaluate")
+    if not run.launched(["evaluate", recipe, "--runs", str(runs)], overrides or [], accelerate, processes):
+        run.run_step(*run.find_run(recipe, overrides, runs, "evaluate", recorded), "evaluate")
 
 
 @app.command()
@@ -207,57 +191,27 @@ def judge(
     overrides: options.Overrides = None,
     runs: options.Runs = RUNS,
     env_file: options.EnvFile = None,
-    calibrate: Annotated[
-        int | None,
-        typer.Option(min=0, help="Labelled pairs of each subset to check the judge on, instead of judge.calibrate."),
-    ] = None,
+    calibrate: Annotated[int | None, Option(min=0, help="For judge.calibrate: labelled pairs of each subset.")] = None,
 ) -> None:
     """Ask a judge which answers are better, and measure the judge. Each pair is asked in both orders."""
-    load_env(env_file)
-    run_with(recipe, overrides, runs, "judge", None if calibrate is None else f"judge.calibrate={calibrate}")
+    run.load_env(env_file)
+    run.run_with(recipe, overrides, runs, "judge", None if calibrate is None else f"judge.calibrate={calibrate}")
 
 
-@app.command()
-def compare(
-    recipe: options.Recipe = "demo",
-    overrides: options.Overrides = None,
-    runs: options.Runs = RUNS,
-    stages: Annotated[
-        str | None,
-        typer.Option("--stages", metavar="A,B,...", help="Compare these stages, instead of comparison.stages."),
-    ] = None,
-) -> None:
-    """Compare stability, compute, samples, and gain at equal KL."""
-    names = None if stages is None else json.dumps([name.strip() for name in stages.split(",")])
-    run_with(recipe, overrides, runs, "compare", None if names is None else f"comparison.stages={names}")
-
-
+add_step("compare", "Compare stability, compute, samples, and gain at equal KL.", "comparison.stages=[{}]",
+         Annotated[str | None, Option("--stages", metavar="A,B,...", help="For comparison.stages")])  # fmt: skip
 add_step("errors", "Analyse the errors of every reward model, with examples.")
-
-
-@app.command()
-def samples(
-    recipe: options.Recipe = "demo",
-    overrides: options.Overrides = None,
-    runs: options.Runs = RUNS,
-    per_model: Annotated[
-        int | None, typer.Option("--per-model", min=1, help="Pairs of each model, instead of samples.per_model.")
-    ] = None,
-) -> None:
-    """Export prompt/response pairs as JSONL and Markdown."""
-    run_with(recipe, overrides, runs, "samples", None if per_model is None else f"samples.per_model={per_model}")
+add_step("samples", "Export prompt/response pairs as JSONL and Markdown.", "samples.per_model={}",
+         Annotated[int | None, Option("--per-model", min=1, help="For samples.per_model")])  # fmt: skip
 
 
 @app.command()
 def report(
     recipe: options.Recipe = "demo",
-    beside: Annotated[
-        Path | None,
-        typer.Argument(metavar="RUN", help="Another run: both are directories, and one page holds the two."),
-    ] = None,
+    beside: Annotated[Path | None, Argument(metavar="RUN", help="Another run; then RECIPE is one, too.")] = None,
     overrides: options.Overrides = None,
     runs: options.Runs = RUNS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what the page says first as JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write report.html of a run, or one page of two finished runs."""
     if beside is not None:
@@ -267,12 +221,12 @@ def report(
         print(page.with_suffix(".json").read_text(encoding="utf-8") if as_json else page)
         return
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        run_with(recipe, overrides, runs, "report")
+        run.run_with(recipe, overrides, runs, "report")
     if as_json:
         from rlhf_trl.report.step import summarise
 
-        print(json.dumps(summarise(*open_run(recipe, overrides, runs)), indent=2))
+        print(json.dumps(summarise(*run.open_run(recipe, overrides, runs)), indent=2))
 
 
-for command in (run, status, chat, answer, score):
+for command in (run.run, run.status, chat, answer, score):
     app.command()(command)

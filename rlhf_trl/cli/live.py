@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from rlhf_trl.cli.tables import console, duration, ending, printable, progress_words
+from rlhf_trl.cli.tables import console, ending, printable, progress_words
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import read_progress
+from rlhf_trl.text.format import format_seconds
 
 # Seconds between two looks at the stages, and between two lines of one where there is no terminal.
 LOOK, LINE = 1.0, 60.0
@@ -30,7 +31,8 @@ class Attempt:
 class Live:
     """A line for each stage that trains: rewritten in place on a terminal, otherwise written once a minute.
 
-    The last lines that a process printed, without the library's dictionaries of metrics, are shown when it ends.
+    The last lines that a process printed, without headings and the library's metrics, are shown when it ends.
+    `seconds` has what each stage that has ended took.
     """
 
     def __init__(self, run: RunDir, plan: Sequence[str], stream: TextIO, errors: TextIO):
@@ -39,7 +41,6 @@ class Live:
         self.run, self.plan, self.stream, self.errors = run, plan, stream, errors
         self.running: dict[str, Attempt] = {}
         self.seconds: dict[str, float] = {}
-        """What each stage that has ended took."""
         self.looked = 0.0
         terminal = console(stream)
         self.redraws = terminal.is_terminal and not terminal.is_dumb_terminal
@@ -48,9 +49,8 @@ class Live:
 
     def begin(self, stage: str) -> None:
         """Announce a stage; call it before its process starts."""
-        number, log, now = self.plan.index(stage) + 1, self.run.log(stage), time.monotonic()
-        self.say(f"\n=== {stage} ({number} of {len(self.plan)}), its output: {log}")
-        stats = self.run.training_stats(stage)
+        log, stats, now = self.run.log(stage), self.run.training_stats(stage), time.monotonic()
+        self.say(f"\n=== {stage} ({self.plan.index(stage) + 1} of {len(self.plan)}), its output: {log}")
         since = stats.stat().st_mtime_ns + 1 if stats.exists() else 0
         self.running[stage] = Attempt(now, now, since, log.stat().st_size if log.exists() else 0)
 
@@ -63,25 +63,22 @@ class Live:
         if self.redraws:
             from rich.text import Text
 
-            lines = "\n".join(self._line(*item) for item in self.running.items())
+            lines = "\n".join(self._line(*item, "") for item in self.running.items())
             self.lines.start()
             self.lines.update(Text(lines, no_wrap=True, overflow="crop"), refresh=True)
             return
         for stage, attempt in self.running.items():
             if now - attempt.spoke >= LINE:
                 attempt.spoke = now
-                self.say(self._line(stage, attempt))
+                self.say(self._line(stage, attempt, ""))
 
     def end(self, stage: str, status: int) -> None:
         """Say how a stage has ended, and below it what its process said last."""
-        attempt = self.running.pop(stage)
+        attempt, log = self.running.pop(stage), self.run.log(stage)
         self.seconds[stage] = time.monotonic() - attempt.began
-        progress = read_progress(self.run.training_stats(stage), attempt.since)
-        reached = "" if progress is None else f", {progress_words(progress)}"
-        outcome = f"{ending(status)} after " if status else ""
-        self.say(f"{stage}: {outcome}{self.seconds[stage]:.1f} s{reached}")
-        log = self.run.log(stage)
-        said = messages(log.read_bytes()[attempt.offset :].decode(errors="replace"))
+        self.say(self._line(stage, attempt, f"{ending(status)} after " if status else ""))
+        lines = log.read_bytes()[attempt.offset :].decode(errors="replace").splitlines()
+        said = [line for line in lines if line.strip() and not line.startswith(("{'", "==="))]
         more = [f"({len(said) - LAST_LINES} lines more in {log})"] if len(said) > LAST_LINES else []
         for line in [*more, *said[-LAST_LINES:]]:
             self.say(f"  {line}", self.errors)
@@ -104,12 +101,7 @@ class Live:
         """Remove the progress lines."""
         self.lines.stop()
 
-    def _line(self, stage: str, attempt: Attempt) -> str:
+    def _line(self, stage: str, attempt: Attempt, outcome: str) -> str:
         progress = read_progress(self.run.training_stats(stage), attempt.since)
-        words = "starting" if progress is None else progress_words(progress)
-        return f"{stage}: {duration(time.monotonic() - attempt.began)}, {words}"
-
-
-def messages(output: str) -> list[str]:
-    """What a stage said besides headings and the library's log, whose every number is in the statistics."""
-    return [line for line in output.splitlines() if line.strip() and not line.startswith(("{'", "==="))]
+        words = "no step yet" if progress is None else progress_words(progress)
+        return f"{stage}: {outcome}{format_seconds(time.monotonic() - attempt.began)}, {words}"

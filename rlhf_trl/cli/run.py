@@ -11,7 +11,6 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,16 +24,15 @@ from rlhf_trl.recipe.errors import Exit, NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import STEPS, Recipe
 from rlhf_trl.run import signals
-from rlhf_trl.run.documents import now
+from rlhf_trl.run.environment import now
+from rlhf_trl.run.jobs import Launcher, find_slots, train_stages
 from rlhf_trl.run.launch import (
-    Launcher,
-    find_slots,
     launch_command,
     profile_processes,
     require_one_machine,
+    require_processes,
     run_command,
     shipped,
-    train_stages,
 )
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
@@ -53,9 +51,7 @@ def run(
     runs: options.Runs = RUNS,
     accelerate: options.Accelerate = None,
     processes: options.Processes = None,
-    jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Stages that train at the same time, each on its own GPUs or cores.")
-    ] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Stages that train at once, on their own GPUs or cores.")] = 1,
     env_file: options.EnvFile = None,
 ) -> None:
     """Run every step of a recipe; finished steps are skipped."""
@@ -125,7 +121,7 @@ def execute(recipe: Recipe, run: RunDir, waiting: list[str], launcher: Launcher,
 def status(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run, or its name.")],
     runs: options.Runs = RUNS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the states as JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show which steps of a run are done, running or stopped."""
     named, directory = RunDir(runs / run), RunDir(Path(run))
@@ -185,13 +181,6 @@ def planned_processes(accelerate: str | None, processes: int | None) -> int:
     return 1
 
 
-@contextlib.contextmanager
-def timed(step: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    print(f"{step}: {time.perf_counter() - start:.1f} s", flush=True)
-
-
 def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None) -> bool:
     """Run one step that is not a stage, under its lock, and mark it done; other processes of a launch take part.
 
@@ -201,7 +190,7 @@ def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None
     if os.environ.get("RANK", "0") != "0":
         _load_step(step)(recipe, run)
         return True
-    with run.lock(step), timed(step):
+    with run.lock(step):
         start = time.perf_counter()
         action = _load_step(step)
         run.write_provenance(recipe)
@@ -214,7 +203,8 @@ def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None
         except NotRun as reason:
             print(printable(f"{step}: not run: {reason}"), file=sys.stderr, flush=True)
             return False
-        run.mark_done(recipe, step, time.perf_counter() - start)
+        run.mark_done(recipe, step, seconds := time.perf_counter() - start)
+        print(f"{step}: {seconds:.1f} s", flush=True)
         return True
 
 
@@ -238,6 +228,16 @@ def load_env(path: Path | None) -> None:
         from dotenv import load_dotenv
 
         load_dotenv(path)
+
+
+def launched(arguments: list[str], overrides: list[str], accelerate: str | None, processes: int | None) -> bool:
+    """Run a command in training processes, if it is to be; else see that this is one of as many as were asked for."""
+    planned_processes(accelerate, processes)
+    if accelerate:
+        launch(arguments, overrides, accelerate, processes)
+    else:
+        require_processes()
+    return bool(accelerate)
 
 
 def launch(

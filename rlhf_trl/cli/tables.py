@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TextIO
 
 from rlhf_trl.run.states import Progress, StepState
 from rlhf_trl.text.display import visible
+from rlhf_trl.text.format import format_seconds
 from rlhf_trl.text.redact import redact
 
 if TYPE_CHECKING:  # imported where something is printed: `--help` starts without it
@@ -18,22 +20,12 @@ if TYPE_CHECKING:  # imported where something is printed: `--help` starts withou
 LABELS = {"loss": "loss", "reward": "reward", "kl": "KL"}
 
 
-def duration(seconds: float) -> str:
-    """Write seconds as people say them: `7.4 s`, `31 s`, `2 min 05 s`, `3 h 20 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
 def progress_words(progress: Progress) -> str:
     """Say how far a stage has come, how long the rest takes at this pace, and what it logged last."""
     words = [f"step {progress.step} of {progress.max_steps}"]
     pace, left = progress.seconds_per_step, progress.seconds_from(progress.step)
     words += [] if pace is None else [f"{pace:.3g} s a step"]
-    words += [f"{duration(left)} left"] if left else []
+    words += [f"{format_seconds(left)} left"] if left else []
     return ", ".join([*words, *(f"{LABELS[key]} {value:.4g}" for key, value in progress.values.items())])
 
 
@@ -67,86 +59,60 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return laid_out
 
 
-def _steps_table(states: Sequence[StepState], last: str, cells: Sequence[tuple[str, str]]) -> Table:
-    """One numbered row for each step: its name and trainer, what its state is in words, and a time."""
-    numbered = enumerate(zip(states, cells, strict=True), 1)
-    rows = [(f"{number:2}", state.step, state.trainer or "", *words) for number, (state, words) in numbered]
-    return table(("", "step", "trainer", "state", last), rows)
-
-
-# --- what a run is about to do ---------------------------------------------------------------------------------------
-
-
 def plan_table(states: Sequence[StepState], waiting: Sequence[str]) -> list[Table | str]:
     """Lay out what a run is about to do (`waiting`: the steps that will run), and how long the timed ones took."""
-    plan = _steps_table(states, "time", [(_plan_words(state, waiting), _estimate(state, waiting)) for state in states])
-    known = [seconds for state in states if state.step in waiting and (seconds := _seconds_to_run(state)) is not None]
+    times, known = {}, []
+    for state in states:
+        if state.step in waiting:
+            seconds = state.last_seconds if state.state == "done" else state.seconds_left
+            known += [] if seconds is None else [seconds]
+            measured = state.progress is not None and state.progress.seconds_per_step is not None
+            last = "" if measured else " (last time)"
+            times[state.step] = "–" if seconds is None else f"about {format_seconds(seconds)}{last}"
     if not known:
-        return [plan]
+        return [status_table(states, times)]
     new = len(waiting) - len(known)
     rest = f"; {new} {'is' if new == 1 else 'are'} new" if new else ""
-    return [plan, f"about {duration(sum(known))} for the {_steps(len(known))} that were timed before{rest}"]
+    said = f"about {format_seconds(sum(known))} for the {_steps(len(known))} that were timed before{rest}"
+    return [status_table(states, times), said]
+
+
+def status_table(states: Sequence[StepState], again: Mapping[str, str] = MappingProxyType({})) -> Table:
+    """Lay out the state of every step of a run, and the time that it took; or, of one that runs `again`, may take."""
+    rows = []
+    for number, state in enumerate(states, 1):
+        words = (
+            "to do again: its inputs may be new" if state.step in again and state.state == "done" else _words(state)
+        )
+        took = state.last_seconds if state.state in ("done", "changed") else None
+        time = again.get(state.step, "" if took is None else format_seconds(took))
+        rows.append((f"{number:2}", state.step, state.trainer or "", words, time))
+    return table(("", "step", "trainer", "state", "time"), rows)
+
+
+def _words(state: StepState) -> str:
+    progress, killed = state.progress, f" ({state.holder} was killed)" if state.holder else ""
+    if state.state == "running" and progress is not None:
+        return f"running: {progress_words(progress)}; last log {format_seconds(progress.log_age)} ago"
+    if state.state == "running":
+        return f"running: {state.holder or 'a process'}" + (" and has not begun to train" if state.trainer else "")
+    if state.state == "stopped":
+        where = "" if progress is None else f" at step {progress.step} of {progress.max_steps}"
+        saved = "begins again: no checkpoint" if state.checkpoint is None else f"goes on at {state.checkpoint}"
+        return f"stopped{where}, {saved}{killed}"
+    if state.state == "changed":
+        lost = "" if state.checkpoint is None else f"; checkpoint {state.checkpoint} is discarded"
+        return f"to do again: settings changed{lost}{killed}"
+    return state.note or state.state + killed
 
 
 def _steps(count: int) -> str:
     return f"{count} step" if count == 1 else f"{count} steps"
 
 
-def _plan_words(state: StepState, waiting: Sequence[str]) -> str:
-    if state.state == "stopped" and state.checkpoint is None:
-        return "to do again: stopped before its first checkpoint"
-    if state.state == "stopped":
-        return f"goes on at step {state.checkpoint}" + (f" of {state.progress.max_steps}" if state.progress else "")
-    if state.state == "changed":
-        lost = "" if state.checkpoint is None else f"; checkpoint {state.checkpoint} is discarded"
-        return f"to do again: settings changed{lost}"
-    if state.state == "running":
-        return f"running: {state.holder or 'a process'}"
-    if state.state == "damaged":
-        return f"to do again: {state.note}"
-    return "to do again: its inputs may be new" if state.state == "done" and state.step in waiting else state.state
-
-
-def _estimate(state: StepState, waiting: Sequence[str]) -> str:
-    if state.step not in waiting:
-        return "" if state.last_seconds is None else f"took {duration(state.last_seconds)}"
-    seconds = _seconds_to_run(state)
-    measured = state.progress is not None and state.progress.seconds_per_step is not None
-    return "–" if seconds is None else f"about {duration(seconds)}{'' if measured else ' (last time)'}"
-
-
-def _seconds_to_run(state: StepState) -> float | None:
-    return state.last_seconds if state.state == "done" else state.seconds_left
-
-
-# --- where it stands, and how it ended -------------------------------------------------------------------------------
-
-
-def status_table(states: Sequence[StepState]) -> Table:
-    """Lay out the state of every step of a run."""
-    times = [state.last_seconds if state.state in ("done", "changed") else None for state in states]
-    took = ["" if seconds is None else duration(seconds) for seconds in times]
-    return _steps_table(states, "took", list(zip(map(_status_words, states), took, strict=True)))
-
-
-def _status_words(state: StepState) -> str:
-    progress, killed = state.progress, f" ({state.holder} was killed)" if state.holder else ""
-    if state.state == "running" and progress is not None:
-        return f"running: {progress_words(progress)}; last log {duration(progress.log_age)} ago"
-    if state.state == "running":
-        return f"running: {state.holder or 'a process'}" + (" and has not begun to train" if state.trainer else "")
-    if state.state == "stopped":
-        where = "" if progress is None else f" at step {progress.step} of {progress.max_steps}"
-        saved = "no checkpoint" if state.checkpoint is None else f"checkpoint at {state.checkpoint}"
-        return f"stopped{where}, {saved}{killed}"
-    if state.state == "changed":
-        return f"made with other settings{killed}"
-    return state.note or state.state + killed
-
-
 def summary_table(seconds: Mapping[str, float], total: float) -> Table:
     """Lay out what each step has taken."""
-    return table(("", ""), [(step, duration(taken)) for step, taken in {**seconds, "total": total}.items()])
+    return table(("", ""), [(step, format_seconds(taken)) for step, taken in {**seconds, "total": total}.items()])
 
 
 def status_end(states: Sequence[StepState], running: bool) -> str:

@@ -1,44 +1,98 @@
-"""Adapters that are damaged or hostile: each is refused, with the reason, and none is loaded."""
+"""Adapters that are damaged, hostile or others': each is refused with the reason, or passes; none is loaded."""
 
-import shutil
-import subprocess
-import sys
+import json
+import os
+import random
+import time
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from adapter_fixtures import ADAPTER, CONFIG, change_json, change_tensors, relist, write_base, write_lie
-from safetensors.torch import load_file, save_file
+from adapter_fixtures import change_json, relist, write_lie
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from rlhf_trl.adapters import check as adapter_check
-from rlhf_trl.adapters.check import AdapterError, check_adapter, is_path, require_sound
-from rlhf_trl.adapters.files import list_files
+from rlhf_trl.adapters.check import AdapterError, check_adapter, list_files, notes, require_sound
+from rlhf_trl.adapters.settings import IMPORTS, PLAIN, LoraSettings
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.safetensors import hash_weights, is_finite, read_header, read_weights
 
-MODULE = "base_model.model.transformer.h.1.attn.c_attn"
-SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
+COUNT = int(os.environ.get("FUZZ", "200"))  # mutations; 10,000 in `make chaos`
+ADAPTER, CONFIG, LINEAGE = "adapter_model.safetensors", "adapter_config.json", "lineage.json"
+TOKENIZER, TEMPLATE, BASE_CONFIG = "tokenizer_config.json", "chat_template.jinja", "base/config.json"
+WEIGHTS = "base/model.safetensors"
+INDEX, SHARD = "base/model.safetensors.index.json", "base/model-00001-of-00001.safetensors"
+PREFIX, HEAD = "base_model.model.", "base_model.model.score.weight"
+Q0, Q1 = (f"{PREFIX}model.layers.{layer}.self_attn.q_proj" for layer in (0, 1))
+SETTINGS = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "./base", "r": 2, "bias": "none",
+            "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "peft_version": "0.21.2"}  # fmt: skip
+BASE = {"model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 4, "vocab_size": 8,
+        "max_position_embeddings": 10**6}  # fmt: skip
+
+
+def write_base(folder, width=4, **more):
+    names = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qv"]
+    weights = {f"{name}.weight": np.ones((width, width), "f4") for name in names}
+    folder.mkdir(parents=True)
+    save_file(weights | {"model.embed_tokens.weight": np.ones((8, width), "f4"), **more}, folder / "model.safetensors")
+    write_json(folder / "config.json", BASE)
+    return names
 
 
 @pytest.fixture
-def copy(reward_export, tmp_path):
-    return shutil.copytree(reward_export, tmp_path / "adapter")
+def adapter(tmp_path):
+    """A sound reward adapter on three layers of a base that it ships, with its lineage."""
+    folder = tmp_path / "adapter"
+    names = write_base(folder / "base")
+    lora = {f"{PREFIX}{name}.lora_{end}.weight": np.ones((2, 4) if end == "A" else (4, 2), "f4")
+            for name in names for end in "AB"}  # fmt: skip
+    save_file(lora | {HEAD: np.ones((1, 4), "f4")}, folder / ADAPTER)
+    write_json(folder / CONFIG, SETTINGS)
+    write_json(folder / TOKENIZER, {"eos_token": "</s>", "bos_token": {"content": "<s>"}})
+    for name in (TEMPLATE, "README.md", "probe.json"):
+        (folder / name).write_text("{}")
+    base = {"id": None, "revision": None, "shipped": True, "weights": hash_weights(read_weights(folder / "base"))}
+    files = {name: hash_file(file) for name, file in list_files(folder).items()}
+    write_json(folder / LINEAGE, {"base": base, "files": files})
+    assert check_adapter(folder) == []
+    return folder
 
 
-# --- what is done to a sound adapter: each returns a function of its folder
+def problems(folder, base=None):
+    return "\n".join(problem.problem for problem in check_adapter(folder, base))
+
+
+# --- what is done to that adapter: each returns a function of its folder
+
+
+def tensors(change, name=ADAPTER):
+    def act(folder):
+        content = load_file(folder / name)
+        change(content)
+        save_file(content, folder / name)
+        relist(folder, name)
+
+    return act
+
+
+def put(key, shape, value=1.0, dtype="f4"):
+    return tensors(lambda content: content.update({key: np.full(shape, value, dtype)}))
 
 
 def drop(*keys):
-    return lambda folder: change_tensors(folder, lambda tensors: [tensors.pop(key) for key in keys])
-
-
-def put(key, tensor):
-    return lambda folder: change_tensors(folder, lambda tensors: tensors.update({key: tensor}))
+    return tensors(lambda content: [content.pop(key) for key in keys])
 
 
 def set_to(name, **values):
     return lambda folder: change_json(folder, name, **values)
+
+
+def settings(**values):
+    return set_to(CONFIG, **values)
 
 
 def write(name, content, listed=True):
@@ -54,25 +108,25 @@ def write(name, content, listed=True):
     return act
 
 
-def change_lineage(change):
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def make(name):
+    return lambda folder: (folder / name).mkdir()
+
+
+def lineage(change):
     def act(folder):
-        lineage = read_json(folder / "lineage.json")
-        change(lineage)
-        write_json(folder / "lineage.json", lineage)
+        content = read_json(folder / LINEAGE)
+        change(content)
+        write_json(folder / LINEAGE, content)
 
     return act
 
 
-def unlist(name):
-    return change_lineage(lambda lineage: lineage["files"].pop(name))
-
-
-def alpha(text):
-    return write(CONFIG, lambda content: content.replace(b'"lora_alpha": 10', b'"lora_alpha": ' + text))
-
-
-def flip(content):
-    return content[:-1] + bytes([content[-1] ^ 1])
+def unlist(*names):
+    return lineage(lambda content: [content["files"].pop(name) for name in names])
 
 
 def link(folder):
@@ -80,216 +134,233 @@ def link(folder):
     (folder / "README.md").symlink_to("/etc/hostname")
 
 
+def spread(folder, file=SHARD):
+    """Name the base's weights in an index, as those of large models are."""
+    names = load_file((folder / WEIGHTS).rename(folder / SHARD))
+    write_json(folder / INDEX, {"weight_map": dict.fromkeys(names, file.removeprefix("base/"))})
+    unlist(WEIGHTS)(folder)
+    relist(folder, SHARD)
+    relist(folder, INDEX)
+
+
 def lie(folder):
+    """Write weights whose header says that a tensor is larger than it is."""
     write_lie(folder / ADAPTER)
     relist(folder, ADAPTER)
 
 
-def spread(folder, file=SHARD):
-    """Name the base's weights in an index, as those of large models are."""
-    (folder / "base" / "model.safetensors").rename(folder / "base" / SHARD)
-    write_json(folder / "base" / INDEX, {"weight_map": dict.fromkeys(load_file(folder / "base" / SHARD), file)})
-    unlist("base/model.safetensors")(folder)
-    relist(folder, f"base/{SHARD}")
-    relist(folder, f"base/{INDEX}")
-
-
-def poison(folder):
-    tensors = load_file(folder / "base" / "model.safetensors")
-    tensors["transformer.ln_f.weight"][0] = torch.nan
-    save_file(tensors, folder / "base" / "model.safetensors")
-    relist(folder, "base/model.safetensors")
-
-
-# Name -> what is done to a sound reward adapter, and the reason that it is refused for.
-HOSTILE = {
-    "pickle": (write("adapter_model.bin", b"\x80\x04."), "a pickle, or a file that may hold one"),
-    "program": (write("modeling_custom.py", b"import os"), "a program; an adapter is numbers and settings"),
-    "unknown file": (write("notes.docx", b"x"), "a file that is no part of an adapter"),
-    "folder": (lambda folder: (folder / "inner").mkdir(), "a folder that no adapter has"),
-    "link": (link, "a symbolic link out of the folder"),
-    "local base": (set_to(CONFIG, base_model_name_or_path="/home/me/base"), "a place on somebody's machine"),
-    "climbing base": (set_to(CONFIG, base_model_name_or_path="../base"), "a place on somebody's machine"),
-    "no base": (set_to(CONFIG, base_model_name_or_path=None), "a place on somebody's machine"),
-    "other method": (set_to(CONFIG, peft_type="PROMPT_TUNING"), "peft_type is 'PROMPT_TUNING', not 'LORA'"),
-    "no task": (set_to(CONFIG, task_type=None), "of neither a policy nor"),
-    "targets": (set_to(CONFIG, target_modules=[1]), "neither a pattern nor a list"),
-    "imported class": (set_to(CONFIG, auto_mapping={"parent_library": "evil"}), "auto_mapping makes the loader"),
-    "imported backend": (set_to(CONFIG, megatron_config={"x": 1}), "megatron_config makes the loader import"),
-    "tokenizer code": (set_to("tokenizer_config.json", auto_map={"X": "x.y"}), "auto_map makes the loader"),
-    "tokenizer path": (set_to("tokenizer_config.json", vocab_file="../../etc/passwd"), "a place outside the folder"),
-    "no JSON": (write(CONFIG, b"{"), "is not JSON"),
-    "not UTF-8": (write(CONFIG, b"\xff\xfe"), "is not JSON"),
-    "deep JSON": (write(CONFIG, b"[" * 100_000), "is not JSON"),
-    "no object": (write(CONFIG, b"[]"), "is not a JSON object"),
-    "cut weights": (write(ADAPTER, lambda content: content[:-100]), "the header of the weights is damaged"),
-    "lying header": (lie, "the header of the weights is damaged"),
-    "no weights": (lambda folder: (folder / ADAPTER).unlink(), "is missing"),
-    "NaN": (put(f"{MODULE}.lora_A.weight", torch.full((10, 32), torch.nan)), "holds NaN or infinity"),
-    "infinity": (put(f"{MODULE}.lora_A.weight", torch.full((10, 32), -torch.inf, dtype=torch.bfloat16)),
-                 "holds NaN or infinity"),
-    "empty tensor": (put(f"{MODULE}.lora_A.weight", torch.zeros(0)), "is empty: it was not gathered"),
-    "integers": (put(f"{MODULE}.lora_A.weight", torch.ones(10, 32, dtype=torch.int8)), "not of floats"),
-    "foreign tensor": (put("lm_head.weight", torch.ones(2, 2)), "is not named as an adapter's are"),
-    "half a module": (drop(f"{MODULE}.lora_B.weight"), f"the tensor {MODULE}.lora_B.weight is missing"),
-    "missing module": (drop(f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"), "the tensors of the target module"),
-    "no head": (drop("base_model.model.score.weight"), "the reward head (score) is missing"),
-    "wrong rank": (set_to(CONFIG, r=16), "and the configuration says 16"),
-    "shapes apart": (put(f"{MODULE}.lora_A.weight", torch.ones(3, 32)), "do not fit each other"),
-    "changed weights": (write(ADAPTER, flip, listed=False), "the weights are not what was exported"),
-    "changed template": (write("chat_template.jinja", b"", listed=False), "the chat template is not what was"),
-    "lost file": (lambda folder: (folder / "probe.json").unlink(), "is missing: the lineage names it"),
-    "unlisted weights": (unlist(ADAPTER), "is not in the lineage: it was not exported"),
-    "unlisted tokenizer": (unlist("tokenizer.json"), "is not in the lineage: it was not exported"),
-    "base weight": (put("base_model.model.transformer.wte.weight", torch.ones(1024, 32)), "neither LoRA nor"),
-    "base layer": (put(f"{MODULE}.base_layer.weight", torch.ones(32, 96)), "neither LoRA nor"),
-    "named adapter": (put(f"{MODULE}.lora_A.default.weight", torch.ones(10, 32)), "neither LoRA nor"),
-    "trained bias": (put(f"{MODULE}.lora_B.bias", torch.ones(96)), "neither LoRA nor"),
-    "magnitude": (put(f"{MODULE}.lora_magnitude_vector", torch.ones(96)), "neither LoRA nor"),
-    "half an embedding": (put("base_model.model.transformer.wte.lora_embedding_A", torch.ones(10, 1024)),
-                          "lora_embedding_B is missing"),
-    "two scores": (put("base_model.model.score.weight", torch.ones(2, 32)), "not that of one score"),
-    "biases": (set_to(CONFIG, bias="all"), "bias is 'all': it would replace biases"),
-    "whole embedding": (set_to(CONFIG, modules_to_save=["score", "wte"]), "only the reward head of a base"),
-    "uninvited base": (write("base/config.json", b"{}"), "a model lies here, and the adapter's base is 'owner/base'"),
-    "rank as text": (set_to(CONFIG, r="10"), "r is '10', not a whole number"),
-    "rank true": (set_to(CONFIG, r=True), "r is True, not a whole number"),
-    "huge rank": (set_to(CONFIG, r=10**9), "r is 1000000000, not a whole number"),
-    "alpha": (alpha(b"Infinity"), "lora_alpha is inf"),
-    "large alpha": (alpha(b"1" + b"0" * 400), "lora_alpha is 10000"),
-    "rank pattern": (set_to(CONFIG, rank_pattern={"c_attn": 0}), "rank_pattern is"),
-    "no pattern": (set_to(CONFIG, alpha_pattern={"(": 1}), "alpha_pattern is"),
-    "rank of a pattern": (set_to(CONFIG, rank_pattern={"c_attn": 8}), "and the configuration says 8"),
-    "revision": (set_to(CONFIG, revision="../../evil"), "revision is '../../evil', not a branch"),
-    "revision number": (set_to(CONFIG, revision=7), "revision is 7, not a branch"),
-    "PiSSA": (set_to(CONFIG, init_lora_weights="pissa_niter_4"), "changes the base"),
-    "number as start": (set_to(CONFIG, init_lora_weights=1), "changes the base"),
-    "repeated layers": (set_to(CONFIG, layer_replication=[[0, 2], [1, 2]]), "it repeats layers of the base"),
-    "cut base": (set_to(CONFIG, kasa_config={}), "cuts off small singular values"),
-    "no table": (set_to(CONFIG, rank_pattern=[]), "rank_pattern is []"),
-    "empty lineage": (lambda folder: write_json(folder / "lineage.json", {}), "does not say what the base"),
+A1, UNASKED = f"{Q1}.lora_A.weight", "the settings do not ask for LoRA on"
+# The reason that is said, and what is refused for it.
+REFUSED = {
+    "a pickle, or a file that may hold one": [write("adapter_model.bin", b"\x80\x04.")],
+    "a program": [write("modeling_custom.py", b"import os")],
+    "a file that is no part of an adapter": [write("notes.docx", b"x"), write("base/tokenizer.json", b"{}")],
+    "a folder that no adapter has": [make("inner"), make("base/base")],
+    "a symbolic link out of the folder": [link],
+    "a place on somebody's": [settings(base_model_name_or_path=path) for path in ("/a", "../a", "~/a", "a/..", None)],
+    "a place outside the folder": [set_to(TOKENIZER, vocab_file=path) for path in ("../../etc/passwd", "\\\\host\\a")],
+    "makes the loader import": [settings(auto_mapping={"parent_library": "evil"}), settings(megatron_config={"x": 1}),
+                                set_to(TOKENIZER, auto_map={"X": "x.y"}), set_to(BASE_CONFIG, auto_map={"X": "x.y"}),
+                                set_to(BASE_CONFIG, text_config={"auto_map": {"AutoConfig": "x.y"}})],
+    "is not JSON": [write(CONFIG, text) for text in (b"{", b"\xff\xfe", b"[" * 100_000)]
+    + [write("base/generation_config.json", b"{")],
+    "is not a JSON object": [write(CONFIG, b"[]")],
+    "the header of the weights is damaged": [write(ADAPTER, lambda content: content[:-9]), write(WEIGHTS, b"x"), lie],
+    "is missing": [remove(ADAPTER), remove(BASE_CONFIG), remove("probe.json")],
+    # tensors
+    "holds NaN or infinity": [put(A1, (2, 4), np.nan), put(A1, (2, 4), -np.inf, "f2"),
+                              tensors(lambda content: content["model.embed_tokens.weight"].fill(np.nan), WEIGHTS)],
+    "is empty: it was not gathered": [put(A1, 0)],
+    "not of floats": [put(A1, (2, 4), 1, "i1")],
+    "is not named as an adapter's are": [put("lm_head.weight", (2, 2))],
+    "neither LoRA nor": [put(PREFIX + name, (4,)) for name in (
+        "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.base_layer.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight", "model.layers.0.self_attn.q_proj.lora_B.bias",
+        "model.layers.0.self_attn.q_proj.lora_magnitude_vector")],
+    "lora_B.weight is missing": [drop(f"{Q1}.lora_B.weight")],
+    "lora_embedding_B is missing": [put(f"{PREFIX}model.embed_tokens.lora_embedding_A", (2, 8))],
+    "the tensors of the target module": [drop(A1, f"{Q1}.lora_B.weight")],
+    "the reward head (score) is missing": [drop(HEAD)],
+    "not that of one score": [put(HEAD, (2, 4))],
+    "do not fit each other": [put(A1, (3, 4))],
+    "and the configuration says": [settings(r=16), settings(rank_pattern={"q_proj": 8})],
+    UNASKED: [settings(layers_to_transform=[0]), settings(layers_to_transform=1, layers_pattern="layers"),
+              settings(exclude_modules=["v_proj"]), settings(target_modules=["q_proj"]),
+              settings(target_modules=r".*\.[01]\..*")],
+    "is a target without tensors": [settings(target_modules=["q_proj", "v_proj", "embed_tokens"])],
+    # lineage
+    "is not what was exported": [write(ADAPTER, lambda content: content[:-1] + b"\x40", listed=False),
+                                 write(TEMPLATE, b"", listed=False)],
+    "is not in the lineage: it was not exported": [unlist(ADAPTER), unlist(TOKENIZER)],
+    "does not say what the base": [lambda folder: write_json(folder / LINEAGE, {})],
+    "does not say that the base is shipped": [lineage(lambda content: content["base"].update(shipped=False))],
+    # settings
+    "peft_type is 'PROMPT_TUNING', not 'LORA'": [settings(peft_type="PROMPT_TUNING")],
+    "of neither a policy nor": [settings(task_type=None)],
+    "neither a pattern nor a list": [settings(target_modules=[1]), settings(target_modules="(aa|aa)" * 40),
+                                     settings(target_modules="a" * 3000)],
+    "it changes the base, or adds more": [settings(**{key: value}) for key, value in {
+        "bias": "all", "layer_replication": [[0, 2], [1, 2]], "kasa_config": {}, "lora_bias": True,
+        "alora_invocation_tokens": [1], "target_parameters": ["experts"]}.items()],
+    "an unknown setting": [settings(new_method=True), settings(runtime_config={"ephemeral_gpu_offload": True})],
+    "which changes the base": [settings(init_lora_weights="pissa_niter_4"), settings(init_lora_weights=1)],
+    "only the reward head of a base": [settings(modules_to_save=["score", "wte"])],
+    "not a whole number": [settings(r=rank) for rank in ("10", True, 10**9)],
+    "lora_alpha is": [settings(lora_alpha=10**400),
+                      write(CONFIG, lambda text: text.replace(b'"lora_alpha": 4', b'"lora_alpha": Infinity'))],
+    "rank_pattern is": [settings(rank_pattern=[]), *(settings(rank_pattern={text: rank}) for text, rank in (
+        ("q_proj", 0), ("(q_proj|)+", 2), (r"(.*a)*b", 2)))],
+    "alpha_pattern is": [settings(alpha_pattern={text: 1}) for text in ("(", "a)(b", r"(a)\1", "(?i)Q", ".*.*.*.*x")],
+    "exclude_modules is": [settings(exclude_modules="(" * 1000 + ")" * 1000)],
+    "in too many ways": [settings(rank_pattern={f"{'.*' * 3}{number}": 2 for number in range(99)})],
+    "revision is": [settings(revision="../../evil"), settings(revision=7)],
+    "go together": [settings(target_modules=r".*_proj", layers_to_transform=[0]), settings(layers_pattern="layers")],
+    "which modules were trained is not in it": [settings(target_modules="all-linear")],
+    "a later one may mean more": [settings(peft_version="99.0"), settings(peft_version="x")],
+    "not a number from 0 to 1": [settings(lora_dropout=2)],
+    "not true or false": [settings(use_rslora="yes")],
+    "lora_magnitude_vector is missing": [settings(use_dora=True)],
+    # the base
+    "and the adapter's base is 'owner/base'": [settings(base_model_name_or_path="owner/base")],
+    "rewrite the weights": [set_to(BASE_CONFIG, quantization_config={"load_in_4bit": True})],
+    "in one file and in several": [write(INDEX, b"{}")],
+    "and no other": [lambda folder: spread(folder, "../../x.safetensors")],
+    "and the weights hold": [set_to(BASE_CONFIG, **{key: value}) for key, value in {
+        "num_hidden_layers": 10**5, "text_config": {"n_layer": 4}, "depths": [2, 9], "num_experts": 10**5}.items()],
+    "a loader would fetch code": [set_to(BASE_CONFIG, _attn_implementation="owner/kernel"),
+                                  set_to(BASE_CONFIG, text_config={"_attn_implementation": "paged|owner/kernel"})],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_damaged_or_hostile_adapter_is_refused_with_its_reason(copy, name):
-    act, reason = HOSTILE[name]
-    act(copy)
-    assert reason in check_adapter(copy)[0].problem
+@pytest.mark.parametrize(
+    ("reason", "act"), [pytest.param(reason, act, id=reason) for reason, acts in REFUSED.items() for act in acts]
+)
+def test_a_damaged_or_hostile_adapter_is_refused_with_its_reason(adapter, reason, act):
+    act(adapter)
+    assert reason in problems(adapter)
     with pytest.raises(AdapterError):
-        require_sound(copy)
+        require_sound(adapter)
 
 
-# Name -> what is done to a sound adapter that ships its base, and the reason that it is refused for.
-HOSTILE_BASE = {
-    "named otherwise": (set_to(CONFIG, base_model_name_or_path="owner/base"), "the adapter's base is 'owner/base'"),
-    "not said": (change_lineage(lambda lineage: lineage["base"].update(shipped=False)), "does not say that the base"),
-    "code": (set_to("base/config.json", auto_map={"AutoConfig": "x.y"}), "auto_map makes the loader import"),
-    "quantised": (set_to("base/config.json", quantization_config={"load_in_4bit": True}), "rewrite the weights"),
-    "no settings": (lambda folder: (folder / "base" / "config.json").unlink(), "is missing"),
-    "no JSON": (write("base/generation_config.json", b"{"), "is not JSON"),
-    "NaN": (poison, "of the base holds NaN or infinity"),
-    "two kinds": (write("base/model.safetensors.index.json", b"{}"), "in one file and in several"),
-    "climbing index": (lambda folder: spread(folder, "../../x.safetensors"), "and no other"),
-    "damaged": (write("base/model.safetensors", b"x"), "the header of the weights is damaged"),
-    "tokenizer": (write("base/tokenizer.json", b"{}"), "a file that is no part of an adapter"),
-    "inner folder": (lambda folder: (folder / "base" / "base").mkdir(), "a folder that no adapter has"),
-}  # fmt: skip
+@pytest.mark.parametrize(
+    "act",
+    [
+        settings(target_modules=r"model\.layers\.\d+\.self_attn\.(q|v)_proj"),
+        settings(
+            target_modules=r"(?:.*?(?:language|text|model).*?(?:self_attn|attention|attn|ffn).*?(?:q_proj|v_proj))"
+        ),
+        settings(target_modules=r"^(?!.*vision).*(?:q_proj|v_proj)$"),
+        settings(layers_to_transform=[0, 1, 2], layers_pattern=["h", "layers"]),
+        settings(rank_pattern={r"layers\.\d+\.self_attn.q_proj": 2, "v_proj": 2}, r=9),
+        settings(runtime_config={"ephemeral_gpu_offload": False}, loftq_config={}, eva_config=None),
+        settings(peft_version="0.10.0", use_rslora=True, init_lora_weights="gaussian"),
+        spread,
+        write(".gitattributes", b"*.safetensors filter=lfs"),  # the Hub's own
+        remove(LINEAGE),
+    ],
+)
+def test_what_authors_really_write_passes(adapter, act):
+    act(adapter)
+    assert check_adapter(adapter) == []
 
 
-@pytest.fixture
-def with_base(gpt2_run, copy):
-    """The reward adapter with its base beside it, as an export for a base without a public id."""
-    (copy / "base").mkdir()
-    for name in ("config.json", "generation_config.json", "model.safetensors"):
-        shutil.copyfile(gpt2_run[0] / name, copy / "base" / name)
-        relist(copy, f"base/{name}")
-    change_json(copy, CONFIG, base_model_name_or_path="./base", revision=None)
-    change_lineage(lambda lineage: lineage["base"].update(id=None, revision=None, shipped=True))(copy)
-    return copy
+def test_every_setting_of_peft_has_a_rule():
+    assert set(LoraSettings.model_fields) | set(IMPORTS) - {"auto_map"} <= set(PLAIN)
 
 
-def test_a_shipped_base_in_one_file_or_in_several_passes(with_base):
-    assert check_adapter(with_base) == []
-    spread(with_base)
-    assert check_adapter(with_base) == []
+def test_dora_has_a_magnitude_for_each_output_of_each_module(adapter):
+    settings(use_dora=True)(adapter)
+    names = {key.partition(".lora_")[0] for key in load_file(adapter / ADAPTER)} - {HEAD}
+    magnitudes = {f"{name}.lora_magnitude_vector": np.ones(4, "f4") for name in names}
+    tensors(lambda content: content.update(magnitudes))(adapter)
+    assert check_adapter(adapter) == []
+    put(f"{Q0}.lora_magnitude_vector", (3,))(adapter)
+    assert "are not one for each of its 4 outputs" in problems(adapter)
+    drop(*(f"{Q0}.lora_{end}.weight" for end in "AB"))(adapter)
+    assert f"{Q0}.lora_A.weight is missing" in problems(adapter)
 
 
-@pytest.mark.parametrize("name", HOSTILE_BASE)
-def test_a_hostile_base_is_refused_with_its_reason(with_base, name):
-    act, reason = HOSTILE_BASE[name]
-    act(with_base)
-    assert reason in check_adapter(with_base)[0].problem
+TEMPLATES = {
+    "{{ 'x' * 10**9 }}": "MemoryError",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "it takes too long",
+    "{{ raise_exception('no') }}": "TemplateError: no",
+    "{{ ''.__class__.__mro__ }}": "SecurityError",
+    "{% for": "TemplateSyntaxError",
+}
+DATED = ("{{ bos_token }}{% if not date is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}"
+         "{% for m in messages %}{% if m.role == 'x' %}{% continue %}{% endif %}{{ m | tojson(indent=1) }}"
+         "{% generation %}{{ m.content.strip() }}{{ eos_token }}{% endgeneration %}{% endfor %}")  # fmt: skip
 
 
-def test_a_folder_called_base_is_checked_as_any_other(reward_export, tmp_path):
-    folder = shutil.copytree(reward_export, tmp_path / "base")
-    (folder / "model.safetensors").write_bytes(b"x")
-    (problem,) = check_adapter(folder)
-    assert problem.place == "model.safetensors"
-    assert "a file that is no part of an adapter" in problem.problem
+@pytest.mark.parametrize("template", [*TEMPLATES, DATED])
+def test_a_template_is_rendered_within_limits_on_time_and_memory(adapter, template):
+    said = TEMPLATES.get(template)
+    expected = f"the chat template cannot be rendered: {said}" if said else ""
+    write(TEMPLATE, template.encode())(adapter)
+    assert problems(adapter).startswith(expected) and bool(expected) == bool(problems(adapter))
+    (adapter / TEMPLATE).unlink()
+    unlist(TEMPLATE)(adapter)
+    for place in (template, [{"name": "default", "template": template}]):
+        set_to(TOKENIZER, chat_template=place)(adapter)
+        assert problems(adapter).startswith(expected) and bool(expected) == bool(problems(adapter))
 
 
-def test_what_a_download_leaves_is_no_part_of_the_adapter(copy):
-    left = copy / ".cache" / "huggingface" / "download" / "README.md.metadata"
+def test_what_changes_nothing_or_is_large_for_vllm_is_noted(adapter):
+    assert notes(adapter) == []
+    wide = {key: np.zeros((17, 4) if "_A" in key else (4, 17), "f4") for key in load_file(adapter / ADAPTER)}
+    tensors(lambda content: content.update(wide | {HEAD: content[HEAD]}))(adapter)
+    settings(r=17)(adapter)
+    assert check_adapter(adapter) == []
+    assert notes(adapter) == ["its rank is 17, and vLLM takes up to 16 without --max-lora-rank 32",
+                              "every lora_B is zero: it adds nothing to its base, as before training"]  # fmt: skip
+
+
+def test_what_a_download_leaves_is_no_part_of_the_adapter(adapter):
+    left = adapter / ".cache" / "huggingface" / "download" / "README.md.metadata"
     left.parent.mkdir(parents=True)
     left.write_text("1")
-    (copy / ".gitattributes").write_text("*.safetensors filter=lfs")  # the Hub's own
-    assert check_adapter(copy) == []
-    assert left not in list_files(copy).values()
-    (copy / ".cache" / "other").mkdir()
-    assert "a folder that no adapter has" in check_adapter(copy)[0].problem
+    assert check_adapter(adapter) == []
+    assert left not in list_files(adapter).values()
+    (adapter / ".cache" / "other").mkdir()
+    assert "a folder that no adapter has" in problems(adapter)
 
 
-def test_what_a_problem_quotes_cannot_act_on_a_terminal(copy):
-    change_json(copy, CONFIG, base_model_name_or_path="/tmp/\u202eevil")
-    put("x\x1b]0;owned\x07\nline", torch.ones(2))(copy)
-    text = " ".join(map(str, check_adapter(copy)))
-    assert "⟨U+001B⟩]0;owned⟨U+0007⟩ line" in text
+def test_all_problems_are_found_at_once_and_what_they_quote_cannot_act_on_a_terminal(adapter):
+    settings(base_model_name_or_path="/tmp/\u202eevil", auto_mapping={"parent_library": "evil"})(adapter)
+    put("x\x1b]0;owned\x07\nline", (2,))(adapter)
+    found = check_adapter(adapter)
+    text = " ".join(map(str, found))
+    assert len(found) == 4 and "⟨U+001B⟩]0;owned⟨U+0007⟩ line" in text
     assert not set(text) & set("\x1b\x07\u202e")
 
 
-def test_sound_adapters_pass_and_those_of_a_run_name_their_local_base(gpt2_run, policy_export, reward_export):
+def test_nothing_is_opened_before_the_listing_and_no_tensor_read_before_its_header(adapter, monkeypatch):
+    monkeypatch.setattr("rlhf_trl.run.safetensors._read", lambda *_: pytest.fail("a tensor was read"))
+    lie(adapter)
+    assert "header" in problems(adapter)
+    monkeypatch.setattr(adapter_check, "_read_objects", lambda *_: pytest.fail("a file was opened"))
+    write("adapter_model.bin", b"\x80\x04.")(adapter)
+    assert [problem.place for problem in check_adapter(adapter)] == ["adapter_model.bin"]
+
+
+def test_exports_pass_and_the_adapters_of_a_run_name_their_local_base(gpt2_run, policy_export, reward_export):
     for folder in (policy_export, reward_export):
         assert check_adapter(folder) == check_adapter(folder, gpt2_run[0]) == []
-    (problem,) = check_adapter(gpt2_run[2].adapter("sft"), gpt2_run[0])
-    assert "a place on somebody's machine" in problem.problem
-
-
-def test_no_tensor_is_read_before_the_header_was_checked(copy, monkeypatch):
-    monkeypatch.setattr("rlhf_trl.run.safetensors._read", lambda *_: pytest.fail("a tensor was read"))
-    lie(copy)
-    assert "header" in check_adapter(copy)[0].problem
-
-
-def test_a_pickle_is_not_opened(copy, monkeypatch):
-    write("adapter_model.bin", b"\x80\x04.")(copy)
-    monkeypatch.setattr(adapter_check, "_read_objects", lambda *_: pytest.fail("a file was opened"))
-    assert [problem.place for problem in check_adapter(copy)] == ["adapter_model.bin"]
-
-
-def test_all_problems_are_found_at_once(copy):
-    change_json(copy, CONFIG, base_model_name_or_path="../base", auto_mapping={"parent_library": "evil"})
-    drop("base_model.model.score.weight")(copy)
-    assert len(check_adapter(copy)) == 3
+    assert "a place on somebody's machine" in problems(gpt2_run[2].adapter("sft"), gpt2_run[0])
 
 
 # --- against a base
 
 
-def cut(folder):
-    change_tensors(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".h.1." in key])
-
-
 def embed(size):
     """Add LoRA to the embedding, and to the output layer that is tied to it."""
-    shapes = {"transformer.wte.lora_embedding_A": (10, size), "transformer.wte.lora_embedding_B": (32, 10),
-              "lm_head.lora_A.weight": (10, 32), "lm_head.lora_B.weight": (1024, 10)}  # fmt: skip
-    added = {f"base_model.model.{key}": torch.ones(shape) for key, shape in shapes.items()}
+    shapes = {"model.embed_tokens.lora_embedding_A": (2, size), "model.embed_tokens.lora_embedding_B": (4, 2),
+              "lm_head.lora_A.weight": (2, 4), "lm_head.lora_B.weight": (8, 2)}  # fmt: skip
+    added = {PREFIX + key: np.ones(shape, "f4") for key, shape in shapes.items()}
 
     def act(folder):
-        change_tensors(folder, lambda tensors: tensors.update(added))
-        change_json(folder, CONFIG, target_modules=[*read_json(folder / CONFIG)["target_modules"], "wte", "lm_head"])
+        tensors(lambda content: content.update(added))(folder)
+        settings(target_modules=["q_proj", "v_proj", "embed_tokens", "lm_head"])(folder)
 
     return act
 
@@ -297,59 +368,39 @@ def embed(size):
 @pytest.mark.parametrize(
     ("act", "problem"),
     [
-        (cut, "the base's module h.1.attn.c_attn is a target without tensors"),
-        (embed(1024), None),
-        (embed(1000), "wte is for a weight of 1000 × 32, and the base's is 1024 × 32"),
-        (put("base_model.model.score.weight", torch.ones(1, 48)),
-         "the reward head reads 48 numbers, and the base's hidden size is 32"),
+        (tensors(lambda content: [content.pop(key) for key in list(content) if ".layers.1." in key]),
+         "the base's module layers.1.self_attn.q_proj is a target without tensors"),
+        (embed(8), None),
+        (embed(9), "embed_tokens is for a weight of 9 × 4, and the base's is 8 × 4"),
+        (put(HEAD, (1, 5)), "the reward head reads 5 numbers, and the base's hidden size is 4"),
     ],
 )  # fmt: skip
-def test_what_is_sound_by_itself_may_not_fit_its_base(gpt2_run, copy, act, problem):
-    act(copy)
-    assert check_adapter(copy) == []
-    found = [one.problem for one in check_adapter(copy, gpt2_run[0])]
-    assert found == [problem] if problem else not found
+def test_what_is_sound_by_itself_may_not_fit_its_base(adapter, tmp_path, act, problem):
+    act(adapter)
+    base = (adapter / "base").rename(tmp_path / "base")
+    unlist(BASE_CONFIG, WEIGHTS)(adapter)
+    settings(base_model_name_or_path="owner/base")(adapter)
+    assert check_adapter(adapter) == []
+    assert problems(adapter, base) == (problem or "")
 
 
-def test_another_base_is_told_from_its_own(gpt2_run, copy, tmp_path):
-    base = shutil.copytree(gpt2_run[0], tmp_path / "base")
-    shapes = {key: tensor.shape for key, tensor in read_weights(base).items()}
-    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, base / "model.safetensors")
-    (problem,) = check_adapter(copy, base)
-    assert "not those that the adapter was exported for, though their shapes fit" in problem.problem
-    assert "owner/base" in problem.remedy
-    larger = {key: torch.zeros([size + 1 for size in shape]) for key, shape in shapes.items()}
-    save_file(larger, base / "model.safetensors")
-    (problem,) = check_adapter(copy, base)
-    assert "is for a weight of 96 × 32, and the base's is 97 × 33" in problem.problem
-    llama = write_base(tmp_path / "llama", "llama")
-    (problem,) = check_adapter(copy, llama)
-    assert "it is another architecture" in problem.problem
-    (llama / "model.safetensors").unlink()
-    assert "there are no weights in safetensors" in check_adapter(copy, llama)[0].problem
+def test_another_base_is_told_from_its_own(adapter, tmp_path):
+    other, wide = tmp_path / "other", tmp_path / "wide"
+    write_base(other, **{"model.norm.weight": np.ones(4, "f4")})
+    assert "not those that the adapter was exported for, though their shapes fit" in problems(adapter, other)
+    write_base(wide, 5)
+    assert "is for a weight of 4 × 4, and the base's is 5 × 5" in problems(adapter, wide)
+    save_file({"transformer.x": np.ones((4, 4), "f4")}, wide / "model.safetensors")
+    assert "it is another architecture" in problems(adapter, wide)
+    (wide / "model.safetensors").unlink()
+    assert "there are no weights in safetensors" in problems(adapter, wide)
     with pytest.raises(UserError, match="no such folder"):
-        check_adapter(copy, tmp_path / "nowhere")
-
-
-def test_ranks_by_pattern_are_checked_by_module(copy):
-    set_to(CONFIG, r=4, rank_pattern={"c_attn": 10, r".*\.mlp\..*": 10})(copy)
-    problems = {problem.problem.rpartition("c_proj")[2] for problem in check_adapter(copy)}
-    assert problems == {" has rank 10, and the configuration says 4"}
-
-
-def test_an_adapter_without_lineage_is_checked_too(gpt2_run, copy, tmp_path):
-    for name in ("lineage.json", "evidence.json", "probe.json"):
-        (copy / name).unlink()
-    base = shutil.copytree(gpt2_run[0], tmp_path / "base")
-    assert check_adapter(copy, base) == []
-    (base / "chat_template.jinja").write_text("another")
-    (problem,) = check_adapter(copy, base)
-    assert "the chat template differs from that of the base" in problem.problem
-
-
-def test_paths_are_told_from_ids():
-    assert all(map(is_path, ("/a", "~/a", "../a", "a/../b", "C:\\a", "a\\b", "./a", "\\\\host\\a")))
-    assert not any(map(is_path, ("owner/name", "gpt2", "owner/name-1.5")))
+        check_adapter(adapter, tmp_path / "nowhere")
+    for name in (LINEAGE, "probe.json"):
+        (adapter / name).unlink()
+    assert check_adapter(adapter, other) == []
+    (other / TEMPLATE).write_text("another")
+    assert "the chat template differs from that of the base" in problems(adapter, other)
 
 
 # --- weights without torch
@@ -359,47 +410,73 @@ def test_paths_are_told_from_ids():
 def test_numbers_that_are_not_finite_are_found(tmp_path, dtype):
     largest = torch.finfo(dtype).max
     values = {"sound": [0.0, -largest, largest, 1.0], "nan": [0.0, torch.nan], "infinite": [-torch.inf]}
-    tensors = {name: torch.tensor(numbers, dtype=dtype) for name, numbers in values.items()}
-    save_file(tensors, tmp_path / "x.safetensors")
+    save_torch(
+        {name: torch.tensor(numbers, dtype=dtype) for name, numbers in values.items()}, tmp_path / "x.safetensors"
+    )
     header = read_header(tmp_path / "x.safetensors")
     assert [name for name, tensor in header.items() if is_finite(tensor)] == ["sound"]
-    assert header["sound"].shape == (4,)
 
 
-def test_the_hash_of_weights_is_of_their_content(tmp_path):
+def test_the_hash_of_weights_is_of_their_content_however_it_is_read(tmp_path, monkeypatch):
     first, second = torch.arange(6.0).reshape(2, 3), torch.ones(2, dtype=torch.bfloat16)
 
-    def hash_of(name: str, *files: dict) -> str:
-        folder = tmp_path / name
+    def hash_of(*files: dict) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         for number, file in enumerate(files):
-            save_file(file, folder / f"model-{number}.safetensors", metadata={"made": name})
+            save_torch(file, folder / f"model-{number}.safetensors", metadata={"made": folder.name})
         return hash_weights(read_weights(folder))
 
-    together = hash_of("together", {"a": first, "b": second})
-    assert together == hash_of("apart", {"b": second}, {"a": first})
-    others = [
-        hash_of("renamed", {"a": first, "c": second}),
-        hash_of("reshaped", {"a": first.reshape(3, 2), "b": second}),
-        hash_of("changed", {"a": first + 1e-6, "b": second}),
-        hash_of("recast", {"a": first, "b": second.view(torch.float16)}),
-    ]
-    assert len({together, *others}) == 5
+    together = hash_of({"a": first, "b": second})
+    others = [{"a": first, "c": second}, {"a": first.reshape(3, 2), "b": second}, {"a": first + 1e-6, "b": second},
+              {"a": first, "b": second.view(torch.float16)}]  # fmt: skip
+    assert len({together, *map(hash_of, others)}) == 5
+    monkeypatch.setattr("rlhf_trl.run.safetensors.CHUNK", 8)
+    assert together == hash_of({"b": second}, {"a": first})
 
 
-def test_weights_on_disk_are_read_in_pieces(tmp_path, monkeypatch):
-    values = np.arange(1000, dtype=np.float32)
-    save_file({"x": torch.from_numpy(values)}, tmp_path / "model.safetensors")
-    whole = hash_weights(read_weights(tmp_path))
-    monkeypatch.setattr("rlhf_trl.run.safetensors.CHUNK", 64)
-    assert hash_weights(read_weights(tmp_path)) == whole
+# --- mutations
+
+VALUES = [None, True, False, 0, -1, 1, 3, 1e308, 10**400, float("nan"), float("inf"), "", "x", "\x1b[0m", "\ud800",
+          [], {}, [None], [[]], [1], ["q_proj"], {"a": 1}, {"": {}}, "(a+)+$", "((a|a)*)*b", "(.*)*" * 9, "[", "\\",
+          "(?P<a>", "a{9999}", "{{ 'x' * 10**10 }}", "{% for", "../..", "owner/kernel", list(range(999)), "y" * 10**5,
+          "0.21.2", "q_proj|v_proj", {"q_proj": 2}, {"(a*)*": 2}, "LORA", "SEQ_CLS", 10**5, "./base",
+          [{"name": "default", "template": "x"}]]  # fmt: skip
+DOCUMENTS = (CONFIG, BASE_CONFIG, TOKENIZER)
+KEYS = [*PLAIN, *IMPORTS, *BASE, "chat_template", "_attn_implementation", "auto_map", "quantization_config",
+        "text_config", "vocab_file", "new"]  # fmt: skip
 
 
-def test_the_check_loads_no_torch(policy_export):
-    code = (
-        "import sys; from pathlib import Path; from rlhf_trl.adapters.check import check_adapter\n"
-        f"assert check_adapter(Path({str(policy_export)!r})) == []\n"
-        "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+def mutate(document, rng):
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        key, value = rng.choice(KEYS), deepcopy(rng.choice(VALUES))
+        if rng.random() < 0.15:
+            document.pop(key, None)
+        elif isinstance(document.get(key), dict | list) and document[key] and rng.random() < 0.5:
+            inside = document[key]
+            inside[rng.choice(list(inside)) if isinstance(inside, dict) else rng.randrange(len(inside))] = value
+        else:
+            document[key] = value
+    return document if rng.random() > 0.02 else rng.choice(VALUES)
+
+
+def test_mutated_settings_end_in_no_traceback_and_hang_nothing(adapter):
+    (adapter / LINEAGE).unlink()
+    seed = int(os.environ.get("SEED", random.SystemRandom().randrange(10**6)))
+    rng, slowest, refused = random.Random(seed), 0.0, 0
+    originals = {name: (adapter / name).read_text() for name in DOCUMENTS}
+    for number in range(COUNT):
+        name = CONFIG if rng.random() < 0.6 else rng.choice(DOCUMENTS)
+        content = json.dumps(mutate(json.loads(originals[name]), rng))
+        if rng.random() < 0.02:
+            content = content[: rng.randrange(len(content))]
+        (adapter / name).write_text(content)
+        started = time.monotonic()
+        try:
+            refused += bool(check_adapter(adapter))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, mutation {number} of {name}: {content[:500]}") from error
+        slowest = max(slowest, time.monotonic() - started)
+        (adapter / name).write_text(originals[name])
+    print(f"seed {seed}: {COUNT} mutations, {refused} refused, the slowest took {slowest:.1f} s")
+    assert slowest < 10, seed

@@ -1,7 +1,6 @@
 """Exports: what others load is what the run trained, and says where it comes from and how good it is."""
 
 import json
-import os
 import re
 import shutil
 from itertools import chain
@@ -10,27 +9,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from adapter_fixtures import ADAPTER, COMMIT, CONFIG, ID, as_rewardbench, change_tensors, write_base, write_run
-from peft import PeftModel
+from adapter_fixtures import ADAPTER, COMMIT, CONFIG, ID, as_rewardbench, write_base, write_run
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import chat_template_utils
-from trl import ModelConfig
 
 import rlhf_trl
 from rlhf_trl.adapters import export as adapter_export
 from rlhf_trl.adapters.combine import combine
 from rlhf_trl.adapters.export import export, write_tokenizer
 from rlhf_trl.adapters.verify import loading_lines, verify
-from rlhf_trl.models.base import load_classifier, start_path
-from rlhf_trl.models.rewards import RewardModel, load_reward_model, score_completions
+from rlhf_trl.models.base import start_path
+from rlhf_trl.models.rewards import load_reward_model, score_completions
 from rlhf_trl.models.tokenizer import encode, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
 
 IDS = [5, 99, 300, 17, 42, 800, 3]
-C_ATTN, C_FC = (f"base_model.model.transformer.h.{name}" for name in ("0.attn.c_attn", "1.mlp.c_fc"))
 PROMPT = [{"role": "user", "content": "How do I care for cats?"}]
 VERIFIED = {"rows": 1, "outputs": 1, "largest": 1.0, "difference": 0}
 
@@ -41,17 +37,6 @@ def logits(base, adapter=None):
     model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, str | Path) else base
     model = PeftModel.from_pretrained(model, adapter) if adapter else model
     return model.eval()(input_ids=torch.tensor([IDS])).logits
-
-
-def delta(tensors, module):
-    return tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
-
-
-def save_combined(folders, out):
-    tensors, config = combine(folders)
-    config.save_pretrained(out)
-    save_file(tensors, out / ADAPTER)
-    return out
 
 
 @pytest.fixture
@@ -75,43 +60,42 @@ def test_the_combined_adapter_is_the_merged_parent_with_the_policy_on_it(gpt2_ru
         assert (other - expected).abs().max() > 1e-2
 
 
-def test_the_combined_adapter_of_a_llama_is_exact_too(tmp_path):
-    base = write_base(tmp_path / "base", "llama")
-    recipe, run = write_run(tmp_path, base, parent=True)
-    expected = logits(start_path(recipe, run, "dpo"), run.adapter("dpo"))
-    both = save_combined([run.adapter("sft"), run.adapter("dpo")], tmp_path / "both")
-    torch.testing.assert_close(logits(base, both), expected, atol=1e-5, rtol=0)
+def fewer_modules(folder):
+    content = load_file(folder / ADAPTER)
+    save_file({key: value for key, value in content.items() if ".mlp." not in key}, folder / ADAPTER)
+    change_settings(folder, target_modules=["c_attn", "attn.c_proj"])
 
 
-@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="needs SMOLLM2=path/to/SmolLM2-135M")
-@pytest.mark.parametrize("parent", [False, True])
-@pytest.mark.parametrize("stage", ["dpo", "rm"])
-def test_smollm2_is_exported_exactly(tmp_path, parent, stage):
-    _, run = write_run(tmp_path, Path(os.environ["SMOLLM2"]), parent)
-    found = export(run, stage, tmp_path / "out", ID)["verification"]
-    assert found["difference"] < 1e-5 * max(1, found["largest"])
+def same(folder):
+    """Leave an adapter as it is."""
 
 
-def test_ranks_are_concatenated_scalings_folded_in_and_absent_modules_zero(pair):
-    first, second = (load_file(folder / ADAPTER) for folder in pair)
-    tensors, config = combine(pair)
-    assert (config.r, config.lora_alpha) == (4 + 8, 4 + 8)
-    expected = 6 / 4 * delta(first, C_ATTN) + 6 / 8 * delta(second, C_ATTN)
-    torch.testing.assert_close(delta(tensors, C_ATTN), expected)
-    save_file({key: value for key, value in first.items() if ".mlp." not in key}, pair[0] / ADAPTER)
-    tensors, config = combine(pair)
-    assert tensors[f"{C_FC}.lora_A.weight"].shape[0] == config.r == 12
-    torch.testing.assert_close(delta(tensors, C_FC), 6 / 8 * delta(second, C_FC))
-
-
-def test_rank_stabilised_scaling_and_patterns_are_folded_in(gpt2_run, pair, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "lower", "upper"),
+    [
+        ("llama", same, same),
+        ("gpt2", same, same),
+        ("gpt2", lambda folder: change_settings(folder, use_rslora=True),
+         lambda folder: change_settings(folder, alpha_pattern={"c_attn": 3})),
+        ("gpt2", fewer_modules, lambda folder: change_settings(folder, target_modules=r".*\.(c_attn|c_fc|c_proj)")),
+    ],
+)  # fmt: skip
+def test_ranks_are_concatenated_and_scalings_folded_in(gpt2_run, pair, tmp_path, architecture, lower, upper):
     base = gpt2_run[0]
-    change_settings(pair[0], use_rslora=True)
-    change_settings(pair[1], alpha_pattern={"c_attn": 3})
-    lower = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), pair[0]).merge_and_unload()
-    expected = logits(lower, pair[1])
-    found = logits(base, save_combined(pair, tmp_path / "both"))
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    if architecture == "llama":
+        base = write_base(tmp_path / "base", "llama")
+        run = write_run(tmp_path, base, parent=True)[1]
+        pair = [run.adapter("sft"), run.adapter("dpo")]
+    lower(pair[0])
+    upper(pair[1])
+    start = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), pair[0]).merge_and_unload()
+    expected = logits(start, pair[1])
+    tensors, config = combine(base, pair)
+    assert config.r == config.lora_alpha == 4 + 8
+    assert {tensor.shape["lora_B" in key] for key, tensor in tensors.items()} == {12}
+    config.save_pretrained(tmp_path / "both")
+    save_file(tensors, tmp_path / "both" / ADAPTER)
+    torch.testing.assert_close(logits(base, tmp_path / "both"), expected, atol=1e-5, rtol=0)
 
 
 INEXACT = {"use_dora": True, "bias": "all", "lora_bias": True, "target_parameters": ["experts"],
@@ -119,12 +103,18 @@ INEXACT = {"use_dora": True, "bias": "all", "lora_bias": True, "target_parameter
            "modules_to_save": ["wte"]}  # fmt: skip
 
 
-@pytest.mark.parametrize("key", INEXACT)
-def test_what_cannot_be_combined_exactly_is_refused(pair, key):
-    change_settings(pair[0], **{key: INEXACT[key]})
-    reason = "replaces a whole module" if key == "modules_to_save" else f"its setting {key} is"
-    with pytest.raises(UserError, match=f"cannot be combined exactly.*{reason}"):
-        combine(pair)
+def test_what_cannot_be_combined_exactly_is_refused(gpt2_run, pair):
+    for key, value in INEXACT.items():
+        change_settings(pair[0], **{key: value})
+        with pytest.raises(UserError, match=f"cannot be combined exactly.*its setting {key} is"):
+            combine(gpt2_run[0], pair)
+        change_settings(pair[0], **{key: LoraConfig().to_dict()[key]})
+    for stage, name in ((0, "lm_head.lora_A.weight"), (1, "transformer.wte.lora_embedding_A"), (0, "score.weight")):
+        content = load_file(pair[stage] / ADAPTER)
+        save_file({**content, f"base_model.model.{name}": torch.ones(2, 2)}, pair[stage] / ADAPTER)
+        with pytest.raises(UserError, match=r"adapts (the output layer|an embedding)"):
+            combine(gpt2_run[0], pair)
+        save_file(content, pair[stage] / ADAPTER)
 
 
 # --- the export
@@ -205,7 +195,7 @@ def test_mistakes_are_named(gpt2_run, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=problem):
             export(*arguments)
-    monkeypatch.setattr("rlhf_trl.adapters.base.SMALL", 1000)
+    monkeypatch.setattr("rlhf_trl.adapters.evidence.SMALL", 1000)
     with pytest.raises(UserError, match="has no public id that is known"):
         export(run, "dpo", out)
 
@@ -228,9 +218,6 @@ def test_a_parent_that_was_trained_again_is_noticed(gpt2_run, tmp_path):
         write_json(run.done("sft"), marker | change)
         with pytest.raises(UserError, match=problem):
             export(run, "dpo", tmp_path / "out", ID)
-    run.done("sft").unlink()
-    with pytest.raises(UserError, match="the step 'sft' is not finished"):
-        export(run, "dpo", tmp_path / "out", ID)
 
 
 def test_a_template_that_writes_todays_date_is_refused(gpt2_run, tmp_path):
@@ -260,26 +247,16 @@ def test_a_parent_that_was_fine_tuned_whole_is_shipped(shipped, trained):
     run, folder = trained[1], shipped / "grpo"
     assert read_json(folder / CONFIG)["base_model_name_or_path"] == "./base"
     torch.testing.assert_close(logits(folder / "base", folder), logits(run.model("sft"), run.adapter("grpo")))
+    policy = rlhf_trl.load_policy(folder)
+    assert policy.answer(PROMPT, max_new_tokens=8) == policy.answer(PROMPT, max_new_tokens=8)
+    with pytest.raises(UserError, match="is of a policy, not of a reward model"):
+        rlhf_trl.load_reward_model(folder)
     lineage = read_json(folder / "lineage.json")
     assert lineage["base"]["stage"] == "sft"
     assert [parent["stage"] for parent in lineage["parents"]] == ["sft", "rm"]
     assert "`sft` fine-tuned it whole" in (folder / "README.md").read_text()
     with pytest.raises(UserError, match="has no adapter"):
         export(RunDir(shipped / "run"), "sft", shipped / "sft")
-
-
-def test_a_policy_loads_and_answers(shipped):
-    policy = rlhf_trl.load_policy(shipped / "grpo")
-    assert policy.answer(PROMPT, max_new_tokens=8) == policy.answer(PROMPT, max_new_tokens=8)
-    with pytest.raises(UserError, match="is of a policy, not of a reward model"):
-        rlhf_trl.load_reward_model(shipped / "grpo")
-
-
-def test_a_reward_model_that_was_trained_again_is_noticed(shipped, tmp_path):
-    run = RunDir(shutil.copytree(shipped / "run", tmp_path / "run"))
-    write_json(run.done("rm"), read_json(run.done("rm")) | {"finished": "2099-01-01T00:00:00+0000"})
-    with pytest.raises(UserError, match="its parent 'rm' was trained again afterwards"):
-        export(run, "grpo", tmp_path / "out")
 
 
 # --- one score, whoever computes it
@@ -345,35 +322,3 @@ def test_a_plain_call_of_an_exported_tokenizer_gives_the_tokens_that_are_scored(
     assert tokenizer(tokenizer.apply_chat_template(talks, tokenize=False)).input_ids == expected
     tokenizer = set_up_tokenizer(str(tmp_path), {})
     assert list(chain(*encode(tokenizer, *pairs[0]))) == expected[0]
-
-
-def test_scores_do_not_depend_on_the_date(gpt2_run, tmp_path, monkeypatch):
-    """A template like Llama's, which writes today's date unless one is given."""
-    base, _, run = gpt2_run
-    folder = shutil.copytree(base, tmp_path / "dated")
-    template = (run.tokenizer / "chat_template.jinja").read_text()
-    dated = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
-    (folder / "chat_template.jinja").write_text(dated + "{{ date_string }}" + template)
-    tokenizer = set_up_tokenizer(str(folder), {})
-    model = RewardModel(load_classifier(str(base), ModelConfig(), tokenizer).eval(), tokenizer)
-    prompts, answers = pairs_of(run)
-    scores, plain = [], set()
-    for year in (2026, 2031):
-
-        class Clock(chat_template_utils.datetime):
-            @classmethod
-            def now(cls, tz=None, year=year):
-                return cls(year, 1, 1)
-
-        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-        scores.append(model.score(prompts, answers, [True] * 12))
-        plain.add(AutoTokenizer.from_pretrained(folder).apply_chat_template(prompts[0], tokenize=False))
-    assert len(plain) == 2  # the template does write the date
-    assert torch.equal(*scores)
-
-
-def test_a_reward_adapter_without_its_head_is_refused(shipped, tmp_path):
-    copy = shutil.copytree(shipped / "rm", tmp_path / "rm")
-    change_tensors(copy, lambda tensors: tensors.pop("base_model.model.score.weight"))
-    with pytest.raises(UserError, match="the reward head \\(score\\) is missing"):
-        rlhf_trl.load_reward_model(copy)

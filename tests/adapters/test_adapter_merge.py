@@ -6,11 +6,10 @@ import pytest
 import torch
 from adapter_fixtures import as_rewardbench, change_json
 from peft import LoraModel, PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_trl import load_reward_model
-from rlhf_trl.adapters.merge import merge
+from rlhf_trl.adapters.export import merge
 from rlhf_trl.adapters.score import score_file
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl, write_json
@@ -41,38 +40,33 @@ def test_a_merged_policy_answers_as_the_adapter_does(gpt2_run, policy_export, tm
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
 
 
-def test_a_merged_reward_model_keeps_its_head(gpt2_run, reward_export, tmp_path):
-    merge(reward_export, tmp_path / "merged", gpt2_run[0])
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    head = load_file(reward_export / "adapter_model.safetensors")["base_model.model.score.weight"]
-    torch.testing.assert_close(model.score.weight.data, head)
-    assert model.config.num_labels == 1
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    assert model.config.pad_token_id == tokenizer.pad_token_id
+def test_a_merged_reward_model_keeps_its_head_and_rewardbench_gets_the_same_scores(gpt2_run, reward_export, tmp_path):
+    base, _, run = gpt2_run
+    folder = tmp_path / "merged"
+    merge(reward_export, folder, base)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert (model.config.num_labels, model.config.pad_token_id) == (1, tokenizer.pad_token_id)
     assert tokenizer.padding_side == "right"
-    for file in (tmp_path / "merged").glob("*.json*"):
-        assert str(gpt2_run[0].parent) not in file.read_text(), file
-        assert str(reward_export) not in file.read_text(), file
+    for file in folder.glob("*.json*"):
+        assert not [path for path in (base.parent, reward_export) if str(path) in file.read_text()], file
     rows = read_json(reward_export / "probe.json")["rows"]
     batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
     with torch.no_grad():
         scores = model.eval()(**batch).logits
     torch.testing.assert_close(scores, torch.tensor([row["outputs"] for row in rows]), atol=1e-5, rtol=0)
-
-
-def test_rewardbench_reads_a_merged_reward_model_and_gets_the_same_scores(gpt2_run, reward_export, tmp_path):
-    base, _, run = gpt2_run
-    merge(reward_export, tmp_path / "merged", base)
     rows = read_jsonl(run.pairs("test"))[:6]
     scored = score_file(load_reward_model(reward_export, base), run.pairs("test"))
     for side in ("chosen", "rejected"):
-        found = as_rewardbench(tmp_path / "merged", [row["prompt"] for row in rows], [row[side] for row in rows])
+        found = as_rewardbench(folder, [row["prompt"] for row in rows], [row[side] for row in rows])
         torch.testing.assert_close(found, torch.tensor([row[side] for row in scored[:6]]), atol=1e-5, rtol=0)
 
 
 def quantise(base, folder):
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    AutoModelForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(folder)
+    shutil.copytree(base, folder)
+    change_json(folder, "config.json", quantization_config={"load_in_4bit": True})
 
 
 def shift(base, folder):
@@ -110,17 +104,14 @@ def test_a_merge_that_changes_the_outputs_is_refused(gpt2_run, policy_export, tm
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_that_others_made_is_merged_too(gpt2_run, copy, tmp_path):
+def test_others_adapters_are_merged_too_but_no_hostile_one_and_over_nothing(gpt2_run, copy, tmp_path):
     base = shutil.copytree(gpt2_run[0], tmp_path / "base")
     write_json(base / "config.json", {**read_json(base / "config.json"), "quantization_config": None})
     for name in ("lineage.json", "probe.json", "evidence.json"):
         (copy / name).unlink()
     assert merge(copy, tmp_path / "merged", base)["difference"] < 1e-4
-
-
-def test_nothing_is_written_over_and_a_hostile_adapter_not_merged(gpt2_run, copy, tmp_path):
     with pytest.raises(UserError, match="there already"):
         merge(copy, tmp_path, gpt2_run[0])
     change_json(copy, "adapter_config.json", auto_mapping={"parent_library": "evil"})
     with pytest.raises(UserError, match="makes the loader import code"):
-        merge(copy, tmp_path / "merged", gpt2_run[0])
+        merge(copy, tmp_path / "other", gpt2_run[0])

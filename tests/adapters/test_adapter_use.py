@@ -6,15 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from adapter_fixtures import change_json, write_base
 from conftest import ROOT
+from typer.testing import CliRunner
 
 import rlhf_trl
-from rlhf_trl.adapters.load import Conversation
 from rlhf_trl.adapters.score import score_file, summarise
+from rlhf_trl.cli.adapters import chat
+from rlhf_trl.cli.app import app
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_jsonl, write_jsonl
 
@@ -31,16 +34,10 @@ def policy(gpt2_run, policy_export):
     return rlhf_trl.load_policy(policy_export, gpt2_run[0])
 
 
-@pytest.fixture
-def printed(call):
-    """Run a command that ends with a status; return what it prints and its messages."""
-
-    def printed(*arguments, status=0):
-        found, output, messages = call(*arguments)
-        assert found == status, messages
-        return output, messages
-
-    return printed
+def command(*arguments, status=0):
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == status, done.output
+    return done
 
 
 def test_importing_the_package_loads_no_torch():
@@ -92,28 +89,19 @@ def test_files_that_the_libraries_cannot_use_are_no_traceback(gpt2_run, policy_e
 # --- chat
 
 
-def test_a_conversation_remembers_its_turns(policy, monkeypatch):
-    asked, answer = [], type(policy).answer
+def test_a_conversation_remembers_its_turns_and_cannot_act_on_the_terminal(monkeypatch, capsys):
+    asked = []
 
-    def listen(self, prompt, *how):
-        asked.append(len(prompt))
-        return answer(self, prompt, *how)
-
-    monkeypatch.setattr(type(policy), "answer", listen)
-    talk = Conversation(policy, max_new_tokens=8, temperature=0.0, seed=0)
-    first = talk.reply("One?")
-    talk.reply("Two?")
-    talk.turns.clear()
-    assert talk.reply("One?") == first
-    assert asked == [1, 3, 1]
-
-
-def test_what_acts_on_a_terminal_is_spelt_out():
     class Hostile:
-        def answer(self, *_):
+        def answer(self, talk, *how):
+            asked.append(len(talk))
             return "\x1b]0;owned\x07 \u202edone"
 
-    assert Conversation(Hostile(), 8, 1.0, 0).reply("Hi") == "⟨U+001B⟩]0;owned⟨U+0007⟩ ⟨U+202E⟩done"
+    monkeypatch.setattr("rlhf_trl.adapters.load.load_policy", lambda *_: Hostile())
+    monkeypatch.setattr("sys.stdin", io.StringIO("One?\nTwo?\n/new\nOne?\n/exit\nnever\n"))
+    chat(Path("mine"))
+    assert asked == [1, 3, 1]
+    assert capsys.readouterr().out == "mine> ⟨U+001B⟩]0;owned⟨U+0007⟩ ⟨U+202E⟩done\n" * 3
 
 
 def test_a_prompt_loses_its_beginning_where_it_is_too_long_and_an_answer_leaves_room_for_one(policy):
@@ -121,15 +109,6 @@ def test_a_prompt_loses_its_beginning_where_it_is_too_long_and_an_answer_leaves_
     with pytest.raises(UserError, match="128 tokens leave no room for a prompt: the model has 128 positions"):
         policy.answer(PROMPT, max_new_tokens=128)
     assert isinstance(policy.answer(PROMPT, max_new_tokens=127), str)
-
-
-def test_chat_answers_what_is_piped_in(gpt2_run, policy_export, tmp_path, printed, monkeypatch):
-    copy = shutil.copytree(policy_export, tmp_path / "copy")
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/new\nHello\n/exit\nnever\n"))
-    output, _ = printed("chat", policy_export, "--compare", copy, "--base", gpt2_run[0], "--max-new-tokens", "6")
-    answers = [line.partition("> ")[2] for line in output.splitlines() if "> " in line]
-    assert len(answers) == 4
-    assert len(set(answers)) == 1  # the same adapter, seed and conversation
 
 
 # --- score
@@ -178,36 +157,28 @@ def test_a_file_that_is_none_is_named(reward_model, tmp_path, content, problem):
         score_file(reward_model, tmp_path / "rows.jsonl")
 
 
-def test_score_writes_json_lines(gpt2_run, reward_export, tmp_path, printed):
-    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": "Because."}, {"prompt": "Why?"}])
-    output, messages = printed("score", reward_export, tmp_path / "rows.jsonl", "--base", gpt2_run[0])
-    first, second = map(json.loads, output.splitlines())
-    assert set(first) == {"line", "score"}
-    assert second == {"line": 2, "why_not": "missing_field"}
-    assert "1 of 2 lines scored" in messages
+# --- the commands
 
 
-# --- the other commands
-
-
-def test_check_exits_with_one_where_something_is_wrong(policy_export, tmp_path, printed):
-    assert printed("adapter", "check", policy_export)[0] == f"{policy_export}: no problem found\n"
+def test_the_commands_on_adapters(gpt2_run, policy_export, reward_export, tmp_path):
+    base, _, run = gpt2_run
+    assert command("adapter", "check", policy_export).stdout == f"{policy_export}: no problem found\n"
     folder = shutil.copytree(policy_export, tmp_path / "adapter")
     (folder / "adapter_model.bin").write_bytes(b"x")
-    assert printed("adapter", "check", folder, status=1)[0].startswith("adapter_model.bin: a pickle")
-
-
-def test_export_list_and_merge_from_the_command_line(gpt2_run, policy_export, tmp_path, printed):
-    base, _, run = gpt2_run
-    output, _ = printed("adapter", "export", run.root, "sft", tmp_path / "sft", "--base-id", "owner/base")
-    assert "equal the adapter's within" in output
-    assert "it is what the policies of its run start from" in (tmp_path / "sft" / "README.md").read_text()
-    listed, _ = printed("adapter", "list", tmp_path)
+    assert command("adapter", "check", folder, status=1).stdout.startswith("adapter_model.bin: a pickle")
+    done = command("adapter", "export", run.root, "sft", tmp_path / "out" / "sft", "--base-id", "owner/base")
+    assert "equal the adapter's within" in done.stdout
+    assert "it is what the policies of its run start from" in (tmp_path / "out" / "sft" / "README.md").read_text()
+    listed = command("adapter", "list", tmp_path / "out").stdout
     assert listed.splitlines()[1].split()[:4] == ["sft", "run", "sft", "sft"]
-    (tmp_path / "none").mkdir()
-    assert "no export" in printed("adapter", "list", tmp_path / "none")[0]
-    printed("adapter", "merge", policy_export, tmp_path / "merged", "--base", base)
+    assert "no export" in command("adapter", "list", run.logs.parent / "data").stdout
+    command("adapter", "merge", policy_export, tmp_path / "merged", "--base", base)
     assert (tmp_path / "merged" / "model.safetensors").exists()
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": "Because."}, {"prompt": "Why?"}])
+    done = command("score", reward_export, tmp_path / "rows.jsonl", "--base", base)
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert set(first) == {"line", "score"} and second == {"line": 2, "why_not": "missing_field"}
+    assert "1 of 2 lines scored" in done.stderr
 
 
 # --- answer, and the models of a run

@@ -47,8 +47,8 @@ JUDGE_BENCH = [
 RESPONSES = {"response_1": "1", "response_2": "2"}
 PPE = [{**ASK, **RESPONSES, "winner": winner, "language": "English"} for winner in ("model_b", "model_a", "tie")]
 BEST_OF_K = [
-    {**ASK, **RESPONSES, "response_3": "3", "scores": [False, True, False], "conflict_pairs": [[0, 1], [1, 2]]},
-    {**ASK, **RESPONSES, "response_3": "3", "scores": [0, 0, 1], "conflict_pairs": [[2, 1]], "category": "law"},
+    {**ASK, **RESPONSES, "response_3": "3", "scores": [False, True, False]},
+    {**ASK, **RESPONSES, "response_3": "3", "scores": [0, 0, 1], "category": "law"},
 ]
 PAIRS = [{**ASK, "chosen": "2", "rejected": text, "subset": "xstest"} for text in ("1", "3")]
 RIGHT = {"alpacaeval-easy": 1, "mt-bench-easy": 0, "mt-bench-hard": 1, "donotanswer": 0, "math-prm": 1, "hep-go": 0}
@@ -66,7 +66,7 @@ REASONING = 984 / (984 + 164)
         (RM_BENCH, ["RM-Bench: chat 55.6%, safety 50.0%, hard 25.0%, normal 58.3%, easy 75.0%, score 52.8%"]),
         (JUDGE_BENCH, ["JudgeBench: livebench-math 66.7%, livecodebench 0.0%, all pairs 50.0%"]),
         (PPE, ["PPE pairs: English 50.0%, all pairs 50.0%", "2 of 3 lines scored"]),
-        (BEST_OF_K, ["PPE best of K: pairs 66.7%, best of K 50.0%"]),
+        (BEST_OF_K, ["PPE best of K: best of K 50.0%"]),
         (PAIRS, ["RewardBench: xstest 50.0%, all pairs 50.0%"]),
         (
             REWARD_BENCH,
@@ -88,16 +88,15 @@ def test_the_scores_of_a_row_stand_as_its_answers_do(known, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [REWARD_BENCH_2[4], BEST_OF_K[0], JUDGE_BENCH[0]])
     ties, best, pair = score_file(known, tmp_path / "rows.jsonl")
     assert (ties["chosen"], ties["rejected"], ties["id"]) == ([4, 3.5], [3, 2], "tied:1")
-    assert (best["chosen"], best["rejected"], best["pairs"]) == ([2], [1, 3], [[0, 1], [0, 2]])
+    assert (best["chosen"], best["rejected"]) == ([2], [1, 3])
     assert (pair["chosen"], pair["rejected"], pair["margin"]) == (2, 1, 1)
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        lists([1], [""]), lists([1], [2]) | {"prompt": None}, {**BEST_OF_K[0], "conflict_pairs": 7},
-        {**BEST_OF_K[0], "conflict_pairs": [[0, 99]]}, {**BEST_OF_K[0], "scores": [1] * 9}, {**PPE[0], "winner": []},
-        {**JUDGE_BENCH[0], "response_B": 7}, [1],
+        lists([1], [""]), lists([1], [2]) | {"prompt": None}, {**BEST_OF_K[0], "scores": [1] * 9}, [1],
+        {**PPE[0], "winner": []}, {**JUDGE_BENCH[0], "response_B": 7},
     ],
 )  # fmt: skip
 def test_a_row_that_is_none_says_why(known, tmp_path, row):
