@@ -17,8 +17,7 @@ from trl import ModelConfig
 from rlhf_trl.adapters.check import ADAPTER, CONFIG
 from rlhf_trl.adapters.rules import HEAD, LINEAR, PREFIX
 from rlhf_trl.adapters.settings import HEADS, is_off
-from rlhf_trl.models.base import load_weights
-from rlhf_trl.models.policies import adapter_config, load_adapter
+from rlhf_trl.models.base import adapter_config, load_adapter, load_weights
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json
 from rlhf_trl.run.safetensors import read_header

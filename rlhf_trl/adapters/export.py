@@ -32,12 +32,11 @@ from rlhf_trl.adapters.evidence import Base, describe, find_base, gather, kind_o
 from rlhf_trl.adapters.load import load, locate_base
 from rlhf_trl.adapters.probe_program import outputs
 from rlhf_trl.adapters.verify import require_equal, verify
-from rlhf_trl.models.base import MODEL_FILES, load_classifier, load_weights
-from rlhf_trl.models.policies import adapter_config
+from rlhf_trl.models.base import MODEL_FILES, adapter_config, load_classifier, load_weights
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
-from rlhf_trl.run.environment import now
+from rlhf_trl.run.documents import now
 from rlhf_trl.run.files import read_json, read_jsonl, staged, write_json, write_text
 from rlhf_trl.run.layout import RunDir
 

@@ -24,15 +24,17 @@ from rlhf_trl.recipe.errors import Exit, NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import STEPS, Recipe
 from rlhf_trl.run import signals
-from rlhf_trl.run.environment import now
-from rlhf_trl.run.jobs import Launcher, find_slots, train_stages
+from rlhf_trl.run.documents import now
 from rlhf_trl.run.launch import (
+    Launcher,
+    find_slots,
     launch_command,
     profile_processes,
     require_one_machine,
     require_processes,
     run_command,
     shipped,
+    train_stages,
 )
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states

@@ -5,7 +5,6 @@ import re
 import shutil
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,11 +155,10 @@ def test_an_output_that_is_no_number_does_not_pass(gpt2_run, policy_export, tmp_
     probe["rows"][1]["outputs"][2] = float("nan")
     (folder / "probe.json").write_text(json.dumps(probe))
 
-    def answer(command, **_):  # as the fresh process does
-        write_json(Path(command[-1]), {"packages": [], "outputs": outputs})
-        return SimpleNamespace(returncode=0)
+    def answer(program, kind, folder, result, **_):  # as the fresh process does
+        write_json(Path(result), {"packages": [], "outputs": outputs})
 
-    monkeypatch.setattr("rlhf_trl.adapters.verify.subprocess.run", answer)
+    monkeypatch.setattr("rlhf_trl.adapters.verify.run_isolated", answer)
     with pytest.raises(UserError, match="differ from the adapter's by up to nan"):
         verify(folder, "policy", gpt2_run[0], ID, COMMIT)
 

@@ -12,12 +12,10 @@ import pytest
 import torch
 from adapter_fixtures import change_json, write_base
 from conftest import ROOT
-from typer.testing import CliRunner
 
 import rlhf_trl
 from rlhf_trl.adapters.score import score_file, summarise
 from rlhf_trl.cli.adapters import chat
-from rlhf_trl.cli.app import app
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_jsonl, write_jsonl
 
@@ -34,10 +32,16 @@ def policy(gpt2_run, policy_export):
     return rlhf_trl.load_policy(policy_export, gpt2_run[0])
 
 
-def command(*arguments, status=0):
-    done = CliRunner().invoke(app, [*map(str, arguments)])
-    assert done.exit_code == status, done.output
-    return done
+@pytest.fixture
+def printed(call):
+    """Run a command that ends with a status; return what it prints and its messages."""
+
+    def printed(*arguments, status=0):
+        found, output, messages = call(*arguments)
+        assert found == status, messages
+        return output, messages
+
+    return printed
 
 
 def test_importing_the_package_loads_no_torch():
@@ -160,25 +164,25 @@ def test_a_file_that_is_none_is_named(reward_model, tmp_path, content, problem):
 # --- the commands
 
 
-def test_the_commands_on_adapters(gpt2_run, policy_export, reward_export, tmp_path):
+def test_the_commands_on_adapters(gpt2_run, policy_export, reward_export, tmp_path, printed):
     base, _, run = gpt2_run
-    assert command("adapter", "check", policy_export).stdout == f"{policy_export}: no problem found\n"
+    assert printed("adapter", "check", policy_export)[0] == f"{policy_export}: no problem found\n"
     folder = shutil.copytree(policy_export, tmp_path / "adapter")
     (folder / "adapter_model.bin").write_bytes(b"x")
-    assert command("adapter", "check", folder, status=1).stdout.startswith("adapter_model.bin: a pickle")
-    done = command("adapter", "export", run.root, "sft", tmp_path / "out" / "sft", "--base-id", "owner/base")
-    assert "equal the adapter's within" in done.stdout
+    assert printed("adapter", "check", folder, status=1)[0].startswith("adapter_model.bin: a pickle")
+    output, _ = printed("adapter", "export", run.root, "sft", tmp_path / "out" / "sft", "--base-id", "owner/base")
+    assert "equal the adapter's within" in output
     assert "it is what the policies of its run start from" in (tmp_path / "out" / "sft" / "README.md").read_text()
-    listed = command("adapter", "list", tmp_path / "out").stdout
+    listed = printed("adapter", "list", tmp_path / "out")[0]
     assert listed.splitlines()[1].split()[:4] == ["sft", "run", "sft", "sft"]
-    assert "no export" in command("adapter", "list", run.logs.parent / "data").stdout
-    command("adapter", "merge", policy_export, tmp_path / "merged", "--base", base)
+    assert "no export" in printed("adapter", "list", run.root / "data")[0]
+    printed("adapter", "merge", policy_export, tmp_path / "merged", "--base", base)
     assert (tmp_path / "merged" / "model.safetensors").exists()
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": "Because."}, {"prompt": "Why?"}])
-    done = command("score", reward_export, tmp_path / "rows.jsonl", "--base", base)
-    first, second = map(json.loads, done.stdout.splitlines())
+    output, messages = printed("score", reward_export, tmp_path / "rows.jsonl", "--base", base)
+    first, second = map(json.loads, output.splitlines())
     assert set(first) == {"line", "score"} and second == {"line": 2, "why_not": "missing_field"}
-    assert "1 of 2 lines scored" in done.stderr
+    assert "1 of 2 lines scored" in messages
 
 
 # --- answer, and the models of a run

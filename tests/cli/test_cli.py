@@ -13,13 +13,11 @@ import pytest
 from conftest import ROOT
 
 from rlhf_trl import __version__
-from rlhf_trl.cli import app as cli
 from rlhf_trl.cli import run as run_cli
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run import launch
-from rlhf_trl.run.jobs import start_logged
-from rlhf_trl.run.launch import launch_command, require_processes, run_command
+from rlhf_trl.run.launch import launch_command, require_processes, run_command, start_logged
 from rlhf_trl.run.layout import RunDir
 
 RECIPE = """\
