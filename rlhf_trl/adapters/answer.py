@@ -35,16 +35,9 @@ def answer_file(
 ) -> dict[str, int]:
     """Answer every line of a file, each question of a row after the other; the same seed gives the same answers.
 
-    Args:
-        form: one of `FORMS`.
-        name: of the model, as the benchmark shows it.
-        how: `max_new_tokens`, `temperature` and `seed` of `Policy.answer_all`, of which every turn gets an answer.
-
-    Returns:
-        The number of `rows`, and of those that were `kept` from an earlier start.
-
-    Raises:
-        UserError: a line cannot be read, or the earlier start was another one.
+    `form` is one of `FORMS`, `name` that of the model, as the benchmark shows it; `how` goes to `Policy.answer_all`.
+    Returns the number of `rows`, and of those that were `kept` from an earlier start; a UserError says that a line
+    cannot be read, or that the earlier start was another one.
     """
     rows = [(raw, *_read(raw, f"{path}:{number}")) for number, raw in read_lines(path)]
     partial = out.with_name(f"{out.name}.partial")

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.adapters import rules
-from rlhf_trl.adapters.rules import Tensors
-from rlhf_trl.adapters.settings import IMPORTS, check_settings
+from rlhf_trl.adapters.rules import IMPORTS, Tensors, check_settings
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.safetensors import hash_weights, is_finite, read_header, read_weights
@@ -68,13 +67,9 @@ def require_sound(folder: Path, base: Path | None = None) -> None:
 
 
 def check_adapter(folder: Path, base: Path | None = None) -> list[Problem]:
-    """Find everything that is wrong with an adapter.
+    """Find everything that is wrong with an adapter, and with its base: the given folder, or what it ships.
 
-    Args:
-        base: the folder of its base; without it, the one that it ships, if it does.
-
-    Returns:
-        The problems, with every character of the adapter's that acts on a terminal spelt out.
+    Every character of the adapter's that acts on a terminal is spelt out.
     """
     for path in (folder, base):
         if path is not None and not path.is_dir():

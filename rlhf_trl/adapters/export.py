@@ -19,27 +19,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from rlhf_trl.adapters import check as files
 from rlhf_trl.adapters.card import render_card
 from rlhf_trl.adapters.check import list_files, require_sound
-from rlhf_trl.adapters.combine import combine
 from rlhf_trl.adapters.evidence import Base, describe, find_base, gather, kind_of, lora_chain, require_current
 from rlhf_trl.adapters.load import load, locate_base
 from rlhf_trl.adapters.probe_program import outputs
+from rlhf_trl.adapters.rules import HEAD, HEADS, LINEAR, PREFIX, is_off
 from rlhf_trl.adapters.verify import require_equal, verify
-from rlhf_trl.models.base import MODEL_FILES, adapter_config, load_classifier, load_weights
+from rlhf_trl.models.base import MODEL_FILES, adapter_config, load_adapter, load_classifier, load_weights
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.documents import now
 from rlhf_trl.run.files import read_json, read_jsonl, staged, write_json, write_text
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.run.safetensors import read_header
 
+# Settings in which an adapter may differ from plain LoRA. Others add something else than s·B·A to the weights that its
+# names say, or change the base.
+MAY_DIFFER = {"task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+              "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "use_rslora", "rank_pattern",
+              "alpha_pattern"}  # fmt: skip
 # What the outputs of a merged model are compared on.
 TEXTS = (("What is a good way to learn a language?", "Read a little every day, and talk to people."),
          ("Why is the sky blue?", "Because air scatters blue light more than red."))  # fmt: skip
@@ -56,17 +63,12 @@ def export(
 ) -> dict[str, Any]:
     """Export the adapter of a stage, applied to the base below all adapters that it was trained on.
 
-    Args:
-        base_id, revision: the public id of a base that the recipe knows by a path.
-        ship: ship the base with the adapter, whatever its size.
-
-    Returns:
-        The lineage.
+    `base_id` and `revision` are the public id of a base that the recipe knows by a path; `ship` the base, whatever its
+    size. Returns the lineage.
 
     Raises:
-        UserError: the stage has no adapter; it or a stage that it rests on is not finished, or not current; the
-            adapters cannot be combined exactly; the base is large and has no public id; the export does not do what
-            the run's adapter does, or names a place on this machine.
+        UserError: the stage has no adapter; it or a stage that it rests on is not current; the adapters cannot be
+            combined exactly; the base is large and has no public id; the export does not do what the adapter does.
     """
     require_new(out)
     recipe = require_current(run, stage)
@@ -140,6 +142,58 @@ def _write_adapter(adapters: Sequence[Path], base: Base, folder: Path) -> None:
     write_json(folder / files.CONFIG, settings)
 
 
+def combine(base: Path, folders: Sequence[Path]) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Combine saved adapters, each trained on the base with those before it merged in.
+
+    An adapter adds s·B·A to a weight, with its scaling s. Two of them add s₁·B₁·A₁ + s₂·B₂·A₂, which is exactly the
+    product of [B₁, B₂] and [s₁·A₁; s₂·A₂]: one adapter whose rank is the sum of theirs. PEFT concatenates them; zeros
+    keep the rank the same for all modules, as servers such as vLLM require.
+
+    Args:
+        folders: at least two, the lowest first; the last one may bring a reward head.
+
+    Returns:
+        The tensors in float32, and a configuration for them, with the summed rank and a scaling of 1.
+
+    Raises:
+        UserError: an adapter cannot be combined exactly.
+    """
+    for folder in folders:
+        if reason := _not_exact(folder, last=folder == folders[-1]):
+            problem = f"the adapter cannot be combined exactly with another one: {reason}"
+            raise UserError(str(folder), problem, "export it with the base that it lies on: --with-base")
+    names = [f"part{number}" for number in range(len(folders))]
+    model = load_weights(AutoModelForCausalLM, str(base), ModelConfig(dtype="float32"))
+    adapted = get_peft_model(model, adapter_config(folders[0]), adapter_name=names[0])
+    for name, folder in zip(names, folders, strict=True):
+        head = load_adapter(adapted, name, folder)
+        config = adapted.peft_config[name]
+        config.use_rslora = False  # its scaling is known by now, and the combined one is 1
+        if isinstance(config.target_modules, str):  # a pattern, which PEFT does not join with a list
+            modules = (key.rpartition(".lora_")[0].removeprefix(PREFIX) for key in read_header(folder / files.ADAPTER))
+            config.target_modules = set(filter(None, modules))
+    adapted.add_weighted_adapter(names, [1.0] * len(names), "combined", combination_type="cat")
+    tensors = get_peft_model_state_dict(adapted, adapter_name="combined")
+    config, last = adapted.peft_config["combined"], LoraConfig.from_pretrained(str(folders[-1]))
+    config.task_type, config.modules_to_save = last.task_type, last.modules_to_save
+    return tensors | ({} if head is None else {HEAD: head}), config
+
+
+def _not_exact(folder: Path, last: bool) -> str | None:
+    """Say why an adapter cannot be combined exactly, if it cannot."""
+    for key, value in read_json(folder / files.CONFIG).items():
+        harmless = key == "modules_to_save" and set(value or ()) <= set(HEADS)
+        harmless |= (key, value) == ("init_lora_weights", "gaussian")
+        if key not in MAY_DIFFER and not harmless and not is_off(key, value):
+            return f"its setting {key} is {value!r}"
+    for key in read_header(folder / files.ADAPTER):
+        if not key.endswith(LINEAR) and not (last and key == HEAD):
+            return f"it adapts an embedding, or replaces a tensor of its base ({key})"
+        if not last and ".lm_head." in key:
+            return "it adapts the output layer, which a base may share with its embedding"
+    return None
+
+
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path) -> None:
     """Save a tokenizer without the place that it was read from.
 
@@ -171,11 +225,8 @@ def one_score(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _probe(
     run: RunDir, stages: Sequence[str], base: Base, kind: str, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Compute the run's outputs for a few held-out texts, on the CPU in float32, with its adapters merged one by one.
-
-    Returns:
-        Of each text the token ids and the outputs, which are its score, or the logit of each next token.
-    """
+    """Compute the run's outputs for a few held-out texts, on the CPU in float32, with its adapters merged one by one:
+    of each text the token ids and the outputs, which are its score, or the logit of each next token."""
     sides = {"reward": ("chosen", "rejected"), "policy": ("chosen",)}[kind]
     pairs = read_jsonl(run.pairs("test"))[:PROBE_PAIRS]
     texts = [list(flatten(*encode(tokenizer, pair["prompt"], pair[side]))) for pair in pairs for side in sides]
@@ -196,9 +247,7 @@ def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
     """Merge an adapter into its base in float32, and compare what was saved with the adapter.
 
     They are compared in float64: in float32, rounding on the way through the layers is larger than what merging does.
-
-    Returns:
-        The largest absolute `difference` of an output, and the `largest` absolute output.
+    Returns the largest absolute `difference` of an output, and the `largest` absolute output.
 
     Raises:
         UserError: the adapter or the base is not sound, the base is quantised, or the merged model's outputs differ.

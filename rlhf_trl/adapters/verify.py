@@ -53,15 +53,9 @@ def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: s
     """Load an export in a fresh process, by `peft` and by `transformers`, and compare its outputs on the probe with
     those of the run's adapter in float32. A reward adapter scores each text alone and all in one padded batch.
 
-    Args:
-        base: where the files of its base lie.
-        base_id: the public id that stands for them; None where the base lies in the export.
-
-    Returns:
-        The number of `rows` and `outputs`, the `largest` absolute output, and the largest absolute `difference`.
-
-    Raises:
-        UserError: the export cannot be loaded, or its outputs are not the run's.
+    `base_id` is the public id of the files in `base`; None where the base lies in the export. Returns the number of
+    `rows` and `outputs`, the `largest` absolute output, and the largest absolute `difference`; a UserError says that
+    the export cannot be loaded, or that its outputs are not the run's.
     """
     with tempfile.TemporaryDirectory() as scratch:
         cache, result = Path(scratch) / "hub", Path(scratch) / "result.json"

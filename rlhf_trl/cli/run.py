@@ -17,9 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from rlhf_trl.cli import options
-from rlhf_trl.cli.live import Live
 from rlhf_trl.cli.options import RUNS
-from rlhf_trl.cli.tables import plan_table, printable, show, status_end, status_table, summary_table
+from rlhf_trl.cli.tables import Live, plan_table, printable, show, status_end, status_table, summary_table
 from rlhf_trl.recipe.errors import Exit, NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import STEPS, Recipe

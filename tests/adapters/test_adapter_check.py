@@ -12,7 +12,7 @@ from safetensors.torch import save_file as save_torch
 
 from rlhf_trl.adapters import check as adapter_check
 from rlhf_trl.adapters.check import AdapterError, check_adapter, list_files, notes, require_sound
-from rlhf_trl.adapters.settings import IMPORTS, PLAIN, LoraSettings
+from rlhf_trl.adapters.rules import IMPORTS, PLAIN, LoraSettings
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.files import read_json, write_json

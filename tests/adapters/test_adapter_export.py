@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rlhf_trl
 from rlhf_trl.adapters import export as adapter_export
-from rlhf_trl.adapters.combine import combine
-from rlhf_trl.adapters.export import export, write_tokenizer
+from rlhf_trl.adapters.export import combine, export, write_tokenizer
 from rlhf_trl.adapters.verify import loading_lines, verify
 from rlhf_trl.models.base import start_path
 from rlhf_trl.models.rewards import load_reward_model, score_completions

@@ -6,9 +6,8 @@ import signal
 
 import pytest
 
-from rlhf_trl.cli import live, tables
-from rlhf_trl.cli.live import Live
-from rlhf_trl.cli.tables import ending, plan_table, progress_words, show, status_end, status_table
+from rlhf_trl.cli import tables
+from rlhf_trl.cli.tables import Live, ending, plan_table, progress_words, show, status_end, status_table
 from rlhf_trl.run.files import write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import Progress, StepState
@@ -91,7 +90,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """The clock that the lines go by; a test moves it on."""
     now = [1000.0]
-    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tables.time, "monotonic", lambda: now[0])
     return now
 
 
