@@ -132,12 +132,12 @@ def check_settings(config: Mapping[str, Any]) -> Iterator[str]:
     for key in config.keys() - {*LoraSettings.model_fields, *IMPORTS}:
         if not is_off(key, config[key]):
             why = ": it changes the base, or adds more than A and B to it" if key in PLAIN else ", an unknown setting"
-            yield f"{key} is {_short(config[key])}{why}"
+            yield f"{key} is {_quote(config[key])}{why}"
     try:
         LoraSettings.model_validate(config)
     except ValidationError as error:
         for key in dict.fromkeys(str(wrong["loc"][0]) for wrong in error.errors()):
-            yield f"{key} is {_short(config.get(key))}{LoraSettings.model_fields[key].description}"
+            yield f"{key} is {_quote(config.get(key))}{LoraSettings.model_fields[key].description}"
         return
     if config.get("modules_to_save") and config["task_type"] != "SEQ_CLS":
         yield f"modules_to_save is {config['modules_to_save']}: the head of a policy may not be replaced"
@@ -157,7 +157,7 @@ def is_off(key: str, value: Any) -> bool:
     return empty or value in (None, False, [], PLAIN.get(key))
 
 
-def _short(value: Any) -> str:
+def _quote(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}…"
 
 
