@@ -193,7 +193,7 @@ PARTS = re.compile(r"^(n|num)_(?!ctx|pos)|_(heads|experts)$")
 IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "batched_mm",
                    "grouped_mm")  # fmt: skip
 # The ranks that vLLM can be started for, and that for which it is without an option.
-RANKS, DEFAULT_RANK = (8, 16, 32, 64, 128, 256, 320, 512), 16
+VLLM_RANKS, DEFAULT_RANK = (8, 16, 32, 64, 128, 256, 320, 512), 16
 Tensors = Mapping[str, Tensor]
 
 
@@ -313,7 +313,7 @@ def notes(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
 
 def vllm_rank(rank: int) -> int | None:
     """The option with which vLLM takes a rank, if any."""
-    return next((one for one in RANKS if one >= rank), None)
+    return next((one for one in VLLM_RANKS if one >= rank), None)
 
 
 def modules_of(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -132,7 +132,7 @@ def add_step(step: str, purpose: str, setting: str = "", own: Any = None) -> Non
         recipe: options.Recipe = "demo",
         overrides: options.Overrides = None,
         runs: options.Runs = RUNS,
-        value: own = None,  # type: ignore[valid-type]
+        value: own = None,
     ) -> None:
         run.run_with(recipe, overrides, runs, step, None if value is None else setting.format(value))
 
