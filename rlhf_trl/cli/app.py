@@ -19,7 +19,8 @@ from rlhf_trl import __version__
 from rlhf_trl.cli import options, run
 from rlhf_trl.cli.adapters import adapter_app, answer, chat, score
 from rlhf_trl.cli.options import RUNS
-from rlhf_trl.cli.tables import printable
+from rlhf_trl.cli.tables import memory_plan, printable
+from rlhf_trl.cli.tables import show as show_tables
 from rlhf_trl.recipe.errors import RecipeError, UserError
 from rlhf_trl.recipe.library import suggest
 from rlhf_trl.recipe.load import locate
@@ -120,6 +121,33 @@ def validate(
         print(json.dumps(loaded.model_dump(), indent=2))
     else:
         print(f"{recipe}: a valid recipe with the stages {', '.join(loaded.stages)}")
+
+
+@app.command()
+def plan(
+    recipe: options.Recipe = "demo",
+    overrides: options.Overrides = None,
+    without: options.Without = None,
+    runs: options.Runs = RUNS,
+    accelerate: options.Accelerate = None,
+    processes: options.Processes = None,
+    memory: Annotated[
+        str | None,
+        Option("--memory", metavar="SIZE", help="Memory of one device, e.g. 24GB, if not this one's."),
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Estimate each stage's memory, steps and tokens, before anything is trained."""
+    count = run.planned_processes(accelerate, processes)
+    loaded, directory = run.open_run(recipe, run.overriding(overrides, without), runs, count)
+    from rlhf_trl.train.plan import plan as plan_stages
+
+    profile = shipped("accelerate_configs", accelerate) if accelerate else None
+    stages = plan_stages(loaded, directory, profile, count, memory)
+    if as_json:
+        print(json.dumps(stages, indent=2))
+    else:
+        show_tables(*memory_plan(stages))
 
 
 def add_step(step: str, purpose: str, setting: str = "", own: Any = None) -> None:

@@ -117,6 +117,22 @@ def _steps(count: int) -> str:
     return f"{count} step" if count == 1 else f"{count} steps"
 
 
+def memory_plan(stages: Sequence[Mapping[str, Any]]) -> list[Table | str]:
+    """Lay out what `plan` estimates of every stage, in GB of 10^9 bytes."""
+    names = ("weights", "training", "activations", "rollout", "process", "total")
+    rows, notes = [], []
+    for stage in stages:
+        size = [f"{stage['bytes'][name] / 1e9:.2f}" for name in names]
+        measured = "" if stage["measured_bytes"] is None else f"{stage['measured_bytes'] / 1e9:.2f}"
+        length = ["" if stage[key] is None else f"{stage[key]:,}" for key in ("steps", "tokens")]
+        took = "" if stage["seconds"] is None else format_seconds(stage["seconds"])
+        rows.append((stage["stage"], *size, "yes" if stage["fits"] else "NO", measured, *length, took))
+        notes.append(f"{stage['stage']}: {stage['helps_most']} lowers it most, to {stage['bytes_then'] / 1e9:.2f} GB")
+    head = ("stage", *names, "fits", "measured", "steps", "tokens at most", "took")
+    memory = f"GB at the peak of one device, which has {stages[0]['memory'] / 1e9:.1f}; of activations and rollout the"
+    return [table(head, rows), f"{memory} larger one counts", *notes]
+
+
 def summary_table(seconds: Mapping[str, float], total: float) -> Table:
     """Lay out what each step has taken."""
     return table(("", ""), [(step, format_seconds(taken)) for step, taken in {**seconds, "total": total}.items()])

@@ -89,6 +89,12 @@ def profile_processes(config: Path) -> int | None:
     return _read_profile(config).get("num_processes")
 
 
+def zero_stage(config: Path) -> int:
+    """What a profile shards over its processes: 0 nothing, 2 gradients and optimizer, 3 the weights, too (or FSDP)."""
+    profile = _read_profile(config)
+    return 3 if profile.get("distributed_type") == "FSDP" else profile.get("deepspeed_config", {}).get("zero_stage", 0)
+
+
 def require_one_machine(config: Path) -> None:
     """Refuse to train several stages at once on several machines: their ports would not agree."""
     machines = _read_profile(config).get("num_machines", 1)

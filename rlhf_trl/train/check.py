@@ -97,7 +97,7 @@ def _check_modules(recipe: Recipe, stages: list[str], block: dict[str, Any]) -> 
         return f"stages.{stages[0]}.model.{key}" if key in recipe.stages[stages[0]].model else f"model.{key}"
 
     wanted = build_config(ModelConfig, block, "model")
-    config = _read_config(place("model_name_or_path"), wanted)
+    config = read_config(place("model_name_or_path"), wanted)
     if config is None:
         return
     attention = wanted.attn_implementation
@@ -136,7 +136,7 @@ def _near(text: str, names: list[str]) -> str:
     return suggest(text, parts, f"the names there are: {', '.join(parts)}")
 
 
-def _read_config(place: str, wanted: ModelConfig) -> PretrainedConfig | None:
+def read_config(place: str, wanted: ModelConfig) -> PretrainedConfig | None:
     """The config of the base model; None, said in a line, where the Hub cannot be reached."""
     name = str(wanted.model_name_or_path)
     if name == TINY:

@@ -1,0 +1,74 @@
+"""The plan of a recipe: bytes that follow from its settings, and the steps that its training takes."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from trl import ModelConfig
+
+from rlhf_trl.models.tokenizer import tiny_config
+from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.run.launch import shipped, zero_stage
+from rlhf_trl.run.layout import RunDir
+from rlhf_trl.train.plan import Peak, Setting, estimate, plan
+from rlhf_trl.train.step import build_stage_config
+
+
+def needed(tmp_path, *overrides, zero=0, processes=1):
+    """Bytes of the demo's dpo stage."""
+    recipe = load_recipe(shipped("recipes", "demo"), list(overrides))
+    args, model = build_stage_config(recipe, RunDir(tmp_path), "dpo"), ModelConfig(**recipe.model_block("dpo"))
+    setting = Setting(args, model, recipe.data.max_length, zero, processes)
+    return vars(estimate(tiny_config(), setting, "dpo", 0.0))
+
+
+def test_the_peak_is_of_the_tensors_that_are_alive():
+    peak = Peak()
+    with FakeTensorMode(), peak:
+        kept = torch.zeros(1000)  # 4 kB
+        (kept + kept).sum()  # 4 kB more, for a moment
+        view = kept[:10]
+    assert (peak.now, peak.highest // 1000, len(view)) == (4000, 8, 10)
+
+
+@pytest.mark.parametrize(("part", "factor", "override"), [
+    ("weights", (0.4, 0.6), "model.dtype=bfloat16"),
+    ("weights", (0.2, 0.9), "stages.dpo.model.load_in_4bit=true"),
+    ("training", (0.45, 0.6), "stages.dpo.args.optim=adamw_8bit"),
+    ("activations", (0.1, 0.7), "stages.dpo.args.gradient_checkpointing=true"),
+    ("activations", (0.45, 0.55), "stages.dpo.args.per_device_train_batch_size=16"),
+    ("activations", (0.4, 0.6), "data.max_length=96"),
+])  # fmt: skip
+def test_a_setting_lowers_the_part_that_it_is_about(tmp_path, part, factor, override):
+    assert factor[0] < needed(tmp_path, override)[part] / needed(tmp_path)[part] < factor[1]
+
+
+def test_sharding_divides_what_it_shards(tmp_path):
+    alone, *sharded = (
+        needed(tmp_path, zero=name and zero_stage(shipped("accelerate_configs", name)), processes=4)
+        for name in (0, "zero2", "fsdp2")
+    )
+    quarters = [{part: alone[part] / shard[part] for part in ("weights", "training")} for shard in sharded]
+    assert quarters == [{"weights": 1, "training": 4}, {"weights": 4, "training": 4}]
+
+
+def test_the_plan_of_a_finished_run_has_its_steps_beside_what_was_measured(trained):
+    recipe, run = trained
+    rows = {row["stage"]: row for row in plan(recipe, run, None, 1, "1GB")}
+    assert {name: row["steps"] for name, row in rows.items()} == {"sft": 12, "rm": 6, "dpo": 4, "grpo": 2, "ppo": 2}
+    for row in rows.values():
+        assert row["fits"] == (row["bytes"]["total"] <= 1e9)
+        assert row["measured_bytes"] > 1e8 and row["seconds"] > 0
+        assert row["bytes_then"] < row["bytes"]["total"]
+    assert rows["grpo"]["bytes"]["rollout"] > 0 == rows["dpo"]["bytes"]["rollout"]
+    assert rows["ppo"]["tokens"] == 32 * (192 + 16)
+
+
+@pytest.mark.parametrize(("size", "override", "message"), [
+    ("much", "seed=1", "'much' is no size"),
+    (None, "model.model_name_or_path=nobody/nothing", "is not at hand"),
+])  # fmt: skip
+def test_what_cannot_be_planned(tmp_path, size, override, message):
+    recipe = load_recipe(shipped("recipes", "demo"), [override])
+    with pytest.raises(UserError, match=message):
+        plan(recipe, RunDir(tmp_path), None, 1, size)
