@@ -48,6 +48,9 @@ AUTO = {"CAUSAL_LM": transformers.AutoModelForCausalLM, "SEQ_CLS": transformers.
 # Key of `model` -> what its names are names of.
 NAMES = {"lora_target_modules": "modules", "lora_modules_to_save": "modules", "lora_target_parameters": "parameters"}
 ALTERNATIVES = re.compile(r"\w{3,}(?=\|)|(?<=\|)\w{3,}")  # the words of a pattern such as .*(q_proj|v_proj)
+# Whatever the libraries raise here, they would raise hours later.
+RAISED = (UserError, ValueError, TypeError, ImportError, OSError, RuntimeError, LookupError, AttributeError)
+RAISED += (AssertionError,)
 REMEDIES = {
     "optim": "install what it names, or choose another; its arguments go into optim_args",
     "lr_scheduler_type": "give its arguments in lr_scheduler_kwargs, or choose another",
@@ -181,7 +184,7 @@ def _rehearse(recipe: Recipe, run: RunDir, stage: str, processes: int) -> None:
                 key = "metric_for_best_model"
                 trainer.callback_handler.callbacks.clear()
                 trainer._determine_best_metric(trainer.evaluate(), None)
-    except Exception as error:  # whatever the libraries raise here, they would raise hours later
+    except RAISED as error:
         text = error.problems[0].problem if isinstance(error, UserError) else " ".join(str(error).split())
         named = [key] if key else [name for name, value in spec.args.items() if _names(name, value, text)][:1]
         remedy = "install it, or leave the option out" if "install" in text else "change the option, or leave it out"
