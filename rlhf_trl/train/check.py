@@ -49,8 +49,8 @@ AUTO = {"CAUSAL_LM": transformers.AutoModelForCausalLM, "SEQ_CLS": transformers.
 NAMES = {"lora_target_modules": "modules", "lora_modules_to_save": "modules", "lora_target_parameters": "parameters"}
 ALTERNATIVES = re.compile(r"\w{3,}(?=\|)|(?<=\|)\w{3,}")  # the words of a pattern such as .*(q_proj|v_proj)
 # Whatever the libraries raise here, they would raise hours later.
-RAISED = (UserError, ValueError, TypeError, ImportError, OSError, RuntimeError, LookupError, AttributeError)
-RAISED += (AssertionError,)
+FAULTS = (ValueError, TypeError, LookupError, AttributeError, AssertionError)
+RAISED = (UserError, ImportError, OSError, RuntimeError, *FAULTS)
 REMEDIES = {
     "optim": "install what it names, or choose another; its arguments go into optim_args",
     "lr_scheduler_type": "give its arguments in lr_scheduler_kwargs, or choose another",
