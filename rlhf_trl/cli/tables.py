@@ -119,7 +119,7 @@ def _steps(count: int) -> str:
 
 def memory_plan(stages: Sequence[Mapping[str, Any]]) -> list[Table | str]:
     """Lay out what `plan` estimates of every stage, in GB of 10^9 bytes."""
-    names = ("weights", "training", "activations", "rollout", "process", "total")
+    names = ("weights", "trained", "gradients", "optimizer", "activations", "rollout", "process", "total")
     rows, notes = [], []
     for stage in stages:
         size = [f"{stage['bytes'][name] / 1e9:.2f}" for name in names]

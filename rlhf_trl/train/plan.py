@@ -49,15 +49,18 @@ ROLES = {"ppo": 3}  # adapters on the base: policy, value and reward model
 class Need:
     """Bytes of one device at the peak of a stage."""
 
-    weights: float  # frozen and trained
-    training: float  # gradients and optimizer
+    weights: float  # of the base, and of a reward model or reference beside it
+    trained: float  # weights that are trained: the adapters, or the whole base
+    gradients: float
+    optimizer: float
     activations: float  # of the update, with its logits
     rollout: float  # key-value cache and logits of what is sampled; never beside the activations
     process: float  # what is no tensor: libraries, or the CUDA context
 
     @property
     def total(self) -> float:
-        return self.weights + self.training + max(self.activations, self.rollout) + self.process
+        held = self.weights + self.trained + self.gradients + self.optimizer
+        return held + max(self.activations, self.rollout) + self.process
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Setting:
     config: Any  # the stage's config, as its trainer gets it
     model: ModelConfig
     tokens: int  # data.max_length
-    zero: int = 0  # ZeRO stage of the profile; FSDP shards as stage 3
+    zero: int = 0  # ZeRO stage of the profile, 0 to 3; FSDP shards as stage 3
     processes: int = 1
 
     @property
@@ -129,8 +132,8 @@ def _dtype(model: ModelConfig) -> torch.dtype:
     return getattr(torch, str(model.dtype), torch.float32)
 
 
-def _static(model: Any, setting: Setting, trainer: str) -> tuple[float, float]:
-    """Bytes of the weights, and of gradients and optimizer, on one device."""
+def _static(model: Any, setting: Setting, trainer: str) -> list[float]:
+    """Bytes of frozen weights, trained weights, gradients and optimizer on one device."""
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad) * ROLES.get(trainer, 1)
     frozen = sum(param.numel() * param.element_size() for param in model.parameters() if not param.requires_grad)
     for key, size in QUANTISED.items():
@@ -141,10 +144,10 @@ def _static(model: Any, setting: Setting, trainer: str) -> tuple[float, float]:
             frozen -= numbers * (_dtype(setting.model).itemsize - size)
     size = 4 if setting.model.use_peft else _dtype(setting.model).itemsize
     state = next((b for word, b in OPTIMIZER_BYTES.items() if word in setting.config.optim), 8)
-    weights = frozen + trained * size
-    training = trained * (size + state) * (2 / 3 if trainer == "ppo" else 1)  # its reward model is not trained
-    return (weights / setting.processes if setting.zero == 3 else weights,
-            training / setting.processes if setting.zero else training)  # fmt: skip
+    updated = trained * (2 / 3 if trainer == "ppo" else 1)  # its reward model is not trained
+    parts = (frozen, trained * size, updated * size, updated * state)
+    whole = (4, 3, 2, 0)[setting.zero]  # so many parts are on every device
+    return [part if place < whole else part / setting.processes for place, part in enumerate(parts)]
 
 
 def _pass(model: Any, setting: Setting, trainer: str) -> float:
@@ -209,16 +212,18 @@ def estimate(config: Any, setting: Setting, trainer: str, process: float, reward
 
     def measure(layers: int) -> Any:
         model = _build(config, setting, trainer, layers)
-        weights, training = _static(model, setting, trainer)
+        frozen, trained, *training = _static(model, setting, trainer)
         if not setting.model.use_peft and (trainer == "dpo" or (trainer == "grpo" and setting.config.beta)):
-            weights *= 2  # a reference of its own
+            frozen += trained  # a reference of its own
         if rewards:
-            weights += _static(_build(config, rewards, "reward", layers), rewards, "reward")[0]
-        return np.array([weights, training, _pass(model, setting, trainer)])
+            frozen += sum(_static(_build(config, rewards, "reward", layers), rewards, "reward")[:2])
+        return np.array([frozen, trained, *training, _pass(model, setting, trainer)])
 
     one, two = measure(1), measure(2)
-    weights, training, activations = one + (two - one) * (config.get_text_config().num_hidden_layers - 1)
-    return Need(weights, training, activations, _rollout(config, setting, trainer), process)
+    whole = one + (two - one) * (config.get_text_config().num_hidden_layers - 1)
+    names = ("weights", "trained", "gradients", "optimizer", "activations")
+    parts = dict(zip(names, whole.tolist(), strict=True))
+    return Need(**parts, rollout=_rollout(config, setting, trainer), process=process)
 
 
 # --- what would help

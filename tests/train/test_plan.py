@@ -34,7 +34,7 @@ def test_the_peak_is_of_the_tensors_that_are_alive():
 @pytest.mark.parametrize(("part", "factor", "override"), [
     ("weights", (0.4, 0.6), "model.dtype=bfloat16"),
     ("weights", (0.2, 0.9), "stages.dpo.model.load_in_4bit=true"),
-    ("training", (0.45, 0.6), "stages.dpo.args.optim=adamw_8bit"),
+    ("optimizer", (0.2, 0.3), "stages.dpo.args.optim=adamw_8bit"),
     ("activations", (0.1, 0.7), "stages.dpo.args.gradient_checkpointing=true"),
     ("activations", (0.45, 0.55), "stages.dpo.args.per_device_train_batch_size=16"),
     ("activations", (0.4, 0.6), "data.max_length=96"),
@@ -48,8 +48,8 @@ def test_sharding_divides_what_it_shards(tmp_path):
         needed(tmp_path, zero=name and zero_stage(shipped("accelerate_configs", name)), processes=4)
         for name in (0, "zero2", "fsdp2")
     )
-    quarters = [{part: alone[part] / shard[part] for part in ("weights", "training")} for shard in sharded]
-    assert quarters == [{"weights": 1, "training": 4}, {"weights": 4, "training": 4}]
+    quarters = [{part: alone[part] / shard[part] for part in ("weights", "trained", "optimizer")} for shard in sharded]
+    assert quarters == [{"weights": 1, "trained": 1, "optimizer": 4}, {"weights": 4, "trained": 4, "optimizer": 4}]
 
 
 def test_the_plan_of_a_finished_run_has_its_steps_beside_what_was_measured(trained):
