@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -265,6 +266,10 @@ HOW = ("run KILL", "run TERM", "run HUP", "all INT", "step KILL", "all TERM")
 MODES = (("--jobs", "1"), ("--jobs", "2"), ("--accelerate", "ddp", "--processes", "2"))
 
 
+TRACEBACK = re.compile(r"^Traceback .*?^\S[^\n]*", re.MULTILINE | re.DOTALL)
+LAUNCHERS = re.compile(r"ChildFailedError|SignalException")  # how torch's launcher reports a process that was killed
+
+
 def kills(tally: Tally, home: Path, count: int) -> None:
     """Signals at random moments of all steps, to `run`, its step or all processes; one stage at a time, two, DDP."""
     recipe, alone = undisturbed(home)
@@ -296,8 +301,9 @@ def kills(tally: Tally, home: Path, count: int) -> None:
         with tally.attempt(f"{mode} ({' '.join(options)}: the end)", limit=600):
             complete(folder, *options)
             for log in (folder / "output.txt", *run.logs.glob("*.log")):
-                if "Traceback" in (said := log.read_text()):
-                    raise RuntimeError(f"{log.name}: {said[said.index('Traceback') :][:1500]}")
+                told = TRACEBACK.findall(log.read_text())
+                if own := [one for one in told if not LAUNCHERS.search(one)]:
+                    raise RuntimeError(f"{log.name}: {own[0][:1500]}")
             if names := differing(run, expected):
                 raise Wrong(f"{names} differ")
             (replies,) = run.winrate.parent.glob("*@*.jsonl")
