@@ -276,6 +276,8 @@ def kills(tally: Tally, home: Path, count: int) -> None:
     deck = random.Random(f"{tally.seed} kills").sample(recipe.plan, len(recipe.plan)) * 9
     third = count // 3
     for mode, (options, steps) in enumerate(zip(MODES, (deck[third : count - third], deck[:third], []), strict=True)):
+        if tally.only not in (None, mode):
+            continue
         rng = random.Random(f"{tally.seed} kills {mode}")
         folder = home / f"killed{mode}"
         expected = alone
@@ -291,9 +293,9 @@ def kills(tally: Tally, home: Path, count: int) -> None:
         if options[0] == "--accelerate":  # what is trained and evaluated in two processes
             steps = (rng.sample([*STAGES, "evaluate"], 6) * 9)[:third]
         length = {step: read_json(RunDir(home / "here" / "small").done(step))["seconds"] for step in recipe.plan}
-        for number, step in enumerate(sorted(steps, key=recipe.plan.index)):
+        for step in sorted(steps, key=recipe.plan.index):
             how = rng.choice(HOW)
-            with tally.attempt(f"{mode}.{number} ({' '.join(options)}: {step}: {how})", limit=300):
+            with tally.attempt(f"{mode} ({' '.join(options)}: {step}: {how})", limit=300):
                 longest = length[step] + 3 * (step in STAGES)  # a stage imports the trainers first
                 while not strike(start(folder, *options), run, step, how, rng.uniform(0, longest)):
                     shutil.rmtree(run.root)  # it came to its end: from the beginning, and earlier
