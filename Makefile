@@ -28,10 +28,9 @@ lint: .venv/.installed
 size: .venv/.installed
 	$(BIN)/python tests/size.py
 
-# The evaluation against the plain way, and PPO against the stock set-up: make bench MODEL=path/to/SmolLM2-135M
+# What it costs beside TRL's own trainers and the plain ways; writes docs/bench.json and docs/bench.md.
 bench: .venv/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_evaluate.py $(MODEL)
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/bench_ppo.py $(MODEL)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -W ignore tests/bench.py $(MODEL) $(ARGS)
 
 # What the verdicts and the intervals are worth; writes docs/simulations.json and docs/simulations.md.
 simulate: .venv/.installed
