@@ -126,7 +126,7 @@ def build(path: str, ours: bool):
     reward = PeftModel.from_pretrained(reward, run.adapter("rm")).merge_and_unload()
     for model in (policy, value, reward):
         model.config.pad_token_id = tokenizer.pad_token_id
-    data = train.load_view(run.prompts("train"), "ppo", tokenizer)
+    data = train.load_view(run, "train", "ppo")
     return PPOTrainer(args=config, processing_class=tokenizer, model=policy, ref_model=None, reward_model=reward,
                       value_model=value, train_dataset=data, eval_dataset=data), start  # fmt: skip
 

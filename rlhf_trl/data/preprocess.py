@@ -1,7 +1,7 @@
 """Step `prepare`: clean the preference pairs, count what is dropped, fit them to the length limit, split by prompt.
 
-Reads `data.source`. Writes `data/`: pairs and prompts for train and test; `quarantine.jsonl` with every dropped row
-and its reasons; `summary.json`, which accounts for every row; the tokenizer that all later steps use.
+Reads `data.source`. Writes `data/`: pairs and prompts for train and test, and the pairs' token ids; `quarantine.jsonl`
+with every dropped row and its reasons; `summary.json`, which accounts for every row; the tokenizer of all later steps.
 
     rlhf-trl prepare RECIPE
 """
@@ -11,18 +11,20 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
-import re
 import tempfile
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow.parquet import ParquetWriter
 from rapidfuzz.distance import Indel
 from tqdm import tqdm
 
@@ -34,29 +36,37 @@ from rlhf_trl.data.summary import KEPT, Tally, longer, summarise, total_length
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Data
-from rlhf_trl.run.files import json_line, write_json, writing
+from rlhf_trl.run.files import json_line, replacing, write_json, writing
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.text.redact import without_values
 from rlhf_trl.text.words import prompt_id
 
 logger = logging.getLogger(__name__)
 
 # Marks that may differ between two copies of one text; not those that carry meaning, such as the minus of a number.
-ROUGH = re.compile(r"[\s.,;:!?'\"“”‘’…()\[\]{}–—]+")
-Tokens = tuple[int, int, int]  # of the prompt and both answers
+ROUGH = str.maketrans(dict.fromkeys(".,;:!?'\"“”‘’…()[]{}–—", " "))
+IDS = {side: pa.list_(pa.int32()) for side in ("prompt", "chosen", "rejected")}
+ROW_GROUP = 8  # chunks of rows that the files of token ids take at once
+OPEN_HALF = '"half": null'  # of a line whose half is not yet known; inside a text, quotes are escaped
+# A usable pair on its way from `check` to the split: its line and its prompt's line of the views, and its token ids.
+USABLE = pa.schema({"pair_line": pa.string(), "prompt_line": pa.string(), "id": pa.string(), **IDS})
+# The row of a pair, in the order of `train.jsonl`. The first row of each prompt stands for it in the view of prompts.
+TOKENS = pa.schema({**IDS, "half": pa.string(), "first": pa.bool_()})
 
 
 @dataclass
 class Checked:
     """A row; without a reason against it, `prepare` keeps it unless it is a copy of an earlier one."""
 
-    pair: Pair | None
-    """As far as it can be read; without a reason, fitted to the length limit."""
+    characters: tuple[int, ...]
+    """Of both answers, where they can be read."""
     reasons: list[Reason]
     not_read: list[str]
     multi_turn: bool
     copies: tuple[bytes, ...] = ()
     """What an exact and a rough copy has in common with the row."""
-    tokens: Tokens = (0, 0, 0)
+    tokens: tuple[int, ...] = ()
+    """How many the prompt and both answers have."""
     keys: list[bytes] = field(default_factory=list)
     """Of the beginnings of the prompt, then those of the whole prompt as it was and as it is kept."""
     notes: list[str] = field(default_factory=list)
@@ -78,10 +88,10 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
     rows = tqdm(read_rows(recipe.data, recipe.seed), desc="prepare", unit=" rows")
     run.data.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=run.data) as pairs:
-        with writing(run.quarantine) as quarantine:
+    with tempfile.TemporaryFile(dir=run.data) as pairs:
+        with writing(run.quarantine) as quarantine, pa.ipc.new_stream(pairs, USABLE) as stream:
             chunks = map_chunks(partial(_set_up, recipe, run), iter(rows))
-            kept, keys = _clean(chunks, tallies, pairs, quarantine)
+            kept, keys = _clean(chunks, tallies, stream.write_batch, quarantine)
         _check_dropped(recipe, run, sum(tallies.values(), Tally()))
         by_name = np.argsort(np.argsort([*tallies]))[kept["subset"]]
         parts = split(keys, kept["keys"], by_name, total_length(kept), recipe.data.test_fraction, recipe.seed)
@@ -95,7 +105,7 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     write_json(run.summary, summary)
 
 
-def _set_up(recipe: Recipe, run: RunDir) -> Callable[[list[Row]], list[Checked]]:
+def _set_up(recipe: Recipe, run: RunDir) -> Callable[[list[Row]], tuple[list[Checked], pa.RecordBatch]]:
     """What checks rows, in this process or another one."""
     from rlhf_trl.models.tokenizer import load_tokenizer
 
@@ -103,12 +113,12 @@ def _set_up(recipe: Recipe, run: RunDir) -> Callable[[list[Row]], list[Checked]]
 
 
 def _clean(
-    chunks: Iterator[tuple[list[Row], list[Checked]]],
+    chunks: Iterator[tuple[list[Row], tuple[list[Checked], pa.RecordBatch]]],
     tallies: defaultdict[str, Tally],
-    pairs: TextIO,
+    keep: Callable[[pa.RecordBatch], None],
     quarantine: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Write each row to the pairs or to the quarantine, and count it.
+    """Keep each pair or write its row to the quarantine, and count it.
 
     Returns:
         What is counted of the kept pairs, of dtype `KEPT`, and the keys of their prompts, of dtype `KEY`.
@@ -116,28 +126,31 @@ def _clean(
     numbers, keys = array("q"), bytearray()
     seen: set[bytes] = set()
     places: dict[str, int] = {}
-    for (number, subset, raw), row in (item for chunk in chunks for item in zip(*chunk, strict=True)):
-        tally, place = tallies[subset], places.setdefault(subset, len(places))
-        reasons = _reasons(row, seen)
-        tally.rows += 1
-        tally.found.update(reasons)
-        tally.dropped.update(reasons[:1])
-        tally.not_read.update(row.not_read)
-        tally.notes["multi_turn"] += row.multi_turn
-        lengths = (len(row.pair.chosen), len(row.pair.rejected)) if row.pair else ()
-        if lengths:
-            tally.compared += 1
-            tally.chosen_longer += float(longer(*lengths))
-        if row.pair is None or reasons:
-            entry = {"row": number, "subset": subset, "reason": reasons[0], "reasons": reasons}
-            # JSON has no NaN. Dropped rows may hold what UTF-8 cannot, so this file is ASCII.
-            entry["raw"] = json.loads(json.dumps(raw, default=str), parse_constant=lambda _: None)
-            quarantine(json.dumps(entry, sort_keys=True) + "\n")
-            continue
-        tally.notes.update([*row.notes, *_votes(row, seen)])
-        pairs.write(json_line(vars(row.pair) | {"row": number, "subset": subset, "id": prompt_id(row.pair.prompt)}))
-        numbers.extend((number, place, len(row.keys), *row.tokens, *lengths))
-        keys += b"".join(row.keys)
+    for chunk, (rows, usable) in chunks:
+        is_kept = []
+        for (number, subset, raw), row in zip(chunk, rows, strict=True):
+            tally, place = tallies[subset], places.setdefault(subset, len(places))
+            reasons = _reasons(row, seen)
+            tally.rows += 1
+            tally.found.update(reasons)
+            tally.dropped.update(reasons[:1])
+            tally.not_read.update(row.not_read)
+            tally.notes["multi_turn"] += row.multi_turn
+            if row.characters:
+                tally.compared += 1
+                tally.chosen_longer += float(longer(*row.characters))
+            if not row.reasons:
+                is_kept.append(not reasons)
+            if reasons:
+                entry = {"row": number, "subset": subset, "reason": reasons[0], "reasons": reasons}
+                # JSON has no NaN. Dropped rows may hold what UTF-8 cannot, so this file is ASCII.
+                entry["raw"] = json.loads(json.dumps(raw, default=str), parse_constant=lambda _: None)
+                quarantine(json.dumps(entry, sort_keys=True) + "\n")
+                continue
+            tally.notes.update([*row.notes, *_votes(row, seen)])
+            numbers.extend((number, place, len(row.keys), *row.tokens, *row.characters))
+            keys += b"".join(row.keys)
+        keep(usable.filter(pa.array(is_kept, pa.bool_())))
     return np.frombuffer(numbers, KEPT), np.frombuffer(keys, KEY)
 
 
@@ -157,19 +170,28 @@ def _votes(row: Checked, seen: set[bytes]) -> list[str]:
     return notes
 
 
-def _write_splits(run: RunDir, kept: TextIO, parts: Split) -> None:
+def _write_splits(run: RunDir, kept: IO[bytes], parts: Split) -> None:
     written: set[str] = set()
     with contextlib.ExitStack() as files:
-        pairs, prompts = (
-            [files.enter_context(writing(path(name))) for name in ("train", "test")]
-            for path in (run.pairs, run.prompts)
-        )
-        for line, held_out, first_half in zip(kept, parts.held_out.tolist(), parts.first_half, strict=True):
-            pair = json.loads(line)
-            pairs[held_out](json_line(pair | {"half": "first" if first_half else "second"}))
-            if pair["id"] not in written:
-                written.add(pair["id"])
-                prompts[held_out](json_line({key: pair[key] for key in ("id", "prompt", "subset")}))
+        add, names = files.enter_context, ("train", "test")
+        pairs, prompts = ([add(writing(path(name))) for name in names] for path in (run.pairs, run.prompts))
+        tokens = [add(ParquetWriter(add(replacing(run.tokens(name))), TOKENS, compression="zstd")) for name in names]
+        stream, at = pa.ipc.open_stream(kept), 0
+        while chunks := [*itertools.islice(stream, ROW_GROUP)]:
+            batch = pa.concat_batches(chunks)
+            rows = slice(at, at := at + len(batch))
+            held_out, half = parts.held_out[rows], np.where(parts.first_half[rows], "first", "second")
+            first = []
+            texts = (batch[name].to_pylist() for name in ("pair_line", "prompt_line", "id"))
+            for part, name, pair, prompt, key in zip(held_out.tolist(), half, *texts, strict=True):
+                pairs[part](pair.replace(OPEN_HALF, f'"half": "{name}"', 1))
+                first.append(key not in written)
+                if first[-1]:
+                    written.add(key)
+                    prompts[part](prompt)
+            ids = pa.record_batch([*(batch[side] for side in IDS), half, first], schema=TOKENS)
+            for part in np.unique(held_out):
+                tokens[int(part)].write_batch(ids.filter(pa.array(held_out == part)))
 
 
 def _check_dropped(recipe: Recipe, run: RunDir, whole: Tally) -> None:
@@ -184,68 +206,87 @@ def _check_dropped(recipe: Recipe, run: RunDir, whole: Tally) -> None:
 # --- rows by themselves ----------------------------------------------------------------------------------------------
 
 
-def check(tokenizer: Any, data: Data, rows: Sequence[Row]) -> list[Checked]:
+def check(tokenizer: Any, data: Data, rows: Sequence[Row]) -> tuple[list[Checked], pa.RecordBatch]:
     """Check rows one by one, and fit those to the length limit that nothing speaks against.
+
+    Returns:
+        All rows, and those without a reason against them as they are to be written, of schema `USABLE`.
 
     Raises:
         UserError: the chat template refuses a conversation.
     """
-    control = _control_pattern(tokenizer)
+    control = _control_texts(tokenizer)
     checked = [_check_alone(raw, data, control) for *_, raw in rows]
-    usable = [
-        (row, row.pair, raw) for row, (*_, raw) in zip(checked, rows, strict=True) if row.pair and not row.reasons
-    ]
-    fits = fit(tokenizer, [pair for _, pair, _ in usable], data.max_length)
-    for (row, pair, raw), fitted in zip(usable, fits, strict=True):
+    usable = [(row, source) for (row, pair), source in zip(checked, rows, strict=True) if pair]
+    pairs = _without_secrets([pair for _, pair in checked if pair])
+    lines: list[tuple[Any, ...]] = []
+    fits = fit(tokenizer, pairs, data.max_length)
+    for (row, (number, subset, raw)), pair, fitted in zip(usable, pairs, fits, strict=True):
         if fitted is None:
             row.reasons = [Reason.TOO_LONG]
-        else:
-            row.pair, row.tokens = fitted
-            _compare(row, pair, row.pair, raw)
-    return checked
+            continue
+        short, tokens = fitted
+        row.tokens = tuple(map(len, tokens))
+        _compare(row, pair, short.prompt, raw)
+        of_prompt = {"id": prompt_id(short.prompt), "prompt": short.prompt, "subset": subset}
+        whole = {**vars(short), **of_prompt, "row": number, "half": None}
+        lines.append((json_line(whole), json_line(of_prompt), of_prompt["id"], *tokens))
+    columns = map(list, zip(*lines, strict=True)) if lines else [[]] * len(USABLE)
+    return [row for row, _ in checked], pa.record_batch([*columns], schema=USABLE)
 
 
-def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Match text that the tokenizer or the template would read as control, not as content."""
+def _without_secrets(pairs: list[Pair]) -> list[Pair]:
+    """The pairs as files take them, so that the token ids say what these say."""
+    text = "\n".join(json.dumps(vars(pair), ensure_ascii=False) for pair in pairs)
+    clean = without_values(text)
+    return pairs if clean == text else [Pair(**json.loads(line)) for line in clean.split("\n")]
+
+
+def _control_texts(tokenizer: Any) -> list[str]:
+    """Texts that the tokenizer or the template would read as control, not as content."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     tokens = {*tokenizer.all_special_tokens, *added}
     if "Human:" in tokenizer.chat_template:
         tokens |= {"\n\nHuman:", "\n\nAssistant:"}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens) if token.strip()))
+    return [token for token in tokens if token.strip()]
 
 
-def _check_alone(raw: Any, data: Data, control: re.Pattern[str]) -> Checked:
+def _check_alone(raw: Any, data: Data, control: list[str]) -> tuple[Checked, Pair | None]:
+    """Check a row, and give its pair where nothing speaks against it."""
     try:
         pair = normalise(raw)
     except RowError as error:
-        multi_turn = error.pair is not None and error.pair.user_turns > 1
-        return Checked(error.pair, error.reasons, unread_columns(raw), multi_turn)
+        read = error.pair
+        characters = (len(read.chosen), len(read.rejected)) if read else ()
+        return Checked(characters, error.reasons, unread_columns(raw), bool(read and read.user_turns > 1)), None
     texts = [*(message["content"] for message in pair.prompt), pair.chosen, pair.rejected]
     similarity = Indel.normalized_similarity(pair.chosen, pair.rejected, score_cutoff=data.tie_threshold)
     roles = [message["role"] for message in pair.prompt]
+    characters = len(pair.chosen), len(pair.rejected)
     holds = {
-        Reason.TOO_SHORT: min(len(pair.chosen), len(pair.rejected)) < data.min_answer_chars,
+        Reason.TOO_SHORT: min(characters) < data.min_answer_chars,
         Reason.TIE: similarity >= data.tie_threshold,
-        Reason.CONTROL_TOKENS: any(control.search(text) for text in texts),
+        Reason.CONTROL_TOKENS: any(token in text for text in texts for token in control),
     }
-    rough = [ROUGH.sub(" ", text.casefold()).strip() or text for text in texts]
+    rough = [" ".join(text.casefold().translate(ROUGH).split()) or text for text in texts]
     copies = _digest("pair", roles, texts), _digest("rough", roles, rough)
     reasons = [reason for reason, held in holds.items() if held]
-    return Checked(pair, reasons, unread_columns(raw), pair.user_turns > 1, copies)
+    row = Checked(characters, reasons, unread_columns(raw), pair.user_turns > 1, copies)
+    return row, None if reasons else pair
 
 
-def _compare(row: Checked, pair: Pair, fitted: Pair, raw: Any) -> None:
+def _compare(row: Checked, pair: Pair, fitted: list[Message], raw: Any) -> None:
     """Note what other rows are compared with, and what was shortened."""
     *heads, whole = prompt_keys(pair.prompt)
-    *short_heads, short_whole = [whole] if fitted is pair else prompt_keys(fitted.prompt)
-    row.keys = [*heads, *short_heads, whole, short_whole]
+    *short_heads, short = [whole] if fitted is pair.prompt else prompt_keys(fitted)
+    row.keys = [*heads, *short_heads, whole, short]
     prompt = _digest("prompt", pair.prompt)
     both = (pair.chosen, pair.rejected), (pair.rejected, pair.chosen)
     row.votes = prompt, *(_digest("kept", prompt.hex(), *answers) for answers in both)
     holds = {
         "score_not_higher": score_not_higher(raw),
-        "truncated": fitted.prompt[-1] != pair.prompt[-1],
-        "turns_dropped": len(fitted.prompt) < len(pair.prompt),
+        "truncated": fitted[-1] != pair.prompt[-1],
+        "turns_dropped": len(fitted) < len(pair.prompt),
     }
     row.notes = [note for note, held in holds.items() if held]
 
@@ -254,14 +295,14 @@ def _digest(*parts: Any) -> bytes:
     return hashlib.sha256(json.dumps(parts).encode()).digest()[:16]
 
 
-def fit(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> Iterator[tuple[Pair, Tokens] | None]:
+def fit(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> Iterator[tuple[Pair, list[list[int]]] | None]:
     """Shorten the prompts so that each has, with its longer answer, at most `max_length` tokens.
 
     Whole turns go first, the oldest before the others, so that the prompt still begins with the user (after the system
     message); then the beginning of the last user turn goes, up to a token boundary.
 
     Returns:
-        For each pair, the pair and its tokens; None if there is no room for a prompt.
+        For each pair, the pair and the token ids of its prompt and answers; None if there is no room for a prompt.
 
     Raises:
         UserError: the chat template refuses a conversation.
@@ -270,20 +311,17 @@ def fit(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> Iterator[tupl
 
     sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
     encoded = encode_all(tokenizer, [pair.prompt for pair in pairs], *sides)
-    for pair, (prompt, chosen, rejected) in zip(pairs, encoded, strict=True):
-        room = max_length - max(len(chosen), len(rejected))
+    for pair, (prompt, *answers) in zip(pairs, encoded, strict=True):
+        room = max_length - max(map(len, answers))
         if len(prompt) <= room:
-            yield pair, (len(prompt), len(chosen), len(rejected))
+            yield pair, [prompt, *answers]
             continue
         shorter = _shorten(tokenizer, pair.prompt, room)
-        yield shorter and (Pair(shorter[0], pair.chosen, pair.rejected), (shorter[1], len(chosen), len(rejected)))
+        yield shorter and (Pair(shorter[0], pair.chosen, pair.rejected), [shorter[1], *answers])
 
 
-def _shorten(tokenizer: Any, prompt: list[Message], room: int) -> tuple[list[Message], int] | None:
+def _shorten(tokenizer: Any, prompt: list[Message], room: int) -> tuple[list[Message], list[int]] | None:
     from rlhf_trl.models.tokenizer import encode
-
-    def tokens(prompt: list[Message]) -> int:
-        return len(encode(tokenizer, prompt)[0])
 
     system = prompt[: prompt[0]["role"] == "system"]
     turns = prompt[len(system) :]
@@ -293,5 +331,5 @@ def _shorten(tokenizer: Any, prompt: list[Message], room: int) -> tuple[list[Mes
     tails = [text[start:].lstrip() for start, _ in cuts[1:][-max(room, 1) :]]
     shorter += [[*system, {"role": "user", "content": tail}] for tail in tails if tail]
     # Text may break into other tokens where it is cut, so each candidate is measured whole.
-    first = bisect.bisect_left(shorter, True, key=lambda prompt: tokens(prompt) <= room)
-    return None if first == len(shorter) else (shorter[first], tokens(shorter[first]))
+    first = bisect.bisect_left(shorter, True, key=lambda prompt: len(encode(tokenizer, prompt)[0]) <= room)
+    return None if first == len(shorter) else (shorter[first], encode(tokenizer, shorter[first])[0])

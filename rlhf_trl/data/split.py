@@ -6,8 +6,8 @@ Works on arrays in memory; the same prompts and seed give the same split in any 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as quoted
 
 import numpy as np
 
@@ -34,7 +34,8 @@ def prompt_keys(prompt: list[Message]) -> list[bytes]:
     digest = hashlib.sha256()
     keys = []
     for message in prompt:
-        digest.update(json.dumps([message["role"], " ".join(message["content"].casefold().split())]).encode())
+        text = " ".join(message["content"].casefold().split())
+        digest.update(f"[{quoted(message['role'])}, {quoted(text)}]".encode())
         if message["role"] == "user":
             keys.append(digest.digest()[:16])
     return keys

@@ -10,18 +10,11 @@ import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
@@ -29,6 +22,9 @@ from rlhf_trl.run.checkpoints import Patterns, damage, seal
 from rlhf_trl.run.files import remove, staged
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.text.display import first_line
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 Messages = list[dict[str, str]]
 TINY = "builtin:tiny"
@@ -98,7 +94,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: str) 
     try:
         start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         talks = [[*prompt, {"role": "assistant", "content": answer.strip()}] for answer in answers]
-        wholes = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+        wholes = tokenizer.apply_chat_template(talks, tokenize=False) if talks else []
     except TemplateError as error:
         problem = f"it refuses the conversation that ends on {prompt[-1]['content'][:60]!r}: {error}"
         remedy = "use a model whose template takes such conversations, or leave these rows out of the data"
@@ -122,7 +118,11 @@ def encode_all(
         UserError: as in `render`.
     """
     texts = [text for row in zip(prompts, *sides, strict=True) for text in render(tokenizer, *row)]
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+    ids = (
+        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        if texts
+        else []
+    )
     return (ids[at : at + 1 + len(sides)] for at in range(0, len(ids), 1 + len(sides)))
 
 
@@ -159,6 +159,8 @@ def build_once(run: RunDir, owner: str, path: Path, build: Callable[[Path], None
 
 def tiny_config(vocabulary: int = 1024, end: int = 0, pad: int = 1) -> LlamaConfig:
     """The shape of `builtin:tiny`, a small Llama; the token ids are those that its tokenizer comes to have."""
+    from transformers import LlamaConfig  # a second and 90 MB of imports that encoding needs not
+
     return LlamaConfig(vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
                        num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
                        bos_token_id=end, eos_token_id=end, pad_token_id=pad)  # fmt: skip
@@ -166,6 +168,9 @@ def tiny_config(vocabulary: int = 1024, end: int = 0, pad: int = 1) -> LlamaConf
 
 def build_tiny(folder: Path) -> None:
     """Build it untrained, about 0.9 M parameters, with a tokenizer fitted to the demo's text; always the same one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with gzip.open(DEMO, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     texts = [row[side] for row in rows for side in ("chosen", "rejected") if isinstance(row.get(side), str)]

@@ -17,10 +17,21 @@ AT_ONCE = 1000  # pieces of text that a file takes in one
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Callable[[str], None]]:
-    """Open a file, as a function that writes to it, without secrets; a reader sees the old content or the new."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that then takes its place; a reader sees the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Callable[[str], None]]:
+    """Open a file, as a function that writes to it, without secrets, as `replacing` does."""
     waiting: list[str] = []
 
     def write(text: str, at_once: bool = False) -> None:
@@ -29,15 +40,9 @@ def writing(path: Path) -> Iterator[Callable[[str], None]]:
             file.write(without_values("".join(waiting)))
             waiting.clear()
 
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield write
-            write("", at_once=True)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield write
+        write("", at_once=True)
 
 
 def write_text(path: Path, text: str) -> None:

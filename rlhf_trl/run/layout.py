@@ -73,6 +73,7 @@ class RunDir:
     data = _One("data", "everything that `prepare` writes")
     pairs = _Each("data/{}.jsonl", "`train`, `test`: pairs as `prompt`, `chosen`, `rejected`, `subset`, `row`")
     prompts = _Each("data/prompts_{}.jsonl", "`train`, `test`: every prompt once, as `prompt`, `subset`, `id`")
+    tokens = _Each("data/tokens_{}.parquet", "`train`, `test`: token ids of the pairs, row by row, for the stages")
     summary = _One("data/summary.json", "counts of kept and dropped rows, lengths, the split")
     quarantine = _One("data/quarantine.jsonl", "rows that were dropped, each with its reason")
     tokenizer = _One("data/tokenizer", "the tokenizer of all stages")

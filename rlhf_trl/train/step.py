@@ -30,7 +30,7 @@ from rlhf_trl.figures.training import plot_training
 from rlhf_trl.models.base import load_causal, load_classifier, shares_base, start_path
 from rlhf_trl.models.rewards import RewardModel, load_reward_model, measure_reward_model, score_completions
 from rlhf_trl.models.tokenizer import encode_all, recorded_tokenizer
-from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import newest_checkpoint
 from rlhf_trl.run.documents import environment
@@ -193,9 +193,10 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     if spec.reward:
         on_base = spec.trainer == "ppo" and shares_base(recipe, stage, spec.reward, evaluation=False)
         scorer = run.adapter(spec.reward) if on_base else load_reward_model(recipe, run, spec.reward)
-    rows = run.prompts if spec.reward else run.pairs
-    train_data = load_view(rows("train"), spec.trainer, tokenizer, half)
-    test_data = load_view(rows("test"), spec.trainer, tokenizer)
+    own_base = block["model_name_or_path"] != recipe.model["model_name_or_path"]
+    other = tokenizer if own_base else None
+    train_data = load_view(run, "train", spec.trainer, half, other)
+    test_data = load_view(run, "test", spec.trainer, tokenizer=other)
     task, load = ("SEQ_CLS", load_classifier) if spec.trainer == "reward" else ("CAUSAL_LM", load_causal)
     model_config = ModelConfig(**block, lora_task_type=task)
     models: dict[str, Any]
@@ -224,33 +225,49 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
 # --- data
 
 
-def load_view(path: Path, trainer: str, tokenizer: PreTrainedTokenizerBase, half: str | None = None) -> Dataset:
-    """Load a view of `data/`, or one half of it, as the dataset of a trainer."""
+def load_view(
+    run: RunDir, split: str, trainer: str, half: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Dataset:
+    """Load `train` or `test`, or one half of it, as the dataset of a trainer, from the token ids that `prepare` wrote.
+
+    GRPO takes the prompts as messages. A `tokenizer` other than the run's encodes the texts of the pairs.
+
+    Raises:
+        UserError: the token ids are missing.
+    """
     with PartialState().main_process_first():
-        rows = Dataset.from_json(str(path))
+        if trainer == "grpo":
+            return Dataset.from_json(str(run.prompts(split))).select_columns("prompt")
+        path = run.pairs(split) if tokenizer else run.tokens(split)
+        if not path.exists():
+            remedy = f"delete {run.done('prepare')} and run `rlhf-trl prepare RECIPE`: it writes the same pairs again"
+            raise UserError(str(path), "is missing: another version has prepared this run", remedy, Exit.DAMAGED)
+        rows = Dataset.from_json(str(path)) if tokenizer else Dataset.from_parquet(str(path))
         if half:
-            rows = rows.filter(lambda row: row["half"] == half, desc=f"The {half} half of {path.name}")
-        return rows.map(lambda batch: to_examples(trainer, tokenizer, batch), batched=True,
-                        remove_columns=rows.column_names, desc=f"Encoding {path.name}")  # fmt: skip
+            rows = rows.filter(lambda own: own == half, input_columns="half", desc=f"The {half} half of {path.name}")
+        if trainer == "ppo":
+            return (
+                rows.filter(bool, input_columns="first").select_columns("prompt").rename_column("prompt", "input_ids")
+            )
+        return rows.map(lambda batch: to_examples(trainer, batch, tokenizer), batched=True,
+                        remove_columns=rows.column_names, desc=f"Columns of {path.name}")  # fmt: skip
 
 
-def to_examples(trainer: str, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Turn columns of `data/` into those of a trainer's dataset: token ids, apart from the prompts of GRPO."""
-    if trainer == "grpo":
-        return {"prompt": rows["prompt"]}
-    sides = {"ppo": (), "sft": ("chosen",)}.get(trainer, ("chosen", "rejected"))
-    encoded = encode_all(tokenizer, rows["prompt"], *(rows[side] for side in sides))
+def to_examples(
+    trainer: str, rows: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any]:
+    """Turn columns of token ids, or of texts for `tokenizer`, into those of a trainer's dataset."""
+    columns = [rows["prompt"], rows["chosen"], rows["rejected"]]
+    encoded = encode_all(tokenizer, *columns) if tokenizer else zip(*columns, strict=True)
     examples = [_to_example(trainer, *ids) for ids in encoded]
     return {column: [example[column] for example in examples] for column in examples[0]}
 
 
-def _to_example(trainer: str, prompt: list[int], *answers: list[int]) -> dict[str, Any]:
-    if trainer == "ppo":
-        return {"input_ids": prompt}
-    length = len(prompt) + max(map(len, answers))
+def _to_example(trainer: str, prompt: list[int], chosen: list[int], rejected: list[int]) -> dict[str, Any]:
     if trainer == "sft":  # the loss covers the tokens of the answer alone
-        return {"input_ids": prompt + answers[0], "labels": [-100] * len(prompt) + answers[0], "length": length}
-    chosen, rejected = answers
+        whole = prompt + chosen
+        return {"input_ids": whole, "labels": [-100] * len(prompt) + chosen, "length": len(whole)}
+    length = len(prompt) + max(len(chosen), len(rejected))
     if trainer == "dpo":
         return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "length": length}
     return {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected, "length": length}

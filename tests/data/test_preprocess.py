@@ -12,6 +12,7 @@ import pytest
 from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from rlhf_trl.data import preprocess, sources
 from rlhf_trl.data.pair import Pair, Reason
@@ -274,7 +275,8 @@ def test_whole_oldest_turns_go_first(tokenizer, system):
     for spare in (0, 5):
         shorter, tokens = fit(tokenizer, pair, limit + spare)
         assert shorter.prompt == turns(*texts[4:], system=system)
-        assert tokens[0] + max(tokens[1:]) == limit
+        assert tokens == [*encode(tokenizer, shorter.prompt, "yes"), encode(tokenizer, shorter.prompt, "no")[1]]
+        assert len(tokens[0]) + max(map(len, tokens[1:])) == limit
     assert fit(tokenizer, pair, limit - 1)[0].prompt == turns(*texts[6:], system=system)
 
 
@@ -311,6 +313,39 @@ def test_template_that_refuses_a_conversation_is_the_users_error(run_prepare, by
     rows = [*GOOD, row(turns("hello", system="Be kind."))]
     with pytest.raises(UserError, match="refuses the conversation that ends on 'hello': no system"):
         run_prepare(rows, model=str(tmp_path / "strict"))
+
+
+TEMPLATES = {
+    "hh": None,
+    "chatml": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+              "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_token_ids_are_those_of_the_views(run_prepare, byte_model, tmp_path, monkeypatch, template):
+    """Row by row, also of a shortened prompt and of a text without a secret; the first of a prompt is in its view."""
+    from transformers import AutoTokenizer
+
+    monkeypatch.setenv("OTHER_API_KEY", "tell-nobody")
+    model = AutoTokenizer.from_pretrained(byte_model)
+    model.chat_template = TEMPLATES[template]
+    model.save_pretrained(tmp_path / "model")
+    rows = [*GOOD, row(TEXTS[0], "Other.", "Another."), row(turns("x " * 80, "so", "y " * 9)), row("é ü? " * 99),
+            row("tell-nobody? ", "It is tell-nobody.")]  # fmt: skip
+    run = run_prepare(rows, model=str(tmp_path / "model"), max_length=128, test_fraction=0.3)
+    tokenizer = set_up_tokenizer(str(run.tokenizer), {})
+    notes = read_json(run.summary)["notes"]
+    assert notes["truncated"] == notes["turns_dropped"] == 1
+    for name in ("train", "test"):
+        pairs, ids = read_jsonl(run.pairs(name)), parquet.read_table(run.tokens(name)).to_pylist()
+        assert [item["half"] for item in ids] == [pair["half"] for pair in pairs]
+        for pair, item in zip(pairs, ids, strict=True):
+            for side in ("chosen", "rejected"):
+                assert encode(tokenizer, pair["prompt"], pair[side]) == (item["prompt"], item[side])
+        prompts = [encode(tokenizer, prompt["prompt"])[0] for prompt in read_jsonl(run.prompts(name))]
+        assert [item["prompt"] for item in ids if item["first"]] == prompts
+    assert sum("<secret>" in pair["chosen"] for pair in kept(run)) == 1
 
 
 # --- split -----------------------------------------------------------------------------------------------------------
@@ -369,8 +404,9 @@ def contents(folder):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_any_number_of_processes_writes_the_same_files(run_prepare, monkeypatch, processes):
     rows = [*GOOD, row(TEXTS[0]), row("a?", chosen=""), row(turns("x " * 80, "so", "y " * 80)), row(TEXTS[1].upper())]
-    alone = contents(run_prepare(rows, max_length=128).data)
     monkeypatch.setattr(sources, "CHUNK", 7)
+    monkeypatch.setattr(preprocess, "ROW_GROUP", 3)
+    alone = contents(run_prepare(rows, max_length=128).data)
     monkeypatch.setattr(sources, "ALONE", 2)
     monkeypatch.setattr("os.cpu_count", lambda: processes)
     assert contents(run_prepare(rows, max_length=128).data) == alone

@@ -99,6 +99,35 @@ def test_training_changes_the_adapter_and_not_the_base(trained, build, stage):
         assert same or "lm_head" in name
 
 
+@pytest.mark.parametrize("trainer", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("half", [None, "first"])
+def test_the_columns_from_token_ids_are_those_from_texts(trained, trainer, half):
+    recipe, run = trained
+    fast, slow = (train_module.load_view(run, "train", trainer, half, tokenizer)
+                  for tokenizer in (None, recorded_tokenizer(recipe, run)))  # fmt: skip
+    assert len(fast) > 0 and fast.column_names == slow.column_names and fast[:] == slow[:]
+
+
+def test_the_prompts_of_ppo_and_of_grpo_are_those_of_their_view(trained):
+    recipe, run = trained
+    prompts = [row["prompt"] for row in read_jsonl(run.prompts("train"))]
+    ids = [encode(recorded_tokenizer(recipe, run), prompt)[0] for prompt in prompts]
+    assert train_module.load_view(run, "train", "ppo").to_dict() == {"input_ids": ids}
+    assert train_module.load_view(run, "train", "grpo").to_dict() == {"prompt": prompts}
+
+
+def test_damaged_or_missing_token_ids_are_found_before_training(copy):
+    tokens = copy.run.tokens("train")
+    content = tokens.read_bytes()
+    for damage, sentence in ((lambda: tokens.write_bytes(content[:200] + b"?" + content[201:]), "is damaged"),
+                             (tokens.unlink, "is missing")):  # fmt: skip
+        damage()
+        with pytest.raises(UserError, match=f"data/tokens_train.parquet {sentence}"):
+            copy.train("dpo", "max_steps=1")
+    with pytest.raises(UserError, match="another version has prepared this run"):
+        train_module.load_view(copy.run, "train", "dpo")
+
+
 def test_what_a_stage_leaves_behind(trained):
     recipe, run = trained
     stats = {stage: read_json(run.training_stats(stage)) for stage in ALIGNED}
