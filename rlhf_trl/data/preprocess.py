@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import tempfile
 from array import array
 from collections import defaultdict
@@ -43,8 +44,8 @@ from rlhf_trl.text.words import prompt_id
 
 logger = logging.getLogger(__name__)
 
-# Marks that may differ between two copies of one text; not those that carry meaning, such as the minus of a number.
-ROUGH = str.maketrans(dict.fromkeys(".,;:!?'\"“”‘’…()[]{}–—", " "))
+# Two copies of one text may differ in what is between these; not in marks that carry meaning, such as a minus.
+ROUGH = re.compile(r"[^\s.,;:!?'\"“”‘’…()\[\]{}–—]+")
 IDS = {side: pa.list_(pa.int32()) for side in ("prompt", "chosen", "rejected")}
 ROW_GROUP = 8  # chunks of rows that the files of token ids take at once
 OPEN_HALF = '"half": null'  # of a line whose half is not yet known; inside a text, quotes are escaped
@@ -261,14 +262,13 @@ def _check_alone(raw: Any, data: Data, control: list[str]) -> tuple[Checked, Pai
         return Checked(characters, error.reasons, unread_columns(raw), bool(read and read.user_turns > 1)), None
     texts = [*(message["content"] for message in pair.prompt), pair.chosen, pair.rejected]
     similarity = Indel.normalized_similarity(pair.chosen, pair.rejected, score_cutoff=data.tie_threshold)
-    roles = [message["role"] for message in pair.prompt]
-    characters = len(pair.chosen), len(pair.rejected)
+    roles, characters = [message["role"] for message in pair.prompt], (len(pair.chosen), len(pair.rejected))
     holds = {
         Reason.TOO_SHORT: min(characters) < data.min_answer_chars,
         Reason.TIE: similarity >= data.tie_threshold,
         Reason.CONTROL_TOKENS: any(token in text for text in texts for token in control),
     }
-    rough = [" ".join(text.casefold().translate(ROUGH).split()) or text for text in texts]
+    rough = [" ".join(ROUGH.findall(text.casefold())) or text for text in texts]
     copies = _digest("pair", roles, texts), _digest("rough", roles, rough)
     reasons = [reason for reason, held in holds.items() if held]
     row = Checked(characters, reasons, unread_columns(raw), pair.user_turns > 1, copies)

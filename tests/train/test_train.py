@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import NO_PPO, RECIPE, ROOT, reset_accelerate, small_recipe
 from peft import PeftModel
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from trl.experimental.utils import get_reward
@@ -248,8 +249,9 @@ def test_a_diverging_run_stops_and_saves_nothing(copy, stage):
 
 
 def test_too_few_prompts_are_refused_with_both_numbers(copy):
-    path = copy.run.prompts("train")
+    path, tokens = copy.run.prompts("train"), copy.run.tokens("train")
     path.write_text(path.read_text().splitlines()[0] + "\n")
+    parquet.write_table(parquet.read_table(tokens).slice(0, 1), tokens)
     copy.run.mark_done(small_recipe(copy.folder), "prepare", 0.0)
     for stage in ("grpo", "ppo"):
         with pytest.raises(UserError, match=r"^data: 1 training prompts"):

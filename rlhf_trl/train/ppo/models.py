@@ -24,7 +24,7 @@ from trl import ModelConfig, get_peft_config
 
 from rlhf_trl.models.base import RewardHead, load_adapter, load_causal
 from rlhf_trl.models.rewards import RewardModel, SharedClassifier, score_completions
-from rlhf_trl.models.tokenizer import Messages, encode
+from rlhf_trl.models.tokenizer import Messages, encode_all
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
@@ -197,7 +197,8 @@ def build_ppo_models(
             value.score.weight.copy_(value_head / std)
             value.score.bias.fill_(-mean / std)
     rows = [*read_jsonl(run.prompts("train")), *read_jsonl(run.prompts("test"))]
-    prompts = {tuple(encode(tokenizer, row["prompt"])[0]): row["prompt"] for row in rows}
+    encoded = encode_all(tokenizer, [row["prompt"] for row in rows])
+    prompts = {tuple(ids): row["prompt"] for (ids,), row in zip(encoded, rows, strict=True)}
     text_reward = TextReward(reward, policy, tokenizer, prompts, mean, std)
     return {"model": policy, "ref_model": None, "value_model": value, "reward_model": text_reward}
 
