@@ -66,17 +66,18 @@ def require_sound(folder: Path, base: Path | None = None) -> None:
         raise AdapterError(problems)
 
 
-def check_adapter(folder: Path, base: Path | None = None) -> list[Problem]:
+def check_adapter(folder: Path, base: Path | None = None, here: bool = False) -> list[Problem]:
     """Find everything that is wrong with an adapter, and with its base: the given folder, or what it ships.
 
-    Every character of the adapter's that acts on a terminal is spelt out.
+    One that was made `here`, on this machine, may name its base by a path. Every character of the adapter's that acts
+    on a terminal is spelt out.
     """
     for path in (folder, base):
         if path is not None and not path.is_dir():
             raise UserError(str(path), "there is no such folder", "give the folder of an adapter, or of its base")
     problems: list[Problem] = []
     try:
-        _collect(folder, base, problems)
+        _collect(folder, base, problems, here)
     except UserError as error:  # of a file that cannot be read
         problems += error.problems
     lines = [[visible(text).replace("\n", " ") for text in (one.place, one.problem, one.remedy)] for one in problems]
@@ -101,7 +102,7 @@ def run_isolated(program: Path, *arguments: str, given: str, **environment: str)
     return (done.stderr.strip() or "it takes too long").splitlines()[-1] if done.returncode else None
 
 
-def _collect(folder: Path, base: Path | None, problems: list[Problem]) -> None:
+def _collect(folder: Path, base: Path | None, problems: list[Problem], here: bool) -> None:
     problems += _check_files(folder)
     if problems:
         return  # what is linked, packed or executable is not looked into
@@ -110,7 +111,7 @@ def _collect(folder: Path, base: Path | None, problems: list[Problem]) -> None:
     problems += (Problem(CONFIG, text, CLEAN) for text in check_settings(config))
     if problems:
         return
-    problems += _check_places(folder, documents)
+    problems += _check_places(folder, documents, here)
     problems += _check_template(folder, documents.get(TOKENIZER_CONFIG, {}))
     tensors = read_header(folder / ADAPTER)
     problems += (Problem(ADAPTER, text, f"do not use it; {AGAIN}") for text in rules.check_tensors(config, tensors))
@@ -160,11 +161,11 @@ def _read_objects(folder: Path, names: Iterable[str]) -> dict[str, Settings]:
     return objects
 
 
-def _check_places(folder: Path, documents: Mapping[str, Settings]) -> Iterator[Problem]:
+def _check_places(folder: Path, documents: Mapping[str, Settings], here: bool) -> Iterator[Problem]:
     """Find what an adapter would have a loader import or open outside its folder."""
     name = documents[CONFIG].get("base_model_name_or_path")
     shipped = name == f"./{BASE}" and (folder / BASE).is_dir()
-    if not shipped and not (isinstance(name, str) and MODEL_ID.fullmatch(name)):
+    if not (shipped or here) and not (isinstance(name, str) and MODEL_ID.fullmatch(name)):
         problem = f"base_model_name_or_path is {name!r}: a place on somebody's machine, not a public model"
         yield Problem(CONFIG, problem, "write the OWNER/NAME of the base there, and check with --base")
     yield from _check_imports(documents)

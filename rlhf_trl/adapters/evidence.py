@@ -6,13 +6,13 @@ that is older than the stage that it is of is left out, and said to be missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.adapters.check import ADAPTER, CONFIG, REPOSITORY
-from rlhf_trl.models.base import fetch
+from rlhf_trl.adapters.check import ADAPTER, CONFIG, LINEAGE, REPOSITORY
+from rlhf_trl.models.base import adapter_path, fetch
 from rlhf_trl.models.tokenizer import TINY, base_path
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
@@ -27,6 +27,7 @@ SMALL = 200_000_000
 # Keys of a `model` block that say with what precision the base was held in training.
 PRECISION = ("dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
 SAMPLES = 3
+OWN = ("run", "stage", "parents")  # of the lineage of an adapter from outside the run
 TRAINING = ("steps", "rows", "seconds", "seed", "device", "processes", "trainable_parameters")
 # Parts of the evidence for a policy that stand in `metrics.json` as they are.
 METRICS = ("decoding", "definitions", "reward_model", "gold_model", "reward_stage", "gold_stage")
@@ -58,7 +59,7 @@ def require_current(run: RunDir, stage: str) -> Recipe:
     for name in names:
         require_stage(run, name)
     for name in names:
-        for parent in (recipe.stages[name].init, recipe.stages[name].reward):
+        for parent in (recipe.stages[name].parent, recipe.stages[name].reward):
             if parent is not None and run.finished(name) < run.finished(parent):
                 problem = f"its parent {parent!r} was trained again afterwards"
                 raise UserError(str(run.step(name)), problem, f"train {name!r} again")
@@ -66,12 +67,15 @@ def require_current(run: RunDir, stage: str) -> Recipe:
 
 
 def lora_chain(recipe: Recipe, stage: str) -> list[str]:
-    """List the stages whose adapters lie on one base, the lowest first, up to `stage`, which must have one."""
+    """List the stages whose adapters lie on one base, the lowest first, up to `stage`, which must have one.
+
+    The lowest may be the folder of an adapter outside the run. A continued stage takes the place of what it continues.
+    """
     if not recipe.model_block(stage).get("use_peft"):
         problem = "the stage was fine-tuned whole: it is a model, and has no adapter"
         raise UserError(f"stages.{stage}", problem, "share its folder `model/`, or export a stage that starts from it")
     chain = [stage]
-    while (init := recipe.stages[chain[0]].init) and recipe.model_block(init).get("use_peft"):
+    while (init := recipe.below(chain[0])) and (init not in recipe.stages or recipe.model_block(init).get("use_peft")):
         chain.insert(0, init)
     return chain
 
@@ -79,12 +83,13 @@ def lora_chain(recipe: Recipe, stage: str) -> list[str]:
 def find_base(
     recipe: Recipe, run: RunDir, first: str, base_id: str | None, revision: str | None, with_base: bool
 ) -> Base:
-    """Find the base that the adapter of the stage `first` lies on, and decide whether it is named or shipped.
+    """Find the base that the adapter of `first`, as in `lora_chain`, lies on, and decide: is it named or shipped?
 
     Raises:
         UserError: the base cannot be reached, or is large, has no public id, and `with_base` is not given.
     """
-    block, stage = recipe.model_block(first), recipe.stages[first].init
+    maker, stage = recipe.maker(first), recipe.below(first)
+    block = recipe.model_block(maker) if maker in recipe.stages else recipe.model
     name = str(block["model_name_or_path"])
     if base_id is not None and not REPOSITORY.fullmatch(base_id):
         raise UserError("--base-id", f"{base_id!r} is not the id of a model", "give OWNER/NAME, as on the Hub")
@@ -115,10 +120,12 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
         "base": {"id": base.id, "revision": base.revision, "shipped": base.id is None, "stage": base.stage,
                  "weights": hash_weights(read_weights(base.folder)),
                  "held_in": {key: block.get(key) for key in PRECISION}},
-        "combined": list(stages),
+        "combined": [label(recipe, name) for name in stages],
+        "continued": label(recipe, str(own.init)) if (own := recipe.stages[stage]).continue_ else None,
         "rank": read_json(folder / CONFIG)["r"],
-        "parents": [_parent(recipe, run, name, relation) for name, relation in recipe.parents(stage).items()],
-        "weights": {name: hash_file(run.adapter(name) / ADAPTER) for name in stages},
+        "parents": [*_outsiders(recipe, run, stage),
+                    *(_parent(recipe, run, name, relation) for name, relation in recipe.parents(stage).items())],
+        "weights": {label(recipe, name): hash_file(adapter_path(recipe, run, name) / ADAPTER) for name in stages},
         "recipe": without_paths(document),
         "fingerprint": run.fingerprint_of(stage),
         "data": {"source": without_paths(data.source), "revision": data.revision, "half": recipe.half_of(stage),
@@ -140,6 +147,24 @@ def _parent(recipe: Recipe, run: RunDir, name: str, relation: str) -> dict[str, 
     return {"stage": name, "trainer": recipe.stages[name].trainer, "relation": relation, "adapter": adapted,
             "files": {file.name: hash_file(file) for file in weights}, "fingerprint": run.fingerprint_of(name),
             "seed": recipe.args_of(name)["seed"]}  # fmt: skip
+
+
+def label(recipe: Recipe, name: str) -> str:
+    """What an export calls a stage, or the folder of an adapter outside the run, whose place it does not tell."""
+    return name if name in recipe.stages else f"local:{Path(name).name}"
+
+
+def _outsiders(recipe: Recipe, run: RunDir, stage: str) -> Iterator[dict[str, Any]]:
+    """The adapters outside the run that a stage rests on; one that was exported brings its own lineage."""
+    stages = [recipe.stages[name] for name in (*recipe.parents(stage), stage)]
+    for init in dict.fromkeys(own.outside for own in stages if own.outside):
+        folder = adapter_path(recipe, run, init)
+        made = read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else {}
+        yield {"stage": label(recipe, init), "trainer": made.get("trainer"), "relation": "init", "adapter": True,
+               "files": {ADAPTER: hash_file(folder / ADAPTER)}, "fingerprint": made.get("fingerprint"),
+               "seed": made.get("seed"),
+               "lineage": made and {"file": hash_file(folder / LINEAGE), **{key: made.get(key) for key in OWN}},
+               }  # fmt: skip
 
 
 def without_paths(value: Any) -> Any:

@@ -33,7 +33,7 @@ from rlhf_trl.adapters.load import load, locate_base
 from rlhf_trl.adapters.probe_program import outputs
 from rlhf_trl.adapters.rules import HEAD, HEADS, LINEAR, PREFIX, is_off
 from rlhf_trl.adapters.verify import require_equal, verify
-from rlhf_trl.models.base import MODEL_FILES, adapter_config, load_adapter, load_classifier, load_weights
+from rlhf_trl.models.base import MODEL_FILES, adapter_config, adapter_path, load_adapter, load_classifier, load_weights
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
@@ -73,11 +73,12 @@ def export(
     require_new(out)
     recipe = require_current(run, stage)
     stages = lora_chain(recipe, stage)
+    adapters = [adapter_path(recipe, run, name) for name in stages]
     base = find_base(recipe, run, stages[0], base_id, revision, ship)
     kind, tokenizer = kind_of(recipe, stage), recorded_tokenizer(recipe, run, stage)
     _require_no_date(tokenizer)
     with staged(out) as folder:
-        _write_adapter([run.adapter(name) for name in stages], base, folder)
+        _write_adapter(adapters, base, folder)
         write_tokenizer(tokenizer, kind, folder)
         if base.id is None:
             (folder / files.BASE).mkdir()
@@ -85,7 +86,7 @@ def export(
                 shutil.copyfile(file, folder / files.BASE / file.name)
             if kind == "reward":
                 write_json(folder / files.BASE_CONFIG, read_json(folder / files.BASE_CONFIG) | one_score(tokenizer))
-        write_json(folder / files.PROBE, _probe(run, stages, base, kind, tokenizer))
+        write_json(folder / files.PROBE, _probe(run, adapters, base, kind, tokenizer))
         verification = verify(folder, kind, base.folder, base.id, base.revision) | {"finished": now()}
         lineage = describe(recipe, run, stages, base, folder) | {"verification": verification}
         evidence = gather(recipe, run, stage)
@@ -223,7 +224,7 @@ def one_score(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _probe(
-    run: RunDir, stages: Sequence[str], base: Base, kind: str, tokenizer: PreTrainedTokenizerBase
+    run: RunDir, adapters: Sequence[Path], base: Base, kind: str, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Compute the run's outputs for a few held-out texts, on the CPU in float32, with its adapters merged one by one:
     of each text the token ids and the outputs, which are its score, or the logit of each next token."""
@@ -235,10 +236,9 @@ def _probe(
         model: Any = load_classifier(str(base.folder), config, tokenizer)
     else:
         model = load_weights(AutoModelForCausalLM, str(base.folder), config)
-    for stage in stages[:-1]:
-        folder = run.adapter(stage)
+    for folder in adapters[:-1]:
         model = PeftModel.from_pretrained(model, folder, config=adapter_config(folder)).merge_and_unload()
-    found = outputs(PeftModel.from_pretrained(model, run.adapter(stages[-1])), [torch.tensor(ids) for ids in texts])
+    found = outputs(PeftModel.from_pretrained(model, adapters[-1]), [torch.tensor(ids) for ids in texts])
     rows = [{"input_ids": ids, "outputs": values} for ids, values in zip(texts, found, strict=True)]
     return {"kind": kind, "dtype": "float32", "rows": rows}
 

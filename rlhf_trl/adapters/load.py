@@ -25,7 +25,7 @@ from trl import ModelConfig
 from rlhf_trl.adapters.check import BASE, CONFIG, TOKENIZER_CONFIG, notes, require_sound
 from rlhf_trl.adapters.evidence import require_stage
 from rlhf_trl.models import rewards
-from rlhf_trl.models.base import base_block, fetch, load_causal, load_classifier, prompt_room, start_path
+from rlhf_trl.models.base import base_block, below_path, fetch, load_causal, load_classifier, prompt_room
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import sample
 from rlhf_trl.models.tokenizer import Messages, recorded_tokenizer, set_up_tokenizer
@@ -94,7 +94,7 @@ def load_policy(
     run = RunDir(Path(folder))
     recipe = require_stage(run, stage)
     tokenizer, adapted = recorded_tokenizer(recipe, run), bool(recipe.model_block(stage).get("use_peft"))
-    path = start_path(recipe, run, stage) if adapted else str(run.model(stage))
+    path = below_path(recipe, run, stage) if adapted else str(run.model(stage))
     model: Any = load_causal(path, ModelConfig(**base_block(recipe, stage)), tokenizer)
     model = PeftModel.from_pretrained(model, run.adapter(stage)) if adapted else model
     return Policy(model.to(PartialState().device).eval(), tokenizer)

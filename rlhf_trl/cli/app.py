@@ -111,12 +111,16 @@ def validate(
     """Check a recipe and report every problem. Nothing is run or written."""
     overrides = run.overriding(overrides, without)
     loaded, directory = run.open_run(recipe, overrides, RUNS, processes or 1)
+    from rlhf_trl.adapters.start import check_starts
     from rlhf_trl.train.check import check_stages
 
+    problems = check_starts(loaded)
     try:
         check_stages(loaded, directory, processes or 1)
     except RecipeError as error:
-        raise locate(error, shipped("recipes", recipe), overrides) from error
+        problems += error.problems
+    if problems:
+        raise locate(RecipeError(problems), shipped("recipes", recipe), overrides)
     if show:
         print(json.dumps(loaded.model_dump(), indent=2))
     else:
@@ -194,8 +198,11 @@ def train(
         print(f"{stage}: done already, nothing to do")
         return
     with directory.lock(stage) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        from rlhf_trl.adapters.start import check_starts
         from rlhf_trl.train.step import train as train_stage
 
+        if problems := check_starts(loaded, stage):
+            raise RecipeError(problems)
         train_stage(loaded, directory, stage)
 
 

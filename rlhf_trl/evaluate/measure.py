@@ -72,7 +72,7 @@ class Measurements:
         own |= {parent for stage in own for parent in recipe.parents(stage)}
         alone = {key: stage for key, stage in recipe.stages.items() if key in own}
         depends = recipe.model_copy(update={"stages": alone}).fingerprint("evaluate")
-        reference = f"{self.policies.block} {start and recipe.fingerprint(start)}"
+        reference = f"{self.policies.block} {start and recipe.identify(start)}"
         key = hashlib.sha256(f"{name} {what} {depends} {reference}".encode()).hexdigest()[:32]
         for path in self.run.unfinished.glob(f"{key}-*.jsonl"):
             if hash_file(path) == path.stem.removeprefix(f"{key}-"):

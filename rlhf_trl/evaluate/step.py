@@ -31,7 +31,7 @@ from rlhf_trl.evaluate.results import (
 )
 from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
-from rlhf_trl.models.base import Policies, start_path
+from rlhf_trl.models.base import Policies, below_path, start_path
 from rlhf_trl.models.rewards import load_reward_model, measure_reward_model
 from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
@@ -56,9 +56,12 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
     set_seed(recipe.seed)
     settings, state = recipe.evaluation, PartialState()
     with state.main_process_first():
+        # Merged once, before the other processes read it: the reference, and what each adapter lies on.
+        for policy in recipe.policies[:1]:
+            start_path(recipe, run, policy)
         for stage in (*recipe.policies, settings.reward, settings.gold):
             if stage in recipe.stages:
-                start_path(recipe, run, stage)  # merged once, before the other processes read it
+                below_path(recipe, run, stage)
     tokenizer = recorded_tokenizer(recipe, run)
     policies = Policies(recipe, run, tokenizer) if recipe.policies else None
     judges = {

@@ -1,6 +1,7 @@
 """Base model and reward head, and the policies of a run: adapters on one base that are switched on and off.
 
 The reference is the base with every adapter off. Reward adapters that were trained on the same base lie on it, too.
+A continued adapter lies on the model below its reference, and is loaded with that, one at a time.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from trl import ModelConfig, get_quantization_config
 
 from rlhf_trl.models.tokenizer import base_path, build_once, recorded_tokenizer, unreachable
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.fingerprint import source_hash
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.run.safetensors import check_weights
 from rlhf_trl.text.display import first_line
 
+logger = logging.getLogger(__name__)
 # What a model needs to be loaded, without its tokenizer.
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 # What decides which weights a `model` block loads; the rest of it describes the adapter.
@@ -61,22 +64,66 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
 
     The adapter of the `init` stage is merged into a full-precision base once, next to that adapter. Every loader
     understands that folder (4-bit, ZeRO-3), and it is the exact reference of what is trained on it. A damaged one is
-    merged again.
+    merged again. So it is with the adapter of a folder outside the run, under `starts/`.
     """
-    init = recipe.stages[stage].init
-    if init is None:
+    spec = recipe.stages[stage]
+    if spec.init is None:
         return base_path(recipe.model_block(stage), run)
-    if not run.adapter(init).exists():
-        return str(run.model(init))
+    init, block = spec.init, recipe.model_block(spec.parent) if spec.parent else recipe.model
+    merged = merged_path(recipe, run, init)
+    if spec.parent and not run.adapter(init).exists():
+        return str(merged)
 
     def merge(folder: Path) -> None:
-        config, start = ModelConfig(**recipe.model_block(init)), start_path(recipe, run, init)
-        check_weights(run.adapter(init))
-        base = load_weights(transformers.AutoModelForCausalLM, start, config, quantize=False)
-        PeftModel.from_pretrained(base, run.adapter(init)).merge_and_unload().save_pretrained(folder)
+        adapter = adapter_path(recipe, run, init)
+        check_weights(adapter)
+        start = below_path(recipe, run, init)
+        base = load_weights(transformers.AutoModelForCausalLM, start, ModelConfig(**block), quantize=False)
+        PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
         recorded_tokenizer(recipe, run).save_pretrained(folder)
 
-    return build_once(run, init, run.model(init), merge)
+    return build_once(run, merged.name if spec.outside else init, merged, merge)
+
+
+def below_path(recipe: Recipe, run: RunDir, stage: str) -> str:
+    """Where the model lies that the adapter of a stage, or of a folder outside the run, is laid on.
+
+    That is the start of the stage, unless it continues an adapter: then the model below that one.
+    """
+    maker = recipe.maker(stage)
+    return start_path(recipe, run, maker) if maker in recipe.stages else base_path(recipe.model, run)
+
+
+def merged_path(recipe: Recipe, run: RunDir, init: str) -> Path:
+    """The folder of the whole model that an `init` stands for: a stage, or an adapter outside the run."""
+    return run.model(init) if init in recipe.stages else run.start(recipe.sources[init][:16])
+
+
+def adapter_path(recipe: Recipe, run: RunDir, init: str) -> Path:
+    """The folder of the adapter of an `init`; UserError where one outside the run has changed since it was read."""
+    if init in recipe.stages:
+        return run.adapter(init)
+    if source_hash(init, run.hashes.of) != recipe.sources[init]:
+        problem = "the adapter has changed since the run read it, or is gone"
+        raise UserError(init, problem, "put it back, or train again from the new one")
+    return Path(init)
+
+
+def load_to_continue(model: PreTrainedModel, folder: Path, path: str, block: dict[str, Any]) -> PeftModel:
+    """Lay a saved adapter on the base from `path` to train it further; say which keys of `block` it overrules."""
+    check_weights(folder)
+    # As TRL lays a new one: with ZeRO-3 all parameters have to be of one dtype.
+    widen = not is_deepspeed_zero3_enabled()
+    adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=widen)
+    config: Any = adapted.peft_config["default"]
+    config.base_model_name_or_path = path
+    own = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
+           "lora_target_modules": config.target_modules}  # fmt: skip
+    for key, value in own.items():
+        asked = set(block[key]) if isinstance(block.get(key), list) else block.get(key)
+        if asked not in (None, "all-linear", value):
+            logger.warning("%s: the continued adapter has its own, %s", key, value)
+    return adapted
 
 
 # --- loading
@@ -173,7 +220,7 @@ def base_block(recipe: Recipe, stage: str, evaluation: bool = True) -> dict[str,
 
 def shares_base(recipe: Recipe, first: str, stage: str, evaluation: bool = True) -> bool:
     """Whether `stage` is an adapter on the base that `first` is loaded on; `evaluation` as of `base_block`."""
-    same = recipe.stages[first].init == recipe.stages[stage].init
+    same = recipe.stages[first].init == recipe.below(stage)
     same &= base_block(recipe, first, evaluation) == base_block(recipe, stage, evaluation)
     return same and bool(recipe.model_block(stage).get("use_peft"))
 
@@ -235,6 +282,11 @@ class Policies:
             return
         if name in self.recipe.stages and not self.recipe.model_block(name).get("use_peft"):
             yield self._load(str(checkpoint or self.run.model(name)))
+            return
+        if name in self.recipe.stages and self.recipe.stages[name].continue_:  # its adapter lies below the reference
+            base = self._load(below_path(self.recipe, self.run, name))
+            folder = checkpoint or self.run.adapter(name)
+            yield PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
             return
         key = name if checkpoint is None else f"{name}-{checkpoint.name}"
         if not adapted or key not in self.model.peft_config:

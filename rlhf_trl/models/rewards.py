@@ -162,7 +162,7 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
     if policies is not None and base.shares_base(recipe, recipe.policies[0], name):
         head: Any = policies.add(name, folder)
         return RewardModel(SharedClassifier(policies.use, name, head), tokenizer)
-    model = base.load_classifier(base.start_path(recipe, run, name), config, tokenizer)
+    model = base.load_classifier(base.below_path(recipe, run, name), config, tokenizer)
     return _freeze(PeftModel.from_pretrained(model, folder), tokenizer)
 
 

@@ -57,6 +57,8 @@ def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBas
         UserError: there is no end-of-sequence token, or no token to pad with.
     """
     revision = model.get("model_revision", "main")
+    if Path(path, "../adapter_config.json").is_file() and not Path(path, "tokenizer_config.json").exists():
+        path = str(Path(path).parent)  # the base that an adapter ships, whose tokenizer lies beside it
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

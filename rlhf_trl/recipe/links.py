@@ -127,7 +127,7 @@ def _elsewhere(key: str) -> str | None:
     """Where a key belongs that is a real one, but not of this block."""
     if key in MOVED:
         return f"set it by {MOVED[key]}"
-    if key in Stage.model_fields and key != "args":
+    if key in Stage.names() and key != "args":
         return f"`{key}:` stands beside `args:`, not below it"
     kinds = [kind for kind in CLASSES if key in read_options(kind)]
     if "model" in kinds:
@@ -186,8 +186,12 @@ class Links(NamedTuple):
 
     def check_stage(self, name: str, stage: Stage) -> Iterator[Problem]:
         online = stage.trainer in ("grpo", "ppo")
-        if stage.init is not None:
-            yield from self._check_link(f"stages.{name}.init", stage.init, name)
+        yield from _check_source(f"stages.{name}.init", stage.outside, "")
+        if stage.parent is not None:
+            goes_on = stage.continue_ and stage.trainer == "reward"
+            yield from self._check_link(f"stages.{name}.init", stage.parent, name, reward=None if goes_on else False)
+        if stage.continue_:
+            yield from self._check_continue(name, stage)
         if stage.reward is not None and online:
             yield from self._check_link(f"stages.{name}.reward", stage.reward, name, reward=True)
         missing = f"add `reward: {self.rewards[0]}`" if self.rewards else "add a stage with `trainer: reward`"
@@ -202,8 +206,30 @@ class Links(NamedTuple):
              f"{stage.trainer} learns from prompts, not from pairs", "remove the key"),
         )  # fmt: skip
 
-    def _check_link(self, place: str, target: str, before: str | None, reward: bool = False) -> Iterator[Problem]:
-        """Check that a link names one stage, that it stands before `before`, and that it has the right trainer."""
+    def _check_continue(self, name: str, stage: Stage) -> Iterator[Problem]:
+        """Check that there is an adapter to train further, of the right kind, and that nothing else describes one."""
+        parent, keys = self.stage(stage.parent), [key for key in stage.model if key.startswith(("lora_", "use_dora"))]
+        own = "has no effect: the continued adapter has its own"
+        whole = parent and not {**self.recipe.model, **parent.model}.get("use_peft")
+        yield from _broken(
+            (f"stages.{name}.continue", stage.init is None,
+             "there is no adapter to continue", "name a stage, or the folder of an adapter, with `init:`"),
+            (f"stages.{name}.continue", stage.trainer == "ppo",
+             "PPO trains a new adapter on its reference", "leave it out: the stage starts from `init`, merged"),
+            (f"stages.{name}.continue", whole,
+             f"{stage.init!r} was fine-tuned whole and has no adapter", "leave it out"),
+            (f"stages.{name}.continue", not whole and not {**self.recipe.model, **stage.model}.get("use_peft"),
+             "the stage is fine-tuned whole", "set use_peft: true, or leave it out"),
+            (f"stages.{name}.init", stage.trainer == "reward" and parent and parent.trainer != "reward",
+             f"{stage.init!r} is no reward model: its adapter has no head to continue", "leave out `continue`"),
+            *((f"stages.{name}.model.{key}", stage.init, own, "remove the key") for key in keys),
+        )  # fmt: skip
+
+    def _check_link(
+        self, place: str, target: str, before: str | None, reward: bool | None = False
+    ) -> Iterator[Problem]:
+        """Check that a link names one stage, that it stands before `before`, and, unless `reward` is None, that it has
+        the right trainer."""
         origin, order, own = self.origins.get(target, target), list(self.known), self.stage(target)
         if target in self.recipe.stages and self.recipe.stages[target].sweep:
             options = ", ".join(name for name, origin in self.origins.items() if origin == target)
@@ -217,7 +243,7 @@ class Links(NamedTuple):
         yield from _broken(
             (place, own and reward and own.trainer != "reward",
              f"{target!r} is not a reward stage: its trainer is {own and own.trainer}", instead),
-            (place, own and not reward and own.trainer == "reward",
+            (place, own and reward is False and own.trainer == "reward",
              f"{target!r} is a reward model", "start from an sft stage or another policy"),
         )  # fmt: skip
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from rlhf_trl.recipe.document import read_document
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.library import CLASSES, nearest, show, suggest
 from rlhf_trl.recipe.links import check_block, check_recipe
 from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
-from rlhf_trl.recipe.schema import Stage, Trainer
+from rlhf_trl.recipe.schema import Stage, Strict, Trainer
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), processes: int = 1) -> Recipe:
@@ -105,15 +105,15 @@ def _describe(error: Any, loc: list[str]) -> Problem:
 
 
 def _unknown_key(place: str, loc: list[str]) -> Problem:
-    section: type[BaseModel] = Recipe
+    section: type[Strict] = Recipe
     for part in loc[:-1]:
         if part in section.model_fields:  # the name of a stage need not be a field, or is one that holds no section
             annotation = section.model_fields[part].annotation  # such as Data, Judge | None, dict[Name, Stage]
             types = (annotation, *get_args(annotation))
-            section = next((item for item in types if isinstance(item, type(BaseModel))), section)
-    near = nearest(loc[-1], section.model_fields)
+            section = next((item for item in types if isinstance(item, type(Strict))), section)
+    near = nearest(loc[-1], section.names())
     hint = "; options of the trainer go under `args:`" if section is Stage else ""
-    remedy = f"did you mean {near!r}?" if near else f"the keys here are: {', '.join(section.model_fields)}{hint}"
+    remedy = f"did you mean {near!r}?" if near else f"the keys here are: {', '.join(section.names())}{hint}"
     return Problem(place, f"unknown key {loc[-1]!r}", remedy, near or "")
 
 

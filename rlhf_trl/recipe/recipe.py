@@ -26,7 +26,8 @@ POLICY_TRAINERS = ("dpo", "grpo", "ppo")
 STEPS = ("explore", "prepare", "evaluate", "judge", "compare", "errors", "samples", "report")
 # Names of other files and words of a run, in small letters; a stage that took one would write over it.
 RESERVED = {*STEPS, "data", "exploration", "evaluation", "comparison", "samples", "base", "reference", "judge", "run"}
-RESERVED |= {"logs", "replaced", "report.html", "answers.html", "recipe.json", "env.json", "done.json", "side_by_side"}
+RESERVED |= {"logs", "replaced", "starts", "report.html", "answers.html"}
+RESERVED |= {"recipe.json", "env.json", "done.json", "side_by_side"}
 MAX_STAGES = 100
 # Changes with the shape of what `evaluate` and `errors` write: an older run is measured again, and not trained again.
 DOCUMENTS = 3
@@ -80,7 +81,7 @@ class Recipe(Strict):
     @property
     def links(self) -> dict[str, set[str]]:
         """The stages that each stage starts from or is scored by."""
-        return {name: {link for link in (stage.init, stage.reward) if link} for name, stage in self.stages.items()}
+        return {name: {link for link in (stage.parent, stage.reward) if link} for name, stage in self.stages.items()}
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -103,10 +104,21 @@ class Recipe(Strict):
     def parents(self, stage: str) -> dict[str, str]:
         """The stages that a stage rests on, each after its own, and how: by its `init` or its `reward`."""
         parents: dict[str, str] = {}
-        for relation, name in (("init", self.stages[stage].init), ("reward", self.stages[stage].reward)):
+        for relation, name in (("init", self.stages[stage].parent), ("reward", self.stages[stage].reward)):
             if name is not None:
                 parents = {**parents, **self.parents(name), name: relation, **parents}
         return parents
+
+    def maker(self, stage: str) -> str:
+        """The stage, or folder, where the adapter of a stage was new: the stage itself, unless it continues one."""
+        while stage in self.stages and self.stages[stage].continue_:
+            stage = str(self.stages[stage].init)
+        return stage
+
+    def below(self, stage: str) -> str | None:
+        """The `init` whose whole model the adapter of a stage, or of a folder, lies on; None is the base."""
+        maker = self.maker(stage)
+        return self.stages[maker].init if maker in self.stages else None
 
     def half_of(self, stage: str) -> str | None:
         """The half of the training prompts that a stage learns from; None is all of them.
@@ -136,7 +148,8 @@ class Recipe(Strict):
         """Every source outside the run: data, base models, reward models."""
         bases = {str(self.model_block(stage).get("model_name_or_path")) for stage in self.stages}
         base = str(self.model.get("model_name_or_path"))
-        return {self.data.source, base, *bases, *(name for name in self._judges if name not in self.stages)}
+        starts = {stage.outside for stage in self.stages.values() if stage.outside}
+        return {self.data.source, base, *bases, *starts, *(name for name in self._judges if name not in self.stages)}
 
     @property
     def sources(self) -> dict[str, str]:
@@ -164,6 +177,10 @@ class Recipe(Strict):
         if source not in self._hashes:
             self._hashes[source] = source_hash(source, self._hash_file)
         return self._hashes[source]
+
+    def identify(self, name: str) -> str:
+        """The fingerprint of a stage or step, or the hash of what lies outside the run."""
+        return self.fingerprint(name) if name in {*self.stages, *STEPS} else self._hash(name)
 
     def fingerprint(self, step: str) -> str:
         """Hash (SHA-256, hexadecimal) exactly what one of the `STEPS` or a stage depends on."""
@@ -209,7 +226,8 @@ class Recipe(Strict):
             "args": self.args_of(step),
             "model": self.model_block(step),
             "data": fingerprint("prepare"),
-            "init": stage.init and fingerprint(stage.init),
+            "init": self._hash(stage.outside) if stage.outside else stage.parent and fingerprint(stage.parent),
+            **({"continue": True} if stage.continue_ else {}),
             "reward": stage.reward and fingerprint(stage.reward),
             "half": self.half_of(step),
         }

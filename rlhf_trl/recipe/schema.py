@@ -23,6 +23,10 @@ def _valid_name(name: str) -> str:
     return name
 
 
+def _stage_or_path(text: str) -> str:
+    return text if "/" in text else _valid_name(text)
+
+
 def _single_value(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str):
         raise ValueError("a sweep lists single values: numbers, texts, true or false")
@@ -54,7 +58,12 @@ Scalar = Annotated[Any, AfterValidator(_single_value)]
 class Strict(BaseModel):
     """Refuse unknown keys and silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The keys as a recipe writes them."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
 
 
 class Data(Strict):
@@ -89,8 +98,11 @@ class Stage(Strict):
     """One training run."""
 
     trainer: Trainer
-    init: Name | None = None
-    """The stage whose model this one starts from; its reference, too. Without it, the recipe's base model."""
+    init: Annotated[str, AfterValidator(_stage_or_path)] | None = None
+    """The stage whose model this one starts from; its reference, too. Without it, the recipe's base model. A text with
+    a slash is the folder of a LoRA adapter, which lies on that base."""
+    continue_: bool = Field(default=False, alias="continue")
+    """Train the adapter of `init` itself further, instead of a new one on top of it."""
     reward: Name | None = None  # the reward stage that scores the answers (grpo and ppo)
     half: Literal["first", "second"] | None = None
     """Train on this half of the training prompts alone (sft, reward and dpo)."""
@@ -100,6 +112,16 @@ class Stage(Strict):
     """Logged value -> its limit, and whether the run warns or stops beyond it."""
     sweep: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = {}
     """Option -> values; expands to one stage for each combination."""
+
+    @property
+    def parent(self) -> str | None:
+        """The stage that `init` names, if it names one."""
+        return self.init if self.init and "/" not in self.init else None
+
+    @property
+    def outside(self) -> str | None:
+        """The folder of an adapter that `init` names, if it names one."""
+        return self.init if self.init and "/" in self.init else None
 
 
 class Decoding(Strict):

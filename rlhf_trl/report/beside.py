@@ -90,9 +90,9 @@ def _why_not_comparable(recipes: Recipes, runs: Runs) -> str | None:
         return "one of the runs has no policy"
 
     def identify(recipe: Recipe, name: str | None) -> str:
-        """What a model was made of: a stage's fingerprint, the base model, or the name of a model elsewhere."""
+        """What a model was made of: a stage's fingerprint, the base model, or the hash of a model elsewhere."""
         base = str(recipe.model["model_name_or_path"])
-        return recipe.fingerprint(name) if name in recipe.stages else name or base
+        return recipe.identify(name) if name else base
 
     one, other = (
         {

@@ -69,6 +69,7 @@ class RunDir:
     recipe = _One("recipe.json", "the resolved recipe")
     env = _One("env.json", "versions, git state, hardware, order of the steps, hashes of outside data and models")
     base = _One("base", "the tiny model, where the recipe asks for `builtin:tiny`")
+    start = _Each("starts/{}", "base and adapter merged, where an `init` is a folder; named by the folder's hash")
     exploration = _One("exploration", "`statistics.json`, figures, `samples.md`: lengths, depth, biases of the pairs")
     data = _One("data", "everything that `prepare` writes")
     pairs = _Each("data/{}.jsonl", "`train`, `test`: pairs as `prompt`, `chosen`, `rejected`, `subset`, `row`")

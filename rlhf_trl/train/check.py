@@ -71,7 +71,7 @@ def check_stages(recipe: Recipe, run: RunDir, processes: int) -> None:
     blocks: dict[str, list[str]] = {}  # model block -> the stages that it holds for
     for stage in recipe.stages:
         root = stage
-        while (start := recipe.stages[root].init) is not None:
+        while (start := recipe.stages[root].parent) is not None:
             root = start
         block = recipe.model_block(root) | recipe.model_block(stage)
         blocks.setdefault(json.dumps(block, sort_keys=True), []).append(stage)

@@ -27,7 +27,7 @@ from trl import ModelConfig, get_peft_config
 
 from rlhf_trl.figures.style import save
 from rlhf_trl.figures.training import plot_training
-from rlhf_trl.models.base import load_causal, load_classifier, shares_base, start_path
+from rlhf_trl.models.base import adapter_path, below_path, load_causal, load_classifier, load_to_continue, shares_base
 from rlhf_trl.models.rewards import RewardModel, load_reward_model, measure_reward_model, score_completions
 from rlhf_trl.models.tokenizer import encode_all, recorded_tokenizer
 from rlhf_trl.recipe.errors import Exit, UserError
@@ -52,7 +52,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     started, process = time.perf_counter(), PartialState()
     spec = recipe.stages[stage]
     run.require(recipe, "prepare", "prepare RECIPE")
-    for link in filter(None, (spec.init, spec.reward)):
+    for link in filter(None, (spec.parent, spec.reward)):
         run.require(recipe, link, f"train RECIPE {link}")
     say_one_gpu()
     config = build_stage_config(recipe, run, stage)
@@ -188,7 +188,7 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     spec, block, half = recipe.stages[stage], recipe.model_block(stage), recipe.half_of(stage)
     tokenizer = recorded_tokenizer(recipe, run, stage)
     with PartialState().main_process_first():
-        path = start_path(recipe, run, stage)
+        path = below_path(recipe, run, stage)
     scorer: Any = None
     if spec.reward:
         on_base = spec.trainer == "ppo" and shares_base(recipe, stage, spec.reward, evaluation=False)
@@ -204,6 +204,9 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
         from rlhf_trl.train.ppo.models import build_ppo_models
 
         models = build_ppo_models(path, model_config, tokenizer, config, scorer, run, stage)
+    elif spec.continue_ and spec.init:  # DPO and GRPO add a copy of the adapter, `ref`, as their reference
+        adapter = adapter_path(recipe, run, spec.init)
+        models = {"model": load_to_continue(load(path, model_config, tokenizer), adapter, path, block)}
     else:
         models = {"model": load(path, model_config, tokenizer), "peft_config": get_peft_config(model_config)}
     if spec.trainer == "grpo":
@@ -289,6 +292,7 @@ def _save(trainer: Any, target: Path, needs_head: bool) -> None:
         return
     for name in ("training_args.bin", "README.md"):  # a pickle of the arguments, and a card without results
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "ref", ignore_errors=True)  # what a continued adapter was, TRL's reference
     names = check_weights(folder)
     if not names or (needs_head and not any("score" in name for name in names)):
         missing = "reward head was" if names else "weights were"

@@ -23,6 +23,7 @@ def lineage_of(name: str, trainer: str, **changes: Any) -> dict[str, Any]:
     versions = dict.fromkeys(("rlhf-trl", "trl", "peft", "transformers", "torch"), "1.2.3")
     verification = {"rows": 4, "outputs": 611, "difference": 3.1e-6, "largest": 34.2, "rounding": None}
     return {"run": "hh", "stage": name, "trainer": trainer, "kind": kind, "base": BASE, "combined": [name], "rank": 16,
+            "continued": None,
             "parents": [{"stage": "rm", "trainer": "reward"}], "seed": 42, "trained_with": {"versions": versions},
             "data": {"source": "Anthropic/hh-rlhf", "rows_kept": 4321}, "verification": verification,
             **changes}  # fmt: skip
