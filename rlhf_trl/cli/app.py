@@ -19,7 +19,7 @@ from rlhf_trl import __version__
 from rlhf_trl.cli import options, run
 from rlhf_trl.cli.adapters import adapter_app, answer, chat, score
 from rlhf_trl.cli.options import RUNS
-from rlhf_trl.cli.tables import memory_plan, printable
+from rlhf_trl.cli.tables import batch_line, memory_plan, printable
 from rlhf_trl.cli.tables import show as show_tables
 from rlhf_trl.recipe.errors import RecipeError, UserError
 from rlhf_trl.recipe.library import suggest
@@ -125,6 +125,8 @@ def validate(
         print(json.dumps(loaded.model_dump(), indent=2))
     else:
         print(f"{recipe}: a valid recipe with the stages {', '.join(loaded.stages)}")
+        for stage in loaded.stages if processes else ():
+            print(batch_line(loaded, stage, processes))
 
 
 @app.command()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rlhf_trl.recipe.library import BATCH, value_of
+from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import Progress, StepState, read_progress
 from rlhf_trl.text.display import visible
@@ -34,6 +36,14 @@ def progress_words(progress: Progress) -> str:
     words += [] if pace is None else [f"{pace:.3g} s a step"]
     words += [f"{format_seconds(left)} left"] if left else []
     return ", ".join([*words, *(f"{LABELS[key]} {value:.4g}" for key, value in progress.values.items())])
+
+
+def batch_line(recipe: Recipe, stage: str, processes: int) -> str:
+    """Say what the batch of an update, or of PPO's rollout, is made of."""
+    args = recipe.args_of(stage, processes)
+    rows, steps = (value_of(recipe.stages[stage].trainer, args, key) for key in BATCH)
+    whole = f"{rows} a device x {steps} accumulated x {processes} process{'es' * (processes > 1)}"
+    return f"{stage}: {rows * steps * processes} = {whole}"
 
 
 def printable(text: object) -> str:

@@ -238,3 +238,22 @@ def suggest(word: object, known: Iterable[str], otherwise: str) -> str:
 def value_of(kind: str, args: Mapping[str, Any], name: str) -> Any:
     """The value that training will see: the recipe's, or else the library's default."""
     return args[name] if name in args else read_options(kind)[name].default
+
+
+# What a batch over all processes is made of, besides their number.
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def parts_of(kind: str, args: Mapping[str, Any]) -> int:
+    """The equal parts of the rows that a process adds to a batch: PPO's mini-batches."""
+    return int(value_of(kind, args, "num_mini_batches")) if kind == "ppo" else 1
+
+
+def spread_batch(kind: str, args: Mapping[str, Any], size: int, processes: int) -> dict[str, int]:
+    """The options that make a batch of `size` rows, which processes and parts divide.
+
+    As many rows at once as divide a part, and not more than the args' own per_device_train_batch_size.
+    """
+    most, part = value_of(kind, args, "per_device_train_batch_size"), size // (processes * parts_of(kind, args))
+    rows = next(rows for rows in range(min(most, part), 0, -1) if part % rows == 0)
+    return dict(zip(BATCH, (rows, size // (processes * rows)), strict=True))

@@ -18,7 +18,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PrivateAttr
 
+from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file, source_hash
+from rlhf_trl.recipe.library import parts_of, spread_batch
 from rlhf_trl.recipe.schema import Comparison, Data, Errors, Evaluation, Judge, Name, Samples, Stage, Strict
 
 POLICY_TRAINERS = ("dpo", "grpo", "ppo")
@@ -135,9 +137,23 @@ class Recipe(Strict):
         """The `trl.ModelConfig` values of a stage."""
         return {**self.model, **self.stages[stage].model}
 
-    def args_of(self, stage: str) -> dict[str, Any]:
-        """The trainer options of a stage; the recipe's seed is the default."""
-        return {"seed": self.seed, **self.stages[stage].args}
+    def args_of(self, stage: str, processes: int | None = None) -> dict[str, Any]:
+        """The trainer options of a stage; the recipe's seed is the default.
+
+        With a number of processes, also what `global_batch_size` comes to.
+
+        Raises:
+            UserError: the batch does not divide among so many.
+        """
+        own = self.stages[stage]
+        args, size = {"seed": self.seed, **own.args}, own.global_batch_size
+        if processes is None or size is None:
+            return args
+        if size % (processes * parts_of(own.trainer, args)):
+            problem = f"{size} does not divide among {processes} processes"
+            remedy = f"rlhf-trl validate RECIPE --processes {processes} names the numbers that do"
+            raise UserError(f"stages.{stage}.global_batch_size", problem, remedy)
+        return args | spread_batch(own.trainer, args, size, processes)
 
     @property
     def _judges(self) -> list[str]:
@@ -222,6 +238,7 @@ class Recipe(Strict):
         own_base = stage.model.get("model_name_or_path")  # the recipe's counts in `prepare`
         return {
             **({"base": self._hash(str(own_base))} if own_base else {}),
+            **({"global_batch_size": stage.global_batch_size} if stage.global_batch_size else {}),
             "trainer": stage.trainer,
             "args": self.args_of(step),
             "model": self.model_block(step),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.recipe.errors import Problem
-from rlhf_trl.recipe.library import read_options, value_of
+from rlhf_trl.recipe.library import BATCH, read_options, spread_batch, value_of
 from rlhf_trl.recipe.recipe import POLICY_TRAINERS, Recipe
 
 EVERY = ("sft", "reward", *POLICY_TRAINERS)
@@ -44,17 +44,25 @@ class Values:
     def __getitem__(self, key: str) -> Any:
         section, _, name = key.rpartition(".")
         own = f"stages.{self.name}"
-        places = {"": (f"{own}.args.{key}", f"{own}.sweep.{key}"), "model": (key, f"{own}.{key}")}.get(section, (key,))
-        for place in places:
-            if any(f"{place}.".startswith(f"{bad}.") or bad.startswith(f"{place}.") for bad in self.wrong):
-                raise _Unusable
+        self._require(*{"": (f"{own}.args.{key}", f"{own}.sweep.{key}"), "model": (key, f"{own}.{key}"),
+                        "stage": (f"{own}.{name}",)}.get(section, (key,)))  # fmt: skip
         if section == "":
-            return value_of(self.trainer, self.args, key)
+            spread = self.spread if key in BATCH else {}
+            return spread[key] if spread else value_of(self.trainer, self.args, key)
+        if section == "stage":
+            return getattr(self.recipe.stages[self.name], name)
         if section == "model":
             return self.recipe.model_block(self.name).get(name)
         return getattr(getattr(self.recipe, section), name)
 
+    def _require(self, *places: str) -> None:
+        for place in places:
+            if any(f"{place}.".startswith(f"{bad}.") or bad.startswith(f"{place}.") for bad in self.wrong):
+                raise _Unusable
+
     def place(self, key: str) -> str:
+        if key.startswith("stage."):
+            return f"stages.{self.name}.{key.removeprefix('stage.')}"
         if "." not in key:
             return f"stages.{self.name}.args.{key}"
         own = key.startswith("model.") and key.removeprefix("model.") in self.recipe.stages[self.name].model
@@ -68,6 +76,31 @@ class Values:
     def room(self) -> float:
         """Tokens that are left for an answer to the longest prompt."""
         return self.positions - int(self["data.max_length"])
+
+    @property
+    def parts(self) -> int:
+        """The equal parts of a batch over all processes."""
+        return self.processes * (self["num_mini_batches"] if self.trainer == "ppo" else 1)
+
+    @property
+    def spread(self) -> dict[str, int]:
+        """What `global_batch_size` comes to; empty where none is given."""
+        size = self["stage.global_batch_size"]
+        if size is None:
+            return {}
+        self._require(*(f"stages.{self.name}.{block}.{key}" for block in ("args", "sweep") for key in BATCH))
+        if BATCH[1] in self.args or size % self.parts:
+            raise _Unusable
+        return spread_batch(self.trainer, self.args, size, self.processes)
+
+    @property
+    def dividing(self) -> str:
+        """The numbers of processes next to this one among which a batch divides."""
+        size, own = self["stage.global_batch_size"], self.parts // self.processes
+        fits = [number for number in range(1, min(size // own, 4096) + 1) if size % (number * own) == 0]
+        below, above = [n for n in fits if n < self.processes], [n for n in fits if n > self.processes]
+        numbers = " or ".join(map(str, [*below[-1:], *above[:1]]))
+        return f", or launch {numbers} process(es)" if numbers else ""
 
     @property
     def rollout(self) -> int:
@@ -136,6 +169,13 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...
     (("ppo",), "gradient_checkpointing_kwargs",
      lambda of: (of["gradient_checkpointing_kwargs"] or {}).get("use_reentrant"),
      "use_reentrant: true would recompute the value model under the policy's adapter", "leave it out"),
+    (EVERY, BATCH[1], lambda of: of["stage.global_batch_size"] and BATCH[1] in of.args,
+     "follows from global_batch_size and the number of processes", "leave out one of the two"),
+    (EVERY, "stage.global_batch_size", lambda of: (of["stage.global_batch_size"] or 0) % of.parts,
+     "{of[stage.global_batch_size]} is no multiple of {of.parts} (processes, and PPO's mini-batches)",
+     "give a multiple of it{of.dividing}"),
+    (("grpo",), "steps_per_generation", lambda of: of["stage.global_batch_size"] and of["steps_per_generation"],
+     "would make a rollout depend on the number of processes", "set generation_batch_size, or leave it out"),
     (("ppo",), "num_mini_batches", lambda of: of["gradient_accumulation_steps"] % of["num_mini_batches"],
      "{of[num_mini_batches]} does not divide gradient_accumulation_steps, which is {of[gradient_accumulation_steps]}",
      "set gradient_accumulation_steps to {of[num_mini_batches]}, or another multiple of it"),

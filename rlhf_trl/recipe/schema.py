@@ -106,6 +106,8 @@ class Stage(Strict):
     reward: Name | None = None  # the reward stage that scores the answers (grpo and ppo)
     half: Literal["first", "second"] | None = None
     """Train on this half of the training prompts alone (sft, reward and dpo)."""
+    global_batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Pairs of an update over all processes, or the answers of a rollout (grpo and ppo); see `Recipe.args_of`."""
     model: dict[str, Any] = {}  # keys of the recipe's `model` block that differ for this stage
     args: dict[str, Any] = {}  # options of the trainer's own config class, verbatim
     health: dict[str, Rule] = {}

@@ -165,12 +165,13 @@ def _rehearse(recipe: Recipe, run: RunDir, stage: str, processes: int) -> None:
     """
     spec, task, args = recipe.stages[stage], _task(recipe, stage), f"stages.{stage}.args"
     key = ""
-    default = functools.partial(value_of, spec.trainer)
-    whole = {name: default(spec.args, name) * processes for name in BATCHES}
+    default, given = functools.partial(value_of, spec.trainer), recipe.args_of(stage, processes)
+    whole = {name: default(given, name) * processes for name in BATCHES}
     try:
-        if given := default(spec.args, "deepspeed"):
-            HfDeepSpeedConfig(given)
-        config = build_stage_config(recipe, run, stage, **whole, **{name: default({}, name) for name in SHARDING})
+        if sharding := default(given, "deepspeed"):
+            HfDeepSpeedConfig(sharding)
+        alone = {name: default({}, name) for name in SHARDING}
+        config = build_stage_config(recipe, run, stage, processes, **whole, **alone)
         with tempfile.TemporaryDirectory() as folder:
             config.output_dir, config.dataset_num_proc = folder, None
             config.dataloader_num_workers, config.dataloader_prefetch_factor = 0, None

@@ -30,7 +30,9 @@ from trl.trainer.utils import selective_log_softmax
 
 from rlhf_trl.models.base import shares_base
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.library import BATCH, value_of
 from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.recipe.schema import Stage
 from rlhf_trl.run.launch import zero_stage
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.check import AUTO, read_config
@@ -229,16 +231,16 @@ def estimate(config: Any, setting: Setting, trainer: str, process: float, reward
 # --- what would help
 
 
-def _changes(setting: Setting, trainer: str) -> Iterator[tuple[str, Setting]]:
+def _changes(setting: Setting, spec: Stage) -> Iterator[tuple[str, Setting]]:
     """The settings that lower the memory, each by itself, and how a recipe or a command says them."""
     args, model = setting.config, setting.model
     if not args.gradient_checkpointing:
         yield "gradient_checkpointing: true", setting.with_args(gradient_checkpointing=True)
     if (batch := args.per_device_train_batch_size) > 1:
-        text = f"per_device_train_batch_size: {batch // 2}, and gradient_accumulation_steps doubled"
+        doubled = "" if spec.global_batch_size else ", and gradient_accumulation_steps doubled"
+        text = f"per_device_train_batch_size: {batch // 2}{doubled}"
         steps = args.gradient_accumulation_steps * 2
-        half = setting.with_args(per_device_train_batch_size=batch // 2, gradient_accumulation_steps=steps)
-        yield text, half
+        yield text, setting.with_args(per_device_train_batch_size=batch // 2, gradient_accumulation_steps=steps)
     if model.dtype in (None, "float32"):
         yield "model.dtype: bfloat16", replace(setting, model=replace(model, dtype="bfloat16"))
     if not model.use_peft:
@@ -246,7 +248,7 @@ def _changes(setting: Setting, trainer: str) -> Iterator[tuple[str, Setting]]:
     elif not (model.load_in_4bit or model.load_in_8bit) and setting.zero != 3:
         yield "model.load_in_4bit: true", replace(setting, model=replace(model, load_in_4bit=True))
     yield f"data.max_length: {setting.tokens // 2}", replace(setting, tokens=setting.tokens // 2)
-    if setting.processes > 1 and setting.zero != 3 and trainer != "ppo":
+    if setting.processes > 1 and setting.zero != 3 and spec.trainer != "ppo":
         yield "--accelerate fsdp2", replace(setting, zero=3)
 
 
@@ -282,13 +284,13 @@ def plan(recipe: Recipe, run: RunDir, profile: Path | None, processes: int, size
             problem = f"the config of {start.model_name_or_path} is not at hand"
             raise UserError(f"stages.{stage}", problem, "download the model once, or give a folder")
         model = ModelConfig(**recipe.model_block(stage))
-        setting = Setting(build_stage_config(recipe, run, stage), model, recipe.data.max_length, zero, processes)
+        setting = Setting(_config(recipe, run, stage, processes), model, recipe.data.max_length, zero, processes)
         rewards = None
         if spec.reward and not (spec.trainer == "ppo" and shares_base(recipe, stage, spec.reward, evaluation=False)):
             rewards = replace(setting, model=ModelConfig(**recipe.model_block(spec.reward)))
         need = estimate(config, setting, spec.trainer, process, rewards)
         after = {text: estimate(config, changed, spec.trainer, process, rewards).total
-                 for text, changed in _changes(setting, spec.trainer)}  # fmt: skip
+                 for text, changed in _changes(setting, spec)}  # fmt: skip
         best = min(after, key=after.__getitem__)
         described.append({
             "stage": stage,
@@ -303,9 +305,17 @@ def plan(recipe: Recipe, run: RunDir, profile: Path | None, processes: int, size
     return described
 
 
+def _config(recipe: Recipe, run: RunDir, stage: str, processes: int) -> Any:
+    """The config of one of so many processes; GRPO's checks its rollout for those that are running, which is one."""
+    args, other = recipe.args_of(stage, processes), {}
+    if recipe.stages[stage].trainer == "grpo" and not {"generation_batch_size", "steps_per_generation"} & {*args}:
+        other = {"generation_batch_size": processes * math.prod(value_of("grpo", args, key) for key in BATCH)}
+    return build_stage_config(recipe, run, stage, processes, **other)
+
+
 def _length(recipe: Recipe, run: RunDir, stage: str, processes: int) -> dict[str, Any]:
     """Steps, tokens at most, and what was measured; None: not known before `prepare` or before training."""
-    config, trainer = build_stage_config(recipe, run, stage), recipe.stages[stage].trainer
+    config, trainer = _config(recipe, run, stage, processes), recipe.stages[stage].trainer
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     online = trainer in ("grpo", "ppo")
     summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.is_done(recipe, "prepare") else None

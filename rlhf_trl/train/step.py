@@ -55,7 +55,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     for link in filter(None, (spec.parent, spec.reward)):
         run.require(recipe, link, f"train RECIPE {link}")
     say_one_gpu()
-    config = build_stage_config(recipe, run, stage)
+    config = build_stage_config(recipe, run, stage, process.num_processes)
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
     if process.is_main_process:
         run.begin(recipe, stage)
@@ -169,12 +169,15 @@ def build_config(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise UserError(where, " ".join(str(error).split()), f"see the options of {cls.__name__}") from error
 
 
-def build_stage_config(recipe: Recipe, run: RunDir, stage: str, **other: Any) -> Any:
-    """Construct the library's config of a stage's trainer: its `args`, those in `other`, and what is always set."""
+def build_stage_config(recipe: Recipe, run: RunDir, stage: str, processes: int = 1, **other: Any) -> Any:
+    """Construct the library's config of a stage's trainer: its `args`, those in `other`, and what is always set.
+
+    `processes` are those that `global_batch_size` is spread over.
+    """
     trainer = recipe.stages[stage].trainer
     # The library's default turns a NaN loss into 0.0 in the logs (huggingface/trl#6702).
     always = {"output_dir": str(run.checkpoints(stage)), "logging_nan_inf_filter": False}
-    values = {**recipe.args_of(stage), **other, **always, "use_cpu": not torch.accelerator.is_available()}
+    values = {**recipe.args_of(stage, processes), **other, **always, "use_cpu": not torch.accelerator.is_available()}
     if trainer == "ppo":
         values["num_sample_generations"] = 0  # its table reads answers as markup: `[/b]` ends the run
     config = build_config(classes_of(trainer)[1], values, f"stages.{stage}.args")

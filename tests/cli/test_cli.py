@@ -103,7 +103,9 @@ def test_processes_need_a_profile_and_batches_are_judged_for_them(call, recipe_f
     for command in ("train", "run"):
         status, _, err = call(command, recipe_file, *COMMANDS[command], "--processes", "2")
         assert status == 2 and "--processes: needs a profile" in err and "--accelerate ddp" in err
-    assert call("validate", "demo", "--processes", "2")[0] == 0
+    status, out, _ = call("validate", "demo", "--processes", "2", "--set", "stages.rm.global_batch_size=48")
+    assert status == 0 and "\nrm: 48 = 24 a device x 1 accumulated x 2 processes\n" in out
+    assert "\ndpo: 64 = 32 a device x 1 accumulated x 2 processes\n" in out
     status, _, err = call("validate", "demo", "--set", "stages.grpo.args.num_generations=128")
     assert status == 2 and "num_generations" in err
     assert call("validate", "demo", "--set", "stages.grpo.args.num_generations=128", "--processes", "2")[0] == 0

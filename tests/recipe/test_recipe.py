@@ -17,7 +17,7 @@ from conftest import NO_PPO, ROOT
 from ruamel.yaml import YAML
 
 from rlhf_trl.recipe.errors import Problem, UserError
-from rlhf_trl.recipe.library import CLASSES
+from rlhf_trl.recipe.library import BATCH, CLASSES
 from rlhf_trl.recipe.load import load_recipe, locate
 from rlhf_trl.recipe.recipe import STEPS, Recipe
 from rlhf_trl.recipe.rules import NEEDS
@@ -216,6 +216,22 @@ def test_a_batch_is_judged_for_the_number_of_processes(refuse, recipe_file):
     load_recipe(recipe_file(text), processes=2)
     for processes in (1, 3):
         assert f"x {processes} process" in refuse(text, processes=processes)[0].problem
+
+
+def test_one_batch_is_spread_over_any_number_of_processes(accept, refuse):
+    """And PPO's mini-batches with it; a number that does not divide it is refused."""
+    sets = [f"stages.{name}.global_batch_size=64" for name in ("dpo", "grpo", "ppo")]
+    text = change("      gradient_accumulation_steps: 2\n", "      per_device_train_batch_size: 16\n")
+    recipe = accept(text, *sets, "stages.dpo.args.per_device_train_batch_size=12")
+    for processes in (1, 2, 4, 8):
+        for name, most in (("dpo", 8), ("grpo", 8), ("ppo", 16 if processes < 4 else 32 // processes)):
+            rows, steps = (recipe.args_of(name, processes)[key] for key in BATCH)
+            assert rows * steps * processes == 64 and rows == most and not (name == "ppo" and steps % 2)
+    with pytest.raises(UserError, match="64 does not divide among 3 processes"):
+        recipe.args_of("dpo", 3)
+    problems = refuse(text, *sets, processes=3)
+    assert [p.place for p in problems] == [f"--set stages.{name}.global_batch_size" for name in ("dpo", "grpo", "ppo")]
+    assert {p.remedy for p in problems} == {"give a multiple of it, or launch 2 or 4 process(es)"}
 
 
 def test_positions_are_read_from_the_config_of_a_local_folder(tmp_path, refuse, accept):
@@ -472,6 +488,7 @@ CHANGES = {
     "stages.dpo.args.beta=0.3": {"dpo", *MEASURED},
     "stages.dpo.args.seed=5": {"dpo", *MEASURED},
     "stages.dpo.half=first": {"dpo", *MEASURED},
+    "stages.dpo.global_batch_size=16": {"dpo", *MEASURED},
     "stages.rm.args.learning_rate=1e-4": {"rm", "grpo", "ppo", "errors", *MEASURED},
     "evaluation.alarms.length_ratio=2.0": MEASURED,
     "errors.pairs=50": {"errors", "report"},

@@ -32,7 +32,7 @@ def launch(copy):
     def launch(stage, command, settings):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_LOG_LEVEL": "error"}
         recipe = str(copy.root.parent.parent / "small.yaml")
-        options = [part for setting in settings for part in ("--set", f"stages.{stage}.args.{setting}")]
+        options = [part for setting in settings for part in ("--set", f"stages.{stage}.{setting}")]
         words = command.replace("TRAIN", f"rlhf_trl train {recipe} {stage}").split()
         done = subprocess.run([sys.executable, "-m", *words, "--runs", str(copy.root.parent), *options],
                               env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)  # fmt: skip
@@ -50,11 +50,15 @@ def test_two_processes_train_what_one_does(copy, launch, stage, profile):
     Adam divides a gradient by its size, so that rounding decides the step where a gradient is almost zero, and hides
     a gradient of the wrong scale. An epsilon above the gradients makes the steps proportional to them.
     """
-    settings = ("eval_strategy=no", "adam_epsilon=0.1", "learning_rate=0.1", "max_steps=3")
+    own = ("eval_strategy=no", "adam_epsilon=0.1", "learning_rate=0.1", "max_steps=-1", "num_train_epochs=0.15")
+    settings = [*(f"args.{item}" for item in own), "global_batch_size=16"]
     _, adapter = launch(stage, f"TRAIN --accelerate {profile} --processes 2", settings)
-    alone = (*settings, "per_device_train_batch_size=16")
-    train(small_recipe(copy.root.parent.parent, [f"stages.{stage}.args.{item}" for item in alone]), copy, stage)
+    steps = read_json(copy.training_stats(stage))["summary"]["steps"]
+    shutil.rmtree(copy.step(stage))
+    train(small_recipe(copy.root.parent.parent, [f"stages.{stage}.{item}" for item in settings]), copy, stage)
     expected = load_file(copy.adapter(stage) / "adapter_model.safetensors")
+    summary = read_json(copy.training_stats(stage))["summary"]
+    assert (summary["processes"], summary["samples_per_step"], summary["steps"]) == (1, 16, steps)
     assert adapter.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.allclose(adapter[name], tensor, atol=1e-5), name
@@ -64,7 +68,8 @@ def test_two_processes_train_what_one_does(copy, launch, stage, profile):
 def test_online_trainers_run_in_two_processes(copy, launch, stage, profile):
     """Through `accelerate launch` itself, which is what the README gives as the same thing; PPO also resumes."""
     command = f"accelerate.commands.launch --config_file {ROOT}/accelerate_configs/{profile}.yaml -m TRAIN"
-    settings = ["save_strategy=steps", "save_steps=1", *["total_episodes=64"] * (stage == "ppo")]  # two updates
+    own = ["save_strategy=steps", "save_steps=1", *["total_episodes=64"] * (stage == "ppo")]  # two updates
+    settings = [f"args.{item}" for item in own]
     shutil.rmtree(copy.step(stage))
     _, expected = launch(stage, command, settings)
     stats = read_json(copy.training_stats(stage))

@@ -64,6 +64,14 @@ def test_the_plan_of_a_finished_run_has_its_steps_beside_what_was_measured(train
     assert rows["ppo"]["tokens"] == 32 * (192 + 16)
 
 
+def test_the_plan_of_a_batch_that_several_processes_share(tmp_path):
+    own = [f"stages.grpo.{key}" for key in ("global_batch_size=16", "args.max_steps=-1", "args.num_generations=8")]
+    stages = ("sft", "rm", "gold", "dpo", "ppo")
+    recipe = load_recipe(shipped("recipes", "demo"), [*own, *(f"stages.{name}=null" for name in stages[3:])], 4)
+    alone, four = (plan(recipe, RunDir(tmp_path), None, processes, "1GB")[-1] for processes in (1, 4))
+    assert four["bytes"]["activations"] < alone["bytes"]["activations"] and four["steps"] == alone["steps"]
+
+
 @pytest.mark.parametrize(("size", "override", "message"), [
     ("much", "seed=1", "'much' is no size"),
     (None, "model.model_name_or_path=nobody/nothing", "is not at hand"),
