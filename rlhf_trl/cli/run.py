@@ -37,6 +37,7 @@ from rlhf_trl.run.launch import (
 )
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
+from rlhf_trl.run.trackers import log_results
 from rlhf_trl.text.redact import redact
 
 opened: list[RunDir] = []
@@ -206,6 +207,7 @@ def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None
             return False
         run.mark_done(recipe, step, seconds := time.perf_counter() - start)
         print(f"{step}: {seconds:.1f} s", flush=True)
+        log_results(recipe, run, step)
         return True
 
 

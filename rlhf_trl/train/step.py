@@ -37,6 +37,7 @@ from rlhf_trl.run.documents import environment
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import check_weights
+from rlhf_trl.run.trackers import name_projects, names_of
 from rlhf_trl.train.callbacks import AtomicCheckpoints, Health, History, Interrupt, Watch, is_sharded, peak_memory
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
         run.require(recipe, link, f"train RECIPE {link}")
     say_one_gpu()
     config = build_stage_config(recipe, run, stage, process.num_processes)
+    name_projects(config.report_to, config.project)
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
     if process.is_main_process:
         run.begin(recipe, stage)
@@ -177,7 +179,8 @@ def build_stage_config(recipe: Recipe, run: RunDir, stage: str, processes: int =
     trainer = recipe.stages[stage].trainer
     # The library's default turns a NaN loss into 0.0 in the logs (huggingface/trl#6702).
     always = {"output_dir": str(run.checkpoints(stage)), "logging_nan_inf_filter": False}
-    values = {**recipe.args_of(stage, processes), **other, **always, "use_cpu": not torch.accelerator.is_available()}
+    values = {**names_of(recipe, stage), **recipe.args_of(stage, processes), **other, **always}
+    values["use_cpu"] = not torch.accelerator.is_available()
     if trainer == "ppo":
         values["num_sample_generations"] = 0  # its table reads answers as markup: `[/b]` ends the run
     config = build_config(classes_of(trainer)[1], values, f"stages.{stage}.args")

@@ -70,6 +70,12 @@ def texts(trained):
     return [pair["prompt"] for pair in pairs], [pair["chosen"] for pair in pairs], [True] * 3 + [False] * 3
 
 
+def test_a_stage_has_names_in_a_tracker_unless_its_args_give_others(trained, tmp_path):
+    recipes = (trained[0], small_recipe(tmp_path, ["stages.dpo.args.project=mine"]))
+    configs = [build_stage_config(recipe, RunDir(tmp_path), "dpo") for recipe in recipes]
+    assert [(of.run_name, of.project) for of in configs] == [("small/dpo", "rlhf-trl"), ("small/dpo", "mine")]
+
+
 def test_of_several_gpus_without_a_launcher_one_is_used_and_the_profile_named(trained, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
