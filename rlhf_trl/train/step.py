@@ -10,6 +10,7 @@ where the stage is fine-tuned whole), `checkpoints/`, `training_stats.json` and 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import time
@@ -56,7 +57,8 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     for link in filter(None, (spec.parent, spec.reward)):
         run.require(recipe, link, f"train RECIPE {link}")
     say_one_gpu()
-    config = build_stage_config(recipe, run, stage, process.num_processes)
+    # Not those of PartialState: on a machine without GPU it learns of the others from the config.
+    config = build_stage_config(recipe, run, stage, int(os.environ.get("WORLD_SIZE", "1")))
     name_projects(config.report_to, config.project)
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
     if process.is_main_process:
