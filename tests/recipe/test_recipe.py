@@ -166,9 +166,12 @@ def test_what_the_libraries_say_is_named_before_the_first_step(row, processes, r
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_shipped_recipe_is_valid(path, processes):
-    assert load_recipe(path, NO_PPO if "trainer: ppo" in path.read_text() else [], processes).name
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_every_shipped_recipe_is_valid_and_its_updates_do_not_depend_on_the_processes(path, processes):
+    recipe = load_recipe(path, NO_PPO if "trainer: ppo" in path.read_text() else [], processes)
+    for name, stage in recipe.stages.items() if path.stem != "demo" else ():
+        rows, steps = (recipe.args_of(name, processes)[key] for key in BATCH)
+        assert rows * steps * processes == stage.global_batch_size
 
 
 def test_a_trl_without_ppo_is_named_and_the_stage_can_be_left_out(recipe_file, monkeypatch):

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from conftest import NO_PPO
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trl import ModelConfig
 
 from rlhf_trl.models.tokenizer import tiny_config
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.run.files import write_json
 from rlhf_trl.run.launch import shipped, zero_stage
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.plan import Peak, Setting, estimate, plan
@@ -70,6 +72,26 @@ def test_the_plan_of_a_batch_that_several_processes_share(tmp_path):
     recipe = load_recipe(shipped("recipes", "demo"), [*own, *(f"stages.{name}=null" for name in stages[3:])], 4)
     alone, four = (plan(recipe, RunDir(tmp_path), None, processes, "1GB")[-1] for processes in (1, 4))
     assert four["bytes"]["activations"] < alone["bytes"]["activations"] and four["steps"] == alone["steps"]
+
+
+@pytest.mark.parametrize(("name", "profile", "processes", "size", "shape"), [
+    ("hh_qwen2.5_1.5b", None, 1, "24GB", (1536, 8960, 28, 12, 2, 151936, True)),
+    ("hh_llama3.1_8b_qlora_24gb", None, 1, "24GB", (4096, 14336, 32, 32, 8, 128256, False)),
+    ("hh_llama3.1_8b_8gpus", "ddp", 8, "80GB", (4096, 14336, 32, 32, 8, 128256, False)),
+    ("hh_llama3.1_70b_2nodes", "multi_node", 16, "80GB", (8192, 28672, 80, 64, 8, 128256, False)),
+])  # fmt: skip
+def test_a_recipe_fits_the_devices_that_it_is_made_for(tmp_path, monkeypatch, name, profile, processes, size, shape):
+    """By the sizes that its base's config has on the Hub, with three tenths to spare for what no estimate knows."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "vocab_size", "tie_word_embeddings")  # fmt: skip
+    values = dict(zip(keys, shape, strict=True))
+    write_json(tmp_path / "config.json", {"model_type": "qwen2" if "qwen" in name else "llama", **values})
+    monkeypatch.setattr("rlhf_trl.train.plan._changes", lambda setting, _: [("nothing", setting)])
+    base = [f"model.model_name_or_path={tmp_path}", *(NO_PPO if "1.5b" in name else [])]
+    recipe = load_recipe(shipped("recipes", name), base, processes)
+    config = profile and shipped("accelerate_configs", profile)
+    for row in plan(recipe, RunDir(tmp_path / "run"), config, processes, size):
+        assert row["bytes"]["total"] < 0.7 * row["memory"], row["stage"]
 
 
 @pytest.mark.parametrize(("size", "override", "message"), [
