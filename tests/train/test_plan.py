@@ -87,7 +87,7 @@ def test_a_recipe_fits_the_devices_that_it_is_made_for(tmp_path, monkeypatch, na
     values = dict(zip(keys, shape, strict=True))
     write_json(tmp_path / "config.json", {"model_type": "qwen2" if "qwen" in name else "llama", **values})
     monkeypatch.setattr("rlhf_trl.train.plan._changes", lambda setting, _: [("nothing", setting)])
-    base = [f"model.model_name_or_path={tmp_path}", *(NO_PPO if "1.5b" in name else [])]
+    base = [f"model.model_name_or_path={tmp_path}", *(NO_PPO if name.endswith(("1.5b", "24gb")) else [])]
     recipe = load_recipe(shipped("recipes", name), base, processes)
     config = profile and shipped("accelerate_configs", profile)
     for row in plan(recipe, RunDir(tmp_path / "run"), config, processes, size):

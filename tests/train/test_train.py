@@ -220,14 +220,22 @@ def test_dpo_losses(copy, loss_type, expected):
     assert read_json(copy.run.training_stats("dpo"))["history"][0]["loss"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_whole_model_and_four_bit_take_the_same_keys(copy):
-    run = copy.run
-    for option, file in (("use_peft: false", run.model("dpo") / "model.safetensors"),
-                         ("load_in_4bit: true", run.adapter("dpo") / "adapter_model.safetensors")):  # fmt: skip
-        overrides = ("stages.dpo.model={" + option + "}", "stages.dpo.args.max_steps=1")
-        train(small_recipe(copy.folder, overrides), run, "dpo")
-        assert file.exists()
-        assert run.adapter("dpo").exists() == ("4bit" in option)
+def test_a_whole_model_is_trained_by_a_key_of_its_stage(copy):
+    copy_of = small_recipe(copy.folder, ("stages.dpo.model={use_peft: false}", "stages.dpo.args.max_steps=1"))
+    train(copy_of, copy.run, "dpo")
+    assert (copy.run.model("dpo") / "model.safetensors").exists() and not copy.run.adapter("dpo").exists()
+
+
+def test_every_trainer_with_an_adapter_learns_on_a_base_in_four_bit(copy):
+    four = ("load_in_4bit=true", "bnb_4bit_quant_type=nf4", "use_bnb_nested_quant=true")
+    whole = "stages.sft.model={use_peft: false, load_in_4bit: false}"
+    recipe = small_recipe(copy.folder, (*(f"model.{key}" for key in four), whole, "stages.dpo.args.max_steps=1"))
+    copy.run.mark_done(recipe, "sft", 0.0)
+    for stage in ("rm", "dpo", "grpo", *(["ppo"] if "ppo" in recipe.stages else [])):
+        train(recipe, copy.run, stage)
+        reset_accelerate()
+        last = read_json(copy.run.training_stats(stage))["history"][-1]
+        assert last["grad_norm"] > 0 and (copy.run.adapter(stage) / "adapter_model.safetensors").exists()
 
 
 def test_a_stage_on_a_lora_sft_starts_from_the_merged_model(tmp_path, trained):
