@@ -125,8 +125,8 @@ def validate(
         print(json.dumps(loaded.model_dump(), indent=2))
     else:
         print(f"{recipe}: a valid recipe with the stages {', '.join(loaded.stages)}")
-        for stage in loaded.stages if processes else ():
-            print(batch_line(loaded, stage, processes))
+        if processes:
+            print(*(batch_line(loaded, stage, processes) for stage in loaded.stages), sep="\n")
 
 
 @app.command()
@@ -143,7 +143,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Estimate each stage's memory, steps and tokens, before anything is trained."""
+    """Estimate the memory, steps and tokens of each stage."""
     count = run.planned_processes(accelerate, processes)
     loaded, directory = run.open_run(recipe, run.overriding(overrides, without), runs, count)
     from rlhf_trl.train.plan import plan as plan_stages
