@@ -40,8 +40,8 @@ def log_results(recipe: Recipe, run: RunDir, step: str) -> None:
     for stage in recipe.policies if step in RESULTS else ():
         args = {**names_of(recipe, stage), **recipe.args_of(stage)}
         given = value_of(recipe.stages[stage].trainer, args, "report_to") or []
-        values = {f"final/{key}": value for key, value in RESULTS[step](run, stage)}
-        for tracker in LOG.keys() & {*([given] if isinstance(given, str) else given)} if values else ():
+        for tracker in LOG.keys() & {*([given] if isinstance(given, str) else given)}:
+            values = {f"final/{key}": value for key, value in RESULTS[step](run, stage)}
             try:
                 LOG[tracker](args, values)
             except Exception as error:  # the step is done, whatever its tracker says
