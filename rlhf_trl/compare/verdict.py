@@ -138,7 +138,7 @@ def _answer(claim: Row, names: Sequence[str], measure: str, found: Row) -> str:
 
 
 def _format(estimate: Mapping[str, Any], measure: str) -> str:
-    return format_estimate(estimate, "+", measure == "win_rate").replace("\u00a0%", " points")
+    return format_estimate(estimate, "+", measure == "win_rate")
 
 
 def name_winner(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, str | None]) -> Row | None:

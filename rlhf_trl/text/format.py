@@ -23,8 +23,8 @@ def pointer(file: str, keys: Sequence[str | int]) -> str:
 
 def format_estimate(estimate: Mapping[str, float | None], sign: str = "", percent: bool = False) -> str:
     """Print mean and interval to two digits of the interval's width; the mean alone where there is no spread. A limit
-    that is null is infinite."""
-    scale, unit, fewest = (100, "\u00a0%", 1) if percent else (1, "", 0)
+    that is null is infinite. `percent` is for a share; with a sign, for a difference of shares, in points."""
+    scale, unit, fewest = (100, " points" if sign else "\u00a0%", 1) if percent else (1, "", 0)
     ends = {"mean": math.nan, "low": -math.inf, "high": math.inf}
     mean, low, high = (scale * (end if (given := estimate[key]) is None else given) for key, end in ends.items())
     if low == high:
