@@ -117,6 +117,9 @@ class Document:
         if parts[0] == "stages" and len(parts) > 1 and names and stage is None:
             remedy = suggest(parts[1], names, f"the stages are: {', '.join(names)}")
             return Problem(place, f"there is no stage {parts[1]!r}", remedy)
+        if parts[0] in names and parts[0] not in self.raw:
+            remedy = f"begin the key with stages.{parts[0]}.args. (an option of its trainer)"
+            return Problem(place, f"{parts[0]!r} is a stage", remedy)
         try:
             new = self.plain(YAML(typ="safe", pure=True).compose(value), key)
         except (YAMLError, RecursionError):
@@ -141,8 +144,16 @@ class Document:
         """Remove the stages that are left out; `evaluation` and `comparison` go on without them."""
         sections = {key: value for key, value in self.raw.items() if isinstance(value, dict)}
         evaluation, comparison = sections.get("evaluation", {}), sections.get("comparison", {})
+        kept = {key: stage for key, stage in sections.get("stages", {}).items()
+                if key not in self.left_out and isinstance(stage, dict)}  # fmt: skip
         for name in self.left_out:
             own = re.compile(rf"{re.escape(name)}(-\w+=.*)?")  # itself, or what its sweep expands to
+            starts = {key: [str(stage.get("init")), str(stage.get("reward"))] for key, stage in kept.items()}
+            if readers := [key for key, names in starts.items() if any(map(own.fullmatch, names))]:
+                remedy = "leave out these, too: " + " ".join(f"--without {key}" for key in readers)
+                problem = f"{', '.join(readers)} cannot be trained without it"
+                self.problems.append(Problem(f"--without {name}", problem, remedy))
+                continue
             sections["stages"].pop(name, None)
             for key in [key for key in ("reward", "gold") if own.fullmatch(str(evaluation.get(key)))]:
                 del evaluation[key]

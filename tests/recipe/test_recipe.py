@@ -438,7 +438,7 @@ def test_a_stage_is_left_out_together_with_what_names_it(accept, refuse):
     swept = add("trainer: reward", "sweep: {seed: [1, 2]}").replace("reward: rm", "reward: rm-seed=1")
     assert accept(swept, *(f"stages.{name}=null" for name in ("rm", "grpo", "ppo"))).evaluation.reward is None
     (problem,) = refuse(swept, "stages.rm=null", "stages.ppo=null")
-    assert problem.place.endswith("stages.grpo.reward") and "there is no stage" in problem.problem
+    assert problem.place == "--without rm" and problem.remedy == "leave out these, too: --without grpo"
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
