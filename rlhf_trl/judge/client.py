@@ -22,7 +22,17 @@ import httpx2
 import openai
 
 from rlhf_trl.judge.questions import Message
-from rlhf_trl.judge.replies import FAULTS, Reply, Usage, advise, read_answer, read_error, read_failure, words
+from rlhf_trl.judge.replies import (
+    FAULTS,
+    Reply,
+    Usage,
+    advise,
+    name_proxy,
+    read_answer,
+    read_error,
+    read_failure,
+    words,
+)
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Price, check_address
 
@@ -216,7 +226,7 @@ class OpenAIClient:
             remedy = advise("bad_request", detail)
         elif "model" not in detail.lower():
             place, remedy = "OPENAI_BASE_URL", "check the address; with most servers it ends in /v1"
-        return UserError(place, f"{self.where} says: {detail}", remedy)
+        return UserError(place, f"{self.where} says: {detail}", remedy + name_proxy(self.where))
 
 
 async def run_all(

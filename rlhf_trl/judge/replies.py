@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from filelock import FileLock, Timeout
 from pydantic import Field, TypeAdapter, ValidationError, with_config
@@ -52,8 +54,7 @@ FAULTS = {
     "quota": Fault(1, False, "add credit to the account of the key, or lower judge.prompts"),
     "server_error": Fault(MANY, False, "see the log of the server, or start the same command again later"),
     "timeout": Fault(MANY, False, "raise judge.timeout or lower judge.workers"),
-    "connection": Fault(MANY, False, "see that the server runs at judge.base_url or OPENAI_BASE_URL; a proxy passes"
-                        " by the hosts that NO_PROXY names"),
+    "connection": Fault(MANY, False, "see that the server runs at judge.base_url or OPENAI_BASE_URL"),
     "bad_request": Fault(1, False, "change the options of `judge:`"),
     # A 200 with a page of HTML, half a body, or no choices in it.
     "unreadable": Fault(2, False, "check judge.base_url or OPENAI_BASE_URL: it is up to and with the /v1"),
@@ -198,6 +199,15 @@ def advise(status: str, detail: str) -> str:
     return next(named, FAULTS[status].remedy)
 
 
+def name_proxy(address: str) -> str:
+    """Say, where calls to an address go through a proxy of the environment, how to pass it by; else nothing."""
+    parts, proxies = urlsplit(address), getproxies()
+    used = next((name for name in (parts.scheme, "all") if proxies.get(name)), None)
+    if used is None or proxy_bypass(parts.hostname or ""):
+        return ""
+    return f"; calls go through {used.upper()}_PROXY: set NO_PROXY={parts.hostname} if the server is in your network"
+
+
 def tell_failures(address: str, lines: Sequence[Mapping[str, Any]]) -> str | None:
     """Say how many calls came to what, what the server said last of the most frequent status, and what to do."""
     if not lines:
@@ -208,7 +218,7 @@ def tell_failures(address: str, lines: Sequence[Mapping[str, Any]]) -> str | Non
     names = {"ok": "no verdict in the reply"}
     tally = ", ".join(f"{names.get(status, status)}: {count}" for status, count in counts)
     said = f"calls without a verdict: {len(lines)} ({tally}); {address}: {words(detail)}"
-    return f"{said}; what to do: {advise(most, detail)}"
+    return f"{said}; what to do: {advise(most, detail)}{name_proxy(address)}"
 
 
 # --- the file of replies ---------------------------------------------------------------------------------------------

@@ -170,6 +170,15 @@ def test_calls_that_came_to_nothing_are_told_with_the_servers_words_and_what_to_
     assert says in tell_failures("http://h", lines)
 
 
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "all_proxy"])
+def test_a_proxy_that_catches_a_local_address_is_named(monkeypatch, name):
+    refused = [line_of("connection", "refused")]
+    monkeypatch.setenv(name, "http://p:1")
+    assert f"{name.upper()}: set NO_PROXY=127.0.0.1" in tell_failures("http://127.0.0.1:1/v1", refused)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert "NO_PROXY" not in tell_failures("http://127.0.0.1:1/v1", refused)
+
+
 def test_what_is_sent_and_what_is_recorded():
     options = {"max_completion_tokens": 64, "temperature": 0.0, "seed": 7, "top_p": None}
     with FakeOpenAI() as server:
