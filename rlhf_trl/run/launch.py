@@ -147,7 +147,7 @@ def _launcher_processes() -> int | None:
 
 def start(command: Sequence[str], environment: Mapping[str, str], **more: Any) -> Process:
     """Start a process that gets SIGTERM when this one ends, however that happens."""
-    tied = functools.partial(signals.end_with, os.getpid())
+    tied = functools.partial(signals.end_with, os.getpid()) if sys.platform == "linux" else None
     return subprocess.Popen(command, env={**environment, signals.CHILD: "1"}, preexec_fn=tied, **more)
 
 
@@ -242,11 +242,13 @@ def find_slots(jobs: int, processes: int, say: Callable[[str], None]) -> list[Sl
 def visible_gpus(listing: str, visible: str | None) -> list[str]:
     """List GPUs by index, or by whatever name CUDA_VISIBLE_DEVICES (`visible`) calls them.
 
+    Like CUDA, this ends at the first index that does not exist: a stage that got one would train on the CPU.
     `listing` is what `nvidia-smi -L` prints: a line `GPU 0: ...` for each, indented lines for the parts of one.
     """
     count = sum(line.startswith("GPU ") for line in listing.splitlines())
     names = map(str, range(count)) if visible is None else visible.replace(" ", "").split(",")
-    return [name for name in names if name and not name.startswith("-")] if count else []
+    exists = lambda name: name and name[0] != "-" and not (name.isdigit() and int(name) >= count)  # noqa: E731
+    return list(dict.fromkeys(itertools.takewhile(exists, names))) if count else []
 
 
 def plan_slots(

@@ -10,6 +10,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,8 +63,16 @@ def _end(number: int, _: Any) -> None:
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel send this process SIGTERM when its parent ends (Linux)."""
+    """Have this process get SIGTERM when its parent ends: on Linux from the kernel, elsewhere from a thread."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

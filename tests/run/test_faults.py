@@ -126,11 +126,16 @@ def test_a_signal_counts_though_the_child_ends_well():
         assert run_command([sys.executable, "-c", code], dict(os.environ)) == 128 + signal.SIGTERM
 
 
-def test_children_end_with_a_parent_that_is_killed(tmp_path):
-    """The parent gets SIGKILL, which it cannot pass on; the kernel ends its child."""
-    child = "import pathlib, os, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_children_end_with_a_parent_that_is_killed(tmp_path, system):
+    """The parent gets SIGKILL, which it cannot pass on; the kernel ends its child, elsewhere the child itself."""
+    child = (
+        "import pathlib, os, sys, time; from rlhf_trl.run import signals\n"
+        f"sys.platform = {system!r}; signals.install()\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+    )
     code = (
-        "import os, sys; from rlhf_trl.run.launch import run_command\n"
+        f"import os, sys; from rlhf_trl.run.launch import run_command; sys.platform = {system!r}\n"
         f"run_command([sys.executable, '-c', {child!r}, sys.argv[1]], dict(os.environ))"
     )
     note = tmp_path / "pid"

@@ -124,7 +124,14 @@ def test_a_defect_here_leaves_no_process_behind():
 
 @pytest.mark.parametrize(
     ("visible", "found"),
-    [(None, ["0", "1"]), ("1,0", ["1", "0"]), ("0, -1", ["0"]), ("", []), ("GPU-c,MIG-b", ["GPU-c", "MIG-b"])],
+    [
+        (None, ["0", "1"]),
+        ("1,0", ["1", "0"]),
+        ("0, -1, 1", ["0"]),
+        ("1,1,2,0", ["1"]),
+        ("", []),
+        ("GPU-c,MIG-b", ["GPU-c", "MIG-b"]),
+    ],
 )
 def test_gpus_are_those_that_are_visible(visible, found):
     assert visible_gpus(LISTING, visible) == found and visible_gpus("", visible) == []
