@@ -128,17 +128,15 @@ def _answer(claim: Row, names: Sequence[str], measure: str, found: Row) -> str:
         return draw
     low, mean, high = (claim["difference"][key] for key in ("low", "mean", "high"))
     ends = {"low": -high, "mean": -mean, "high": -low} if outcome == "worse" else claim["difference"]
-    numbers = f"{_format(ends, measure)} on {claim['difference']['n']} prompts"
+    is_share = measure == "win_rate"
+    numbers = f"{format_estimate(ends, '+', is_share)} on {claim['difference']['n']} prompts"
     if not draw:
         one, other = names[::-1] if outcome == "worse" else names
         return f"{one} {_verb(one, found['unit'] == 'adapters')} {other}: {numbers}, {format_p(claim['p_holm'])}"
-    limit = _format(dict.fromkeys(("low", "mean", "high"), found["smallest"]), measure).removeprefix("+")
+    smallest = dict.fromkeys(("low", "mean", "high"), found["smallest"])
+    limit = format_estimate(smallest, "+", is_share).removeprefix("+")
     tail = {"equivalent": f"within {limit} either way", "trivial": f"less than {limit}"}
     return f"{draw}: {numbers}, {tail.get(outcome) or format_p(claim['p_holm'])}"
-
-
-def _format(estimate: Mapping[str, Any], measure: str) -> str:
-    return format_estimate(estimate, "+", measure == "win_rate")
 
 
 def name_winner(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, str | None]) -> Row | None:

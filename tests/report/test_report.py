@@ -106,7 +106,7 @@ def resolve(root: Path, address: str) -> Any:
 def numbers(text: str) -> list[tuple[float, float]]:
     """Read the numbers of a text as a person does: value, and half a unit of its last printed digit."""
     text = text.replace("−", "-").replace(",", "").replace("\u00a0", " ")
-    unit = {"%": 0.01, "GB": 1e9, "MB": 1e6}.get(text.split("[")[0].split()[-1], 1.0)
+    unit = {"%": 0.01, "points": 0.01, "GB": 1e9, "MB": 1e6}.get(text.split("[")[0].split()[-1], 1.0)
     found = []
     for digits in re.findall(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", text):
         decimals = len(digits.partition("e")[0].partition(".")[2]) - int(digits.partition("e")[2] or 0)
