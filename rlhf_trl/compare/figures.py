@@ -12,13 +12,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from rlhf_trl.figures.style import GREY, INK, PAPER, build_figure, policy_styles
 
 Row = Mapping[str, Any]
 # More would cover each other; the largest differences are drawn.
 MOST_PAIRS = 12
-AXIS = {"gold": "gold gain", "reward": "reward gain", "win_rate": "win rate"}
+AXIS = {"gold": "gold gain", "reward": "reward gain", "win_rate": "win rate, in points"}
 
 
 def plot_comparison(results: Row, stats: Mapping[str, Row]) -> Figure:
@@ -39,8 +40,10 @@ def draw_differences(axes: Axes, results: Row) -> None:
         axes.plot(difference["mean"], place, marker="o", markersize=8, color=INK, markerfacecolor=face)
     axes.set_yticks(range(len(found)), [label for label, _ in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
-    measure = AXIS[results["verdict"]["measure"]]
-    axes.set_xlabel(f"difference in {measure} (filled: significant, and large enough to matter)")
+    measure = results["verdict"]["measure"]
+    if measure == "win_rate":
+        axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.set_xlabel(f"difference in {AXIS[measure]} (filled: significant, and large enough to matter)")
     axes.grid(axis="y", visible=False)
 
 
