@@ -21,7 +21,7 @@ BASE = {"id": "openai-community/gpt2", "revision": "607a30d783dfa663caf39e066337
 def lineage_of(name: str, trainer: str, **changes: Any) -> dict[str, Any]:
     kind = "reward" if trainer == "reward" else "policy"
     versions = dict.fromkeys(("rlhf-trl", "trl", "peft", "transformers", "torch"), "1.2.3")
-    verification = {"rows": 4, "outputs": 611, "difference": 3.1e-6, "largest": 34.2, "rounding": None}
+    verification = {"rows": 4, "outputs": 611, "difference": 3.1e-6, "largest": 34.2}
     return {"run": "hh", "stage": name, "trainer": trainer, "kind": kind, "base": BASE, "combined": [name], "rank": 16,
             "continued": None,
             "parents": [{"stage": "rm", "trainer": "reward"}], "seed": 42, "trained_with": {"versions": versions},
