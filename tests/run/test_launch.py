@@ -65,6 +65,22 @@ def test_two_processes_train_what_one_does(copy, launch, stage, profile):
         assert torch.allclose(adapter[name], tensor, atol=1e-5), name
 
 
+def test_a_stage_goes_on_with_another_number_of_processes(copy, launch, caplog):
+    own = ("eval_strategy=no", "adam_epsilon=0.1", "learning_rate=0.1", "max_steps=3", "save_strategy=steps",
+           "save_steps=1")  # fmt: skip
+    settings = [*(f"args.{item}" for item in own), "global_batch_size=16"]
+    _, expected = launch("dpo", "TRAIN --accelerate ddp --processes 2", settings)
+    checkpoints = copy.checkpoints("dpo")
+    for folder in (checkpoints / "checkpoint-3", checkpoints / "checkpoint-2", copy.adapter("dpo")):
+        shutil.rmtree(folder)  # as if killed in the second step
+    copy.done("dpo").unlink()
+    with caplog.at_level("INFO", "rlhf_trl"):
+        train(small_recipe(copy.root.parent.parent, [f"stages.dpo.{item}" for item in settings]), copy, "dpo")
+    assert "checkpoint-1" in caplog.text
+    for name, tensor in load_file(copy.adapter("dpo") / "adapter_model.safetensors").items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5), name
+
+
 @pytest.mark.parametrize(("stage", "profile"), [("grpo", "ddp"), ("ppo", "zero2")])
 def test_online_trainers_run_in_two_processes(copy, launch, stage, profile):
     """Through `accelerate launch` itself, which is what the README gives as the same thing; PPO also resumes."""
