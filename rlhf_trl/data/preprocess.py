@@ -238,15 +238,18 @@ def check(tokenizer: Any, data: Data, rows: Sequence[Row]) -> tuple[list[Checked
 
 def _without_secrets(pairs: list[Pair]) -> list[Pair]:
     """The pairs as files take them, so that the token ids say what these say."""
-    text = "\n".join(json.dumps(vars(pair), ensure_ascii=False) for pair in pairs)
-    clean = without_values(text)
-    return pairs if clean == text else [Pair(**json.loads(line)) for line in clean.split("\n")]
+    texts = [[*(message["content"] for message in pair.prompt), pair.chosen, pair.rejected] for pair in pairs]
+    if without_values(whole := "\n".join(map("\n".join, texts))) == whole:
+        return pairs
+    return [Pair(**json.loads(without_values(json_line(vars(pair))))) for pair in pairs]
 
 
 def _control_texts(tokenizer: Any) -> list[str]:
     """Texts that the tokenizer or the template would read as control, not as content."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    tokens = {*tokenizer.all_special_tokens, *added}
+    tokens = {
+        *tokenizer.all_special_tokens,
+        *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
+    }
     if "Human:" in tokenizer.chat_template:
         tokens |= {"\n\nHuman:", "\n\nAssistant:"}
     return [token for token in tokens if token.strip()]

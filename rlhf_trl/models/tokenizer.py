@@ -120,11 +120,15 @@ def encode_all(
         UserError: as in `render`.
     """
     texts = [text for row in zip(prompts, *sides, strict=True) for text in render(tokenizer, *row)]
-    ids = (
-        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-        if texts
-        else []
-    )
+    if texts and tokenizer.is_fast:
+        # What `tokenizer(texts)` does, without the offsets, masks and copies that nobody reads: a sixth of `prepare`.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    else:
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
     return (ids[at : at + 1 + len(sides)] for at in range(0, len(ids), 1 + len(sides)))
 
 

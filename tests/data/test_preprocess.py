@@ -18,7 +18,7 @@ from rlhf_trl.data import preprocess, sources
 from rlhf_trl.data.pair import Pair, Reason
 from rlhf_trl.data.preprocess import prepare
 from rlhf_trl.data.split import KEY, prompt_keys, split
-from rlhf_trl.models.tokenizer import encode, set_up_tokenizer
+from rlhf_trl.models.tokenizer import encode, render, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl
@@ -345,6 +345,8 @@ def test_the_token_ids_are_those_of_the_views(run_prepare, byte_model, tmp_path,
                 assert encode(tokenizer, pair["prompt"], pair[side]) == (item["prompt"], item[side])
         prompts = [encode(tokenizer, prompt["prompt"])[0] for prompt in read_jsonl(run.prompts(name))]
         assert [item["prompt"] for item in ids if item["first"]] == prompts
+        texts = [render(tokenizer, pair["prompt"])[0] for pair in pairs]
+        assert [item["prompt"] for item in ids] == tokenizer(texts, add_special_tokens=False).input_ids
     assert sum("<secret>" in pair["chosen"] for pair in kept(run)) == 1
 
 
