@@ -140,8 +140,7 @@ def _clean(
             if row.characters:
                 tally.compared += 1
                 tally.chosen_longer += float(longer(*row.characters))
-            if not row.reasons:
-                is_kept.append(not reasons)
+            is_kept += [not reasons] * (not row.reasons)
             if reasons:
                 entry = {"row": number, "subset": subset, "reason": reasons[0], "reasons": reasons}
                 # JSON has no NaN. Dropped rows may hold what UTF-8 cannot, so this file is ASCII.
@@ -238,18 +237,16 @@ def check(tokenizer: Any, data: Data, rows: Sequence[Row]) -> tuple[list[Checked
 
 def _without_secrets(pairs: list[Pair]) -> list[Pair]:
     """The pairs as files take them, so that the token ids say what these say."""
-    texts = [[*(message["content"] for message in pair.prompt), pair.chosen, pair.rejected] for pair in pairs]
-    if without_values(whole := "\n".join(map("\n".join, texts))) == whole:
+    texts = "\n".join("\n".join([*(m["content"] for m in pair.prompt), pair.chosen, pair.rejected]) for pair in pairs)
+    if without_values(texts) == texts:
         return pairs
     return [Pair(**json.loads(without_values(json_line(vars(pair))))) for pair in pairs]
 
 
 def _control_texts(tokenizer: Any) -> list[str]:
     """Texts that the tokenizer or the template would read as control, not as content."""
-    tokens = {
-        *tokenizer.all_special_tokens,
-        *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
-    }
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = {*tokenizer.all_special_tokens, *added}
     if "Human:" in tokenizer.chat_template:
         tokens |= {"\n\nHuman:", "\n\nAssistant:"}
     return [token for token in tokens if token.strip()]
