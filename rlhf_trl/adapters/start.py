@@ -45,7 +45,10 @@ def _check(place: str, folder: Path, task: str, base: str) -> Iterator[Problem]:
         config = {} if found else read_json(folder / CONFIG)
         found = found or list(_check_base(place, folder, str(config["base_model_name_or_path"]), base, local))
     for one in found:
-        yield one if one.place == place else Problem(place, f"{one.place}: {one.problem}", one.remedy)
+        where, remedy = (base if one.place == str(local) else one.place), one.remedy
+        if where == base and (folder / BASE).is_dir():
+            remedy = f"set model.model_name_or_path: {folder / BASE}"
+        yield one if where == place else Problem(place, f"{where}: {one.problem}", remedy)
     if config and config["task_type"] != task:
         kinds = {"SEQ_CLS": "a reward model", "CAUSAL_LM": "a policy"}
         remedy = "give another one; that of a reward model is for a reward stage with `continue: true`"

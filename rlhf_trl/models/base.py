@@ -70,7 +70,7 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
     if spec.init is None:
         return base_path(recipe.model_block(stage), run)
     init, block = spec.init, recipe.model_block(spec.parent) if spec.parent else recipe.model
-    merged = merged_path(recipe, run, init)
+    merged = run.model(init) if spec.parent else run.start(recipe.sources[init][:16])
     if spec.parent and not run.adapter(init).exists():
         return str(merged)
 
@@ -82,7 +82,7 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
         PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
         recorded_tokenizer(recipe, run).save_pretrained(folder)
 
-    return build_once(run, merged.name if spec.outside else init, merged, merge)
+    return build_once(run, spec.parent or merged.name, merged, merge)
 
 
 def below_path(recipe: Recipe, run: RunDir, stage: str) -> str:
@@ -92,11 +92,6 @@ def below_path(recipe: Recipe, run: RunDir, stage: str) -> str:
     """
     maker = recipe.maker(stage)
     return start_path(recipe, run, maker) if maker in recipe.stages else base_path(recipe.model, run)
-
-
-def merged_path(recipe: Recipe, run: RunDir, init: str) -> Path:
-    """The folder of the whole model that an `init` stands for: a stage, or an adapter outside the run."""
-    return run.model(init) if init in recipe.stages else run.start(recipe.sources[init][:16])
 
 
 def adapter_path(recipe: Recipe, run: RunDir, init: str) -> Path:

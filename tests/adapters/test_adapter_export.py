@@ -252,6 +252,7 @@ def test_a_parent_that_was_fine_tuned_whole_is_shipped(shipped, trained):
     assert lineage["base"]["stage"] == "sft"
     assert [parent["stage"] for parent in lineage["parents"]] == ["sft", "rm"]
     assert "`sft` fine-tuned it whole" in (folder / "README.md").read_text()
+    assert set_up_tokenizer(str(folder / "base"), {}).chat_template  # which lies beside the base
     with pytest.raises(UserError, match="has no adapter"):
         export(RunDir(shipped / "run"), "sft", shipped / "sft")
 
