@@ -152,9 +152,11 @@ def check_settings(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def is_off(key: str, value: Any) -> bool:
-    """Tell whether a setting does nothing: it is PEFT's default, or a table of what is off."""
+    """Tell whether a setting does nothing: it is PEFT's default, or unknown to PEFT and off."""
+    if key in PLAIN:  # PEFT refuses `false` where it expects a table
+        return value is None or value == PLAIN[key]
     empty = isinstance(value, dict) and len(value) > 0 and not any(value.values())
-    return empty or value in (None, False, [], PLAIN.get(key))
+    return empty or value in (None, False, [])
 
 
 def _quote(value: Any) -> str:

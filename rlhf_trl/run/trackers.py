@@ -20,6 +20,8 @@ from rlhf_trl.text.display import first_line
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 PROJECT = "rlhf-trl"
+# The step is done, whatever its tracker says: its failures, of the network too, have no class in common.
+FOREIGN = (Exception,)
 # Trackers that take the project from the environment alone.
 ENVIRONMENT = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 
@@ -44,7 +46,7 @@ def log_results(recipe: Recipe, run: RunDir, step: str) -> None:
             values = {f"final/{key}": value for key, value in RESULTS[step](run, stage)}
             try:
                 LOG[tracker](args, values)
-            except Exception as error:  # the step is done, whatever its tracker says
+            except FOREIGN as error:
                 logger.warning("%s: %s of %s is not logged: %s", tracker, step, stage, first_line(error))
 
 

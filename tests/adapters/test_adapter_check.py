@@ -197,7 +197,7 @@ REFUSED = {
                                      settings(target_modules="a" * 3000)],
     "it changes the base, or adds more": [settings(**{key: value}) for key, value in {
         "bias": "all", "layer_replication": [[0, 2], [1, 2]], "kasa_config": {}, "lora_bias": True,
-        "alora_invocation_tokens": [1], "target_parameters": ["experts"]}.items()],
+        "alora_invocation_tokens": [1], "target_parameters": ["experts"], "corda_config": False}.items()],
     "an unknown setting": [settings(new_method=True), settings(runtime_config={"ephemeral_gpu_offload": True})],
     "which changes the base": [settings(init_lora_weights="pissa_niter_4"), settings(init_lora_weights=1)],
     "only the reward head of a base": [settings(modules_to_save=["score", "wte"])],
