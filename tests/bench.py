@@ -70,10 +70,11 @@ def main() -> None:
 
 def write_table(rows) -> None:
     """Write the page that shows the rows."""
-    head = (f"# What it costs\n\nMeasured by `make bench` on {os.cpu_count()} cores ({platform.machine()}, no GPU) "
-            "with nothing else running; a row keeps the date of its measurement.\n\n"
-            "| what | measured | bar | | date |\n"
-            "|---|---|---|---|---|\n")  # fmt: skip
+    head = (
+        f"# What it costs\n\nMeasured by `make bench` on {os.cpu_count()} cores ({platform.machine()}, no GPU); a row "
+        "keeps the date of its measurement. Where it says CPU, CPU seconds are compared, in the order A B B A.\n\n"
+        "| what | measured | bar | | date |\n|---|---|---|---|---|\n"
+    )
     lines = [f"| {row['what']} | {row['measured']} | {row['bar']} | {'holds' if row['holds'] else 'missed'} "
              f"| {row['date']} |\n" for part in PARTS for row in rows.get(part, [])]  # fmt: skip
     (ROOT / "docs" / "bench.md").write_text(head + "".join(lines))
