@@ -237,6 +237,7 @@ stages:
 
         for trainer in (ours, theirs):
             trainer.create_optimizer_and_scheduler(100)
+            trainer.current_gradient_accumulation_steps = 1
             trainer.model.train()
             step(trainer)
         own, other = alternate(lambda: step(ours), lambda: step(theirs), 10)  # noqa: B023

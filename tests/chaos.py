@@ -390,6 +390,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--share", type=float, default=1.0, help="of the fuzzed inputs and of the damages")
     given = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what `nohup` ignores, the killed processes would ignore, too
     part, _, number = given.only.partition(":")
     only = int(number) if number.isdigit() else None
     print(f"seed {given.seed}", flush=True)
