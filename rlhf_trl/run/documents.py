@@ -45,10 +45,12 @@ class Done(Document):
     seconds: Seconds
     finished: AwareDatetime
     outputs: dict[str, str]
-    sealed: str  # hash of the outputs: one that is lost from the list would never be looked at again
+    sealed: str = ""  # hash of the outputs: one that is lost from the list would never be looked at again
 
     @model_validator(mode="after")
     def _check_seal(self) -> Done:
+        if not self.sealed:
+            raise PydanticCustomError("seal", "an earlier version of this program wrote it, with fewer checks")
         if self.sealed != seal_outputs(self.outputs):
             raise PydanticCustomError("seal", "its list of outputs was changed")
         return self
