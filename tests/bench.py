@@ -26,7 +26,8 @@ import bench_ppo
 from bench_evaluate import SHARED
 from conftest import RECIPE, ROOT
 
-PARTS = ("commands", "judge", "prepare", "steps", "processes", "ppo", "evaluate")
+# `steps` is last: the peak memory of a child counts what its parent held when it was started.
+PARTS = ("commands", "judge", "prepare", "processes", "ppo", "evaluate", "steps")
 REPLY = {"choices": [{"message": {"content": "A reason.\n[[A]]"}, "finish_reason": "stop"}],
          "usage": {"prompt_tokens": 500, "completion_tokens": 5}}  # fmt: skip
 TRL = """
@@ -58,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = given.model or make_model(folder / "model")
-        for part in given.only.split(","):
+        for part in (part for part in PARTS if part in given.only.split(",")):
             rows[part] = []
             for what, value, bar, holds in globals()[part](folder, model):
                 row = {"what": what, "measured": value, "bar": bar, "holds": holds, "date": str(date.today())}
