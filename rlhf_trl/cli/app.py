@@ -141,7 +141,7 @@ def plan(
         str | None,
         Option("--memory", metavar="SIZE", help="Memory of one device, e.g. 24GB, if not this one's."),
     ] = None,
-    as_json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Estimate the memory, steps and tokens of each stage."""
     count = run.planned_processes(accelerate, processes)

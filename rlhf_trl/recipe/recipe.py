@@ -111,6 +111,12 @@ class Recipe(Strict):
                 parents = {**parents, **self.parents(name), name: relation, **parents}
         return parents
 
+    def root(self, stage: str) -> str:
+        """The stage without a parent that a stage starts from, at any distance."""
+        while (parent := self.stages[stage].parent) is not None:
+            stage = parent
+        return stage
+
     def maker(self, stage: str) -> str:
         """The stage, or folder, where the adapter of a stage was new: the stage itself, unless it continues one."""
         while stage in self.stages and self.stages[stage].continue_:

@@ -70,10 +70,7 @@ def check_stages(recipe: Recipe, run: RunDir, processes: int) -> None:
     problems: list[Problem] = []
     blocks: dict[str, list[str]] = {}  # model block -> the stages that it holds for
     for stage in recipe.stages:
-        root = stage
-        while (start := recipe.stages[root].parent) is not None:
-            root = start
-        block = recipe.model_block(root) | recipe.model_block(stage)
+        block = recipe.model_block(recipe.root(stage)) | recipe.model_block(stage)
         blocks.setdefault(json.dumps(block, sort_keys=True), []).append(stage)
     checks = [functools.partial(_check_modules, recipe, stages, json.loads(block)) for block, stages in blocks.items()]
     checks += [functools.partial(_rehearse, recipe, run, stage, processes) for stage in recipe.stages]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import warnings
 import weakref
@@ -33,6 +32,7 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.library import BATCH, value_of
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Stage
+from rlhf_trl.run.files import read_json
 from rlhf_trl.run.launch import zero_stage
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.train.check import AUTO, read_config
@@ -277,8 +277,7 @@ def plan(recipe: Recipe, run: RunDir, profile: Path | None, processes: int, size
     described = []
     warnings.simplefilter("ignore")  # the libraries' on deprecated names and on a model that is never used
     for stage, spec in recipe.stages.items():
-        root = next((name for name, how in recipe.parents(stage).items() if how == "init"), stage)
-        start = ModelConfig(**recipe.model_block(root))
+        start = ModelConfig(**recipe.model_block(recipe.root(stage)))
         config = read_config(f"stages.{stage}", start)
         if config is None:
             problem = f"the config of {start.model_name_or_path} is not at hand"
@@ -300,7 +299,7 @@ def plan(recipe: Recipe, run: RunDir, profile: Path | None, processes: int, size
             "fits": need.total <= memory,
             "helps_most": best,
             "bytes_then": after[best],
-            **_length(recipe, run, stage, processes),
+            **_length(recipe, run, stage, setting),
         })  # fmt: skip
     return described
 
@@ -313,12 +312,12 @@ def _config(recipe: Recipe, run: RunDir, stage: str, processes: int) -> Any:
     return build_stage_config(recipe, run, stage, processes, **other)
 
 
-def _length(recipe: Recipe, run: RunDir, stage: str, processes: int) -> dict[str, Any]:
+def _length(recipe: Recipe, run: RunDir, stage: str, setting: Setting) -> dict[str, Any]:
     """Steps, tokens at most, and what was measured; None: not known before `prepare` or before training."""
-    config, trainer = _config(recipe, run, stage, processes), recipe.stages[stage].trainer
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    config, trainer = setting.config, recipe.stages[stage].trainer
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * setting.processes
     online = trainer in ("grpo", "ppo")
-    summary = json.loads(run.summary.read_text(encoding="utf-8")) if run.is_done(recipe, "prepare") else None
+    summary = read_json(run.summary) if run.is_done(recipe, "prepare") else None
     rows = summary and summary["splits"]["train"]["prompts" if online else "pairs"]
     if rows and recipe.half_of(stage):
         rows //= 2
@@ -326,10 +325,8 @@ def _length(recipe: Recipe, run: RunDir, stage: str, processes: int) -> dict[str
     if trainer == "ppo" and config.total_episodes:
         samples = config.total_episodes
     steps = config.max_steps if config.max_steps > 0 else samples and math.ceil(samples / batch)
-    tokens = recipe.data.max_length + Setting(config, ModelConfig(), 0).answer
+    tokens = setting.tokens + setting.answer
     sides = 2 if trainer in ("reward", "dpo") else 1
-    measured: dict[str, Any] = {}
-    if run.is_done(recipe, stage):
-        measured = json.loads(run.training_stats(stage).read_text(encoding="utf-8"))["summary"]
+    measured = read_json(run.training_stats(stage))["summary"] if run.is_done(recipe, stage) else {}
     return {"steps": steps, "tokens": steps and steps * batch * sides * tokens, "seconds": measured.get("seconds"),
             "measured_bytes": measured.get("peak_memory_bytes")}  # fmt: skip
