@@ -111,8 +111,9 @@ def validate(
     """Check a recipe and report every problem. Nothing is run or written."""
     overrides = run.overriding(overrides, without)
     loaded, directory = run.open_run(recipe, overrides, RUNS, processes or 1)
-    from rlhf_trl.adapters.start import check_starts
-    from rlhf_trl.train.check import check_stages
+    with run.importing():
+        from rlhf_trl.adapters.start import check_starts
+        from rlhf_trl.train.check import check_stages
 
     problems = check_starts(loaded)
     try:
@@ -146,7 +147,8 @@ def plan(
     """Estimate the memory, steps and tokens of each stage."""
     count = run.planned_processes(accelerate, processes)
     loaded, directory = run.open_run(recipe, run.overriding(overrides, without), runs, count)
-    from rlhf_trl.train.plan import plan as plan_stages
+    with run.importing():
+        from rlhf_trl.train.plan import plan as plan_stages
 
     profile = shipped("accelerate_configs", accelerate) if accelerate else None
     stages = plan_stages(loaded, directory, profile, count, memory)
@@ -200,8 +202,9 @@ def train(
         print(f"{stage}: done already, nothing to do")
         return
     with directory.lock(stage) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
-        from rlhf_trl.adapters.start import check_starts
-        from rlhf_trl.train.step import train as train_stage
+        with run.importing():
+            from rlhf_trl.adapters.start import check_starts
+            from rlhf_trl.train.step import train as train_stage
 
         if problems := check_starts(loaded, stage):
             raise RecipeError(problems)

@@ -26,8 +26,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.figures.style import save
-from rlhf_trl.figures.training import plot_training
 from rlhf_trl.models.base import adapter_path, below_path, load_causal, load_classifier, load_to_continue, shares_base
 from rlhf_trl.models.rewards import RewardModel, load_reward_model, measure_reward_model, score_completions
 from rlhf_trl.models.tokenizer import encode_all, recorded_tokenizer
@@ -89,6 +87,9 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     target = run.adapter(stage) if recipe.model_block(stage).get("use_peft") else run.model(stage)
     _save(trainer, target, needs_head=spec.trainer == "reward")
     if process.is_main_process:
+        from rlhf_trl.figures.style import save  # matplotlib is half a second that `validate` need not spend
+        from rlhf_trl.figures.training import plot_training
+
         history.stats["summary"] = _summarise(trainer, history.seconds)
         write_json(history.path, history.stats)
         save(plot_training({stage: history.stats}), run.training_curves(stage))
