@@ -1,7 +1,6 @@
 """The model card of an exported adapter: every number in it comes from the export's own JSON, and says from where.
 
-A number gets into the card by its address, and carries it as a comment that no reader of the rendered page sees; the
-template prints none otherwise.
+The template prints a number only by its JSON address, which stands beside it in an HTML comment.
 """
 
 from __future__ import annotations

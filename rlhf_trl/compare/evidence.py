@@ -20,14 +20,14 @@ from rlhf_trl.stats.intervals import compare_runs, estimate_mean, p_of_mean
 from rlhf_trl.stats.pairs import weigh_trust
 
 Row = dict[str, Any]
-# Level at which a run has fallen below its peak; every run is looked at.
+# Significance level for calling a run collapsed; strict, because every run is tested.
 COLLAPSE = 0.01
-# Below this no interval is known to hold (`make simulate`).
+# Fewest prompts for a comparison: `make simulate` checks the intervals from here up.
 FEWEST = 20
 NO_SCORES = {"gold": "there is no gold model", "reward": "there is no reward model"}
-# Of a share; a difference of win rates that is smaller does not matter.
+# Smallest difference of win rates that matters: 2 points.
 SMALLEST_WIN_RATE = 0.02
-# Of the standard deviation of the reference's scores, where the recipe names no smallest difference that matters.
+# Smallest difference of scores that matters, as a fraction of the standard deviation of the reference's scores.
 SMALLEST = 0.1
 
 
@@ -98,7 +98,7 @@ def smallest_that_matters(recipe: Recipe, run: RunDir) -> dict[str, float]:
 
 
 def read_curve(stage: str, trajectory: Trajectory, measure: str, judged: Judged, prompts: Sequence[str]) -> Curve:
-    """Read one measure off a trajectory; a win rate, less the reference's half, is known of the final policy alone."""
+    """Read one measure off a trajectory. Win rates exist for the final policy alone; 0.5, a tie, is subtracted."""
     kls = trajectory.numbers["kl"]
     if measure == "win_rate":
         kl, scores = dict(zip(trajectory.prompts, kls[-1], strict=True)), judged.scores.get(stage, {})
@@ -182,7 +182,7 @@ def _compare(a: np.ndarray, b: np.ndarray) -> Row:
 
 
 def find_collapse(curve: Curve, smallest: float) -> Row | None:
-    """Find the peak that a run has fallen from: beyond chance for any of its points, and by more than `smallest`."""
+    """Find the peak that a run has fallen from: significantly, over all its points, and by more than `smallest`."""
     means, kls = curve.gains.mean(axis=1), curve.kls.mean(axis=1)
     peak = int(means.argmax())
     fall = curve.gains[peak] - curve.gains[-1]

@@ -63,7 +63,7 @@ class Measurements:
         self.dataset = self.score(self.prompts, answers, [True] * len(answers))
 
     def keep(self, name: str, what: str, measure: Callable[[], list[Row]]) -> list[Row]:
-        """Return what an interrupted evaluation has measured of a policy with the same settings, or measure it.
+        """Return the rows that an interrupted evaluation with the same settings saved, or else call `measure`.
 
         A file's name holds the fingerprint of what it depends on, and the hash of its content.
         """
@@ -221,7 +221,7 @@ def _texts(answers: Sequence[Completion]) -> tuple[list[str], list[bool]]:
 
 def _require_finite(values: Sequence[Any], place: str, what: str) -> None:
     if not np.isfinite(values).all():
-        raise UserError(place, f"{what} that is not finite", "evaluate in float32, or train it again")
+        raise UserError(place, f"{what} that is not finite", "set evaluation.dtype: float32, or train it again")
 
 
 def _lengths(prompts: Sequence[Messages], answers: Sequence[str]) -> list[int]:

@@ -32,7 +32,7 @@ DEMO = Path(__file__).parent.parent / "data" / "demo.jsonl.gz"
 # What a model needs to be loaded, without its tokenizer.
 MODEL: Patterns = (("config.json",), ("*.safetensors",))
 HH_TEMPLATE = Path(__file__).parent / "hh.jinja"
-# Bytes that no UTF-8 text holds: in a byte-level BPE their tokens never come out of text, so one can serve as padding.
+# Byte-level BPE tokens of bytes that UTF-8 never contains: no text produces them, so one can be the padding token.
 NON_UTF8_BYTE_TOKENS = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø")
 
 
@@ -50,8 +50,8 @@ def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) ->
 
 
 def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and give it what every stage needs: padding on the left, a chat template without a date, and a
-    padding token of the vocabulary other than the end-of-sequence token, which must not be masked in an answer.
+    """Load a tokenizer and give it what every stage needs: padding on the left, a chat template with a fixed date, and
+    a padding token of the vocabulary other than the end-of-sequence token, which must not be masked in an answer.
 
     Raises:
         UserError: there is no end-of-sequence token, or no token to pad with.
@@ -113,6 +113,8 @@ def encode_all(
 ) -> Iterator[list[list[int]]]:
     """Encode prompts, each with its answers of every side, in one call of the tokenizer.
 
+    Special tokens, BOS included, come from the chat template alone.
+
     Returns:
         For each prompt, the token ids of it (with the generation prompt) and of its answers (with the end token).
 
@@ -121,7 +123,7 @@ def encode_all(
     """
     texts = [text for row in zip(prompts, *sides, strict=True) for text in render(tokenizer, *row)]
     if texts and tokenizer.is_fast:
-        # What `tokenizer(texts)` does, without the offsets, masks and copies that nobody reads: a sixth of `prepare`.
+        # As `tokenizer(texts)`, without offsets, masks and copies that are unused: it saves a sixth of `prepare`.
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()

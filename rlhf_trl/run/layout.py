@@ -33,13 +33,13 @@ STEP_DIRS = dict.fromkeys(STEPS, ".") | {
     "explore": "exploration", "prepare": "data", "evaluate": "evaluation", "judge": "judge",
     "compare": "comparison", "errors": "errors", "samples": "samples",
 }  # fmt: skip
-# What `done.json` vouches for: files below the step's directory. The rest of it is another step's, or checks itself.
+# What `done.json` vouches for, below the step's directory. Other files belong to another step or hold own hashes.
 OUTPUTS = dict.fromkeys(STEPS, ("**/*",)) | {
     "judge": ("winrate.json", "prompt_scores.json"), "report": ("report.html", "answers.html"),
     "stage": ("*.json", "*.png", "adapter/**/*"), "whole stage": ("*.json", "*.png", "model/**/*"),
 }  # fmt: skip
 UNVOUCHED = ("done.json", "started.json")
-# What the policies of a run start from is called, beside their own names.
+# The name of the model that all policies of a run start from.
 REFERENCE = "reference"
 
 

@@ -46,8 +46,9 @@ def wilson(successes: float, n: float) -> Estimate:
 def estimate_rate(values: Values) -> Estimate:
     """Estimate the mean of scores from 0 to 1, such as a win rate in which a tie is half.
 
-    Wilson's interval with the effective sample size of Korn and Graubard (1998): as many wins and losses as would vary
-    as much as these scores. Where all are the same, others are at most 1 - 0.025^(1/n) (Clopper and Pearson, 1934).
+    Wilson's interval with the effective sample size of Korn and Graubard (1998): the number of wins and
+    losses whose mean would have the same variance. Where all are the same, others are at most 1 - 0.025^(1/n)
+    (Clopper and Pearson, 1934).
     """
     scores = _finite(values)
     n, mean = scores.size, float(scores.mean())
@@ -77,7 +78,7 @@ def estimate_mean(values: Values, level: float = LEVEL) -> Estimate:
 def p_of_mean(values: Values) -> float:
     """Test that a mean is 0, two-sided: below 0.05 exactly where the interval of `estimate_mean` excludes 0.
 
-    Values that are all the same, and not 0, are as unlikely as that many coins on one side.
+    If all values are equal and not 0, p is that of a sign test.
     """
     from scipy.special import stdtr
 

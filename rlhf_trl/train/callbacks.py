@@ -1,4 +1,4 @@
-"""What happens around a training loop: history, health, interruption, and checkpoints that are whole or absent.
+"""What happens around a training loop: history, health, interruption, and checkpoints that are complete or absent.
 
 Writes `<stage>/training_stats.json` as the logs come, with what the rules of `recipe/health.py` say of them, and
 `<stage>/checkpoints/checkpoint-N/`, each with a `manifest.json`.
@@ -149,7 +149,7 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for what, count in self.seen.items():
-            if self.beyond[what] == count < (self.rules[what][1].logs or 0):  # a run of fewer logs, all of them beyond
+            if self.beyond[what] == count < (self.rules[what][1].logs or 0):  # a short run, always beyond
                 self._report(what, state.global_step)
 
     def _report(self, what: str, step: int) -> None:
@@ -167,7 +167,7 @@ class Watch(TrainerCallback):
 
 
 class Health(TrainerCallback):
-    """Stop a run whose loss or gradient is not finite, before it reaches the weights; check what became of these."""
+    """Stop before the optimizer step if loss or gradient is not finite; afterwards, check that weights changed."""
 
     def __init__(self) -> None:
         self.before: list[float] = []
