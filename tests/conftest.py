@@ -17,6 +17,7 @@ import pytest
 from rlhf_trl.recipe.library import CLASSES
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.recipe.rules import Values
 from rlhf_trl.run.layout import RunDir
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with Ctrl-C ignored
@@ -139,6 +140,12 @@ def reset_accelerate() -> None:
 def pytest_collection_modifyitems(items):
     """The longest files begin first, so that no process waits for one at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As if every package that an option needs were installed."""
+    monkeypatch.setattr(Values, "lacks", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

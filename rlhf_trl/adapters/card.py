@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 
 from rlhf_trl.adapters.check import EVIDENCE, LINEAGE
-from rlhf_trl.adapters.rules import vllm_rank
 from rlhf_trl.adapters.verify import loading_lines
+from rlhf_trl.recipe.library import vllm_rank
 from rlhf_trl.text.display import fence, inline, visible
 from rlhf_trl.text.format import STYLES, pointer, resolve
 

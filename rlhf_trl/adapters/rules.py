@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
+from rlhf_trl.recipe.library import vllm_rank
 from rlhf_trl.run.safetensors import FLOATS, Tensor, is_finite, is_zero
 
 try:
@@ -194,8 +195,7 @@ PARTS = re.compile(r"^(n|num)_(?!ctx|pos)|_(heads|experts)$")
 # How a model computes, in the code of `transformers` itself: another name is that of a kernel to be fetched.
 IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "batched_mm",
                    "grouped_mm")  # fmt: skip
-# The ranks that vLLM can be started for, and that for which it is without an option.
-VLLM_RANKS, DEFAULT_RANK = (8, 16, 32, 64, 128, 256, 320, 512), 16
+DEFAULT_RANK = 16  # for which vLLM is started without an option
 Tensors = Mapping[str, Tensor]
 
 
@@ -311,11 +311,6 @@ def notes(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
         yield f"its rank is {rank}, and vLLM takes {how}"
     if all(is_zero(tensors[module + up]) for module, (_, up) in modules.items()):
         yield "every lora_B is zero: it adds nothing to its base, as before training"
-
-
-def vllm_rank(rank: int) -> int | None:
-    """The option with which vLLM takes a rank, if any."""
-    return next((one for one in VLLM_RANKS if one >= rank), None)
 
 
 def modules_of(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:

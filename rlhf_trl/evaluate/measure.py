@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from rlhf_trl.evaluate.engine import Engine, require_same
 from rlhf_trl.evaluate.results import load_adversarial
 from rlhf_trl.models.base import Policies, prompt_room
 from rlhf_trl.models.rewards import RewardModel
@@ -53,6 +54,10 @@ class Measurements:
         self.recipe, self.run, self.policies, self.judges = recipe, run, policies, judges
         self.settings, self.tokenizer = recipe.evaluation, policies.tokenizer
         self.room = prompt_room(policies.model, self.settings.max_new_tokens)
+        self.engine: Engine | None = None
+        if self.settings.backend == "vllm":
+            self.room = min(self.room or recipe.data.max_length, recipe.data.max_length)
+            self.engine = Engine(policies, self.room + self.settings.max_new_tokens)
         self.rows = choose_prompts(run, self.settings.prompts, recipe.seed)
         self.prompts: list[Messages] = [row["prompt"] for row in self.rows]
         chosen: dict[str, str] = {}
@@ -127,22 +132,37 @@ class Measurements:
         """
         label = name if step is None else f"{name} at step {step}"
         with self.policies.use(name, checkpoint) as model:
-            answers = self._sample(model, self.prompts, f"{label}: answers", keep_hidden=True)
+            what = f"{label}: answers"
+            answers = self._sample(name, model, self.prompts, what, checkpoint=checkpoint, keep_hidden=True)
             kls = self.measure_policy_kl(model, answers, f"{label}: KL", reference is None)
         _require_finite(kls, name, "the policy has a KL or an entropy")
+        if self.engine:
+            require_same(label, answers, [values[4] for values in kls], [values[1] for values in kls])
         records = self._records(answers)
         for record, refusal, values in zip(records, self.chosen_refuses, kls, strict=True):
-            record |= dict(zip(("kl", "kl_k1", "kl_k3", "entropy"), values, strict=True), chosen_refuses=refusal)
+            record |= dict(zip(("kl", "kl_k1", "kl_k3", "entropy"), values[:4], strict=True), chosen_refuses=refusal)
         for key, scores in self.score(self.prompts, *_texts(answers)).items():
             start = scores if reference is None else [record[key] for record in reference]
             for record, score, base, target in zip(records, scores, start, self.dataset[key], strict=True):
                 record |= {key: score, f"{key}_gain": score - base, f"{key}_over_chosen": score - target}
         return records
 
-    def _sample(self, model: Any, prompts: Sequence[Messages], progress: str, **more: Any) -> list[Completion]:
-        size = self.settings.generation_batch_size
-        limits = (self.settings.max_new_tokens, size, self.recipe.seed)
-        return sample(model, self.tokenizer, prompts, *limits, progress=progress, **more)
+    def _sample(
+        self,
+        name: str,
+        model: Any,
+        prompts: Sequence[Messages],
+        progress: str,
+        checkpoint: Path | None = None,
+        keep_hidden: bool = False,
+        **more: Any,
+    ) -> list[Completion]:
+        length, seed = self.settings.max_new_tokens, self.recipe.seed
+        if self.engine:
+            adapter = None if name == REFERENCE else checkpoint or self.run.adapter(name)
+            return self.engine.generate(adapter, prompts, length, seed, progress, **more)
+        more |= {"progress": progress, "keep_hidden": keep_hidden}
+        return sample(model, self.tokenizer, prompts, length, self.settings.generation_batch_size, seed, **more)
 
     @torch.no_grad()
     def measure_policy_kl(
@@ -151,7 +171,7 @@ class Measurements:
         """Measure the KL of a policy to the reference on its own answers.
 
         Returns:
-            For each answer kl, k1 and k3 in nats, and entropy in nats per token.
+            For each answer kl, k1 and k3 in nats, entropy in nats per token, and the log-probability in nats.
         """
         vocabulary = policy.config.get_text_config().vocab_size
         longest = max(len(answer.ids) for answer in answers)
@@ -167,7 +187,7 @@ class Measurements:
                 with self.policies.use(REFERENCE) as reference:
                     ref_logits = answer_logits(reference, *batch)
             kl = measure_kl(logits, ref_logits, batch[1], batch[3])
-            return torch.stack([kl.kl, kl.k1, kl.k3, kl.entropy / batch[3].sum(1)], dim=1).tolist()
+            return torch.stack([kl.kl, kl.k1, kl.k3, kl.entropy / batch[3].sum(1), kl.log_prob], dim=1).tolist()
 
         lengths = _lengths(self.prompts, [answer.text for answer in answers])
         return spread(sorted_batches(lengths, size, SHORTEST), work, progress)
@@ -178,7 +198,7 @@ class Measurements:
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
         with self.policies.use(REFERENCE) as model:
             draws = [*range(1, count + 1)] * len(self.rows)
-            answers = self._sample(model, prompts, "best of n: answers", draws=draws)
+            answers = self._sample(REFERENCE, model, prompts, "best of n: answers", draws=draws)
         scores = self.score(prompts, *_texts(answers))
         drawn: list[Row] = []
         for index, record in enumerate(reference):
@@ -192,7 +212,7 @@ class Measurements:
         """Answer the prompts with the second decoding, and score the answers."""
         with self.policies.use(name) as model:
             label = f"{name}: answers for the judge"
-            answers = self._sample(model, self.prompts, label, decoding=self.settings.judge_decoding)
+            answers = self._sample(name, model, self.prompts, label, decoding=self.settings.judge_decoding)
         records = self._records(answers)
         for key, scores in self.score(self.prompts, *_texts(answers)).items():
             for record, score in zip(records, scores, strict=True):
@@ -209,7 +229,7 @@ class Measurements:
         questions = [prompt["prompt"] for prompt in load_adversarial()[1]]
         with self.policies.use(name) as model:
             label, decoding = f"{name}: adversarial prompts", self.settings.judge_decoding
-            answers = self._sample(model, questions, label, decoding=decoding, max_prompt_tokens=self.room)
+            answers = self._sample(name, model, questions, label, decoding=decoding, max_prompt_tokens=self.room)
         return [{"text": answer.text, "finished": answer.finished, "refusal": refuses(answer.text),
                  "unsafe": unsafe_patterns(answer.text)} for answer in answers]  # fmt: skip
 

@@ -38,12 +38,14 @@ class Completion:
     """One sampled answer; `finished` where it ended by itself, before the length limit.
 
     `hidden`: what the output head read before each token, (T, H); only where asked for, and where it gives the logits.
+    `log_prob`: of the answer, in nats, by the engine that sampled it; None where the model itself did.
     """
 
     ids: list[int]
     text: str
     finished: bool
     hidden: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+    log_prob: float | None = dataclasses.field(default=None, compare=False)
 
 
 def spread(
@@ -124,9 +126,7 @@ def sample(
         keep_hidden: keep what the output head read, from which `head_logits` makes the logits once more.
     """
     decoding = decoding or Decoding()
-    ids = [encode(tokenizer, prompt)[0][-(max_prompt_tokens or 0) :] for prompt in prompts]
-    keys = [repr((seed, row, draw)).encode() for row, draw in zip(ids, draws or [0] * len(ids), strict=True)]
-    seeds = [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1 for key in keys]
+    ids, seeds = encode_seeded(tokenizer, prompts, seed, draws, max_prompt_tokens)
     head = model.get_output_embeddings()
 
     def answer(rows: Sequence[int]) -> list[Completion]:
@@ -136,7 +136,7 @@ def sample(
         hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]) if keep_hidden else None)
         output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
         hook.remove()
-        completions = [_read_answer(tokenizer, row) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+        completions = [read_answer(tokenizer, row) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
         # Some models bend the logits after their head (a soft cap, a scale).
         if not seen or not torch.allclose(head(seen[0]).float(), processors[-1].first, rtol=1e-3, atol=1e-3):
             return completions
@@ -159,10 +159,24 @@ def _processors(decoding: Decoding, seeds: Sequence[int], length: int) -> transf
     )
 
 
-def _read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> Completion:
+def encode_seeded(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    seed: int,
+    draws: Sequence[int] | None = None,
+    max_prompt_tokens: int | None = None,
+) -> tuple[list[list[int]], list[int]]:
+    """Encode prompts, and give each answer a seed of its own; the arguments are those of `sample`."""
+    ids = [encode(tokenizer, prompt)[0][-(max_prompt_tokens or 0) :] for prompt in prompts]
+    keys = [repr((seed, row, draw)).encode() for row, draw in zip(ids, draws or [0] * len(ids), strict=True)]
+    return ids, [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1 for key in keys]
+
+
+def read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int], log_prob: float | None = None) -> Completion:
     finished = tokenizer.eos_token_id in tokens
     tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1] if finished else tokens
-    return Completion(tokens, tokenizer.decode(tokens, skip_special_tokens=True).strip(), finished)
+    text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return Completion(tokens, text, finished, log_prob=log_prob)
 
 
 class KL(NamedTuple):
@@ -172,6 +186,7 @@ class KL(NamedTuple):
     k1: Tensor  # sampled estimate log pi - log ref
     k3: Tensor  # sampled estimate ref / pi - 1 - log(ref / pi)
     entropy: Tensor  # of the policy's distribution at each position
+    log_prob: Tensor  # of the answer, by the policy
 
 
 def measure_kl(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Tensor) -> KL:
@@ -185,16 +200,17 @@ def measure_kl(logits: Tensor, ref_logits: Tensor, answer_ids: Tensor, mask: Ten
         logits, ref_logits: of the policy and of the reference, (B, T, V).
         answer_ids: the sampled tokens, (B, T); `mask` is 1 on the answer's tokens, its end token included, (B, T).
     """
-    sums = torch.zeros(4, logits.shape[0], dtype=torch.float64, device=logits.device)
+    sums = torch.zeros(5, logits.shape[0], dtype=torch.float64, device=logits.device)
     for start in range(0, logits.shape[1], KL_POSITIONS):
         part = slice(start, start + KL_POSITIONS)
         log_p, log_q = logits[:, part].float().log_softmax(-1), ref_logits[:, part].float().log_softmax(-1)
         tokens = answer_ids[:, part, None]
-        log_ratio = (log_q.gather(-1, tokens) - log_p.gather(-1, tokens)).squeeze(-1).double()
+        log_prob = log_p.gather(-1, tokens).squeeze(-1).double()
+        log_ratio = log_q.gather(-1, tokens).squeeze(-1).double() - log_prob
         p = log_p.exp()
         entropy = -(p * log_p).sum(-1)
         kl = (p * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding alone puts it below
-        terms = torch.stack([kl, -log_ratio, log_ratio.expm1() - log_ratio, entropy])
+        terms = torch.stack([kl, -log_ratio, log_ratio.expm1() - log_ratio, entropy, log_prob])
         sums += torch.where(mask[:, part].bool(), terms, 0.0).sum(-1)
     return KL(*sums.unbind())
 

@@ -81,6 +81,8 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("dataloader_num_workers", "dataset_num_proc"), (0, 256)),  # processes, each with the data
     "num_generations": (2, math.inf),
 }
+# The ranks that vLLM can be started for.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Stands for a default that the source computes (that of `optim` depends on torch).
 UNREAD = ...
 
@@ -238,6 +240,11 @@ def suggest(word: object, known: Iterable[str], otherwise: str) -> str:
 def value_of(kind: str, args: Mapping[str, Any], name: str) -> Any:
     """The value that training will see: the recipe's, or else the library's default."""
     return args[name] if name in args else read_options(kind)[name].default
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The option `max_lora_rank` with which vLLM takes a rank, if any."""
+    return next((one for one in VLLM_RANKS if one >= rank), None)
 
 
 # What a batch over all processes is made of, besides their number.

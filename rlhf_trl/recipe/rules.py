@@ -114,6 +114,12 @@ class Values:
         divisors = [size for size in range(2, min(self.rollout, 1024) + 1) if self.rollout % size == 0]
         return min(divisors, key=lambda size: abs(size - self["num_generations"]), default=2)
 
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether the stage trains a LoRA adapter that an engine can lay on the reference."""
+        other = any(self[f"model.{key}"] for key in ("use_dora", "load_in_4bit", "load_in_8bit"))
+        return bool(self["model.use_peft"]) and not other and not self["stage.continue_"]
+
     def lacks(self, key: str, pattern: str, module: str) -> bool:
         """Whether a value matches the pattern and needs a package that is not installed."""
         value = self[key] if "." in key or key in read_options(self.trainer) else None
@@ -149,6 +155,7 @@ def max_positions(model: str) -> int | None:
 NEEDS = (
     ("use_vllm", "True", "vllm", '"rlhf-trl[vllm]"'),
     ("use_liger_kernel", "True", "liger_kernel", '"rlhf-trl[liger]"'),
+    ("evaluation.backend", "vllm", "vllm", '"rlhf-trl[vllm]"'),
     ("deepspeed", "*", "deepspeed", '"rlhf-trl[deepspeed]"'),
     ("report_to", "trackio", "trackio", '"rlhf-trl[trackio]"'),
     *(("report_to", name, name, name) for name in ("wandb", "mlflow", "tensorboard", "swanlab", "clearml")),
@@ -228,6 +235,9 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...
        "{of.positions} positions of the model", "set it to {of.room} or less, or lower data.max_length")
       for trainers, key in ((("grpo",), "max_completion_length"), (("ppo",), "response_length"),
                             (POLICY_TRAINERS, "evaluation.max_new_tokens"))),
+    (POLICY_TRAINERS, "evaluation.backend", lambda of: of["evaluation.backend"] == "vllm" and not of.is_plain_lora,
+     "vLLM answers with LoRA adapters on one base in full precision, and the stage {of.name} trains none",
+     "set evaluation.backend: transformers"),
     *((EVERY, key, lambda of, need=(key, pattern, module): of.lacks(*need),
        f"needs the package {module}, which is not installed", f"pip install {package}")
       for key, pattern, module, package in NEEDS),

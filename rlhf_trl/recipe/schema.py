@@ -177,6 +177,9 @@ class Evaluation(Strict):
     worst: Worst = Worst()
     adversarial: bool = True  # answer the project's adversarial prompts, too
     alarms: Alarms = Alarms()
+    backend: Literal["transformers", "vllm"] = "transformers"  # what answers the prompts
+    vllm_gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
+    """Share of the GPU's memory for vLLM, beside the models that measure."""
     generation_batch_size: int = Field(default=32, ge=1)
     score_batch_size: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -72,6 +72,9 @@ def check_stages(recipe: Recipe, run: RunDir, processes: int) -> None:
     for stage in recipe.stages:
         block = recipe.model_block(recipe.root(stage)) | recipe.model_block(stage)
         blocks.setdefault(json.dumps(block, sort_keys=True), []).append(stage)
+    if recipe.evaluation.backend == "vllm" and not torch.cuda.is_available():
+        problem, remedy = "vLLM needs a GPU, and this machine has none", "set evaluation.backend: transformers"
+        problems.append(Problem("evaluation.backend", problem, remedy))
     checks = [functools.partial(_check_modules, recipe, stages, json.loads(block)) for block, stages in blocks.items()]
     checks += [functools.partial(_rehearse, recipe, run, stage, processes) for stage in recipe.stages]
     for check in checks:

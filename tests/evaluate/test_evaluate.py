@@ -7,7 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, reset_accelerate, shared, small_recipe, train_all
@@ -17,14 +20,16 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_trl.compare.step import compare
 from rlhf_trl.errors.step import errors
+from rlhf_trl.evaluate.engine import require_same
 from rlhf_trl.evaluate.samples import samples
 from rlhf_trl.evaluate.step import evaluate
 from rlhf_trl.judge.step import judge
 from rlhf_trl.models.rewards import load_reward_model
-from rlhf_trl.models.sampling import sample
+from rlhf_trl.models.sampling import Completion, sample
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.recipe.schema import Decoding
 from rlhf_trl.report.step import report
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
@@ -209,6 +214,96 @@ def test_what_is_missing_or_not_finite_is_found_before_anything_is_sampled(copie
     run.done("ppo").unlink()
     with pytest.raises(UserError, match="train RECIPE ppo"):
         evaluate(recipe, run)
+
+
+# --- answers by vLLM, with a stand-in that answers from the folders that it is given
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """A module `vllm` whose engine is transformers and peft; with `obeys = False` the base answers every request."""
+    engine = SimpleNamespace(obeys=True, settings={}, asked=[])
+
+    class LLM:
+        def __init__(self, **settings):
+            engine.settings |= settings
+            self.base = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=settings["dtype"])
+
+        @torch.no_grad()
+        def generate(self, prompts, params, use_tqdm, lora_request):
+            engine.asked.append(lora_request and lora_request.path)
+            adapted = lora_request and engine.obeys and PeftModel.from_pretrained(self.base, lora_request.path)
+            outputs = [self.answer(adapted or self.base, row["prompt_token_ids"], of)
+                       for row, of in zip(prompts, params, strict=True)]  # fmt: skip
+            self.base = adapted.unload() if adapted else self.base
+            return [SimpleNamespace(outputs=[output]) for output in outputs]
+
+        def answer(self, model, ids, params):
+            draw, start, total = torch.Generator().manual_seed(params.seed), len(ids), 0.0
+            while len(ids) < start + params.max_tokens and ids[-1] not in params.stop_token_ids:
+                log_p = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                token = torch.multinomial(log_p.exp(), 1, generator=draw) if params.temperature else log_p.argmax()
+                ids, total = [*ids, int(token)], total + float(log_p[int(token)])
+            return SimpleNamespace(token_ids=tuple(ids[start:]), cumulative_logprob=total)
+
+    modules = {"vllm": {"LLM": LLM, "SamplingParams": SimpleNamespace},
+               "vllm.lora.request": {"LoRARequest": namedtuple("LoRARequest", "name number path")}}  # fmt: skip
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return engine
+
+
+@pytest.fixture
+def by_vllm(copied):
+    """What to evaluate, with vLLM in the place of the models."""
+    recipe, run, _ = copied
+    changes = {"backend": "vllm", "prompts": 6, "max_new_tokens": 6, "best_of_n": 2}
+    settings = recipe.evaluation.model_copy(update={**changes, "judge_decoding": Decoding(temperature=0)})
+    return recipe.model_copy(update={"evaluation": settings}), run
+
+
+def test_the_adapter_that_answers_is_the_adapter_that_is_measured(by_vllm, vllm):
+    recipe, run = by_vllm
+    evaluate(recipe, run)
+    assert set(vllm.asked) == {None, *(str(run.adapter(name)) for name in recipe.policies)}
+    assert vllm.settings["model"] == str(run.model("sft")) and vllm.settings["max_lora_rank"] == 8
+    assert vllm.settings["max_model_len"] == recipe.data.max_length + 6
+    metrics, best = read_json(run.metrics), read_jsonl(run.best_of_n)
+    assert all(metrics["policies"][name]["kl"]["mean"] > 0 for name in recipe.policies)
+    assert {len(row["answers"]) for row in best} == {2}
+    greedy, tokenizer = read_jsonl(run.judge_answers("dpo")), recorded_tokenizer(recipe, run)
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.model("sft")), run.adapter("dpo"))
+    prompts = [row["prompt"] for row in greedy]
+    expected = sample(policy, tokenizer, prompts, 6, 4, recipe.seed, recipe.evaluation.judge_decoding)
+    assert [row["answer"] for row in greedy] == [answer.text for answer in expected]
+
+
+def test_a_base_that_answers_in_place_of_the_adapter_is_caught(by_vllm, vllm):
+    vllm.obeys = False
+    with pytest.raises(UserError, match=r"dpo: vLLM has answered without the adapter"):
+        evaluate(*by_vllm)
+
+
+@pytest.mark.parametrize(
+    ("way", "off", "says"),
+    [
+        (1.0, 0.0, None),
+        (1.0, 1.0, "without the adapter"),
+        (0.0, 0.0, None),  # the reference itself
+        (0.0, 0.5, "nats a token"),  # another model
+        (1e-3, 0.0, None),  # a policy that has hardly moved, and noise of the engine
+    ],
+)
+def test_noise_of_the_engine_is_told_from_another_model(way, off, says):
+    draw = np.random.default_rng(0)
+    own, ratio = -20 + draw.normal(size=200), way * draw.normal(size=200)
+    engine = own - off * (ratio if way else 40 * np.ones(200)) + 0.3 * draw.normal(size=200)
+    answers = [Completion([0] * 40, "", True, log_prob=value) for value in engine]
+    with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+        require_same("dpo", answers, own, ratio)
 
 
 # --- a gold model, checkpoints ---------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_what_the_libraries_say_is_named_before_the_first_step(row, processes, r
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("processes", [1, 2, 8])
-def test_every_shipped_recipe_is_valid_and_its_updates_do_not_depend_on_the_processes(path, processes):
+def test_every_shipped_recipe_is_valid_and_its_updates_do_not_depend_on_the_processes(path, processes, installed):
     recipe = load_recipe(path, NO_PPO if "trainer: ppo" in path.read_text() else [], processes)
     for name, stage in recipe.stages.items() if path.stem != "demo" else ():
         rows, steps = (recipe.args_of(name, processes)[key] for key in BATCH)
@@ -188,9 +188,22 @@ def test_an_option_that_needs_a_package_is_named_with_it(key, pattern, module, p
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
     value = {"True": "true", "*": "{}", "*/*": "kernels-community/flash-attn2"}.get(pattern, pattern)
-    where = key if key.startswith("model.") else f"stages.grpo.args.{key}"
+    where = key if "." in key else f"stages.grpo.args.{key}"
     (problem,) = refuse(GOOD, f"{where}={value}")
     assert problem.place == f"--set {where}" and module in problem.problem and package in problem.remedy
+
+
+@pytest.mark.parametrize("other", ["use_peft=false", "load_in_4bit=true", "use_dora=true"])
+def test_vllm_answers_for_plain_lora_alone(other, refuse, installed):
+    refused = refuse(GOOD, "evaluation.backend=vllm", f"stages.dpo.model.{other}")
+    assert ["the stage dpo trains none" in problem.problem for problem in refused] == [True]
+
+
+def test_vllm_needs_a_gpu(accept, installed, tmp_path):
+    from rlhf_trl.train.check import check_stages
+
+    with pytest.raises(UserError, match="vLLM needs a GPU"):
+        check_stages(accept(GOOD, "evaluation.backend=vllm"), RunDir(tmp_path / "run"), 1)
 
 
 @pytest.mark.parametrize("row", TABLE["missing"].values(), ids=TABLE["missing"])

@@ -78,9 +78,12 @@ def test_the_plan_of_a_batch_that_several_processes_share(tmp_path):
     ("hh_qwen2.5_1.5b", None, 1, "24GB", (1536, 8960, 28, 12, 2, 151936, True)),
     ("hh_llama3.1_8b_qlora_24gb", None, 1, "24GB", (4096, 14336, 32, 32, 8, 128256, False)),
     ("hh_llama3.1_8b_8gpus", "ddp", 8, "80GB", (4096, 14336, 32, 32, 8, 128256, False)),
+    ("hh_llama3.1_8b_grpo_vllm", "ddp", 8, "56GB", (4096, 14336, 32, 32, 8, 128256, False)),  # vLLM has the rest of 80
     ("hh_llama3.1_70b_2nodes", "multi_node", 16, "80GB", (8192, 28672, 80, 64, 8, 128256, False)),
 ])  # fmt: skip
-def test_a_recipe_fits_the_devices_that_it_is_made_for(tmp_path, monkeypatch, name, profile, processes, size, shape):
+def test_a_recipe_fits_the_devices_that_it_is_made_for(
+    tmp_path, monkeypatch, installed, name, profile, processes, size, shape
+):
     """By the sizes that its base's config has on the Hub, with three tenths to spare for what no estimate knows."""
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "vocab_size", "tie_word_embeddings")  # fmt: skip
