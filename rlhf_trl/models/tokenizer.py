@@ -50,8 +50,8 @@ def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) ->
 
 
 def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and give it what every stage needs: padding on the left, a chat template with a fixed date, and
-    a padding token of the vocabulary other than the end-of-sequence token, which must not be masked in an answer.
+    """Load a tokenizer and give it what every stage needs: padding on the left, a chat template with a fixed date, the
+    end token of that template, and another token of the vocabulary to pad with, so that no end is masked.
 
     Raises:
         UserError: there is no end-of-sequence token, or no token to pad with.
@@ -61,16 +61,31 @@ def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBas
         path = str(Path(path).parent)  # the base that an adapter ships, whose tokenizer lies beside it
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else ""  # the default one of several
     except (OSError, ValueError) as error:
         raise unreachable(path, error) from error
     if tokenizer.eos_token is None:
         raise UserError(path, "the tokenizer has no end-of-sequence token", "use a model with one")
-    template = tokenizer.chat_template or HH_TEMPLATE.read_text(encoding="utf-8")
+    if not template:
+        begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # such models answer badly without it
+        template = "{{ bos_token }}" * begins + HH_TEMPLATE.read_text(encoding="utf-8")
     date = '{%- set date_string = "26 Jul 2024" -%}' if "strftime_now" in template else ""
     tokenizer.chat_template = date + template
+    tokenizer.eos_token = _end_token(tokenizer)
     tokenizer.padding_side = "left"
     tokenizer.add_special_tokens({"pad_token": _pad_token(tokenizer, path)})
     return tokenizer
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special token on which the template ends an answer; the tokenizer's own where it ends on none.
+
+    A chat model stops at that one, and its tokenizer may name another (Gemma, Phi-3).
+    """
+    _, answer = render(tokenizer, [{"role": "user", "content": "0"}], "0")
+    end = answer.removesuffix(tokenizer.eos_token).rpartition("0")[2].strip()
+    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return end if end in special else str(tokenizer.eos_token)
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
@@ -157,6 +172,8 @@ def build_once(run: RunDir, owner: str, path: Path, build: Callable[[Path], None
     if damage(path, MODEL, run.hashes.of):
         with run.model_lock(owner):  # stages that train side by side may start from the same one
             if damage(path, MODEL, run.hashes.of):
+                for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+                    remove(left)
                 with staged(path) as folder:
                     build(folder)
                     seal(folder)

@@ -240,6 +240,6 @@ def _fault(text: str) -> tuple[str, str] | None:
     """Say what is wrong with a key or a text: it looks like an access token, or no file can hold it."""
     if redact(text) != text:
         return "holds what looks like an access token", "keep tokens in the environment (see .env.example)"
-    if re.search("[\ud800-\udfff]", text):
-        return "holds half of a character, a lone surrogate", "write the whole character"
+    if re.search("[\0\ud800-\udfff]", text):
+        return "holds a character that no file can", "leave it out"
     return None

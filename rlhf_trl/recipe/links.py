@@ -14,6 +14,7 @@ from rlhf_trl.recipe.recipe import MAX_STAGES, Recipe, combinations
 from rlhf_trl.recipe.rules import Values, check_values
 from rlhf_trl.recipe.schema import NAME, Stage
 
+BASE = ("model_name_or_path", "model_revision")  # of a `model` block: which weights it names
 # Options of the libraries that this project sets itself, and what to use instead.
 OWNED = {
     "output_dir": "the run directory holds every output; choose it with `--runs`",
@@ -21,6 +22,7 @@ OWNED = {
     "sft_model_path": "name the stage to start from with `init:`",
     "reward_model_path": "name the reward stage with `reward:`",
     "lora_task_type": "it follows from the trainer of the stage",
+    "lora_modules_to_save": "an adapter is LoRA alone: the base's own weights are every policy's, and the reference's",
     **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), "one tokenizer serves all stages"),
     "trust_remote_code": "code from a model repository is not run",
     "resume_from_checkpoint": "an unfinished stage resumes by itself",
@@ -46,8 +48,7 @@ ALIKE = (
     {"num_iterations", "num_ppo_epochs", "ppo_epochs"}, {"epsilon", "cliprange", "clip_range"},
     {"eval_strategy", "evaluation_strategy"}, {"dtype", "torch_dtype"}, {"learning_rate", "lr"},
     {"num_train_epochs", "epochs"}, {"num_generations", "group_size"}, {"lora_r", "r", "rank"},
-    {"lora_target_modules", "target_modules"}, {"lora_modules_to_save", "modules_to_save"},
-    {"train_sampling_strategy", "group_by_length"},
+    {"lora_target_modules", "target_modules"}, {"train_sampling_strategy", "group_by_length"},
 )  # fmt: skip
 # ... and what a recipe says in a section of its own.
 MOVED = {
@@ -196,7 +197,7 @@ class Links(NamedTuple):
             yield from self._check_link(f"stages.{name}.reward", stage.reward, name, reward=True)
         missing = f"add `reward: {self.rewards[0]}`" if self.rewards else "add a stage with `trainer: reward`"
         yield from _broken(
-            (f"stages.{name}.init", stage.init and "model_name_or_path" in stage.model,
+            (f"stages.{name}.init", stage.init and {*BASE} & {*stage.model},
              "a stage cannot have both `init` and a base model of its own", "leave out one of the two"),
             (f"stages.{name}.reward", stage.reward and not online,
              f"{stage.trainer} uses no reward model", "remove the key"),
@@ -278,8 +279,8 @@ class Links(NamedTuple):
         starts: dict[Any, str] = {}
         for name in self.recipe.policies:
             stage = self.recipe.stages[name]
-            if not {f"stages.{name}.init", f"stages.{name}.model.model_name_or_path"} & wrong:
-                starts.setdefault((stage.init, stage.model.get("model_name_or_path")), name)
+            if not {f"stages.{name}.init", *(f"stages.{name}.model.{key}" for key in BASE)} & wrong:
+                starts.setdefault((stage.init, *map(self.recipe.model_block(name).get, BASE)), name)
         if len(starts) > 1:
             first, second, *_ = starts.values()
             problem = f"{first!r} and {second!r} start from different models: KL has no common reference"

@@ -7,7 +7,6 @@ itself.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import importlib.util
 import json
 import math
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.recipe.errors import Problem
-from rlhf_trl.recipe.library import BATCH, read_options, spread_batch, value_of
+from rlhf_trl.recipe.library import BATCH, spread_batch, value_of
 from rlhf_trl.recipe.recipe import POLICY_TRAINERS, Recipe
 
 EVERY = ("sft", "reward", *POLICY_TRAINERS)
@@ -120,12 +119,6 @@ class Values:
         other = any(self[f"model.{key}"] for key in ("use_dora", "load_in_4bit", "load_in_8bit"))
         return bool(self["model.use_peft"]) and not other and not self["stage.continue_"]
 
-    def lacks(self, key: str, pattern: str, module: str) -> bool:
-        """Whether a value matches the pattern and needs a package that is not installed."""
-        value = self[key] if "." in key or key in read_options(self.trainer) else None
-        given = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
-        return bool(fnmatch.filter(given, pattern)) and importlib.util.find_spec(module) is None
-
 
 def check_values(values: Values) -> Iterator[Problem]:
     """Apply every rule to one stage."""
@@ -151,17 +144,6 @@ def max_positions(model: str) -> int | None:
     return None
 
 
-# Option, the values that need a package, its module, what brings it.
-NEEDS = (
-    ("use_vllm", "True", "vllm", '"rlhf-trl[vllm]"'),
-    ("use_liger_kernel", "True", "liger_kernel", '"rlhf-trl[liger]"'),
-    ("evaluation.backend", "vllm", "vllm", '"rlhf-trl[vllm]"'),
-    ("deepspeed", "*", "deepspeed", '"rlhf-trl[deepspeed]"'),
-    ("report_to", "trackio", "trackio", '"rlhf-trl[trackio]"'),
-    *(("report_to", name, name, name) for name in ("wandb", "mlflow", "tensorboard", "swanlab", "clearml")),
-    ("model.attn_implementation", "flash_attention_2", "flash_attn", "flash-attn"),
-    ("model.attn_implementation", "*/*", "kernels", "kernels"),
-)
 # Trainers, key, when it is wrong, problem and remedy (which may name values of the stage).
 RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...] = (
     (("ppo",), "model.use_peft", lambda of: not of["model.use_peft"],
@@ -197,14 +179,15 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...
      "{of[num_generations]} does not divide the {of.rollout} answers of a rollout (generation_batch_size, or else "
      "batch x steps x {of.processes} process(es))",
      "use num_generations: {of.group}, or make per_device_train_batch_size or gradient_accumulation_steps a multiple"),
-    (("dpo",), "label_smoothing", lambda of: "exo_pair" in of["loss_type"] and of["label_smoothing"] <= 0,
-     "the loss exo_pair needs it above 0", "set label_smoothing: 0.001"),
     (("dpo",), "label_smoothing", lambda of: of["label_smoothing"] >= 0.5,
      "at 0.5 the loss no longer tells the chosen answer from the rejected one", "set it below 0.5"),
     (("dpo",), "padding_free", lambda of: of["padding_free"], "TRL's DPO trainer switches it off without an error",
      "leave it out"),
     (("dpo",), "beta", lambda of: of["beta"] <= 0, "is not above 0: nothing would be learned",
      "give a positive number, such as 0.1"),
+    (EVERY, "dataloader_persistent_workers",
+     lambda of: of["dataloader_persistent_workers"] and not of["dataloader_num_workers"],
+     "there are no workers to keep", "set dataloader_num_workers beside it, or leave it out"),
     (EVERY, "fsdp", lambda of: of["fsdp"] and of.processes == 1, "shards over processes, and this is one",
      "leave it out, and launch with --accelerate fsdp2"),
     *((EVERY, f"model.{key}", lambda of, key=key: of[f"model.{key}"] and not of["model.use_peft"],
@@ -238,7 +221,7 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...
     (POLICY_TRAINERS, "evaluation.backend", lambda of: of["evaluation.backend"] == "vllm" and not of.is_plain_lora,
      "vLLM answers with LoRA adapters on one base in full precision, and the stage {of.name} trains none",
      "set evaluation.backend: transformers"),
-    *((EVERY, key, lambda of, need=(key, pattern, module): of.lacks(*need),
-       f"needs the package {module}, which is not installed", f"pip install {package}")
-      for key, pattern, module, package in NEEDS),
+    *((trainers, key, lambda of, key=key: of[key] in (True, "vllm") and importlib.util.find_spec("vllm") is None,
+       "needs the package vllm, which is not installed", 'pip install "rlhf-trl[vllm]"')
+      for trainers, key in ((("grpo",), "use_vllm"), (EVERY, "evaluation.backend"))),
 )  # fmt: skip

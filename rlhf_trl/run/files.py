@@ -106,8 +106,10 @@ def sync(path: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, if there is one, also where folders in it may not be read."""
-    if folder.exists():
+    """Remove a folder, if there is one, also where folders in it may not be read; of a link to one, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         for place, names, _ in itertools.chain([(str(folder.parent), [folder.name], [""])], os.walk(folder)):
             for path in (Path(place) / name for name in names):
                 if not path.is_symlink() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):

@@ -46,7 +46,7 @@ BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size")
 SHARDING = ("deepspeed", "fsdp", "fsdp_config")
 AUTO = {"CAUSAL_LM": transformers.AutoModelForCausalLM, "SEQ_CLS": transformers.AutoModelForSequenceClassification}
 # Key of `model` -> what its names are names of.
-NAMES = {"lora_target_modules": "modules", "lora_modules_to_save": "modules", "lora_target_parameters": "parameters"}
+NAMES = {"lora_target_modules": "modules", "lora_target_parameters": "parameters"}
 ALTERNATIVES = re.compile(r"\w{3,}(?=\|)|(?<=\|)\w{3,}")  # the words of a pattern such as .*(q_proj|v_proj)
 # Whatever the libraries raise here, they would raise hours later.
 FAULTS = (ValueError, TypeError, LookupError, AttributeError, AssertionError)
@@ -123,8 +123,10 @@ def _check_modules(recipe: Recipe, stages: list[str], block: dict[str, Any]) -> 
             if not any(f".{name}".endswith(f".{text}") if whole else text in name for name in names[kind]):
                 raise UserError(place(key), f"{text!r} matches nothing in the model", _near(text, names[kind]))
     for task, model in models.items():
+        ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+        tied = {name for name, module in model.named_modules() if module in ends} if task == "CAUSAL_LM" else set()
         try:
-            get_peft_model(model, get_peft_config(dataclasses.replace(wanted, lora_task_type=task)))
+            adapted = get_peft_model(model, get_peft_config(dataclasses.replace(wanted, lora_task_type=task)))
         except (ValueError, TypeError) as error:
             target = str(wanted.lora_target_modules)
             remedy = _near(target, names["modules"])
@@ -132,6 +134,10 @@ def _check_modules(recipe: Recipe, stages: list[str], block: dict[str, Any]) -> 
                 # ModelConfig turns a list of one name into a text, and PEFT takes a text for a pattern.
                 remedy = f"a single name is a pattern of whole names: write '.*{target}'"
             raise UserError(place("lora_target_modules"), first_line(error), remedy) from error
+        tied &= {*adapted.targeted_module_names} if config.get_text_config().tie_word_embeddings else set()
+        if tied:  # merging would change both
+            problem = f"{min(tied)} is one matrix with the other end of the model: LoRA would change one alone"
+            raise UserError(place("lora_target_modules"), problem, "leave it out")
 
 
 def _near(text: str, names: list[str]) -> str:
@@ -206,7 +212,7 @@ def _build_trainer(word: str, task: str, config: Any, block: dict[str, Any]) -> 
     common = {"model": model, "args": config, "train_dataset": data, "eval_dataset": data}
     if word == "ppo":  # its trainer asks for a run's reward model; the base class has the same options
         return transformers.Trainer(**common)
-    anything = {"lora_target_modules": "all-linear", "lora_modules_to_save": None, "lora_target_parameters": None}
+    anything = {"lora_target_modules": "all-linear", "lora_target_parameters": None}
     common["peft_config"] = get_peft_config(ModelConfig(**{**block, **anything, "lora_task_type": task}))
     if word == "grpo":
         config.use_vllm = False  # it would start an engine

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import demo_text
 import pytest
 from conftest import shared, small_recipe
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlhf_trl.models import tokenizer as tokenizers
@@ -24,6 +25,7 @@ DATED = (
     "{% if m.role == 'assistant' %}{{ eos_token }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+TURNS = DATED[DATED.index("{% for") :].replace("{{ eos_token }}", "<|pad|>")
 COUNTING = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -31,8 +33,12 @@ COUNTING = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endf
 def changed(tmp_path, trained):
     """Set up the run's tokenizer again, with other attributes."""
 
-    def changed(**changes):
+    def changed(begins=False, **changes):
         tokenizer = AutoTokenizer.from_pretrained(trained[1].base)
+        if begins:
+            special = [("<|endoftext|>", 0)]
+            processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=special)
+            tokenizer.backend_tokenizer.post_processor = processor
         for key, value in changes.items():
             setattr(tokenizer, key, value)
         tokenizer.save_pretrained(tmp_path)
@@ -71,9 +77,21 @@ def test_templates(changed):
         encode(changed(chat_template=COUNTING), PROMPT, "Because.")
 
 
-def test_a_tokenizer_that_pads_with_its_end_token_gets_another(changed):
-    tokenizer = changed(pad_token="<|endoftext|>")
-    assert tokenizer.pad_token not in (None, tokenizer.eos_token)
+@pytest.mark.parametrize(
+    ("changes", "start", "end"),
+    [
+        ({"pad_token": "<|endoftext|>"}, "\n\nHuman: ", "<|endoftext|>"),
+        ({"begins": True}, "<|endoftext|>\n\nHuman: ", "<|endoftext|>"),
+        ({"chat_template": TURNS}, "<user>", "<|pad|>"),
+        ({"chat_template": {"default": TURNS, "tool_use": COUNTING}}, "<user>", "<|pad|>"),
+    ],
+    ids=["padded with the end token", "adds a first token", "ends a turn with a token of its own", "two templates"],
+)
+def test_an_encoding_begins_and_ends_as_the_model_was_trained(changes, start, end, changed):
+    tokenizer = changed(**changes)
+    prompt, answer = map(tokenizer.decode, encode(tokenizer, PROMPT, "Because."))
+    assert prompt.startswith(start) and answer.strip() == f"Because.{end}" and tokenizer.eos_token == end
+    assert tokenizer.pad_token not in (None, end)
 
 
 def test_a_missing_model_is_named_at_once():
@@ -109,9 +127,11 @@ def test_the_tiny_base_is_built_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tokenizers, "build_tiny", build)
     other = RunDir(tmp_path / "other")
+    (other.root / ".base.7.tmp").mkdir(parents=True)  # left by a process that was killed
     with ThreadPoolExecutor(2) as pool:  # two that need it at once
         paths = [*pool.map(lambda _: base_path({"model_name_or_path": "builtin:tiny"}, other), range(2))]
     assert paths == [str(other.base)] * 2 and len(built) == 1
+    assert not [*other.root.glob(".base.*")]
 
 
 def test_the_positions_of_a_model_are_known():

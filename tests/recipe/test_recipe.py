@@ -1,6 +1,5 @@
 """Recipes: every mistake is named with place and remedy, all at once; sweeps and fingerprints keep their promise."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -20,7 +19,6 @@ from rlhf_trl.recipe.errors import Problem, UserError
 from rlhf_trl.recipe.library import BATCH, CLASSES
 from rlhf_trl.recipe.load import load_recipe, locate
 from rlhf_trl.recipe.recipe import STEPS, Recipe
-from rlhf_trl.recipe.rules import NEEDS
 from rlhf_trl.run.layout import RunDir
 
 GOOD = """\
@@ -181,16 +179,6 @@ def test_a_trl_without_ppo_is_named_and_the_stage_can_be_left_out(recipe_file, m
     (problem,) = caught.value.problems
     assert problem.place.endswith(":36: stages.ppo.trainer") and "constraints.txt" in problem.remedy
     assert "--without ppo" in problem.remedy and "ppo" not in load_recipe(recipe_file(GOOD), ["stages.ppo=null"]).plan
-
-
-@pytest.mark.parametrize(("key", "pattern", "module", "package"), NEEDS, ids=lambda part: str(part))
-def test_an_option_that_needs_a_package_is_named_with_it(key, pattern, module, package, refuse, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
-    value = {"True": "true", "*": "{}", "*/*": "kernels-community/flash-attn2"}.get(pattern, pattern)
-    where = key if "." in key else f"stages.grpo.args.{key}"
-    (problem,) = refuse(GOOD, f"{where}={value}")
-    assert problem.place == f"--set {where}" and module in problem.problem and package in problem.remedy
 
 
 @pytest.mark.parametrize("other", ["use_peft=false", "load_in_4bit=true", "use_dora=true"])

@@ -167,8 +167,11 @@ def test_an_unfinished_stage_and_a_step_are_replaced_without_a_trace(run, recipe
     (run.replace("sft") / "half").write_text("")
     run.replace("sft")
     finish(run, recipe, "evaluate")
-    run.replace("evaluate")
-    assert files(run.root) == set()
+    run.replace("evaluate").rmdir()
+    run.step("evaluate").symlink_to(run.step("prepare"))
+    finish(run, recipe, "prepare")
+    run.replace("evaluate")  # the link alone
+    assert files(run.root) == {"data/result", "data/done.json"}
     finish(run, recipe, "prepare", "sft", "report", "judge")
     run.report.write_text("old")
     for step in ("report", "judge"):
