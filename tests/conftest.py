@@ -14,10 +14,10 @@ os.environ.update(
 
 import pytest
 
+from rlhf_trl.recipe import rules
 from rlhf_trl.recipe.library import CLASSES
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.recipe.rules import Values
 from rlhf_trl.run.layout import RunDir
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with Ctrl-C ignored
@@ -144,8 +144,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As if every package that an option needs were installed."""
-    monkeypatch.setattr(Values, "lacks", lambda *_: False)
+    """As if vLLM were installed."""
+    monkeypatch.setattr(rules, "find_spec", lambda name: name)
 
 
 @pytest.fixture(autouse=True)

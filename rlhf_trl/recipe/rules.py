@@ -7,11 +7,11 @@ itself.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...
     (POLICY_TRAINERS, "evaluation.backend", lambda of: of["evaluation.backend"] == "vllm" and not of.is_plain_lora,
      "vLLM answers with LoRA adapters on one base in full precision, and the stage {of.name} trains none",
      "set evaluation.backend: transformers"),
-    *((trainers, key, lambda of, key=key: of[key] in (True, "vllm") and importlib.util.find_spec("vllm") is None,
+    *((trainers, key, lambda of, key=key: of[key] in (True, "vllm") and find_spec("vllm") is None,
        "needs the package vllm, which is not installed", 'pip install "rlhf-trl[vllm]"')
       for trainers, key in ((("grpo",), "use_vllm"), (EVERY, "evaluation.backend"))),
 )  # fmt: skip
