@@ -179,9 +179,14 @@ def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = Tru
     more |= {"revision": config.model_revision, "dtype": dtype, "attn_implementation": config.attn_implementation}
     try:
         # Without trust_remote_code=False, a model that brings code has the user asked whether to run it.
-        return auto.from_pretrained(path, trust_remote_code=False, **more)
+        model = auto.from_pretrained(path, trust_remote_code=False, **more)
     except (OSError, ValueError) as error:
         raise unreachable(path, error) from error
+    for layer in model.modules() if quantization is not None else ():
+        # bitsandbytes packs a 4-bit weight at its first pass without a gradient, on a CPU with AVX512-BF16; whatever
+        # is trained on the packed weight gets a wrong gradient, as its product has none.
+        layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def positions(model: PreTrainedModel | PeftModel) -> int | None:

@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import demo_text
 import pytest
+import torch
 from conftest import shared, small_recipe
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from trl import ModelConfig
 
 from rlhf_trl.models import tokenizer as tokenizers
-from rlhf_trl.models.base import positions, prompt_room
+from rlhf_trl.models.base import load_causal, positions, prompt_room
 from rlhf_trl.models.tokenizer import base_path, encode, load_tokenizer, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.layout import RunDir
@@ -141,3 +143,16 @@ def test_the_positions_of_a_model_are_known():
     assert (positions(gpt2), prompt_room(gpt2, 6)) == (16, 10)
     with pytest.raises(UserError, match="16 tokens leave no room for a prompt"):
         prompt_room(gpt2, 16)
+
+
+def test_a_gradient_through_four_bit_weights_is_right_after_a_pass_without_one(trained):
+    config = ModelConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = load_causal(str(trained[1].base), config, recorded_tokenizer(*trained))
+    embedding, ids, gradients = model.get_input_embeddings().weight, torch.arange(12)[None], []
+    for _ in range(2):
+        embedding.grad = None
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(embedding.grad)
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-3
