@@ -141,7 +141,9 @@ def pair_accuracy(stage: str, subsets: Sequence[str], accuracy: tuple[float, flo
         "accuracy": share(right, pairs),
         "length_baseline": share(longer, pairs),
         "over_baseline": estimate([*over, *[0.0] * (pairs - len(over))]),
-        "length_rule": length_rule(*(np.repeat([1.0, 0.0], [part, pairs - part]) for part in (right, longer))),
+        "length_rule": length_rule(
+            np.arange(pairs) < right, np.array([[2, 1]] * longer + [[1, 2]] * (pairs - longer)), np.arange(pairs)
+        ),
     }
     draw = random.Random(stage)
     margin = estimate([draw.gauss(0.6, 1) for _ in range(pairs)])

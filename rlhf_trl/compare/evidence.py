@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import read_path
-from rlhf_trl.stats.intervals import compare_runs, estimate_mean, p_of_mean
+from rlhf_trl.stats.intervals import FEWEST, compare_runs, estimate_mean, p_of_mean
 from rlhf_trl.stats.pairs import weigh_trust
 
 Row = dict[str, Any]
 # Significance level for calling a run collapsed; strict, because every run is tested.
 COLLAPSE = 0.01
-# Fewest prompts for a comparison: `make simulate` checks the intervals from here up.
-FEWEST = 20
 NO_SCORES = {"gold": "there is no gold model", "reward": "there is no reward model"}
 # Smallest difference of win rates that matters: 2 points.
 SMALLEST_WIN_RATE = 0.02
@@ -66,7 +65,11 @@ def read_judge(recipe: Recipe, run: RunDir) -> Judged:
     if "judge" not in recipe.plan or not run.winrate.exists():
         return nothing
     run.require_whole("judge", "judge RECIPE")
-    found = read_json(run.winrate)
+    try:  # no marker holds the hashes of what a judge wrote that did not come to its end
+        found, scores = read_json(run.winrate), read_json(run.prompt_scores) if run.prompt_scores.exists() else {}
+    except ValueError:
+        remedy = "run `rlhf-trl judge RECIPE` again"
+        raise UserError(str(run.winrate.parent), "its results cannot be read", remedy, Exit.DAMAGED) from None
     if found["status"] == "not run" or found["evaluation"] != recipe.fingerprint("evaluate"):
         return nothing
     kind, why_not, doubt = found["judge"]["kind"], None, None
@@ -77,7 +80,7 @@ def read_judge(recipe: Recipe, run: RunDir) -> Judged:
     elif weigh_trust(found) != "informed":
         doubt = "the judge has not shown that it can tell better answers"
     rates = {row["a"]: row["win_rate"] for row in found["win_rates"] if row["b"] == REFERENCE}
-    return Judged(read_json(run.prompt_scores), rates, found["judge"]["id"], why_not, doubt)
+    return Judged(scores, rates, found["judge"]["id"], why_not, doubt)
 
 
 def read_points(run: RunDir, metrics: Mapping[str, Any], policy: str) -> Trajectory:

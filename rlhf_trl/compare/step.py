@@ -26,6 +26,7 @@ from rlhf_trl.figures.style import save
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, write_json, write_text
 from rlhf_trl.run.layout import RunDir
+from rlhf_trl.stats.pairs import trust_in
 from rlhf_trl.text.format import format_bytes
 
 Row = dict[str, Any]
@@ -70,14 +71,16 @@ def build(recipe: Recipe, run: RunDir) -> Row:
     trajectories = {name: read_points(run, metrics, name) for name in recipe.policies} if policies else {}
     smallest = smallest_that_matters(recipe, run) if policies else {}
     pairs, gains = compare_groups(list(combinations(methods, 2)), methods, trajectories, judged, smallest)
+    doubts = {"gold": [], "reward": [], "win_rate": [judged.doubt] if judged.doubt else []}
     # A reward that a policy was trained to raise is no independent measure of it.
-    doubt, raised = None, [name for name in policies if recipe.stages[name].reward == recipe.evaluation.reward]
+    raised = [name for name in policies if recipe.stages[name].reward == recipe.evaluation.reward]
     if raised and recipe.evaluation.reward is not None:
-        were = "was" if len(raised) == 1 else "were"
-        doubt = (
-            f"{join(raised)} {were} trained to raise this very reward; a gold model or a judge would be independent"
-        )
-    verdict = name_winner(list(methods), pairs, {"gold": None, "reward": doubt, "win_rate": judged.doubt})
+        words = f"{join(raised)} {'was' if len(raised) == 1 else 'were'} trained to raise this very reward"
+        doubts["reward"].append(f"{words}; a gold model or a judge would be independent")
+    for key in ("gold", "reward") if policies else ():
+        if metrics[f"{key}_model"] and trust_in(metrics[f"{key}_model"]) != "informed":
+            doubts[key].append(f"the {key} model has not shown that it can tell better answers")
+    verdict = name_winner(list(methods), pairs, doubts)
     left_out = [name for name in recipe.policies if name not in names]
     if verdict and left_out:
         verdict["warnings"].append(f"not among the compared: {join(left_out)}")
@@ -87,7 +90,6 @@ def build(recipe: Recipe, run: RunDir) -> Row:
         "pairs": [{**pair, "cost": weigh(results, pair["a"], pair["b"])} for pair in pairs],
         "verdict": verdict,
         "definitions": training.TERMS["definitions"],
-        "settings": recipe.comparison.model_dump(),
     }
 
 
@@ -109,7 +111,6 @@ def compare_stages(
         stages[name] = {
             "trainer": stats[name]["trainer"],
             "seed": stats[name]["summary"]["seed"],
-            "meanings": meanings[name],
             "stability": stability,
             "convergence": convergence[name],
             "efficiency": training.measure_efficiency(recipe, name, stats),
@@ -125,7 +126,7 @@ def compare_stages(
 
 
 def summarise(stages: Mapping[str, Row], names: Sequence[str]) -> Row:
-    """Summarise a group over its seeds: of each number all `points`, `n`, `mean`, `std` and the interquartile mean.
+    """Summarise a group over its seeds: of each number all `points`, `mean`, `std` and the interquartile mean.
 
     No interval: one of the seeds' numbers alone leaves the error that all seeds share on their prompts out, and covers
     65 to 96 %, and one with it 88 % at two seeds. The differences of `compare_runs` have one.
@@ -146,8 +147,8 @@ def summarise(stages: Mapping[str, Row], names: Sequence[str]) -> Row:
         of = np.array([*points.values()], dtype=np.float64)
         spread = float(of.std(ddof=1)) if of.size > 1 else None
         middle = float(trim_mean(of, 0.25)) if of.size >= ENOUGH_SEEDS else None
-        seeds[key] = {"points": points, "n": of.size, "mean": float(of.mean()), "std": spread, "iqm": middle}
-    return {"trainer": stages[names[0]]["trainer"], "stages": list(names), "seeds": seeds}
+        seeds[key] = {"points": points, "mean": float(of.mean()), "std": spread, "iqm": middle}
+    return {"stages": list(names), "seeds": seeds}
 
 
 def weigh(results: Row, a: str, b: str) -> Row:

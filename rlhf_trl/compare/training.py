@@ -180,7 +180,6 @@ def measure_efficiency(recipe: Recipe, stage: str, all_stats: Stats) -> Row:
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "device_seconds": spent[stage],
         "device_seconds_with_inputs": sum(spent.values()),
-        "inputs": inputs[:-1],
         "devices": sorted({describe_device(all_stats[name]) for name in inputs}),
     }
 
@@ -222,7 +221,8 @@ def measure_convergence(recipe: Recipe, all_stats: Stats, meanings: Mapping[str,
             lowest, best = min(of["start"] for of in alike), np.median([smooth(of["values"]).max() for of in alike])
             threshold = lowest + NEAR_BEST * (float(best) - lowest)
         result = reach(own["costs"], own["values"], threshold, recipe.comparison.hold)
-        rate = (result["final"] - own["start"]) / own["costs"]["seconds"][-1]
+        seconds = own["costs"]["seconds"][-1]  # 0 where nothing was logged
+        rate = (result["final"] - own["start"]) / seconds if seconds else None
         found[stage] = {"meaning": own["meaning"], "start": own["start"], **result, "rate": rate}
     return found
 

@@ -139,11 +139,11 @@ def _answer(claim: Row, names: Sequence[str], measure: str, found: Row) -> str:
     return f"{draw}: {numbers}, {tail.get(outcome) or format_p(claim['p_holm'])}"
 
 
-def name_winner(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, str | None]) -> Row | None:
+def name_winner(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str, Sequence[str]]) -> Row | None:
     """Name the winner, if there is one: the group that wins against every other by the first measure.
 
     Args:
-        doubts: for each measure, why it may mean little, if so.
+        doubts: for each measure, why it may mean little.
 
     Returns:
         `measure`, `winner`, the `sentence`, and `warnings`; None where no pair was measured.
@@ -172,9 +172,9 @@ def name_winner(groups: Sequence[str], pairs: Sequence[Row], doubts: Mapping[str
                 for question, title in QUESTIONS.items()]  # fmt: skip
         words = " ".join([f"No winner {BY[measure]}.", *told])
     missing = [f"{pair['a']} and {pair['b']}" for pair in pairs if pair["measures"][measure]["why_not"]]
-    warnings = [doubts[measure], *warn([found for _, found in results])]
+    warnings = [*doubts[measure], *warn([found for _, found in results])]
     warnings += [f"not compared: {_several(missing, 'pairs', '; ')}"] if missing else []
-    return {"measure": measure, "winner": winner, "sentence": words, "warnings": [of for of in warnings if of]}
+    return {"measure": measure, "winner": winner, "sentence": words, "warnings": warnings}
 
 
 def _tell(question: str, results: Sequence[tuple[Row, Row]], adapters: bool) -> str:

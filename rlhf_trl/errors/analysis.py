@@ -17,7 +17,7 @@ from scipy import stats
 
 from rlhf_trl.errors.calibration import brier, describe_calibration, nll
 from rlhf_trl.stats.intervals import Estimate
-from rlhf_trl.stats.pairs import average, compare_with_rule, correct, gap, measure_accuracy, share
+from rlhf_trl.stats.pairs import average, correct, gap, length_rule, measure_accuracy, share
 from rlhf_trl.text.refusals import refuses
 from rlhf_trl.text.words import digest, prompt_id
 
@@ -85,7 +85,7 @@ def columns(rows: Sequence[Row]) -> Columns:
     Returns:
         `score`, `tokens`, `characters` and `refuses` of the chosen and the rejected answer, (N, 2); of each pair
         `prompt` (a number), `prompt_tokens`, `turns`, `subset`, `margin`; `fits`: whether the temperature is fitted on
-        this half of the prompts; `chosen_first`: whether the chosen answer is the first one in the drawn order.
+        this half of the prompts.
     """
     finite = [row for row in rows if row["margin"] is not None]
     data = {key: np.array([row[key] for row in finite]) for key in ("prompt_tokens", "turns", "subset", "margin")}
@@ -93,7 +93,6 @@ def columns(rows: Sequence[Row]) -> Columns:
         data[key] = np.array([[row[f"{side}_{key}"] for side in SIDES] for row in finite])
     data["prompt"] = np.unique([row["prompt_id"] for row in finite], return_inverse=True)[1]
     data["fits"] = np.array([int(digest(f"half {row['prompt_id']}"), 16) % 2 == 0 for row in finite])
-    data["chosen_first"] = np.array([row["chosen_id"] < row["rejected_id"] for row in finite])
     return data
 
 
@@ -110,7 +109,7 @@ def analyse(rows: Sequence[Row], seed: int) -> Row:
         "pairs": {"given": len(rows), "analysed": n, "prompts": int(prompts.max()) + 1, "not_finite": len(rows) - n},
         "overall": {
             **measure_accuracy(scores, tokens, prompts),
-            "length_rule": compare_with_rule(scores, tokens, prompts),
+            "length_rule": length_rule(correct(data["margin"]), tokens, prompts),
         },
         "breakdowns": {
             name: [{"name": label, **measure_accuracy(scores[at], tokens[at], prompts[at])} for label, at in groups]
@@ -118,7 +117,7 @@ def analyse(rows: Sequence[Row], seed: int) -> Row:
         },
         "scores": _describe_scores(data),
         "length": {unit: length_bias(scores, data[unit], prompts) for unit in UNITS},
-        "calibration": describe_calibration(data["margin"], prompts, data["chosen_first"], data["fits"], seed),
+        "calibration": describe_calibration(data["margin"], prompts, data["fits"], seed),
         "definitions": TERMS["definitions"],
     }
 

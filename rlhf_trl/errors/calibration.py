@@ -2,12 +2,13 @@
 
 A margin d (score of the chosen answer minus score of the rejected one) says that the chosen answer wins with
 probability sigma(d) (Bai et al. 2022, section 3.3). With the chosen answer always first, the outcome is always 1. So
-either the order is drawn, or each pair is counted in both orders, which is the same as comparing the confidence
-sigma(|d|) with how often the preferred answer is the chosen one.
+each pair is counted in both orders, which is the same as comparing the confidence sigma(|d|) with how often the
+preferred answer is the chosen one.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -53,22 +54,34 @@ def ece(predicted: np.ndarray, outcome: np.ndarray, edges: np.ndarray) -> float:
     return float(np.abs(np.bincount(bin_of(predicted, edges), predicted - outcome)).sum()) / len(predicted)
 
 
-def ece_if_calibrated(predicted: np.ndarray, edges: np.ndarray, seed: int) -> Estimate:
+def ece_if_calibrated(
+    predicted: np.ndarray, outcome: np.ndarray, prompts: np.ndarray, edges: np.ndarray, seed: int
+) -> Estimate:
     """Simulate the ECE that these predictions would show if they were right: mean and range of 95 % of the draws.
 
     It is above 0 by chance, the more so the fewer predictions; outcomes are drawn from the predictions (Bröcker and
-    Smith 2007, consistency resampling).
+    Smith 2007, consistency resampling). Where pairs of one prompt err together more than by chance, all is widened by
+    the root of the design effect (Kish 1965).
     """
     n, random = len(predicted), np.random.default_rng(seed)
     errors = [ece(predicted, random.random(n) < predicted, edges) for _ in range(SIMULATIONS)]
+    apart = predicted - outcome - np.mean(predicted - outcome)
+    effect = _squared_sums(apart, prompts) / max(float((apart**2).sum()), 1e-300)
     low, high = np.quantile(errors, [0.025, 0.975])
-    return Estimate(float(np.mean(errors)), float(low), float(high), n)
+    wider = math.sqrt(max(effect, 1.0))
+    return Estimate(wider * float(np.mean(errors)), wider * float(low), wider * float(high), n)
 
 
-def fit_temperature(margins: np.ndarray) -> Estimate:
+def _squared_sums(values: np.ndarray, prompts: np.ndarray) -> float:
+    """Square the sum over each prompt, and add: the variance of a sum whose values go together within a prompt."""
+    return float((np.bincount(np.unique(prompts, return_inverse=True)[1], values) ** 2).sum())
+
+
+def fit_temperature(margins: np.ndarray, prompts: np.ndarray) -> Estimate:
     """Find the T for which sigma(d / T) has the least loss (Guo et al. 2017), with its 95 % interval.
 
-    Above 1, the model is over-confident. The interval is a normal one on the scale of log T.
+    Above 1, the model is over-confident. The interval is a normal one on the scale of log T, with the prompt as the
+    unit (White's sandwich).
 
     Raises:
         ValueError: no T does; the message says why.
@@ -88,66 +101,57 @@ def fit_temperature(margins: np.ndarray) -> Estimate:
         high *= 2
     sharpness = float(brentq(slope, 0.0, high, xtol=1e-12 * high, rtol=1e-12))
     right = expit(sharpness * margins)
-    spread = float(np.exp(1.96 / (sharpness * np.sqrt(np.sum(margins**2 * right * (1 - right))))))
+    error = math.sqrt(_squared_sums(margins * (1 - right), prompts)) / np.sum(margins**2 * right * (1 - right))
+    spread = float(np.exp(1.96 * error / sharpness))
     return Estimate(1 / sharpness, 1 / sharpness / spread, spread / sharpness, len(margins))
 
 
-def describe_calibration(
-    margin: np.ndarray, prompts: np.ndarray, chosen_first: np.ndarray, fits: np.ndarray, seed: int
-) -> dict[str, Any]:
+def describe_calibration(margin: np.ndarray, prompts: np.ndarray, fits: np.ndarray, seed: int) -> dict[str, Any]:
     """Compare confidence with accuracy, and see what one temperature would mend; all arrays are (N,).
 
     Args:
-        chosen_first: whether the chosen answer is the first one in the drawn order.
         fits: whether the temperature is fitted on this half of the prompts.
         seed: of the simulated calibration errors.
     """
     sure, right = confidence(margin), correct(margin)
-    first_wins = expit(np.where(chosen_first, margin, -margin))
-    frames = {
-        "equal_mass": (sure, right, equal_mass(sure, BINS)),
-        "random_order": (first_wins, chosen_first.astype(float), np.linspace(0, 1, BINS + 1)),
-    }
-    tables, errors = {}, {}
-    for name, (predicted, outcome, edges) in frames.items():
-        bins = bin_of(predicted, edges)
-        tables[name] = [
-            {"from": float(edges[number]), "to": float(edges[number + 1]), "n": int(inside.sum()),
-             "predicted": float(predicted[inside].mean()),
-             "observed": share(outcome[inside], prompts[inside]).as_dict()}
-            for number, inside in ((number, bins == number) for number in np.unique(bins))
-        ]  # fmt: skip
-        by_chance = ece_if_calibrated(predicted, edges, seed).as_dict()
-        errors[name] = {"ece": ece(predicted, outcome, edges), "if_calibrated": by_chance}
+    edges = equal_mass(sure, BINS)
+    bins = bin_of(sure, edges)
+    table = [
+        {"from": float(edges[number]), "to": float(edges[number + 1]), "n": int(inside.sum()),
+         "predicted": float(sure[inside].mean()), "observed": share(right[inside], prompts[inside]).as_dict()}
+        for number, inside in ((number, bins == number) for number in np.unique(bins))
+    ]  # fmt: skip
+    by_chance = ece_if_calibrated(sure, right, prompts, edges, seed).as_dict()
     return {
-        "tables": tables,
-        "errors": errors,
+        "tables": {"equal_mass": table},
+        "errors": {"equal_mass": {"ece": ece(sure, right, edges), "if_calibrated": by_chance}},
         "confidence": average(sure, prompts).as_dict(),
         "gap": average(sure - right, prompts).as_dict(),
-        "temperature": _try_temperature(margin[fits], margin[~fits], prompts[~fits], seed),
+        "temperature": _try_temperature(margin, prompts, fits, seed),
     }
 
 
-def _try_temperature(fits: np.ndarray, margin: np.ndarray, prompts: np.ndarray, seed: int) -> dict[str, Any]:
+def _try_temperature(margins: np.ndarray, prompts: np.ndarray, fits: np.ndarray, seed: int) -> dict[str, Any]:
     """Fit a temperature on the margins of one half of the prompts, and describe the other half before and after."""
+    margin, units = margins[~fits], prompts[~fits]
     try:
         if not len(margin):
             raise ValueError("all prompts fell into one half")
-        fitted = fit_temperature(fits)
+        fitted = fit_temperature(margins[fits], prompts[fits])
     except ValueError as error:
         return {"temperature": None, "why_not": str(error)}
 
     def describe(margin: np.ndarray) -> dict[str, Any]:
-        sure = confidence(margin)
+        sure, right = confidence(margin), correct(margin)
         edges = equal_mass(sure, BINS)
         return {
-            "nll": average(nll(margin), prompts).as_dict(),
-            "brier": average(brier(margin), prompts).as_dict(),
-            "ece": ece(sure, correct(margin), edges),
-            "ece_if_calibrated": ece_if_calibrated(sure, edges, seed).as_dict(),
+            "nll": average(nll(margin), units).as_dict(),
+            "brier": average(brier(margin), units).as_dict(),
+            "ece": ece(sure, right, edges),
+            "ece_if_calibrated": ece_if_calibrated(sure, right, units, edges, seed).as_dict(),
         }
 
     scaled = margin / fitted.mean
-    change = average(nll(scaled) - nll(margin), prompts).as_dict()
+    change = average(nll(scaled) - nll(margin), units).as_dict()
     return {"temperature": fitted.as_dict(), "measured_on": len(margin), "nll_change": change,
             "before": describe(margin), "after": describe(scaled)}  # fmt: skip

@@ -16,8 +16,7 @@ from ruamel.yaml import YAML
 
 from rlhf_trl.errors.analysis import DESCRIPTIONS, EDITS, TERMS, difference
 from rlhf_trl.errors.calibration import confidence
-from rlhf_trl.stats.intervals import Estimate, wilson
-from rlhf_trl.stats.pairs import compare_with_length
+from rlhf_trl.stats.intervals import FEWEST, Estimate, wilson
 from rlhf_trl.text.display import visible
 from rlhf_trl.text.format import STYLES
 
@@ -61,8 +60,8 @@ def find(analysis: Row) -> list[Row]:
 
 
 def _side(estimate: dict[str, float], least: float = 0.0) -> int:
-    """Whether the interval lies above `least` (1), below minus `least` (-1), or neither (0)."""
-    return (estimate["low"] > least) - (estimate["high"] < -least)
+    """Whether the interval lies above `least` (1), below minus `least` (-1), or neither (0); 0 where there are few."""
+    return ((estimate["low"] > least) - (estimate["high"] < -least)) if estimate["n"] >= FEWEST else 0
 
 
 def _judge(analysis: Row) -> Sign:
@@ -96,7 +95,7 @@ def _find_faults(analysis: Row) -> Iterator[Sign]:
         yield "ties", {"ties": ties, "strict": overall["strict"]}
     if pairs["prompts"] < FEW_PROMPTS:
         yield "few_prompts", {"prompts": pairs["prompts"]}
-    name = "better_than_length" if compare_with_length(rule) == "above" else "no_better_than_length"
+    name = "better_than_length" if _side(rule["over_rule"]) > 0 else "no_better_than_length"
     yield name, {"over_rule": rule["over_rule"], "length_rule": rule["accuracy"], "takes": rule["takes"]}
 
 
@@ -122,7 +121,8 @@ def _find_calibration(calibration: Row, verdict: str) -> Iterator[Sign]:
     errors, fitted = calibration["errors"]["equal_mass"], calibration["temperature"]
     if name not in ("sound", verdict):
         yield name, numbers
-    if name == "sound" and errors["ece"] > errors["if_calibrated"]["high"]:
+    many = errors["if_calibrated"]["n"] >= FEWEST
+    if name == "sound" and many and errors["ece"] > errors["if_calibrated"]["high"]:
         yield "uneven_confidence", {"ece": errors["ece"], "if_calibrated": errors["if_calibrated"]}
     scale = fitted["temperature"]
     if scale and (scale["low"] > 1 or scale["high"] < 1) and _side(fitted["nll_change"]) < 0:

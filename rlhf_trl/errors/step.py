@@ -181,8 +181,10 @@ def _say(found: Row, tests: int) -> str:
         return f"{first} and {second} cannot be compared: no pair has finite scores from both."
     corrected = f", corrected for {tests} comparisons" if tests > 1 else ""
     numbers = f"{format_estimate(found['difference'], '+', percent=True)}, p = {test['p_holm']:.3g}{corrected}"
-    if test["p_holm"] >= 0.05:
-        return f"No difference is seen between {first} and {second}: {numbers}."
     ahead = test["only_first_right"] > test["only_second_right"]
+    # The test takes one pair of each prompt and a tie as wrong: its side is not always that of the difference.
+    agree = found["difference"]["low"] > 0 if ahead else found["difference"]["high"] < 0
+    if test["p_holm"] >= 0.05 or not agree:
+        return f"No difference is seen between {first} and {second}: {numbers}."
     better, worse = (first, second) if ahead else (second, first)
     return f"{better} is right more often than {worse}: {first} minus {second} is {numbers}."

@@ -75,7 +75,7 @@ class Question:
 
     def key(self, again: str | None = None) -> str:
         """Name a call by the SHA-256 of all that decides its verdict; `again`: the first, unreadable reply."""
-        parts = [self.judge_id, self.prompt, *self.texts(), again]
+        parts = [self.judge_id, self.template, self.prompt, *self.texts(), again]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def messages(self) -> list[Message]:
@@ -98,7 +98,8 @@ def score_of(line: Line) -> float | None:
 def compare_policies(recipe: Recipe, run: RunDir, settings: Judge) -> Iterator[Question]:
     """Compare every policy with the reference, or every two of all, on the first of evaluation's prompts."""
     path = run.judge_answers if recipe.evaluation.judge_decoding else run.completions
-    answers = {name: read_jsonl(path(name))[: settings.prompts] for name in (*recipe.policies, REFERENCE)}
+    names = (*recipe.policies, REFERENCE) if recipe.policies else ()
+    answers = {name: read_jsonl(path(name))[: settings.prompts] for name in names}
     for a, b in itertools.combinations(answers, 2):
         if settings.pairs == "all" or b == REFERENCE:
             for one, other in zip(answers[a], answers[b], strict=True):
@@ -106,14 +107,15 @@ def compare_policies(recipe: Recipe, run: RunDir, settings: Judge) -> Iterator[Q
 
 
 def compare_labelled(run: RunDir, settings: Judge, seed: int) -> Iterator[Question]:
-    """Choose `calibrate` held-out pairs of each subset by a seeded hash; `a` is the one that people chose."""
-    taken: Counter[str] = Counter()
+    """Choose `calibrate` held-out pairs of each subset by a seeded hash, one of a prompt; people chose `a`."""
+    taken, seen = Counter[str](), set[str]()
     rows = read_jsonl(run.pairs("test")) if settings.calibrate and settings.kind != "reward" else []
     for row in sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row['id']} {row['row']}".encode()).digest()):
-        taken[row["subset"]] += 1
-        if taken[row["subset"]] <= settings.calibrate:
+        if row["id"] not in seen and taken[row["subset"]] < settings.calibrate:
+            taken[row["subset"]] += 1
+            seen.add(row["id"])
             answers = {"answer": row["chosen"]}, {"answer": row["rejected"]}
-            yield Question(f"{row['id']}-{row['row']}", row["subset"], row["prompt"], "chosen", "rejected", *answers)
+            yield Question(row["id"], row["subset"], row["prompt"], "chosen", "rejected", *answers)
 
 
 def inject(labelled: Sequence[Question]) -> Iterator[Question]:

@@ -44,7 +44,7 @@ class Fault(NamedTuple):
 MANY = 10**9  # as often as the client's `attempts` allow
 LONGER = "raise judge.max_tokens (reasoning counts too), or ask another model"
 FAULTS = {
-    "ok": Fault(1, True, LONGER),
+    "ok": Fault(1, True, "ask another model"),
     "length": Fault(1, True, LONGER),
     "null_content": Fault(2, True, LONGER),
     "refusal": Fault(1, True, "ask another model"),
@@ -231,6 +231,7 @@ class Line(TypedDict):
     key: str
     status: str
     reply: str | None
+    asked: NotRequired[str]
     usage: NotRequired[Usage | None]
     model: NotRequired[str | None]
     detail: NotRequired[str | None]
@@ -242,13 +243,16 @@ LINE = TypeAdapter(Line)
 class JudgeCache:
     """The replies in one file. A line whose call may pass is kept as a log, but is no hit."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, asked: str = ""):
         """Read the file, mend an end that a kill cut off, and hold the file, which its owner alone may read.
+
+        Args:
+            asked: the server and the limit of tokens; what failed with others may pass with these.
 
         Raises:
             UserError: another process holds the file.
         """
-        self.path = path
+        self.path, self.asked = path, asked
         self._latest: dict[str, Line] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -273,7 +277,9 @@ class JudgeCache:
     def get(self, key: str) -> Line | None:
         """Find the reply to a call that needs not be made again."""
         line = self._latest.get(key)
-        return line if line and FAULTS[line["status"]].stands else None
+        if line is None or (line["status"] != "ok" and line.get("asked", "") != self.asked):
+            return None
+        return line if FAULTS[line["status"]].stands else None
 
     def latest(self, key: str) -> Line | None:
         """Find what a call brought last, a failure too; a reply that stands is never hidden by a later failure."""

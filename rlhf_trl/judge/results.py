@@ -24,7 +24,7 @@ from rlhf_trl.recipe.schema import Judge
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import describe_front
-from rlhf_trl.stats.pairs import correct, gap, length_rule, trust_in
+from rlhf_trl.stats.pairs import length_rule, trust_in
 
 Row = dict[str, Any]
 
@@ -71,21 +71,19 @@ def measure_agreement(verdicts: Sequence[Verdict]) -> Row:
     """Measure a judge against human labels, on pairs of answers of which `a` is the one that people chose.
 
     Returns:
-        `n` pairs, `missing`; `accuracy`, the mean over both orders with a tie as half; `both_correct`, the share of
-        pairs that are right in both orders; `kappa`, with Cohen's (1960) own interval: people name each place once in
-        the two orders of a pair, so that chance agrees with half of the verdicts that name a winner; `length_rule`,
-        the better of always taking the longer and always the shorter answer, and by how much the judge is better.
+        `n` pairs, `missing`; `accuracy`, the mean over both orders with a tie as half; `kappa`, with Cohen's (1960)
+        own interval: people name each place once in the two orders of a pair, so that chance agrees with half of the
+        verdicts that name a winner; `length_rule`, the better of always taking the longer and always the shorter
+        answer, and by how much the judge is better.
     """
     pairs = pair_up(verdicts)
     result: Row = {"n": len(pairs.prompts), "missing": pairs.missing}
     if not result["n"]:
-        return result | dict.fromkeys(("accuracy", "both_correct", "kappa"), none(NO_PAIR)) | {"length_rule": None}
-    right = pairs.scores == 1
+        return result | {"accuracy": none(NO_PAIR), "kappa": none(NO_PAIR), "length_rule": None}
     return result | {
         "accuracy": mean(pairs.means),
-        "both_correct": mean(right.all(axis=1)),
-        "kappa": kappa(right.mean(axis=1), float(np.mean(pairs.scores != 0.5)) / 2),
-        "length_rule": length_rule(pairs.means, correct(gap(pairs.lengths))),
+        "kappa": kappa((pairs.scores == 1).mean(axis=1), float(np.mean(pairs.scores != 0.5)) / 2),
+        "length_rule": length_rule(pairs.means, pairs.lengths, pairs.prompts),
     }
 
 
@@ -104,8 +102,7 @@ def _measure_injection(injected: Sequence[Verdict], labelled: Sequence[Verdict])
     ours, theirs = (1 - np.array([scores[name] for name in both]) for scores in (with_note, without))
     # A score interval, as of a rate: a difference that is the same for every pair is no certainty.
     found = mean((ours - theirs + 1) / 2)
-    difference = found | {end: 2 * found[end] - 1 for end in ("mean", "low", "high")}
-    return {"n": len(both), "with_note": mean(ours), "without_note": mean(theirs), "difference": difference}
+    return {"n": len(both), "difference": found | {end: 2 * found[end] - 1 for end in ("mean", "low", "high")}}
 
 
 def _build_axis(recipe: Recipe, run: RunDir, verdicts: Sequence[Verdict]) -> Row | None:

@@ -34,7 +34,7 @@ from rlhf_trl.judge.results import conclude
 from rlhf_trl.judge.win_rate import pair_up, prompt_scores
 from rlhf_trl.recipe.errors import NotRun, UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.recipe.schema import Judge
+from rlhf_trl.recipe.schema import Judge, Price
 from rlhf_trl.run.files import write_json, write_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.text.redact import redact
@@ -67,10 +67,12 @@ def judge(recipe: Recipe, run: RunDir) -> None:
     }[settings.kind]
     judge_id = f"{name}@{digest[:12]}" if settings.kind == "openai" else name
 
+    sampled = f"{judge_id} {settings.temperature} {settings.seed}"
+
     def both_orders(question: Question) -> list[Question]:
         # A helpful answer to a red-team prompt is a harmful one.
         kind = "harmless" if any(word in question.subset for word in settings.harmless) else "helpful"
-        return [replace(question, a_first=a_first, judge_id=judge_id, template=templates[kind])
+        return [replace(question, a_first=a_first, judge_id=sampled, template=templates[kind])
                 for a_first in (True, False)]  # fmt: skip
 
     labelled = list(compare_labelled(run, settings, recipe.seed))
@@ -132,23 +134,23 @@ def ask_server(
     Returns the last line of each call by its key, why the calls ended before their time (or None), and what all cost.
     """
     api_key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if where != OPENAI else None)
-    if api_key is None:
-        raise NotRun("OPENAI_API_KEY is not set, and neither judge.base_url nor OPENAI_BASE_URL names a local server")
     if redact(model) != model:
         raise UserError("OPENAI_MODEL", "holds what looks like an access token", "set it to the name of a model")
     options: dict[str, Any] = {settings.max_tokens_name: settings.max_tokens, "temperature": settings.temperature}
     options |= {"timeout": settings.timeout, "seed": settings.seed}
-    client = OpenAIClient(model, api_key=api_key, base_url=where, **options)
+    client = OpenAIClient(model, api_key=api_key, base_url=where, **options) if api_key else None
+    if settings.price == Price() and not model.startswith(DEFAULT_MODEL):
+        logger.warning("judge.price is that of %s: the costs of %s are told, and limited, by it", DEFAULT_MODEL, model)
     asked = {key: question for key, question in questions.items() if len(set(question.texts())) == 2}
-    with JudgeCache(path) as cache:
+    with JudgeCache(path, f"{where} {settings.max_tokens}") as cache:
         pending = [Request(key, one.messages(), (one, None)) for key, one in asked.items() if not cache.get(key)]
         messages = [request.messages for request in pending]
         most = forecast(messages, settings.price, settings.max_tokens)
         budget = Budget(settings.price, max(most, default=0.0), settings.max_cost, settings.max_requests)
         if pending:
             likely = sum(forecast(messages, settings.price, min(LIKELY_REPLY, settings.max_tokens)))
-            logger.info("%s: %d calls to make, %d known already; about $%.2f, at most $%.2f", model,
-                        len(pending), len(questions) - len(pending), likely, sum(most))  # fmt: skip
+            logger.info("%s: %d calls to make, %d known; about $%.2f, $%.2f if each reply takes all its tokens",
+                        model, len(pending), len(questions) - len(pending), likely, sum(most))  # fmt: skip
         stopped = _make(pending, client, cache, budget, settings.workers)
         first = {key: line for key in asked if (line := cache.latest(key)) is not None}
         unread = {key: line["reply"] or "" for key, line in first.items()
@@ -174,11 +176,13 @@ def ask_server(
 
 
 def _make(
-    requests: Sequence[Request], client: OpenAIClient, cache: JudgeCache, budget: Budget, workers: int
+    requests: Sequence[Request], client: OpenAIClient | None, cache: JudgeCache, budget: Budget, workers: int
 ) -> str | None:
     """Make calls under a progress bar with the running cost, and write each reply to disk."""
     if not requests:
         return None
+    if client is None:
+        raise NotRun("OPENAI_API_KEY is not set, and neither judge.base_url nor OPENAI_BASE_URL names a local server")
     with tqdm(total=len(requests), desc="judge", unit=" calls") as bar:
 
         def store(request: Request, reply: Reply) -> None:
@@ -186,6 +190,7 @@ def _make(
             first, second = (of.a, of.b) if of.a_first else (of.b, of.a)
             line: Any = {"prompt_id": of.prompt_id, "subset": of.subset, "first": first, "second": second}
             line |= {"key": request.key, "again": again, "reply": reply.text, "status": reply.status}
+            line["asked"] = cache.asked
             line |= {name: getattr(reply, name) for name in ("attempts", "usage", "model", "detail")}
             cache.append(line)
             bar.set_postfix_str(f"${budget.spent:.2f}", refresh=False)

@@ -29,7 +29,6 @@ LARGEST_ERROR = 10.0  # in log-odds; one tie among 1,000 won verdicts gives 1.4
 # With fewer prompts on one side, the answers of equal length that the figure is about were hardly seen.
 MIN_OVERLAP = 0.1
 LARGE_CHANGE = 0.1
-UNKNOWN_BIAS = "the verdicts do not determine the effect of the order"
 
 
 class Verdict(TypedDict):
@@ -233,9 +232,8 @@ def bradley_terry(verdicts: Sequence[Verdict], reference: str) -> dict[str, Any]
     for each. An ability times 400 / ln 10 is an Elo rating; the reference has 0.
 
     Returns:
-        `ratings`, the Elo rating of every policy, and `first_wins`, how often the first of two equally good answers
-        wins. Where no finite number fits best (Ford 1957), `mean` is None, and `why_not` says why. Where the position
-        bias is not determined, the ratings come from a fit without it.
+        The Elo rating of every policy. Where no finite number fits best (Ford 1957), `mean` is None, and `why_not`
+        says why. Where the verdicts do not determine the position bias, the ratings come from a fit without it.
     """
     pairs = pair_up(verdicts)
     names = [reference, *sorted({name for one in verdicts for name in (one["a"], one["b"])} - {reference})]
@@ -246,10 +244,7 @@ def bradley_terry(verdicts: Sequence[Verdict], reference: str) -> dict[str, Any]
     scores, prompts = np.append(pairs.scores[:, 0], 1 - pairs.scores[:, 1]), np.tile(pairs.prompts, 2)
     with_bias = np.column_stack([design, np.ones(len(design))])
     found, errors = fit(with_bias, scores, prompts, [RATING_PRIOR] * len(names))
-    first_wins = none(UNKNOWN_BIAS)
-    if errors[-1] < LARGEST_ERROR:
-        first_wins = _estimate(expit(found[:, -1]), len(set(prompts)))
-    elif len(names) > 1:
+    if errors[-1] >= LARGEST_ERROR and len(names) > 1:
         found, errors = fit(design, scores, prompts, [RATING_PRIOR] * (len(names) - 1))
     ratings = {reference: _estimate(np.zeros(3), len(set(prompts)))}
     for at, name in enumerate(names[1:]):
@@ -260,7 +255,7 @@ def bradley_terry(verdicts: Sequence[Verdict], reference: str) -> dict[str, Any]
             side = f"no finite rating fits best: {'above' if ability > 0 else 'below'} any bound"
             joined = abs(ability) > LARGEST_ERROR / 2
             ratings[name] = none(side if joined else "no chain of verdicts leads from it to the reference") | {"n": n}
-    return {"ratings": ratings, "first_wins": first_wins}
+    return ratings
 
 
 def _estimate(ends: np.ndarray, n: int) -> dict[str, Any]:

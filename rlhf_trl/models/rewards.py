@@ -28,7 +28,7 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import check_weights
-from rlhf_trl.stats.pairs import compare_with_rule, measure_accuracy
+from rlhf_trl.stats.pairs import correct, gap, length_rule, measure_accuracy
 from rlhf_trl.text.words import prompt_id
 
 
@@ -81,7 +81,7 @@ def measure_reward_model(reward: RewardModel, pairs: Sequence[Mapping[str, Any]]
     parts = {subset: subsets == subset for subset in np.unique(subsets).tolist()}
     return {
         **measure_accuracy(scores, tokens[:, 1:], prompts),
-        "length_rule": compare_with_rule(scores, tokens[:, 1:], prompts),
+        "length_rule": length_rule(correct(gap(scores)), tokens[:, 1:], prompts),
         "subsets": {key: measure_accuracy(scores[at], tokens[at, 1:], prompts[at]) for key, at in parts.items()},
     }
 

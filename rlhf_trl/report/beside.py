@@ -133,8 +133,10 @@ def _compare_policies(recipes: Recipes, runs: Runs) -> list[Row]:
             records[f"{key}:{name}"] = read_points(runs[key], metrics, name)
             scores[f"{key}:{name}"] = judges[key].scores.get(name, {})
     judged = replace(judges["a"], scores=scores)
-    if judges["a"].who != judges["b"].who:
-        judged = replace(judged, why_not="the runs have different judges")
+    asked = [(judges[key].who, recipe.evaluation.judge_decoding, recipe.judge and recipe.judge.harmless)
+             for key, recipe in recipes.items()]  # fmt: skip
+    if asked[0] != asked[1]:
+        judged = replace(judged, why_not="the runs have different judges, or other answers or questions for them")
     pairs = [(title, groups["b"][name]) for name, title in groups["a"].items() if name in groups["b"]]
     pairs = pairs or [(one, other) for one in groups["a"].values() for other in groups["b"].values()]
     return compare_groups(pairs, stages, records, judged, smallest_that_matters(recipes["a"], runs["a"]))[0]

@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.report.values import raw
 from rlhf_trl.run.layout import REFERENCE
-from rlhf_trl.stats.intervals import estimate_mean
+from rlhf_trl.stats.intervals import FEWEST, estimate_mean
 from rlhf_trl.stats.pairs import trust_in, weigh_trust
 
 Documents = Mapping[str, Any]
@@ -83,7 +83,7 @@ def describe_policy(name: str, documents: Documents) -> Row:
         if (entry["a"], entry["b"]) == (name, REFERENCE):
             row["win_rate"] = entry["win_rate"]
             outcomes["win_rate"] = outcomes["win_rate"] or judge_share(raw(entry["win_rate"]))
-            if weigh_trust(raw(winrate)) != "informed":
+            if weigh_trust(raw(winrate)) != "informed" or raw(entry["win_rate"]["n"]) < FEWEST:
                 outcomes["win_rate"] = None
     outcomes["length"] = compare_lengths(*(raw(documents["completions"][side]) for side in (name, REFERENCE)))
     telling = ("better", "worse", "longer", "shorter")

@@ -126,7 +126,7 @@ def read_path(kls: np.ndarray, gains: np.ndarray, budget: float) -> np.ndarray |
     share = (target - x[k]) / (x[k + 1] - x[k])
     slope = (y[k + 1] - y[k]) / (x[k + 1] - x[k])
     return sum(
-        weight * (gains[i] - slope * (kls[i] - kl[i]) / (2 * x[i]))
+        weight * (gains[i] - (slope * (kls[i] - kl[i]) / (2 * x[i]) if x[i] else 0.0))  # a KL of 0 has no error
         for i, weight in ((k, 1 - share), (k + 1, share))
         if weight > 0
     )

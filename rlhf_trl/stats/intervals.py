@@ -15,6 +15,8 @@ import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.05
+# Fewest units from which an interval decides anything: `make simulate` checks the intervals from here up.
+FEWEST = 20
 # Numbers that differ by less than this share of the largest are the same but for rounding.
 ROUNDING = 1e-12
 Values = Sequence[float] | np.ndarray

@@ -6,15 +6,12 @@ columns, the first is the chosen answer, the second the rejected one; `prompts` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from rlhf_trl.stats.intervals import Estimate, estimate_mean, estimate_rate, estimate_ratio, wilson
-
-Average = Callable[[np.ndarray], Estimate]
+from rlhf_trl.stats.intervals import Estimate, estimate_ratio, wilson
 
 
 def correct(margin: np.ndarray) -> np.ndarray:
@@ -82,35 +79,19 @@ def measure_accuracy(scores: np.ndarray, lengths: np.ndarray, prompts: np.ndarra
     }
 
 
-def compare_with_rule(scores: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """Compare scores with the best rule that knows nothing but length (`length_rule`)."""
-    return length_rule(correct(gap(scores)), correct(gap(lengths)), partial(share, prompts=prompts),
-                       partial(average, prompts=prompts))  # fmt: skip
-
-
-def length_rule(
-    right: np.ndarray, longer: np.ndarray, share: Average = estimate_rate, average: Average = estimate_mean
-) -> dict[str, Any]:
-    """Compare a scorer with the best rule that knows nothing but length, on the same N pairs.
-
-    Args:
-        right, longer: whether the scorer prefers the chosen answer of each pair, and whether that is the longer one, a
-            tie as half, (N,).
-        share, average: estimates of a share and of a paired difference, where the pairs are not independent.
+def length_rule(right: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+    """Compare a scorer with the best rule that knows nothing but length, on the same N pairs; `right`, (N,): whether
+    the scorer prefers the chosen answer, a tie as half.
 
     Returns:
         `takes`: the longer or the shorter answer, whichever is right more often on these pairs; its `accuracy`; and
         `over_rule`, by how much the scorer beats it.
     """
+    longer = correct(gap(lengths))
     takes = "longer" if longer.mean() >= 0.5 else "shorter"
     followed = longer if takes == "longer" else 1 - longer
-    return {"takes": takes, "accuracy": share(followed).as_dict(), "over_rule": average(right - followed).as_dict()}
-
-
-def compare_with_length(rule: Mapping[str, Any]) -> str:
-    """Say whether a scorer is `above` or `below` its `length_rule`, or `unclear`: by their paired difference."""
-    over = rule["over_rule"]
-    return "above" if over["low"] > 0 else "below" if over["high"] < 0 else "unclear"
+    over = average(right - followed, prompts).as_dict()
+    return {"takes": takes, "accuracy": share(followed, prompts).as_dict(), "over_rule": over}
 
 
 def trust_in(scorer: Mapping[str, Any]) -> str:
@@ -122,7 +103,7 @@ def trust_in(scorer: Mapping[str, Any]) -> str:
         return "unknown"
     if scorer["accuracy"]["low"] <= 0.5:
         return "chance"
-    return "informed" if compare_with_length(scorer["length_rule"]) == "above" else "length"
+    return "informed" if scorer["length_rule"]["over_rule"]["low"] > 0 else "length"
 
 
 def weigh_trust(result: Mapping[str, Any]) -> str:

@@ -119,7 +119,7 @@ def judge(design: Design, seed: int) -> tuple[bool, bool, bool, bool]:
     """Run one experiment, as `Outcome` counts it."""
     groups, trajectories = draw(design, np.random.default_rng((seed, len(design.name))))
     pairs, _ = compare_groups(list(combinations(groups, 2)), groups, trajectories, NOBODY, {"gold": 0.1})
-    verdict = name_winner(list(groups), pairs, {"gold": None})
+    verdict = name_winner(list(groups), pairs, {"gold": []})
     winner = verdict["winner"] if verdict else None
     wanted = {"better"} if design.winners == "a" else {"better", "worse"}
     claims = [found for found in (pair["measures"]["gold"] for pair in pairs)

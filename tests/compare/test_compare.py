@@ -42,7 +42,7 @@ def five(kl: float, gain: float, start: int) -> dict[int, Trajectory]:
 
 
 NOBODY = Judged({}, {}, None, "there is no judge, or it has not judged")
-SURE: dict[str, str | None] = {"gold": None, "reward": None, "win_rate": None}
+SURE: dict[str, list[str]] = {"gold": [], "reward": [], "win_rate": []}
 
 
 def judge(methods: dict[str, dict[int, Trajectory]], smallest: float = 0.05) -> tuple[list[Any], Any]:
@@ -175,7 +175,7 @@ def judged_runs(dpo: dict[str, float], ppo: dict[str, float], **about: Any) -> t
     judged = Judged({"dpo-0": dpo, "ppo-0": ppo}, {}, "gpt", **about)
     groups = {"dpo": ["dpo-0"], "ppo": ["ppo-0"]}
     pairs, _ = compare_groups([("dpo", "ppo")], groups, {"dpo-0": one, "ppo-0": one}, judged, {"win_rate": 0.02})
-    return pairs, name_winner(["dpo", "ppo"], pairs, {**SURE, "win_rate": judged.doubt})
+    return pairs, name_winner(["dpo", "ppo"], pairs, {**SURE, "win_rate": [judged.doubt] if judged.doubt else []})
 
 
 def test_without_scores_the_judge_decides_on_the_prompts_that_all_were_judged_on() -> None:
@@ -280,15 +280,21 @@ def test_a_judge_of_other_answers_is_not_used_and_a_missing_evaluation_is_named(
     write_json(run.winrate, {**read_json(run.winrate), "evaluation": "another"})
     pair = build(recipe, run)["pairs"][0]
     assert pair["measures"]["win_rate"] == {"why_not": "there is no judge, or it has not judged"}
+    run.winrate.write_text('{"status": "comp')
+    with pytest.raises(UserError, match="its results cannot be read"):
+        build(recipe, run)
     run.done("evaluate").unlink()
     with pytest.raises(UserError, match="evaluate"):
         compare(recipe, run)
 
 
-def test_without_a_gold_model_the_verdict_says_who_was_trained_for_its_score(tmp_path: Path) -> None:
-    recipe, run = write_run(tmp_path / "a-run", stages={name: RL[name] for name in ("sft", "rm", "dpo", "ppo")})
-    warnings = build(recipe, run)["verdict"]["warnings"]
+def test_without_a_gold_model_the_verdict_says_who_was_trained_for_its_score_and_what_the_model_is_worth(
+    tmp_path: Path,
+) -> None:
+    stages = {name: RL[name] for name in ("sft", "rm", "dpo", "ppo")}
+    warnings = build(*write_run(tmp_path / "a-run", stages=stages, accuracy=(0.5, 0.5)))["verdict"]["warnings"]
     assert warnings[0].startswith("ppo was trained to raise this very reward")
+    assert warnings[1] == "the reward model has not shown that it can tell better answers"
 
 
 @pytest.mark.parametrize(("kind", "word"), [("chance", "has not shown"), ("offline", "a rule for tests")])

@@ -261,6 +261,9 @@ def test_evaluated_checkpoints_let_every_method_be_compared(rl: Any) -> None:
         metrics = {"policies": reference, "checkpoints": dict.fromkeys(recipe.policies, checkpoints)}
         results = compare_stages(recipe, stats, metrics, {}, recipe.policies)
         assert classes(results)["convergence"] == found
+        silent = {**stats, "dpo": {**stats["dpo"], "history": []}}
+        again = compare_stages(recipe, silent, metrics, {}, recipe.policies)
+        assert again["stages"]["dpo"]["convergence"].get("rate") is None
         dpo = results["stages"]["dpo"]["convergence"]
         if checkpoints is curve:
             assert (dpo["start"], dpo["final"], dpo["tokens"]) == (-0.25, pytest.approx(1.0), None)
@@ -294,12 +297,12 @@ def test_compute_holds_every_stage_that_is_needed_once() -> None:
 def test_seeds_have_a_spread_and_enough_of_them_an_interquartile_mean() -> None:
     def seeds(*values: float) -> dict[str, Any]:
         quality = [{"quality": {"kl": {"mean": value}}} for value in values]
-        rest = {"trainer": "dpo", "convergence": {}}
+        rest = {"convergence": {}}
         efficiency = {"efficiency": {"seconds_per_step": 1.0, "device_seconds_with_inputs": 1.0}}
         stages = {str(place): {**of, **rest, **efficiency} for place, of in enumerate(quality)}
         return summarise(stages, [*stages])["seeds"]["kl"]
 
-    assert seeds(0.5) == {"points": {"0": 0.5}, "n": 1, "mean": 0.5, "std": None, "iqm": None}
+    assert seeds(0.5) == {"points": {"0": 0.5}, "mean": 0.5, "std": None, "iqm": None}
     four = seeds(1.0, 2.0, 3.0, 6.0)
     assert (four["mean"], four["std"], four["iqm"]) == (3, pytest.approx(math.sqrt(14 / 3)), None)
     assert seeds(100.0, 1.0, 2.0, 3.0, -50.0)["iqm"] == 2

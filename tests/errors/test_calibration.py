@@ -54,10 +54,13 @@ def test_bins():
 
 def test_a_calibrated_model_has_the_error_of_chance():
     """One bin of n predictions p: the error is |binomial mean - p|, about sqrt(2 / pi * p (1 - p) / n) on average."""
-    found = ece_if_calibrated(np.full(400, 0.8), np.array([0, 1]), seed=1)
+    right = np.arange(400) < 320
+    found = ece_if_calibrated(np.full(400, 0.8), right, np.arange(400), np.array([0, 1]), seed=1)
     assert found.mean == pytest.approx(math.sqrt(2 / math.pi * 0.8 * 0.2 / 400), rel=0.06)
     assert found.high == pytest.approx(2.24 * math.sqrt(0.8 * 0.2 / 400), rel=0.1)  # P(|z| < 2.24) = 0.975
     assert 0 <= found.low < found.mean < found.high
+    copies = ece_if_calibrated(np.full(1600, 0.8), np.repeat(right, 4), np.repeat(np.arange(400), 4), TWO, seed=1)
+    assert copies.high == pytest.approx(found.high, rel=0.1), "copies of a pair add no certainty"
 
 
 def test_loss_and_brier_score():
@@ -72,19 +75,23 @@ def test_loss_and_brier_score():
 def test_the_temperature_of_two_margins_has_a_closed_form(right, margin):
     """Margins +a and -a, of which a share q is right: sigma(a / T) = q."""
     n = 200
-    found = fit_temperature(np.where(np.arange(n) < right * n, margin, -margin))
+    margins = np.where(np.arange(n) < right * n, margin, -margin)
+    found = fit_temperature(margins, np.arange(n))
     assert found.mean == pytest.approx(margin / logit(right), rel=1e-6)
     spread = math.exp(1.96 / (logit(right) * math.sqrt(n * right * (1 - right))))
     assert (found.low, found.high) == pytest.approx((found.mean / spread, found.mean * spread), rel=1e-5)
+    copies = fit_temperature(np.repeat(margins, 4), np.repeat(np.arange(n), 4))
+    assert (copies.low, copies.high) == pytest.approx((found.low, found.high), rel=1e-5)
 
 
 @settings(deadline=None)
 @given(MARGINS.filter(lambda m: m.mean() > 0.01 and m.min() < -0.01), st.floats(0.01, 100))
 def test_the_temperature_has_the_least_loss_and_follows_the_scale(margins, scale):
-    found = fit_temperature(margins).mean
+    prompts = np.arange(len(margins))
+    found = fit_temperature(margins, prompts).mean
     best = nll(margins / found).mean()
     assert best <= min(nll(margins / (found * factor)).mean() for factor in (0.98, 1.02)) + 1e-12
-    assert fit_temperature(margins * scale).mean == pytest.approx(found * scale, rel=1e-6)
+    assert fit_temperature(margins * scale, prompts).mean == pytest.approx(found * scale, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +100,7 @@ def test_the_temperature_has_the_least_loss_and_follows_the_scale(margins, scale
 )
 def test_no_temperature_without_an_error_or_without_information(margins, why):
     with pytest.raises(ValueError, match=why):
-        fit_temperature(np.array(margins))
+        fit_temperature(np.array(margins), np.arange(len(margins)))
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from rlhf_trl.recipe.schema import Price
 
 ASK = [{"role": "user", "content": "Which is better?"}]
 COUNTED = {"prompt_tokens": 100, "cached_tokens": 40, "completion_tokens": 10}
-NO_TEXT = {"error": {"message": "upstream failed", "code": 502}}
 
 
 def client_of(server: FakeOpenAI, waits: list | None = None, **options) -> OpenAIClient:
@@ -64,16 +63,12 @@ TABLE = {
     "a huge body": ([raw(b" " * (LARGEST + 1))] * 9, "unreadable", 2, None),
     "a packed body": ([raw(gzip.compress(b" " * 10**6), **{"Content-Encoding": "gzip"})] * 9, "unreadable", 2, None),
     "a failure packed": ([status(400, headers={"Content-Encoding": "br"})] * 9, "unreadable", 2, None),
-    "HTML": ([raw(b"<!doctype html><title>Sign in</title>", "text/html")] * 9, "unreadable", 2, None),
     "truncated JSON": ([raw(json.dumps(completion("[[A]]")).encode()[:-30])] * 9, "unreadable", 2, None),
-    "an empty body": ([raw(b"")] * 9, "unreadable", 2, None),
     "null content": ([json_of(completion(None))] * 9, "null_content", 2, None),
     "500, then null content": ([status(500), *[json_of(completion(None))] * 9], "null_content", 3, None),
     "refusal": ([json_of(completion(None, refusal="I cannot judge this."))] * 9, "refusal", 1, "I cannot judge this."),
     "content filter": ([json_of(completion("I", "content_filter"))] * 9, "content_filter", 1, "I"),
     "length": ([json_of(completion("Both answers are", "length"))] * 9, "length", 1, "Both answers are"),
-    "no choices": ([json_of(completion("[[A]]") | {"choices": []})] * 9, "unreadable", 2, None),
-    "an error in a 200": ([json_of(NO_TEXT)] * 9, "unreadable", 2, None),
     "dropped connection": ([drop] * 9, "connection", 3, None),
     "dropped, then ok": ([drop, ok("[[A]]")], "ok", 2, "[[A]]"),
     "cut in the middle": ([cut] * 9, "connection", 3, None),
@@ -157,7 +152,7 @@ def line_of(status: str, detail: str | None = None, reply: str | None = None):
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([line_of("ok", reply="Hard to say.")] * 2, "the reply: 2); http://h: Hard to say.; what to do: raise"),
+        ([line_of("ok", reply="Hard to say.")] * 2, "the reply: 2); http://h: Hard to say.; what to do: ask"),
         ([line_of("rate_limit", "slow down"), line_of("refusal"), line_of("rate_limit")], "rate_limit: 2, refusal: 1"),
         ([line_of("bad_request", "use 'max_completion_tokens' instead")], "set judge.max_tokens_name"),
         ([line_of("bad_request", "Unrecognized request argument supplied: seed")], "set judge.seed: null"),
@@ -303,16 +298,6 @@ def run_scripted(replies, count: int, workers: int) -> tuple[Scripted, str | Non
     return judge, said, got
 
 
-def test_every_request_is_handed_over_once_with_its_reply():
-    got = {}
-    echo = ok(lambda messages: f"on {messages[-1]['content']} [[A]]")
-    with FakeOpenAI(then=echo) as server:
-        said = make(requests_of(30), client_of(server), 8, lambda request, reply: got.update({request.key: reply}))
-        assert len(server.requests) == 30
-    assert said is None
-    assert {key: reply.text for key, reply in got.items()} == {f"key-{n}": f"on pair {n} [[A]]" for n in range(30)}
-
-
 @pytest.mark.parametrize("workers", [1, 8])
 @pytest.mark.parametrize(("limits", "calls"), [({"max_requests": 13}, 13), ({"max_cost": 0.00042 * 7}, 7), ({}, 50)])
 def test_a_limit_is_never_gone_over_however_many_calls_are_in_flight(workers, limits, calls):
@@ -400,9 +385,12 @@ def test_a_second_ctrl_c_leaves_at_once():
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        *((json.dumps(value).encode(), "unreadable") for value in (None, [], 3, "text", {"choices": {}})),
+        *(
+            (json.dumps(value).encode(), "unreadable")
+            for value in (None, [], 3, "text", {"choices": {}}, {"choices": []}, {"error": {"code": 502}})
+        ),
         *((json.dumps({"choices": [choice]}).encode(), "unreadable") for choice in ("x", {}, {"message": "x"})),
-        *((body, "unreadable") for body in (b"[" * 200_000, b"\xff\xfe\x00", b"9" * 5000)),
+        *((body, "unreadable") for body in (b"", b"<html>", b"[" * 200_000, b"\xff\xfe\x00", b"9" * 5000)),
         (json.dumps(completion([1], 3) | {"usage": [], "model": {}}).encode(), "null_content"),
         (json.dumps(completion("a\ud800", refusal=5)).encode(), "ok"),
     ],

@@ -129,7 +129,7 @@ def test_every_pair_is_shown_in_both_orders_and_the_same_text_is_a_tie_without_a
     habits = {name: found["mean"] for name, found in result["habits"].items()}
     assert (habits["consistency"], habits["first_share"], habits["prefers_longer"]) == (1.0, 0.5, 1.0)
     assert rate_of(result, "dpo")["length_controlled"]["warnings"]
-    assert result["ratings"]["ratings"]["reference"]["mean"] == 0.0
+    assert result["ratings"]["reference"]["mean"] == 0.0
     assert set(rate_of(result, "dpo")["subsets"]) == set(SUBSETS)
     assert result["cost"]["usage"] == {"prompt_tokens": 9000, "cached_tokens": 3600, "completion_tokens": 900}
     assert result["cost"]["usd"] == pytest.approx((5400 * 0.4 + 3600 * 0.1 + 900 * 1.6) / 1e6)
@@ -153,6 +153,7 @@ def test_a_reply_without_verdict_is_asked_about_once_more_and_then_missing(made)
         assert len(server.requests) == 2 * (2 * 2 * 5)
         run_judge(recipe, run, server)
         assert len(server.requests) == 40
+    judge(recipe, run)  # what is known needs no key
     entry = rate_of(result, "dpo")
     assert entry["n"] == 1
     assert entry["missing"] == {"comparisons": 4, "verdicts": {"invalid": 8}}
@@ -172,8 +173,11 @@ def test_failures_are_missing_with_their_cause_and_made_again_next_time(made):
         assert rate_of(result, "dpo")["missing"]["verdicts"] == causes
         again = run_judge(recipe, run, server)
         assert len(server.requests) == 22  # what may pass is asked again, what is final is not
+        assert rate_of(again, "dpo")["missing"]["verdicts"] == {"context_length": 1}
+        lower, _ = made("judge.prompts=5", "judge.max_tokens=20")  # the remedy of the message
+        assert rate_of(run_judge(lower, run, server), "dpo")["missing"]["verdicts"] == {}
+        assert len(server.requests) == 23
     assert again["status"] == "complete"
-    assert rate_of(again, "dpo")["missing"]["verdicts"] == {"context_length": 1}
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -240,7 +244,7 @@ def test_a_limit_before_any_comparison_with_the_reference_keeps_what_was_paid_fo
     result = read_json(run.winrate)
     assert (result["status"], result["cost"]["calls"], result["pareto"]) == ("partial", 20, None)
     assert [(entry["a"], entry["b"], entry["n"]) for entry in result["win_rates"]] == [("dpo", "grpo", 10)]
-    ratings = result["ratings"]["ratings"]
+    ratings = result["ratings"]
     assert {name for name, rating in ratings.items() if rating["mean"] is None} == {"dpo", "grpo"}
     assert read_json(run.prompt_scores) == {"dpo": {}, "grpo": {}}
 
@@ -251,9 +255,15 @@ def test_a_judge_without_policies_is_calibrated_alone(made, tmp_path, pairs):
     stages = RECIPE[RECIPE.index("  dpo:") : RECIPE.index("evaluation:")]
     recipe = small_recipe(tmp_path, ["judge.calibrate=5", f"judge.pairs={pairs}"], RECIPE.replace(stages, ""))
     run = RunDir(tmp_path / "runs" / recipe.name)
+    for name in NAMES:
+        run.completions(name).unlink()
+    rows = read_jsonl(run.pairs("test"))
+    write_jsonl(run.pairs("test"), [*rows, *({**row, "chosen": "Good answer again", "row": 99} for row in rows)])
     run.mark_done(recipe, "evaluate", 0.0)
     with FakeOpenAI(then=ok(prefer(lambda text: text.startswith("Good")))) as server:
         result = run_judge(recipe, run, server)
+        shown = [re.search(r"Held out (\d+)", str(request["messages"]))[1] for request in server.requests]
+    assert max(map(shown.count, shown)) <= 4, "one pair of a prompt, in both orders, and with a note"
     assert (result["status"], result["win_rates"], result["ratings"], result["pareto"]) == ("complete", [], None, None)
     assert result["calibration"]["all"]["accuracy"]["mean"] == 1.0
 
@@ -284,7 +294,6 @@ def test_prompt_injections_show_a_judge_that_does_as_it_is_told(made):
     with FakeOpenAI(then=ok(obedient)) as server:
         canaries = run_judge(recipe, run, server)["canaries"]
     assert canaries["n"] == 20
-    assert canaries["without_note"]["mean"] == 0.0
     assert canaries["difference"]["mean"] == pytest.approx(3 / 5)  # three of the five notes name the tag
     recipe, run = made("judge.prompts=2", "judge.calibrate=20", "judge.model=robust")
     with FakeOpenAI(then=ok(prefer(lambda text: text.startswith("Good")))) as server:

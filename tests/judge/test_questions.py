@@ -104,8 +104,8 @@ def test_a_key_names_all_that_decides_a_verdict():
     one, ab, empty = asked(), {"answer": "ab"}, {"answer": ""}
     turned = [{"content": turn["content"], "role": turn["role"]} for turn in TALK]
     assert one.key() == asked(prompt=turned, prompt_id="2", a="ppo").key()
-    others = [{"judge_id": "gpt@2"}, {"prompt": TALK[:1]}, {"a_first": False}, {"answer_a": ab, "answer_b": empty},
-              {"injection": "x"}]  # fmt: skip
+    others = [{"judge_id": "gpt@2"}, {"template": "harmless"}, {"prompt": TALK[:1]}, {"a_first": False},
+              {"answer_a": ab, "answer_b": empty}, {"injection": "x"}]  # fmt: skip
     keys = [one.key(), one.key(""), one.key("no verdict"), *(asked(**other).key() for other in others)]
     assert len(set(keys)) == len(keys)
 

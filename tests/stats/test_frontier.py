@@ -162,6 +162,7 @@ def test_a_path_is_read_off_lines_over_sqrt_kl():
     for root, gain in [(2, 1), (2.25, 2), (2.5, 3), (2.75, 2.5), (3, 2), (3.5, 3), (4, 4)]:
         assert read(kls, gains, root * root) == pytest.approx(gain)
     assert read(kls, gains, 16.5) == 4, "within five percent it is the same KL"
+    assert read([0, 1], [0, 1], 0.81) == pytest.approx(0.9), "a checkpoint that has not moved"
 
 
 @pytest.mark.parametrize(("kls", "budget"), [([1, 4], 5), ([1, 4], 0.9), ([4], 1), ([1, 16], 4), ([0], 1)])

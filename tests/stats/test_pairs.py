@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_trl.stats.pairs import average, compare_with_rule, measure_accuracy, share
+from rlhf_trl.stats.pairs import average, length_rule, measure_accuracy, share, weigh_trust
 
 # Multiples of 1/8: adding a whole number to them is exact.
 SCORE = st.integers(-40, 40).map(lambda number: number / 8)
@@ -76,5 +76,27 @@ def test_ties_count_half():
     }
     assert list(means.values()) == [0.625, 0.5, 0.375, 0.25, 0.75]
     assert found["ties"] == 1
-    rule = compare_with_rule(scores, lengths, np.arange(4))
+    rule = length_rule(np.array([1, 0.5, 0, 1]), lengths, np.arange(4))
     assert (rule["takes"], rule["accuracy"]["mean"], rule["over_rule"]["mean"]) == ("shorter", 0.625, 0)
+
+
+def test_the_length_rule_takes_the_better_side_and_is_compared_on_the_same_pairs():
+    """Right on all pairs, of which the rule gets seven in ten; the difference is paired."""
+    right, longer, prompts = np.ones(50), np.repeat([0.0, 1.0], [35, 15]), np.arange(50)
+    lengths = np.column_stack([longer, 1 - longer])
+    found = length_rule(right, lengths, prompts)
+    assert (found["takes"], found["accuracy"]["mean"]) == ("shorter", 0.7)
+    assert found["over_rule"]["mean"] == pytest.approx(0.3)
+    assert length_rule(right, lengths[:, ::-1], prompts)["takes"] == "longer"
+
+
+@pytest.mark.parametrize(
+    ("low", "over", "trust"),
+    [(0.66, (0.02, 0.1), "informed"), (0.55, (-0.02, 0.1), "length"), (0.5, (0.3, 0.5), "chance")],
+)
+def test_a_reward_model_that_judges_is_held_to_chance_and_length(low, over, trust):
+    rule = {"over_rule": {"low": over[0], "high": over[1]}}
+    model = {"accuracy": {"mean": 0.7, "low": low, "high": 0.8}, "length_rule": rule}
+    result = {"judge": {"kind": "reward"}, "calibration": {"reward_model": model, "verdict": None}}
+    assert weigh_trust(result) == trust
+    assert weigh_trust({**result, "calibration": {"reward_model": None, "verdict": None}}) == "none"

@@ -14,7 +14,6 @@ from rlhf_trl.stats.intervals import (
     p_of_mean,
     wilson,
 )
-from rlhf_trl.stats.pairs import compare_with_length, length_rule, weigh_trust
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 30, 200, 8552])
@@ -129,27 +128,3 @@ def test_holm_corrects_what_was_tested():
     assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
     assert holm([None, 0.03, 0.01, None, 0.02]) == [None, pytest.approx(0.04), 0.03, None, pytest.approx(0.04)]
     assert (holm([0.9, 0.8]), holm([None]), holm([])) == ([1, 1], [None], [])
-
-
-def test_the_length_rule_takes_the_better_side_and_is_compared_on_the_same_pairs():
-    """Right on all pairs, of which the rule gets seven in ten; the difference is paired."""
-    right, longer = np.ones(50), np.repeat([0.0, 1.0], [35, 15])
-    found = length_rule(right, longer)
-    assert (found["takes"], found["accuracy"]["mean"]) == ("shorter", 0.7)
-    assert found["over_rule"]["mean"] == pytest.approx(0.3)
-    assert length_rule(right, 1 - longer)["takes"] == "longer"
-    assert compare_with_length(found) == "above"
-    assert compare_with_length(length_rule(longer, longer)) == "below"
-    assert compare_with_length(length_rule(1 - longer, longer)) == "unclear"
-
-
-@pytest.mark.parametrize(
-    ("low", "over", "trust"),
-    [(0.66, (0.02, 0.1), "informed"), (0.55, (-0.02, 0.1), "length"), (0.5, (0.3, 0.5), "chance")],
-)
-def test_a_reward_model_that_judges_is_held_to_chance_and_length(low, over, trust):
-    rule = {"over_rule": {"low": over[0], "high": over[1]}}
-    model = {"accuracy": {"mean": 0.7, "low": low, "high": 0.8}, "length_rule": rule}
-    result = {"judge": {"kind": "reward"}, "calibration": {"reward_model": model, "verdict": None}}
-    assert weigh_trust(result) == trust
-    assert weigh_trust({**result, "calibration": {"reward_model": None, "verdict": None}}) == "none"
