@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import tempfile
+from importlib.metadata import metadata
 from typing import Any
 
 import datasets
@@ -194,7 +195,9 @@ def _rehearse(recipe: Recipe, run: RunDir, stage: str, processes: int) -> None:
     except RAISED as error:
         text = error.problems[0].problem if isinstance(error, UserError) else " ".join(str(error).split())
         named = [key] if key else [name for name, value in spec.args.items() if _names(name, value, text)][:1]
-        remedy = "install it, or leave the option out" if "install" in text else "change the option, or leave it out"
+        extra = next((of for of in metadata("rlhf-trl").get_all("Provides-Extra", []) if of in text.lower()), None)
+        brings = f'pip install "rlhf-trl[{extra}]"' if extra else "install it"
+        remedy = f"{brings if 'install' in text else 'change the option'}, or leave the option out"
         raise UserError(".".join([args, *named]), text[:600], REMEDIES.get("".join(named), remedy)) from error
 
 
