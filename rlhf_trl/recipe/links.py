@@ -30,6 +30,7 @@ OWNED = {
     "hub_token": "keep tokens in the environment (see .env.example)",
     "model_adapter_name": "a stage trains one adapter",
     "ref_adapter_name": "the reference is the base with the adapter off",
+    "stop_token_id": "an answer ends on its end token wherever it is read: set stop_token: eos",
     "num_sample_generations": "sample answers are part of the evaluation",
     "save_only_model": "a checkpoint holds what an interrupted stage goes on from",
     "skip_memory_metrics": "peak memory is always recorded",

@@ -152,7 +152,8 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...
     *((("ppo",), key, lambda of, key=key, off=off: of[key] not in off, "has no effect in PPO's loop", remedy)
       for key, off, remedy in (
           ("fp16", [False], "set bf16: true"), ("max_steps", [-1], "set total_episodes: steps times batch"),
-          ("data_seed", [None], "set seed"), ("eval_strategy", ["no"], "leave it out: checkpoints are evaluated"))),
+          ("data_seed", [None], "set seed"), ("eval_strategy", ["no"], "leave it out: checkpoints are evaluated"),
+          ("load_best_model_at_end", [False], "leave it out"), ("neftune_noise_alpha", [None], "leave it out"))),
     (("ppo",), "save_strategy", lambda of: of["save_strategy"] not in ("no", "steps"),
      "PPO's loop knows steps alone", "set save_strategy: steps"),
     (("ppo",), "gradient_checkpointing_kwargs",

@@ -112,7 +112,7 @@ def _list_files(folder: Path) -> dict[str, Path]:
 def list_checkpoints(folder: Path) -> dict[int, Path]:
     """List the checkpoints of a stage by step, whole or not."""
     found = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
-    return dict(sorted((int(step), path) for step, path in found if step.isdigit()))
+    return dict(sorted((int(step), path) for step, path in found if step.isdecimal()))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

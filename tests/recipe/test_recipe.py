@@ -208,11 +208,11 @@ def test_dropout_that_a_trainer_turns_off_is_named_for_each_trainer(refuse):
 
 
 def test_what_ppos_loop_does_not_read_is_refused(refuse):
-    text = add("kl_coef: 0.05", "fp16: true\n      max_steps: 3\n      data_seed: 2\n      eval_strategy: steps")
-    text = add("eval_strategy: steps", "save_strategy: epoch", text)
-    problems = refuse(add("data_seed: 2", "gradient_checkpointing_kwargs: {use_reentrant: true}", text))
-    names = {"fp16", "max_steps", "data_seed", "eval_strategy", "save_strategy", "gradient_checkpointing_kwargs"}
-    assert {key.rpartition(".")[2] for key in keys(problems)} == names
+    values = {"fp16": "true", "max_steps": 3, "data_seed": 2, "eval_strategy": "steps", "save_strategy": "epoch",
+              "load_best_model_at_end": "true", "neftune_noise_alpha": 5,
+              "gradient_checkpointing_kwargs": "{use_reentrant: true}"}  # fmt: skip
+    problems = refuse(GOOD, *(f"stages.ppo.args.{name}={value}" for name, value in values.items()))
+    assert {problem.place.rpartition(".")[2] for problem in problems} == {*values}
 
 
 def test_a_batch_is_judged_for_the_number_of_processes(refuse, recipe_file):
