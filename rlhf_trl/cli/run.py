@@ -24,6 +24,7 @@ from rlhf_trl.cli.tables import Live, plan_table, printable, show, status_end, s
 from rlhf_trl.recipe.errors import Exit, NotRun, UserError
 from rlhf_trl.recipe.load import load_recipe
 from rlhf_trl.recipe.recipe import STEPS, Recipe
+from rlhf_trl.report.trackers import log_results
 from rlhf_trl.run import signals
 from rlhf_trl.run.documents import now
 from rlhf_trl.run.launch import (
@@ -39,7 +40,6 @@ from rlhf_trl.run.launch import (
 )
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
-from rlhf_trl.run.trackers import log_results
 from rlhf_trl.text.redact import redact
 
 opened: list[RunDir] = []

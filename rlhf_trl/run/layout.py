@@ -84,6 +84,7 @@ class RunDir:
     training_stats = _Each("{}/training_stats.json", "a stage's every logged value, what each means, time and memory")
     training_curves = _Each("{}/training_curves.png", "the same as curves")
     reward_scale = _Each("{}/reward_scale.json", "mean and spread that PPO normalised the reward with")
+    tensorboard = _Each("{}/tensorboard", "what a stage reports to tensorboard, and its policy's final numbers")
     started = _Each("{}/started.json", "the fingerprint that the checkpoints of an unfinished stage belong to")
     log = _Each("logs/{}.log", "what a stage's processes printed under `run`, one attempt after the other")
     logs = _One("logs", "the logs of all stages")

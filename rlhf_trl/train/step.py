@@ -57,7 +57,7 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     say_one_gpu()
     # Not those of PartialState: on a machine without GPU it learns of the others from the config.
     config = build_stage_config(recipe, run, stage, int(os.environ.get("WORLD_SIZE", "1")))
-    name_projects(config.report_to, config.project)
+    name_projects(config.report_to, config.project, run.tensorboard(stage))
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
     if process.is_main_process:
         run.begin(recipe, stage)
