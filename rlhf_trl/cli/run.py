@@ -196,6 +196,8 @@ def run_step(recipe: Recipe, run: RunDir, step: str, asked: Recipe | None = None
         return True
     with run.lock(step):
         start = time.perf_counter()
+        for name in recipe.inputs(step):  # before its last result is removed
+            run.require(recipe, name, f"train RECIPE {name}" if name in recipe.stages else f"{name} RECIPE")
         action = _load_step(step)
         run.write_provenance(recipe)
         run.replace(step)

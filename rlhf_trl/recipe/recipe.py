@@ -165,6 +165,13 @@ class Recipe(Strict):
     def _judges(self) -> list[str]:
         return [name for name in (self.evaluation.reward, self.evaluation.gold) if name]
 
+    def inputs(self, step: str) -> list[str]:
+        """The steps and stages that a step which is no stage cannot do without."""
+        judged = ["evaluate"] * bool(self.judge)
+        own = {"evaluate": ["prepare", *self.policies, *self._judges], "judge": judged, "samples": ["evaluate"],
+               "errors": ["prepare", *self.reward_stages], "compare": self.compared}  # fmt: skip
+        return [name for name in own.get(step, []) if name in {*self.stages, *STEPS}]
+
     @property
     def source_names(self) -> set[str]:
         """Every source outside the run: data, base models, reward models."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_trl.cli import run as run_cli
 from rlhf_trl.cli.run import steps_to_run
 from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import Recipe
@@ -88,6 +89,14 @@ def test_a_damaged_output_is_named_refused_and_made_again(step, says, damages, r
     if step == "sft":
         with pytest.raises(UserError, match=r"sft/model/model\.safetensors is"):  # what it rests on
             run.require(recipe, "dpo", "train RECIPE dpo")
+
+
+def test_a_step_that_lacks_an_input_keeps_its_last_result(run, recipe, monkeypatch):
+    monkeypatch.setattr(run_cli, "_load_step", pytest.fail)
+    run.done("dpo").unlink()
+    with pytest.raises(UserError, match="the step 'dpo' is not finished"):
+        run_cli.run_step(recipe, run, "evaluate")
+    assert run.is_done(recipe, "evaluate")
 
 
 @pytest.mark.parametrize("step", ["sft", "evaluate", "report"])
