@@ -26,15 +26,24 @@ def copy(trained, tmp_path):
 
 
 @pytest.fixture
-def launch(copy):
-    """Train a stage with a profile in two processes, and return what was said and the adapter."""
+def launch(copy, tmp_path):
+    """Train a stage with a profile in two processes, and return what was said and the adapter.
+
+    SLURM is played by two programs: one names the nodes, and one starts the command on each, here all on this machine.
+    """
+    for name, text in (("scontrol", "echo 127.0.0.1; echo other"),
+                       ("srun", 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!')):  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
 
     def launch(stage, command, settings):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_LOG_LEVEL": "error"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_LOG_LEVEL": "error",
+                       "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                       "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "nodes"}  # fmt: skip
         recipe = str(copy.root.parent.parent / "small.yaml")
         options = [part for setting in settings for part in ("--set", f"stages.{stage}.{setting}")]
-        words = command.replace("TRAIN", f"rlhf_trl train {recipe} {stage}").split()
-        done = subprocess.run([sys.executable, "-m", *words, "--runs", str(copy.root.parent), *options],
+        words = command.replace("TRAIN", f"-m rlhf_trl train {recipe} {stage}").replace("STAGE", f"{recipe} {stage}")
+        done = subprocess.run([*words.split(), "--runs", str(copy.root.parent), *options],
                               env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert read_json(copy.training_stats(stage))["summary"]["processes"] == 2
@@ -43,8 +52,14 @@ def launch(copy):
     return launch
 
 
-@pytest.mark.parametrize(("stage", "profile"), [("dpo", "ddp"), ("dpo", "zero2"), ("rm", "zero3")])
-def test_two_processes_train_what_one_does(copy, launch, stage, profile):
+PROFILE = f"{sys.executable} TRAIN --accelerate {{}} --processes 2"
+
+
+@pytest.mark.parametrize(("stage", "command"), [
+    ("dpo", PROFILE.format("ddp")), ("dpo", PROFILE.format("zero2")), ("rm", PROFILE.format("zero3")),
+    ("dpo", "bash accelerate_configs/slurm.sh STAGE"),
+], ids=["ddp", "zero2", "zero3", "slurm"])  # fmt: skip
+def test_two_processes_train_what_one_does(copy, launch, stage, command):
     """The same rows in each update, so the same weights; the run itself checks that its processes agree.
 
     Adam divides a gradient by its size, so that rounding decides the step where a gradient is almost zero, and hides
@@ -52,7 +67,7 @@ def test_two_processes_train_what_one_does(copy, launch, stage, profile):
     """
     own = ("eval_strategy=no", "adam_epsilon=0.1", "learning_rate=0.1", "max_steps=-1", "num_train_epochs=0.15")
     settings = [*(f"args.{item}" for item in own), "global_batch_size=16"]
-    _, adapter = launch(stage, f"TRAIN --accelerate {profile} --processes 2", settings)
+    _, adapter = launch(stage, command, settings)
     both = read_json(copy.training_stats(stage))["summary"]
     shutil.rmtree(copy.step(stage))
     train(small_recipe(copy.root.parent.parent, [f"stages.{stage}.{item}" for item in settings]), copy, stage)
@@ -69,7 +84,7 @@ def test_a_stage_goes_on_with_another_number_of_processes(copy, launch, caplog):
     own = ("eval_strategy=no", "adam_epsilon=0.1", "learning_rate=0.1", "max_steps=3", "save_strategy=steps",
            "save_steps=1")  # fmt: skip
     settings = [*(f"args.{item}" for item in own), "global_batch_size=16"]
-    _, expected = launch("dpo", "TRAIN --accelerate ddp --processes 2", settings)
+    _, expected = launch("dpo", PROFILE.format("ddp"), settings)
     checkpoints = copy.checkpoints("dpo")
     for folder in (checkpoints / "checkpoint-3", checkpoints / "checkpoint-2", copy.adapter("dpo")):
         shutil.rmtree(folder)  # as if killed in the second step
@@ -84,7 +99,7 @@ def test_a_stage_goes_on_with_another_number_of_processes(copy, launch, caplog):
 @pytest.mark.parametrize(("stage", "profile"), [("grpo", "ddp"), ("ppo", "zero2")])
 def test_online_trainers_run_in_two_processes(copy, launch, stage, profile):
     """Through `accelerate launch` itself, which is what the README gives as the same thing; PPO also resumes."""
-    command = f"accelerate.commands.launch --config_file {ROOT}/accelerate_configs/{profile}.yaml -m TRAIN"
+    command = f"accelerate launch --config_file {ROOT}/accelerate_configs/{profile}.yaml TRAIN"
     own = ["save_strategy=steps", "save_steps=1", *["total_episodes=64"] * (stage == "ppo")]  # two updates
     settings = [f"args.{item}" for item in own]
     shutil.rmtree(copy.step(stage))

@@ -74,12 +74,19 @@ def test_the_plan_of_a_batch_that_several_processes_share(tmp_path):
     assert four["bytes"]["activations"] < alone["bytes"]["activations"] and four["steps"] == alone["steps"]
 
 
+LLAMA_8B, LLAMA_70B = (4096, 14336, 32, 32, 8, 128256, False), (8192, 28672, 80, 64, 8, 128256, False)
+
+
 @pytest.mark.parametrize(("name", "profile", "processes", "size", "shape"), [
+    ("hh_qwen2.5_0.5b", None, 1, "24GB", (896, 4864, 24, 14, 2, 151936, True)),
     ("hh_qwen2.5_1.5b", None, 1, "24GB", (1536, 8960, 28, 12, 2, 151936, True)),
-    ("hh_llama3.1_8b_qlora_24gb", None, 1, "24GB", (4096, 14336, 32, 32, 8, 128256, False)),
-    ("hh_llama3.1_8b_8gpus", "ddp", 8, "80GB", (4096, 14336, 32, 32, 8, 128256, False)),
-    ("hh_llama3.1_8b_grpo_vllm", "ddp", 8, "56GB", (4096, 14336, 32, 32, 8, 128256, False)),  # vLLM has the rest of 80
-    ("hh_llama3.1_70b_2nodes", "multi_node", 16, "80GB", (8192, 28672, 80, 64, 8, 128256, False)),
+    ("hh_llama3.1_8b_qlora_24gb", None, 1, "24GB", LLAMA_8B),
+    ("hh_llama3.1_8b_qlora", None, 1, "80GB", LLAMA_8B),
+    ("hh_llama3.1_8b_8gpus", "ddp", 8, "80GB", LLAMA_8B),
+    ("hh_llama3.1_8b_8gpus", "zero2", 8, "80GB", LLAMA_8B),
+    ("hh_llama3.1_8b_8gpus", "fsdp2", 8, "80GB", LLAMA_8B),
+    ("hh_llama3.1_8b_grpo_vllm", "ddp", 8, "56GB", LLAMA_8B),  # vLLM has the rest of 80
+    ("hh_llama3.1_70b_2nodes", "multi_node", 16, "80GB", LLAMA_70B),
 ])  # fmt: skip
 def test_a_recipe_fits_the_devices_that_it_is_made_for(
     tmp_path, monkeypatch, installed, name, profile, processes, size, shape
@@ -90,7 +97,7 @@ def test_a_recipe_fits_the_devices_that_it_is_made_for(
     values = dict(zip(keys, shape, strict=True))
     write_json(tmp_path / "config.json", {"model_type": "qwen2" if "qwen" in name else "llama", **values})
     monkeypatch.setattr("rlhf_trl.train.plan._changes", lambda setting, _: [("nothing", setting)])
-    base = [f"model.model_name_or_path={tmp_path}", *(NO_PPO if name.endswith(("1.5b", "24gb")) else [])]
+    base = [f"model.model_name_or_path={tmp_path}", *(NO_PPO if processes == 1 else [])]
     recipe = load_recipe(shipped("recipes", name), base, processes)
     config = profile and shipped("accelerate_configs", profile)
     for row in plan(recipe, RunDir(tmp_path / "run"), config, processes, size):
