@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NO_PPO, RECIPE, ROOT, reset_accelerate, small_recipe
+from conftest import COMMON, NO_PPO, RECIPE, ROOT, reset_accelerate, small_recipe
 from peft import PeftModel
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -229,13 +229,22 @@ def test_a_whole_model_is_trained_by_a_key_of_its_stage(copy):
 def test_every_trainer_with_an_adapter_learns_on_a_base_in_four_bit(copy):
     four = ("load_in_4bit=true", "bnb_4bit_quant_type=nf4", "use_bnb_nested_quant=true")
     whole = "stages.sft.model={use_peft: false, load_in_4bit: false}"
-    recipe = small_recipe(copy.folder, (*(f"model.{key}" for key in four), whole, "stages.dpo.args.max_steps=1"))
+    more = f"  more:\n    trainer: sft\n    init: sft\n    args: {COMMON}\n      max_steps: 1\n  dpo:"
+    overrides = (*(f"model.{key}" for key in four), whole, "stages.dpo.args.max_steps=1")
+    recipe = small_recipe(copy.folder, overrides, RECIPE.replace("  dpo:", more))
     copy.run.mark_done(recipe, "sft", 0.0)
-    for stage in ("rm", "dpo", "grpo", *(["ppo"] if "ppo" in recipe.stages else [])):
+    for stage in ("more", *ALIGNED):
         train(recipe, copy.run, stage)
         reset_accelerate()
         last = read_json(copy.run.training_stats(stage))["history"][-1]
         assert last["grad_norm"] > 0 and (copy.run.adapter(stage) / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.skipif(bool(NO_PPO), reason="this TRL has no PPO")
+def test_ppo_is_not_trained_on_sharded_parameters(build, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="use ddp or zero2"):
+        build("ppo")
 
 
 def test_a_stage_on_a_lora_sft_starts_from_the_merged_model(tmp_path, trained):
