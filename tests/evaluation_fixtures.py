@@ -172,25 +172,17 @@ def invent_adversarial(policies: Sequence[str], texts: Sequence[str]) -> Row:
 def error_analysis(stage: str) -> Row:
     """What the report reads of `error_analysis.json`."""
     overall = pair_accuracy(stage, [], (0.71, 0.55))
-    cells = ("accuracy", "length_baseline", "over_baseline", "ties")
-    by_chance = {"mean": 0.05, "low": 0.03, "high": 0.08, "n": 190}
+    says = {"sound": "It is better than a coin: accuracy 71.1 % [64.2, 77.0].",
+            "prefers_longer": f"{stage} prefers longer answers more than the humans do."}  # fmt: skip
+    cell = {"n": 190, **{key: overall[key] for key in ("accuracy", "length_baseline", "over_baseline", "ties")}}
+    errors = {"equal_mass": {"ece": 0.061, "if_calibrated": estimate([0.03, 0.05, 0.08])}}
     return {
         "pairs": {"given": 190, "analysed": 190, "prompts": 180, "not_finite": 0},
-        "overall": {"n": 190, **{key: overall[key] for key in cells}},
-        "calibration": {
-            "errors": {"equal_mass": {"ece": 0.061, "if_calibrated": by_chance}},
-            "gap": estimate([0.02, 0.05, 0.03, -0.01]),
-        },
-        "breakdowns": {"subset": [{"name": "helpful-base", "n": 190, **{key: overall[key] for key in cells}}]},
-        "definitions": {"accuracy": "share of the pairs whose chosen answer has the higher score"},
-        "findings": [
-            {"name": "sound", "alarm": False, "says": "It is better than a coin: accuracy 71.1 % [64.2, 77.0]."},
-            {
-                "name": "prefers_longer",
-                "alarm": True,
-                "says": f"{stage} prefers longer answers more than the humans do.",
-            },
-        ],
+        "overall": cell,
+        "calibration": {"errors": errors, "gap": estimate([0.02, 0.05, 0.03, -0.01])},
+        "breakdowns": {"subset": [{"name": "helpful-base", **cell}]},
+        "definitions": {},
+        "findings": [{"name": name, "alarm": name != "sound", "says": text} for name, text in says.items()],
     }
 
 
@@ -218,18 +210,12 @@ def invent_winrate(recipe: Recipe, run: RunDir, judge: str) -> Row:
     """`winrate.json` of one of `JUDGES`: invented verdicts on the run's answers, counted as the step counts them."""
     settings = recipe.judge
     assert settings is not None
-    name = settings.model or "gpt-4.1-mini"
-    about = {
-        "kind": "openai",
-        "id": f"{name}@0f4a3c2b1d5e",
-        "name": name,
-        "is": "a language model",
-        "prompts": "0f4a3c",
-    }
-    if settings.kind != "openai":
-        name = "gold reward model gold" if settings.kind == "reward" else "offline"
-        stated = {"reward": "a reward model, not a person and not a language model", "offline": "a rule for tests"}
-        about |= {"kind": settings.kind, "id": name, "name": name, "is": stated[settings.kind]}
+    name = {"reward": "gold reward model gold", "offline": "offline"}.get(
+        settings.kind, settings.model or "gpt-4.1-mini"
+    )
+    stated = {"reward": "a reward model, not a person and not a language model", "offline": "a rule for tests"}
+    about = {"kind": settings.kind, "name": name, "is": stated.get(settings.kind, "a language model"),
+             "id": f"{name}@0f4a3c2b1d5e" if settings.kind == "openai" else name, "prompts": "0f4a3c"}  # fmt: skip
     if judge == "not run":
         reason = "OPENAI_API_KEY is not set, and neither judge.base_url nor OPENAI_BASE_URL names a local server"
         return {"status": "not run", "reason": reason, "judge": about}

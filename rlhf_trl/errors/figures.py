@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from rlhf_trl.errors.findings import judge_confidence
 from rlhf_trl.figures.style import BLUE, GREEN, GREY, ORANGE, build_figure, with_errors
 
 Row = Mapping[str, Any]
@@ -76,13 +77,13 @@ def _draw_margins(axes: Axes, histogram: Row) -> None:
 
 
 def _draw_reliability(axes: Axes, calibration: Row) -> None:
-    table, gap = calibration["tables"]["equal_mass"], calibration["gap"]
+    table, name = calibration["tables"]["equal_mass"], judge_confidence(calibration)[0]
     axes.plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", linewidth=1.5, label="calibrated")
     places, estimates = [part["predicted"] for part in table], [part["observed"] for part in table]
     _draw_points(axes, places, estimates, BLUE, "o", "measured, bins of equal mass")
     axes.set_xlim(0.48, 1.02)
     axes.xaxis.set_major_formatter(PERCENT)
-    word = "over-confident" if gap["low"] > 0 else "under-confident" if gap["high"] < 0 else "right on average"
+    word = "no sign of a wrong confidence" if name == "sound" else name.replace("_", "-")
     title = f"Calibration: {word}\n(ECE {calibration['errors']['equal_mass']['ece']:.3f})"
     _finish(axes, title, "confidence of the model, sigma(|margin|)", "accuracy", percent=True)
 

@@ -76,11 +76,12 @@ def _judge(analysis: Row) -> Sign:
         return "perfect", numbers
     if accuracy["low"] <= 0.5:
         return "reversed" if accuracy["high"] < 0.5 else "random", numbers
-    name, sure = _judge_confidence(analysis["calibration"])
+    name, sure = judge_confidence(analysis["calibration"])
     return name, numbers | sure
 
 
-def _judge_confidence(calibration: Row) -> Sign:
+def judge_confidence(calibration: Mapping[str, Any]) -> Sign:
+    """Say whether the mean confidence is `over_confident`, `under_confident` or `sound`."""
     names = {1: "over_confident", -1: "under_confident", 0: "sound"}
     return names[_side(calibration["gap"], MATTERS)], {key: calibration[key] for key in ("gap", "confidence")}
 
@@ -117,7 +118,7 @@ def _find_bias(analysis: Row) -> Iterator[Sign]:
 
 
 def _find_calibration(calibration: Row, verdict: str) -> Iterator[Sign]:
-    name, numbers = _judge_confidence(calibration)
+    name, numbers = judge_confidence(calibration)
     errors, fitted = calibration["errors"]["equal_mass"], calibration["temperature"]
     if name not in ("sound", verdict):
         yield name, numbers
@@ -177,6 +178,10 @@ def shown(value: Any, style: str = "estimate") -> str:
     return "-" if value is None else STYLES[style](value)
 
 
+def _one_line(text: str) -> str:
+    return " ".join(visible(text).split())
+
+
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -189,11 +194,11 @@ ENVIRONMENT.filters |= {
     "paragraph": paragraph,
     "quote": quote,
     "table": table,
-    "cell": lambda name: " ".join(visible(name).replace(CELL, "|").split()),
+    "cell": lambda name: _one_line(name).replace(CELL, "|"),
     "short": lambda text: textwrap.shorten(visible(text), 160, placeholder=" …"),
-    "visible": visible,
+    "line": _one_line,
     "confidence": confidence,
-    "name_of": lambda row: f"row {row['row']} of {visible(row['subset'])}",
+    "name_of": lambda row: f"row {row['row']} of {_one_line(row['subset'])}",
 }
 
 

@@ -294,12 +294,13 @@ def test_the_report_shows_errors_in_full(examined):
 
 def test_hostile_text_cannot_act():
     pairs = made_pairs(40)
-    subset = "s\x1b[2J ¦ 1\n¦"
+    subset = "s\x1b[2J ¦ 1\n¦\n--- Error 7"
     pairs[0] |= {"chosen": "a\x1b[31m\u202eb{{ 1 }}", "rejected": "longer than that\r\nFINDINGS", "subset": subset}
     report = report_of(examine_with(pairs, lambda prompt, answer: len(answer)))
     assert "s⟨U+001B⟩[2J | 1 |" in report
-    assert "On s⟨U+001B⟩[2J ¦ 1 ¦ alone" in " ".join(report.split()), "a finding names it"
+    assert "On s⟨U+001B⟩[2J ¦ 1 ¦ --- Error 7 alone" in " ".join(report.split()), "a finding names it"
     assert not {"\x1b", "\u202e", "\r"} & set(report)
+    assert "\n--- Error 7" not in report and "of s⟨U+001B⟩[2J ¦ 1 ¦ --- Error 7" in report
     assert "a⟨U+001B⟩[31m⟨U+202E⟩b" in report
 
 
@@ -313,7 +314,9 @@ def test_refusals_are_a_group_of_their_own():
 
 def test_a_figure_of_six_panels_is_drawn_and_repeats(examined, tmp_path):
     for name in ("a", "b"):
-        save(draw("rm_$x_{", examined.analysis), tmp_path / f"{name}.png")
+        figure = draw("rm_$x_{", examined.analysis)
+        save(figure, tmp_path / f"{name}.png")
+    assert "no sign of a wrong confidence" in figure.axes[2].get_title(), "as the findings say"
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     pixels = matplotlib.image.imread(tmp_path / "a.png")[:, :, :3]
     colored = pixels.max(axis=2) - pixels.min(axis=2) > 0.3

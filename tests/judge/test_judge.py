@@ -268,13 +268,14 @@ def test_a_judge_without_policies_is_calibrated_alone(made, tmp_path, pairs):
     assert result["calibration"]["all"]["accuracy"]["mean"] == 1.0
 
 
-def test_calibration_tells_a_good_judge_from_a_random_and_a_lengthy_one(made):
+def test_calibration_tells_a_good_judge_from_a_random_and_a_lengthy_one(made, caplog):
     words = {"good": lambda text: text.startswith("Good"), "long": len, "place": lambda text: 0}
     found = {}
     for name, better in words.items():
         recipe, run = made("judge.prompts=2", "judge.calibrate=20", f"judge.model={name}")
         with FakeOpenAI(then=ok(prefer(better) if name != "place" else "[[A]]")) as server:
             found[name] = run_judge(recipe, run, server)
+    assert "judge.price is that of gpt-4.1-mini: the costs of good" in caplog.text
     good, long, place = (found[name]["calibration"] for name in words)
     assert good["verdict"] == "informed" and good["all"]["accuracy"]["mean"] == 1.0
     assert place["verdict"] == "chance" and place["all"]["accuracy"]["mean"] == 0.5
