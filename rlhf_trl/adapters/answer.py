@@ -1,7 +1,8 @@
 """`answer`: what a policy says to a file of prompts, in the form that a benchmark of policies reads.
 
-Reads JSON lines: texts, or rows with `prompt`, `instruction` (and `input`), `question`, `messages`, or `turns` of
-several questions. Keeps what is done in `OUT.partial`, and goes on there; writes OUT when all is done.
+Reads JSON lines, or another file format of `data.files`: texts, or rows with `prompt`, `instruction` (and `input`),
+`question`, `messages`, or `turns` of several questions. Keeps what is done in `OUT.partial`, and goes on there; writes
+OUT when all is done.
 
     rlhf-trl answer shared/demo-grpo prompts.jsonl --out answers.jsonl
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,9 +21,10 @@ from typing import Any
 from tqdm import tqdm
 
 from rlhf_trl.adapters.load import Policy
-from rlhf_trl.adapters.score import read_lines
+from rlhf_trl.adapters.score import read_rows
 from rlhf_trl.models.tokenizer import Messages
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.files import write_json, write_jsonl
 
 # Batches that are lost at most when the program ends.
@@ -39,9 +42,9 @@ def answer_file(
     Returns the number of `rows`, and of those that were `kept` from an earlier start; a UserError says that a line
     cannot be read, or that the earlier start was another one.
     """
-    rows = [(raw, *_read(raw, f"{path}:{number}")) for number, raw in read_lines(path)]
+    rows = [(raw, *_read(raw, f"{path}:{number}")) for number, raw in read_rows(path)]
     partial = out.with_name(f"{out.name}.partial")
-    begun = hashlib.sha256(f"{path.read_text(encoding='utf-8')}{name}{sorted(how.items())}".encode()).hexdigest()
+    begun = hashlib.sha256(f"{hash_file(path)}{name}{sorted(how.items())}".encode()).hexdigest()
     lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else [begun, ""]
     if lines[0] != begun:
         remedy = "give the same file, model and options, or remove it"
@@ -80,6 +83,8 @@ def _answer(
 def _read(raw: Any, place: str) -> tuple[Messages, list[str]]:
     """Return the messages before the first question of a row, and its questions."""
     row = {"prompt": raw} if isinstance(raw, str) else raw if isinstance(raw, dict) else {}
+    if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise UserError(place, "there is a lone surrogate in the line, which no text can hold", "leave the row out")
     asked = next((row[key] for key in ASKED if row.get(key)), None)
     if isinstance(asked, str):
         return [], [f"{asked}\n\n{row['input']}" if row.get("input") and "instruction" in row else asked]

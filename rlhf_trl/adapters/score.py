@@ -1,8 +1,9 @@
 """`score`: what a reward adapter makes of pairs, of single answers, or of the rows of a benchmark.
 
-Reads JSON lines: pairs of any shape that `prepare` takes, rows of `prompt` and `completion`, or those of RewardBench 1
-and 2, RM-Bench, JudgeBench and PPE, whose official figures it computes. Sources: allenai/reward-bench
-(rewardbench/utils.py at a009692), THU-KEG/RM-Bench (README.md at 2119ec5), the data cards of JudgeBench and
+Reads rows in any file format of `data.files`: pairs of any shape that `prepare` takes, rows of `prompt` and
+`completion` or `output`, lists of answers, or those of RewardBench 1 and 2, RM-Bench, JudgeBench, PPE and AlpacaEval,
+whose official figures it computes. Sources: allenai/reward-bench (rewardbench/utils.py at a009692), THU-KEG/RM-Bench
+(README.md at 2119ec5, scripts/utils.py), ScalerLab/JudgeBench (run_judge.py at d8740a8), the data cards of
 lmarena-ai/PPE-*.
 
     rlhf-trl score shared/demo-rm pairs.jsonl > scores.jsonl
@@ -11,8 +12,9 @@ lmarena-ai/PPE-*.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rlhf_trl.data.files import read_file
 from rlhf_trl.data.hh import normalise, read_completion
 from rlhf_trl.data.pair import Reason, RowError
 from rlhf_trl.models.base import positions
@@ -29,9 +32,7 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.stats.intervals import wilson
 from rlhf_trl.text.display import visible
 
-# Benchmarks whose rows have more than two answers, or may have.
-LISTS = ("RewardBench 2", "RM-Bench", "PPE best of K")
-# RewardBench's sections: its subsets, with their official weights (rewardbench/constants.py at a32e272). They are the
+# RewardBench's sections: its subsets, with their official weights (rewardbench 0.1.4, constants.py). They are the
 # counts of rows, except that math-prm counts as much as all code.
 CODE = dict.fromkeys(("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"), 164)
 SECTIONS = {
@@ -39,32 +40,36 @@ SECTIONS = {
              "mt-bench-med": 40},
     "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
                   "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
-               "xstest-should-respond": 154, "donotanswer": 136},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
     "Reasoning": {"math-prm": 984, **CODE},
 }  # fmt: skip
+WEIGHTS = {name: weight for weights in SECTIONS.values() for name, weight in weights.items()}
+REWARD_BENCH_2 = {"Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties"}
+RM_BENCH = ("chat", "code", "math", "safety")
+JUDGE_BENCH = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")
 Scored = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Answers to one prompt, the right ones first; without `right`, an answer that is only scored."""
+    """Answers to one prompt, the right ones first: those of two lists, a pair, or one that is only scored."""
 
     prompt: Messages
     answers: list[str]
-    right: int = 0  # how many of them are
+    right: int | None = None  # how many of them are, where they are given as lists
     more: dict[str, Any] = field(default_factory=dict)  # for its result: `benchmark`, `subset`, `id`
 
 
 def score_file(model: RewardModel, path: Path, batch_size: int = 16) -> list[dict[str, Any]]:
-    """Score every line of a file, in its order; a UserError names what cannot be read.
+    """Score every row of a file, in its order; a UserError names what cannot be read.
 
     Returns:
-        `line` (from 1), and of a completion its `score`; of a pair `chosen`, `rejected` and `margin`; of a row with
-        more answers lists of scores, `chosen` and `rejected`; of a benchmark's row also `benchmark` and `subset`; else
-        `why_not`.
+        `line` (of JSON lines; else the number of the row, from 1), and of a completion its `score`; of a pair
+        `chosen`, `rejected` and `margin`; of a row with lists of answers `chosen` and `rejected`, lists of scores; of
+        a benchmark's row also `benchmark` and `subset`; else `why_not`.
     """
-    rows = [(number, *_fit(raw, model)) for number, raw in read_lines(path)]
+    rows = [(number, *_fit(raw, model)) for number, raw in read_rows(path)]
     texts = [(row.prompt, answer) for _, row, _ in rows for answer in row.answers]
     prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
     left = iter(model.score(prompts, answers, [True] * len(texts), batch_size).tolist())
@@ -73,7 +78,7 @@ def score_file(model: RewardModel, path: Path, batch_size: int = 16) -> list[dic
         scores = [next(left) for _ in row.answers]
         if why_not:
             found: dict[str, Any] = {"why_not": why_not}
-        elif row.more.get("benchmark") in LISTS:
+        elif row.right is not None:
             found = {"chosen": scores[: row.right], "rejected": scores[row.right :]}
         elif len(scores) == 1:
             found = {"score": scores[0]}
@@ -86,17 +91,27 @@ def score_file(model: RewardModel, path: Path, batch_size: int = 16) -> list[dic
 def summarise(rows: Sequence[dict[str, Any]]) -> str:
     """Say what the scores of a file come to: in a line, and in another one for each benchmark."""
     margins = [row["margin"] for row in rows if "margin" in row]
-    text = f"{sum('why_not' not in row for row in rows)} of {len(rows)} lines scored"
+    text = f"{sum('why_not' not in row for row in rows)} of {len(rows)} rows scored"
     if margins:
         share = wilson(sum((margin > 0) + 0.5 * (margin == 0) for margin in margins), len(margins))
         text += f"; the chosen answer has the higher score in {share.mean:.1%} [{share.low:.1%}, {share.high:.1%}]"
     for benchmark, found in figures(rows).items():
-        text += f"\n{benchmark}: " + ", ".join(f"{visible(name)} {value:.1%}" for name, value in found.items())
+        said = ", ".join(f"{visible(name)} {value:.1%}" for name, value in found.items())
+        text += f"\n{benchmark}: {said or 'none'}"
     return text
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Read JSON lines, each with its number from 1; a UserError names what is none."""
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Read the rows of a file, each with its number from 1; a UserError names what is none.
+
+    A file of JSON lines may also hold texts; any other format is read as `prepare` does.
+    """
+    if path.suffix != ".jsonl":
+        for number, row in enumerate(read_file(path), start=1):
+            if isinstance(row, str):  # a line that is not JSON
+                raise UserError(f"{path}, row {number}", "the row is not JSON", "name a file of JSON lines .jsonl")
+            yield number, row
+        return
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -127,7 +142,7 @@ def _fit(raw: Any, model: RewardModel) -> tuple[Row, str]:
 
 
 def read_row(raw: Any) -> Row:
-    """Read a row of one `completion`, of a pair as `prepare` takes it, or of a benchmark.
+    """Read a row of one answer, of a pair as `prepare` takes it, or of a benchmark.
 
     Raises:
         RowError: with every reason against it.
@@ -137,36 +152,64 @@ def read_row(raw: Any) -> Row:
     if "completion" in raw:
         prompt, answer = read_completion(raw)
         return Row(prompt, [answer])
+    task = raw.get("instruction")
+    task = f"{task}\n\n{raw['input']}" if task and raw.get("input") else task
+    if {"instruction", "output"} <= set(raw):
+        return _read(task, [raw["output"]])
+    if {"instruction", "output_1", "output_2", "preference"} <= set(raw):
+        side = raw["preference"]  # from 1, the first one, to 2; 1.5 is a tie
+        decided = isinstance(side, (int, float)) and 1 <= side <= 2 and side != 1.5
+        answers = _in_order(decided and round(side), (1, 2), [raw["output_1"], raw["output_2"]])
+        return _read(task, answers, "AlpacaEval", raw.get("dataset"))
     if {"response_A", "response_B", "label"} <= set(raw):
         answers = _in_order(raw["label"], ("A>B", "B>A"), [raw["response_A"], raw["response_B"]])
-        return _read(raw.get("question"), answers, 1, "JudgeBench", raw.get("source"))
+        source = str(raw.get("source"))
+        group = next((name for name in JUDGE_BENCH if source.startswith(name)), source)
+        return _read(raw.get("question"), answers, "JudgeBench", group)
     if {"response_1", "response_2", "winner"} <= set(raw):
         answers = _in_order(raw["winner"], ("model_a", "model_b"), [raw["response_1"], raw["response_2"]])
-        return _read(raw.get("prompt"), answers, 1, "PPE pairs", raw.get("language"))
+        return _read(raw.get("prompt"), answers, "PPE pairs", raw.get("language"))
     if "response_1" in raw and isinstance(raw.get("scores"), list):
         order = sorted(range(len(raw["scores"])), key=lambda place: not raw["scores"][place])
-        answers = [raw.get(f"response_{place + 1}") for place in order]
-        return _read(raw.get("prompt"), answers, sum(map(bool, raw["scores"])), "PPE best of K", raw.get("category"))
+        answers, right = [raw.get(f"response_{place + 1}") for place in order], sum(map(bool, raw["scores"]))
+        return _read(raw.get("prompt"), answers, "PPE best of K", raw.get("category"), right)
+    subset = str(raw.get("subset"))
     if all(isinstance(raw.get(side), list) and raw[side] for side in ("chosen", "rejected")):
         answers, right = [*raw["chosen"], *raw["rejected"]], len(raw["chosen"])
-        styles = "domain" in raw and right == len(raw["rejected"]) == 3
-        benchmark, subset = ("RM-Bench", raw["domain"]) if styles else ("RewardBench 2", raw.get("subset"))
-        return _read(raw.get("prompt"), answers, right, benchmark, subset, id=str(raw.get("id")))
+        if "domain" in raw and right == len(raw["rejected"]) == 3:
+            return _read(raw.get("prompt"), answers, "RM-Bench", str(raw["domain"]).partition("-")[0], right)
+        benchmark = "RewardBench 2" if subset in REWARD_BENCH_2 else "best of N"
+        return _read(raw.get("prompt"), answers, benchmark, raw.get("subset"), right, id=str(raw.get("id")))
+    if subset in WEIGHTS and isinstance(raw.get("prompt"), str):
+        return _read(raw["prompt"], [raw.get("chosen"), raw.get("rejected")], "RewardBench", subset)
     pair = normalise(raw)
-    more = {"benchmark": "RewardBench", "subset": str(raw["subset"])} if raw.get("subset") else {}
-    return Row(pair.prompt, [pair.chosen, pair.rejected], 1, more)
+    more = {"benchmark": "pairs", "subset": subset} if raw.get("subset") else {}
+    return Row(pair.prompt, [pair.chosen, pair.rejected], more=more)
 
 
-def _in_order(verdict: Any, values: tuple[str, str], answers: list[Any]) -> list[Any]:
+def _in_order(verdict: Any, values: tuple[Any, Any], answers: list[Any]) -> list[Any]:
     if verdict not in values:
         raise RowError([Reason.TIE])
     return answers if verdict == values[0] else answers[::-1]
 
 
-def _read(prompt: Any, answers: list[Any], right: int, benchmark: str, subset: Any, **more: Any) -> Row:
-    read = [read_completion({"prompt": prompt, "completion": answer}) for answer in answers]
-    kept = {"benchmark": benchmark, "subset": str(subset or "all"), **more}
-    return Row(read[0][0], [answer for _, answer in read], right, kept)
+def _read(
+    prompt: Any, answers: list[Any], benchmark: str = "", subset: Any = None, right: int | None = None, **more: Any
+) -> Row:
+    """Take the texts of a benchmark as they stand: spaces around an answer count, as they do for its own code."""
+    if isinstance(prompt, list):
+        talk = read_completion({"prompt": prompt, "completion": "any"})[0]
+    else:
+        talk = [{"role": "user", "content": prompt}]
+    texts = [*answers, talk[-1]["content"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise RowError([Reason.NOT_TEXT])
+    if re.search("[\ud800-\udfff]", "".join(texts)):
+        raise RowError([Reason.INVALID_UNICODE])
+    if not texts[-1].strip():
+        raise RowError([Reason.EMPTY_PROMPT])
+    more |= {"benchmark": benchmark, "subset": str(subset or "all")} if benchmark else {}
+    return Row(talk, answers, right, more)
 
 
 def figures(rows: Sequence[Scored]) -> dict[str, dict[str, float]]:
@@ -182,15 +225,24 @@ def figures(rows: Sequence[Scored]) -> dict[str, dict[str, float]]:
     return {name: COMPUTED[name](group) for name, group in sorted(groups.items())}
 
 
-def _by_subset(rows: Sequence[Scored], values: Iterable[float]) -> dict[str, float]:
+def _by_subset(rows: Sequence[Scored], values: Sequence[float]) -> dict[str, float]:
+    """The mean of each subset, and of all rows."""
     means = pd.Series(values, dtype=float).groupby([row["subset"] for row in rows]).mean()
-    return {str(name): float(mean) for name, mean in means.items()}
+    return {str(name): float(mean) for name, mean in means.items()} | {"all": float(np.mean(values))}
 
 
 def _pairs(rows: Sequence[Scored]) -> dict[str, float]:
     """Share of pairs in which the right answer has the higher score; a tie is none."""
-    right = [row["margin"] > 0 for row in rows]
-    return _by_subset(rows, right) | {"all pairs": float(np.mean(right))}
+    return _by_subset(rows, [row["margin"] > 0 for row in rows])
+
+
+def _best_of(rows: Sequence[Scored]) -> dict[str, float]:
+    """Share of rows whose highest score has a right answer; where several answers have it, the share of right ones."""
+    shares = []
+    for row in rows:
+        best = [side.count(max([*row["chosen"], *row["rejected"]])) for side in (row["chosen"], row["rejected"])]
+        shares.append(best[0] / sum(best))
+    return _by_subset(rows, shares)
 
 
 def _reward_bench(rows: Sequence[Scored]) -> dict[str, float]:
@@ -204,58 +256,45 @@ def _reward_bench(rows: Sequence[Scored]) -> dict[str, float]:
     return subsets | sections | score
 
 
-def _best_of(row: Scored) -> float:
-    """1 where the right answer alone has the highest score; where others have it too, its share among them."""
-    scores = [*row["chosen"], *row["rejected"]]
-    return (scores[0] == max(scores)) / scores.count(max(scores))
-
-
 def _reward_bench_2(rows: Sequence[Scored]) -> dict[str, float]:
-    ties = [row for row in rows if row["subset"].lower() == "ties"]
-    others = [row for row in rows if row["subset"].lower() != "ties"]
-    subsets = _by_subset(others, map(_best_of, others)) | ({"Ties": _ties(ties)} if ties else {})
-    return subsets | {"score": float(np.mean([*subsets.values()]))}
+    """By subset; the score is the mean of the six."""
+    subsets = {name: share for name, share in _best_of(rows).items() if name not in ("Ties", "all")}
+    subsets |= _ties([row for row in rows if row["subset"] == "Ties"])
+    score = {"score": float(np.mean([*subsets.values()]))} if subsets.keys() == REWARD_BENCH_2 else {}
+    return subsets | score
 
 
-def _ties(rows: Sequence[Scored]) -> float:
+def _ties(rows: Sequence[Scored]) -> dict[str, float]:
     """Score prompts with many right answers (id `tied:N`) beside those with one (`ref:N`): 60 % whether all right ones
-    win, 40 % whether they differ less from each other than from the wrong ones."""
+    win, 40 % whether they differ less from each other than from the wrong ones. There is none without both kinds."""
     within: dict[str, float] = {row["id"]: max(row["chosen"]) - min(row["chosen"]) for row in rows}
     gap: dict[str, float] = {row["id"]: min(row["chosen"]) - max(row["rejected"]) for row in rows}
-    kinds = [[gap[id] > 0 for id in gap if id.startswith(kind)] for kind in ("ref:", "tied:")]
-    accuracy = sum(float(np.mean(wins)) for wins in kinds if wins)
     both = [(id, f"ref:{id[5:]}") for id in gap if id.startswith("tied:") and f"ref:{id[5:]}" in gap]
     if not both:
-        return float(0.3 * accuracy)
+        return {}
+    accuracy = sum(np.mean([gap[id] > 0 for id in gap if id.startswith(kind)]) for kind in ("ref:", "tied:"))
     spread, tied = np.array([within[id] for id, _ in both]), np.array([gap[id] for id, _ in both])
     hard = np.minimum(tied, [gap[reference] for _, reference in both])
     with np.errstate(divide="ignore", invalid="ignore"):
         margin = np.nan_to_num(np.tanh(hard / spread - 1), nan=0.0)
-    return float(0.3 * accuracy + 0.2 * np.mean(tied > spread) + 0.2 * np.mean(hard > spread) + 0.01 * margin.mean())
+    preferred = np.mean(tied > spread) + np.mean(hard > spread)
+    return {"Ties": float(0.3 * accuracy + 0.2 * preferred + 0.01 * margin.mean())}
 
 
 def _rm_bench(rows: Sequence[Scored]) -> dict[str, float]:
     """Compare right and wrong answers in three styles, from plain to fancy: 3 × 3. Hard is where the wrong one is
-    fancier. The two domains of safety count as one."""
-    domains: defaultdict[str, defaultdict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    fancier. The two parts of safety are one domain."""
+    wins: defaultdict[str, list[Any]] = defaultdict(list)
     for row in rows:
-        wins = np.array(row["chosen"])[:, None] > np.array(row["rejected"])[None]
-        domains[row["subset"].partition("-")[0]][row["subset"]].append(wins)
-    means = {
-        name: np.mean([np.mean(wins, axis=0) for wins in parts.values()], axis=0) for name, parts in domains.items()
-    }
+        wins[row["subset"]].append(np.array(row["chosen"])[:, None] > np.array(row["rejected"])[None])
+    means = {name: np.mean(matrices, axis=0) for name, matrices in sorted(wins.items())}
     whole = np.mean([*means.values()], axis=0)
     levels = {"hard": whole[np.triu_indices(3, 1)], "normal": np.diag(whole), "easy": whole[np.tril_indices(3, -1)]}
-    return {name: float(np.mean(wins)) for name, wins in {**means, **levels, "score": whole}.items()}
-
-
-def _best_of_k(rows: Sequence[Scored]) -> dict[str, float]:
-    """Share of prompts whose highest score has a right answer."""
-    best = [max(row["chosen"], default=-np.inf) > max(row["rejected"], default=-np.inf) for row in rows]
-    return {"best of K": float(np.mean(best))}
+    score = {"score": whole} if means.keys() == {*RM_BENCH} else {}
+    return {name: float(np.mean(part)) for name, part in {**means, **levels, **score}.items()}
 
 
 COMPUTED: dict[str, Callable[[Sequence[Scored]], dict[str, float]]] = {
     "RewardBench": _reward_bench, "RewardBench 2": _reward_bench_2, "RM-Bench": _rm_bench, "JudgeBench": _pairs,
-    "PPE pairs": _pairs, "PPE best of K": _best_of_k,
+    "PPE pairs": _pairs, "AlpacaEval": _pairs, "pairs": _pairs, "PPE best of K": _best_of, "best of N": _best_of,
 }  # fmt: skip

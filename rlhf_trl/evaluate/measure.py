@@ -235,8 +235,8 @@ class Measurements:
 
 
 def _texts(answers: Sequence[Completion]) -> tuple[list[str], list[bool]]:
-    """The texts, and which of them ended by themselves."""
-    return [answer.text for answer in answers], [answer.finished for answer in answers]
+    """The texts, as the data has them without space around, and which of them ended by themselves."""
+    return [answer.text.strip() for answer in answers], [answer.finished for answer in answers]
 
 
 def _require_finite(values: Sequence[Any], place: str, what: str) -> None:

@@ -97,7 +97,7 @@ def score_completions(
     Raises:
         UserError: a score is not finite.
     """
-    answers = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    answers = [text.strip() for text in tokenizer.batch_decode(completions, skip_special_tokens=True)]
     finished = [bool(ids) and ids[-1] == tokenizer.eos_token_id for ids in completions]
     scores = reward.score(prompts, answers, finished)
     if not scores.isfinite().all():

@@ -110,7 +110,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: str) 
     """
     try:
         start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        talks = [[*prompt, {"role": "assistant", "content": answer.strip()}] for answer in answers]
+        talks = [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
         wholes = tokenizer.apply_chat_template(talks, tokenize=False) if talks else []
     except TemplateError as error:
         problem = f"it refuses the conversation that ends on {prompt[-1]['content'][:60]!r}: {error}"

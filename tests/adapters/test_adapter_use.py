@@ -143,13 +143,13 @@ def test_a_file_of_every_shape_is_scored_line_by_line(gpt2_run, reward_model, tm
     assert found[3]["score"] == found[4]["score"] == pytest.approx(found[2]["chosen"], abs=1e-5)
     reasons = [row["why_not"].partition(":")[0] for row in found[5:]]
     assert reasons == ["missing_field", "identical", "empty_chosen", "empty_prompt", "not_text", "too_long"]
-    assert "5 of 11 lines scored" in summarise(found)
+    assert "5 of 11 rows scored" in summarise(found)
 
 
 def test_the_summary_counts_a_tie_as_half():
     rows = [{"line": number, "margin": margin} for number, margin in enumerate((1.0, 2.0, 0.0, -1.0), start=1)]
-    assert summarise(rows) == "4 of 4 lines scored; the chosen answer has the higher score in 62.5% [21.9%, 90.8%]"
-    assert summarise([{"line": 1, "why_not": "tie"}]) == "0 of 1 lines scored"
+    assert summarise(rows) == "4 of 4 rows scored; the chosen answer has the higher score in 62.5% [21.9%, 90.8%]"
+    assert summarise([{"line": 1, "why_not": "tie"}]) == "0 of 1 rows scored"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_commands_on_adapters(gpt2_run, policy_export, reward_export, tmp_pa
     output, messages = printed("score", reward_export, tmp_path / "rows.jsonl", "--base", base)
     first, second = map(json.loads, output.splitlines())
     assert set(first) == {"line", "score"} and second == {"line": 2, "why_not": "missing_field"}
-    assert "1 of 2 lines scored" in messages
+    assert "1 of 2 rows scored" in messages
 
 
 # --- answer, and the models of a run

@@ -54,6 +54,12 @@ def test_every_shape_of_a_row_is_answered(echo, tmp_path, row, answer):
     assert first.get("id") == (row.get("id") if isinstance(row, dict) else None)
 
 
+def test_a_row_that_cannot_be_written_is_refused_before_any_answer(echo, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "note": "\\ud800"}')
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: there is a lone surrogate"):
+        answer_file(echo, tmp_path / "prompts.jsonl", tmp_path / "out", "jsonl", "mine", 4, **HOW)
+
+
 @pytest.mark.parametrize("row", [7, None, {}, {"prompt": ""}, {"turns": []}, {"turns": [1]}, {"prompt": {}},
                                  {"messages": [{"role": "assistant", "content": "a"}]}, {"turns": [7]}])  # fmt: skip
 def test_a_row_without_a_prompt_is_named(echo, tmp_path, row):
