@@ -214,6 +214,12 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path)
     settings = read_json(folder / files.TOKENIZER_CONFIG)
     for key in ("is_local", "local_files_only", "name_or_path"):
         settings.pop(key, None)
+    # Names that transformers 4 knows, too, which others' tools are pinned to.
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        settings |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
     write_json(folder / files.TOKENIZER_CONFIG, settings)
 
 
@@ -267,6 +273,13 @@ def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
         if classifier:
             merged.config.update(one_score(tokenizer))
         merged.save_pretrained(target)
+        settings = read_json(target / "config.json")
+        rope = settings.get("rope_parameters") or {}
+        if "rope_theta" in rope:  # transformers 4 reads these, and takes a default of its own where they are missing
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            settings |= {"rope_theta": rope["rope_theta"]}
+            settings |= {"rope_scaling": scaling} if rope.get("rope_type") != "default" else {}
+            write_json(target / "config.json", settings)
         write_tokenizer(tokenizer, "reward" if classifier else "policy", target)
         del merged, model  # one copy in memory at a time
         auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM

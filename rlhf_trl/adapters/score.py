@@ -16,6 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rlhf_trl.data.hh import normalise, read_completion
 from rlhf_trl.data.pair import Reason, RowError
 from rlhf_trl.models.base import positions
 from rlhf_trl.models.rewards import RewardModel
-from rlhf_trl.models.tokenizer import Messages, encode
+from rlhf_trl.models.tokenizer import Messages, encode, render
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.stats.intervals import wilson
 from rlhf_trl.text.display import visible
@@ -58,6 +59,7 @@ class Row:
     prompt: Messages
     answers: list[str]
     right: int | None = None  # how many of them are, where they are given as lists
+    whole: bool = False  # prompt and answer are encoded as one text, as other people's code does
     more: dict[str, Any] = field(default_factory=dict)  # for its result: `benchmark`, `subset`, `id`
 
 
@@ -70,12 +72,10 @@ def score_file(model: RewardModel, path: Path, batch_size: int = 16) -> list[dic
         a benchmark's row also `benchmark` and `subset`; else `why_not`.
     """
     rows = [(number, *_fit(raw, model)) for number, raw in read_rows(path)]
-    texts = [(row.prompt, answer) for _, row, _ in rows for answer in row.answers]
-    prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
-    left = iter(model.score(prompts, answers, [True] * len(texts), batch_size).tolist())
+    left = iter(model.score_ids([answer for _, _, ids, _ in rows for answer in ids], batch_size).tolist())
     results = []
-    for number, row, why_not in rows:
-        scores = [next(left) for _ in row.answers]
+    for number, row, ids, why_not in rows:
+        scores = [next(left) for _ in ids]
         if why_not:
             found: dict[str, Any] = {"why_not": why_not}
         elif row.right is not None:
@@ -125,17 +125,21 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 raise UserError(f"{path}:{number}", "the line is not JSON", "write one JSON object a line") from error
 
 
-def _fit(raw: Any, model: RewardModel) -> tuple[Row, str]:
-    """Return a row, and why its answers are not scored, of which it then has none."""
+def _fit(raw: Any, model: RewardModel) -> tuple[Row, list[list[int]], str]:
+    """Return a row, the token ids of its answers with the prompt, and why they are not scored: it then has none."""
     try:
         row = read_row(raw)
     except RowError as error:
-        return Row([], []), error.reasons[0].value
-    limit = positions(model.model)
-    longest = max(sum(map(len, encode(model.tokenizer, row.prompt, answer))) for answer in row.answers)
+        return Row([], []), [], error.reasons[0].value
+    if row.whole:
+        texts = ["".join(render(model.tokenizer, row.prompt, answer)) for answer in row.answers]
+        ids = model.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    else:
+        ids = [list(chain(*encode(model.tokenizer, row.prompt, answer))) for answer in row.answers]
+    limit, longest = positions(model.model), max(map(len, ids))
     if limit is not None and longest > limit:
-        return Row([], []), f"too_long: {longest} tokens, and the model reads {limit}"
-    return row, ""
+        return Row([], []), [], f"too_long: {longest} tokens, and the model reads {limit}"
+    return row, ids, ""
 
 
 # --- benchmarks: how their rows are read, and their figures ----------------------------------------------------------
@@ -174,7 +178,8 @@ def read_row(raw: Any) -> Row:
         answers, right = [raw.get(f"response_{place + 1}") for place in order], sum(map(bool, raw["scores"]))
         return _read(raw.get("prompt"), answers, "PPE best of K", raw.get("category"), right)
     subset = str(raw.get("subset"))
-    if all(isinstance(raw.get(side), list) and raw[side] for side in ("chosen", "rejected")):
+    sides = [raw.get(side) for side in ("chosen", "rejected")]
+    if all(isinstance(side, list) and side and isinstance(side[0], str) for side in sides):  # not messages
         answers, right = [*raw["chosen"], *raw["rejected"]], len(raw["chosen"])
         if "domain" in raw and right == len(raw["rejected"]) == 3:
             return _read(raw.get("prompt"), answers, "RM-Bench", str(raw["domain"]).partition("-")[0], right)
@@ -196,7 +201,7 @@ def _in_order(verdict: Any, values: tuple[Any, Any], answers: list[Any]) -> list
 def _read(
     prompt: Any, answers: list[Any], benchmark: str = "", subset: Any = None, right: int | None = None, **more: Any
 ) -> Row:
-    """Take the texts of a benchmark as they stand: spaces around an answer count, as they do for its own code."""
+    """Take the texts of a benchmark as they stand: space around an answer counts, as it does for its own code."""
     if isinstance(prompt, list):
         talk = read_completion({"prompt": prompt, "completion": "any"})[0]
     else:
@@ -209,7 +214,7 @@ def _read(
     if not texts[-1].strip():
         raise RowError([Reason.EMPTY_PROMPT])
     more |= {"benchmark": benchmark, "subset": str(subset or "all")} if benchmark else {}
-    return Row(talk, answers, right, more)
+    return Row(talk, answers, right, True, more)
 
 
 def figures(rows: Sequence[Scored]) -> dict[str, dict[str, float]]:

@@ -45,10 +45,18 @@ class RewardModel:
     ) -> Tensor:
         """Score answers in float32, (N,), each rendered with the reward model's own template.
 
-        Batches are sorted by length and padded on the right, so that neither their size nor their order matters.
+        Raises:
+            UserError: as in `render`.
         """
         texts = zip(prompts, answers, finished, strict=True)
-        ids = [list(chain(*encode(self.tokenizer, *text))) for text in texts]
+        return self.score_ids([list(chain(*encode(self.tokenizer, *text))) for text in texts], batch_size)
+
+    @torch.no_grad()
+    def score_ids(self, ids: Sequence[list[int]], batch_size: int = 16) -> Tensor:
+        """Score token ids of whole conversations in float32, (N,).
+
+        Batches are sorted by length and padded on the right, so that neither their size nor their order matters.
+        """
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         scores = torch.empty(len(ids))
         device = self.model.eval().device

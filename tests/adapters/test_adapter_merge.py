@@ -52,6 +52,8 @@ def test_a_merged_reward_model_keeps_its_head_and_rewardbench_gets_the_same_scor
     assert tokenizer.padding_side == "right"
     for file in folder.glob("*.json*"):
         assert not [path for path in (base.parent, reward_export) if str(path) in file.read_text()], file
+    settings = read_json(folder / "tokenizer_config.json")  # names that transformers 4 knows, too
+    assert (settings["tokenizer_class"], len(settings["model_input_names"])) == ("PreTrainedTokenizerFast", 2)
     rows = read_json(reward_export / "probe.json")["rows"]
     batch = tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
     with torch.no_grad():

@@ -18,10 +18,12 @@ ASK = {"prompt": "Why?"}
 @pytest.fixture
 def known(monkeypatch):
     """A reward model that takes a number as its own score."""
-    monkeypatch.setattr("rlhf_trl.adapters.score.encode", lambda *_: ([1], [1]))
+    monkeypatch.setattr("rlhf_trl.adapters.score.encode", lambda _, prompt, answer: ([], [answer]))
+    monkeypatch.setattr("rlhf_trl.adapters.score.render", lambda _, prompt, answer: ["", answer])
     monkeypatch.setattr("rlhf_trl.adapters.score.positions", lambda _: None)
-    scores = lambda prompts, answers, *_: torch.tensor([float(text) for text in answers], dtype=torch.float64)  # noqa: E731
-    return SimpleNamespace(score=scores, tokenizer=None, model=None)
+    scores = lambda ids, _: torch.tensor([float(text) for (text,) in ids], dtype=torch.float64)  # noqa: E731
+    tokenizer = lambda texts, **_: SimpleNamespace(input_ids=[[text] for text in texts])  # noqa: E731
+    return SimpleNamespace(score_ids=scores, tokenizer=tokenizer, model=None)
 
 
 def lists(chosen, rejected, **more):
@@ -142,6 +144,9 @@ def test_the_texts_of_a_benchmark_are_taken_as_they_stand():
     ):
         found = read_row(row)
         assert (found.prompt, found.answers) == ([{"role": "user", "content": text}], [code, ""])
+    talks = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": text}] for text in ("1", "2")]
+    found = read_row({"prompt": "Why?", "chosen": talks[0], "rejected": talks[1]})
+    assert (found.prompt, found.answers, found.right) == (talks[0][:1], ["1", "2"], None)
     found = read_row({"instruction": "Add.", "input": "1, 2", "output": code, "generator": "m"})
     assert (found.prompt[0]["content"], found.answers) == ("Add.\n\n1, 2", [code])
 
