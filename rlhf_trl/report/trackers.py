@@ -92,14 +92,14 @@ def _measured(run: RunDir, stage: str) -> Iterator[tuple[str, Any]]:
 
 def _judged(run: RunDir, stage: str) -> Iterator[tuple[str, float]]:
     for row in read_json(run.winrate).get("win_rates", []):
-        if (row["a"], row["b"]) == (stage, REFERENCE):
+        if (row["a"], row["b"]) == (stage, REFERENCE) and row["win_rate"]["mean"] is not None:
             yield from _with_interval("win_rate", row["win_rate"])
 
 
 def _compared(run: RunDir, stage: str) -> Iterator[tuple[str, str]]:
     found = read_json(run.comparison)
-    if found["verdict"] and stage in found["stages"]:
-        yield "verdict", found["verdict"]["sentence"]
+    if (verdict := found["verdict"]) and stage in found["stages"]:
+        yield "verdict", " ".join([verdict["sentence"], *(f"Careful: {of}." for of in verdict["warnings"])])
 
 
 def _with_interval(key: str, of: Mapping[str, float]) -> Iterator[tuple[str, float]]:

@@ -11,7 +11,7 @@ from report_fixtures import STAGES, write_run
 from rlhf_trl.cli import run as run_cli
 from rlhf_trl.evaluate.figures import plot_pareto
 from rlhf_trl.figures.style import save
-from rlhf_trl.report.trackers import log_results
+from rlhf_trl.report.trackers import RESULTS, log_results
 from rlhf_trl.run.files import read_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.trackers import name_projects
@@ -63,7 +63,8 @@ def test_the_final_numbers_go_to_the_run_that_was_reported_to(tracked, logged, m
     assert table["columns"] == ["policy", "reward_gain", "kl"] and [row[0] for row in table["data"]] == recipe.policies
     rates = {row["a"]: row["win_rate"]["mean"] for row in read_json(run.winrate)["win_rates"]}
     assert judged["final/win_rate"] == rates["dpo"]
-    assert compared == {"final/verdict": read_json(run.comparison)["verdict"]["sentence"]}
+    verdict = read_json(run.comparison)["verdict"]["sentence"]
+    assert compared["final/verdict"].startswith(f"{verdict} Careful: grpo and ppo were trained to raise")
 
 
 def test_tensorboard_goes_on_in_the_folder_of_the_stage(tracked, logged, monkeypatch):
@@ -78,8 +79,13 @@ def test_tensorboard_goes_on_in_the_folder_of_the_stage(tracked, logged, monkeyp
     (table,), (verdict,) = (events.Tensors(f"final/{key}/text_summary") for key in ("policies", "verdict"))
     assert b"| policy | reward_gain | kl |" in table.tensor_proto.string_val[0]
     sentence = read_json(run.comparison)["verdict"]["sentence"]
-    assert verdict.tensor_proto.string_val[0].decode() == sentence
+    assert verdict.tensor_proto.string_val[0].decode().startswith(sentence)
     assert not run.tensorboard("grpo").exists()
+
+
+def test_a_judge_without_a_verdict_has_no_win_rate(tmp_path):
+    _, run = write_run(tmp_path / "a-run", STAGES, judge="silent")
+    assert [*RESULTS["judge"](run, "dpo")] == []
 
 
 def test_a_tracker_that_fails_ends_nothing_and_is_named(tracked, monkeypatch, caplog):
