@@ -247,7 +247,7 @@ def _read_text(value: Any) -> str:
         raise RowError([Reason.NULL_FIELD])
     if not isinstance(value, str):
         raise RowError([Reason.NOT_TEXT])
-    if re.search("[\ud800-\udfff]", value):
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise RowError([Reason.INVALID_UNICODE])
     return value.strip()
 

@@ -14,13 +14,12 @@ import hashlib
 import itertools
 import json
 import logging
-import re
 import tempfile
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import IO, Any
 
 import numpy as np
@@ -44,8 +43,8 @@ from rlhf_trl.text.words import prompt_id
 
 logger = logging.getLogger(__name__)
 
-# Two copies of one text may differ in what is between these; not in marks that carry meaning, such as a minus.
-ROUGH = re.compile(r"[^\s.,;:!?'\"“”‘’…()\[\]{}–—]+")
+# Two copies of one text may differ in these and in spaces; not in marks that carry meaning, such as a minus.
+MARKS = str.maketrans(dict.fromkeys(".,;:!?'\"“”‘’…()[]{}–—", " "))
 IDS = {side: pa.list_(pa.int32()) for side in ("prompt", "chosen", "rejected")}
 ROW_GROUP = 8  # chunks of rows that the files of token ids take at once
 OPEN_HALF = '"half": null'  # of a line whose half is not yet known; inside a text, quotes are escaped
@@ -203,9 +202,6 @@ def _check_dropped(recipe: Recipe, run: RunDir, whole: Tally) -> None:
         raise UserError(recipe.data.source, f"{dropped} of {whole.rows} rows are dropped ({share}): {top}", remedy)
 
 
-# --- rows by themselves ----------------------------------------------------------------------------------------------
-
-
 def check(tokenizer: Any, data: Data, rows: Sequence[Row]) -> tuple[list[Checked], pa.RecordBatch]:
     """Check rows one by one, and fit those to the length limit that nothing speaks against.
 
@@ -268,21 +264,20 @@ def _check_alone(raw: Any, data: Data, control: list[str]) -> tuple[Checked, Pai
         Reason.TIE: similarity >= data.tie_threshold,
         Reason.CONTROL_TOKENS: any(token in text for text in texts for token in control),
     }
-    rough = [" ".join(ROUGH.findall(text.casefold())) or text for text in texts]
-    copies = _digest("pair", roles, texts), _digest("rough", roles, rough)
+    rough = [" ".join(text.casefold().translate(MARKS).split()) or text for text in texts]
+    prompt, *answers = (_digest(part).hex() for part in (pair.prompt, pair.chosen, pair.rejected))
+    copies = _digest("pair", prompt, answers), _digest("rough", roles, rough)
     reasons = [reason for reason, held in holds.items() if held]
     row = Checked(characters, reasons, unread_columns(raw), pair.user_turns > 1, copies)
+    row.votes = tuple(_digest("kept", prompt, part) for part in ([], answers, answers[::-1]))
     return row, None if reasons else pair
 
 
 def _compare(row: Checked, pair: Pair, fitted: list[Message], raw: Any) -> None:
-    """Note what other rows are compared with, and what was shortened."""
+    """Note what the split compares with other rows, and what was shortened."""
     *heads, whole = prompt_keys(pair.prompt)
     *short_heads, short = [whole] if fitted is pair.prompt else prompt_keys(fitted)
     row.keys = [*heads, *short_heads, whole, short]
-    prompt = _digest("prompt", pair.prompt)
-    both = (pair.chosen, pair.rejected), (pair.rejected, pair.chosen)
-    row.votes = prompt, *(_digest("kept", prompt.hex(), *answers) for answers in both)
     holds = {
         "score_not_higher": score_not_higher(raw),
         "truncated": fitted[-1] != pair.prompt[-1],
@@ -323,13 +318,17 @@ def fit(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> Iterator[tupl
 def _shorten(tokenizer: Any, prompt: list[Message], room: int) -> tuple[list[Message], list[int]] | None:
     from rlhf_trl.models.tokenizer import encode
 
+    def find(candidates: list[list[Message]]) -> tuple[list[Message], list[int]] | None:
+        # Text may break into other tokens where it is cut, so each candidate is measured whole.
+        tokens = cache(lambda place: encode(tokenizer, candidates[place])[0])
+        first = bisect.bisect_left(range(len(candidates)), True, key=lambda place: len(tokens(place)) <= room)
+        return None if first == len(candidates) else (candidates[first], tokens(first))
+
     system = prompt[: prompt[0]["role"] == "system"]
     turns = prompt[len(system) :]
-    shorter = [system + turns[start:] for start in range(2, len(turns), 2)]  # roles alternate
+    if shorter := find([system + turns[start:] for start in range(2, len(turns), 2)]):  # roles alternate
+        return shorter
     text = turns[-1]["content"]
     cuts = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     tails = [text[start:].lstrip() for start, _ in cuts[1:][-max(room, 1) :]]
-    shorter += [[*system, {"role": "user", "content": tail}] for tail in tails if tail]
-    # Text may break into other tokens where it is cut, so each candidate is measured whole.
-    first = bisect.bisect_left(shorter, True, key=lambda prompt: len(encode(tokenizer, prompt)[0]) <= room)
-    return None if first == len(shorter) else (shorter[first], encode(tokenizer, shorter[first])[0])
+    return find([[*system, {"role": "user", "content": tail}] for tail in tails if tail])

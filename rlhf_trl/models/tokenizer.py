@@ -7,6 +7,7 @@ evaluation, so that all score the same tokens.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -102,25 +103,33 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
     return spare[0]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: str) -> list[str]:
-    """Render a conversation: the prompt up to where an answer begins, and each answer up to its end-of-sequence token.
+def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], *sides: Sequence[str]) -> list[str]:
+    """Render each prompt up to where an answer begins, and then its answers, each up to its end-of-sequence token.
 
     Raises:
-        UserError: the chat template refuses the conversation, or renders a prompt differently once an answer follows.
+        UserError: the chat template refuses a conversation, or renders a prompt differently once an answer follows.
     """
+    talks = [[*prompt, {"role": "assistant", "content": answer}]
+             for prompt, *answers in zip(prompts, *sides, strict=True) for answer in answers]  # fmt: skip
     try:
-        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        talks = [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
-        wholes = tokenizer.apply_chat_template(talks, tokenize=False) if talks else []
+        starts = tokenizer.apply_chat_template([*prompts], tokenize=False, add_generation_prompt=True)
+        wholes = iter(tokenizer.apply_chat_template(talks, tokenize=False) if talks else [])
     except TemplateError as error:
-        problem = f"it refuses the conversation that ends on {prompt[-1]['content'][:60]!r}: {error}"
+        for row in zip(prompts, *sides, strict=True) if len(prompts) > 1 else ():
+            render(tokenizer, *([text] for text in row))  # raises for the first that it refuses
+        problem = f"it refuses the conversation that ends on {prompts[0][-1]['content'][:60]!r}: {error}"
         remedy = "use a model whose template takes such conversations, or leave these rows out of the data"
         raise UserError("chat template", problem, remedy) from error
-    if not all(whole.startswith(start) for whole in wholes):
-        problem = "the prompt's text changes when an answer follows"
-        raise UserError("chat template", problem, "use a prefix-preserving template")
-    ends = [whole[len(start) :].rpartition(tokenizer.eos_token) for whole in wholes]
-    return [start, *(text + eos if eos else rest + tokenizer.eos_token for text, eos, rest in ends)]
+    texts = []
+    for start in starts:
+        texts.append(start)
+        for whole in itertools.islice(wholes, len(sides)):
+            if not whole.startswith(start):
+                problem = "the prompt's text changes when an answer follows"
+                raise UserError("chat template", problem, "use a prefix-preserving template")
+            text, eos, rest = whole[len(start) :].rpartition(tokenizer.eos_token)
+            texts.append(text + eos if eos else rest + tokenizer.eos_token)
+    return texts
 
 
 def encode_all(
@@ -136,7 +145,7 @@ def encode_all(
     Raises:
         UserError: as in `render`.
     """
-    texts = [text for row in zip(prompts, *sides, strict=True) for text in render(tokenizer, *row)]
+    texts = render(tokenizer, prompts, *sides) if prompts else []
     if texts and tokenizer.is_fast:
         # As `tokenizer(texts)`, without offsets, masks and copies that are unused: it saves a sixth of `prepare`.
         backend = tokenizer.backend_tokenizer

@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_trl.text.redact import without_values
 
 AT_ONCE = 1000  # pieces of text that a file takes in one
+_encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False).encode
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def json_line(row: Any) -> str:
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return _encode(row) + "\n"
 
 
 def read_jsonl(path: Path) -> list[Any]:

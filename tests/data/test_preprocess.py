@@ -345,7 +345,7 @@ def test_the_token_ids_are_those_of_the_views(run_prepare, byte_model, tmp_path,
                 assert encode(tokenizer, pair["prompt"], pair[side]) == (item["prompt"], item[side])
         prompts = [encode(tokenizer, prompt["prompt"])[0] for prompt in read_jsonl(run.prompts(name))]
         assert [item["prompt"] for item in ids if item["first"]] == prompts
-        texts = [render(tokenizer, pair["prompt"])[0] for pair in pairs]
+        texts = render(tokenizer, [pair["prompt"] for pair in pairs])
         assert [item["prompt"] for item in ids] == tokenizer(texts, add_special_tokens=False).input_ids
     assert sum("<secret>" in pair["chosen"] for pair in kept(run)) == 1
 
