@@ -115,8 +115,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], *sid
         starts = tokenizer.apply_chat_template([*prompts], tokenize=False, add_generation_prompt=True)
         wholes = iter(tokenizer.apply_chat_template(talks, tokenize=False) if talks else [])
     except TemplateError as error:
-        for row in zip(prompts, *sides, strict=True) if len(prompts) > 1 else ():
-            render(tokenizer, *([text] for text in row))  # raises for the first that it refuses
+        for one in (slice(at, at + 1) for at in range(len(prompts)) if len(prompts) > 1):
+            render(tokenizer, prompts[one], *(side[one] for side in sides))  # raises for the first that it refuses
         problem = f"it refuses the conversation that ends on {prompts[0][-1]['content'][:60]!r}: {error}"
         remedy = "use a model whose template takes such conversations, or leave these rows out of the data"
         raise UserError("chat template", problem, remedy) from error
