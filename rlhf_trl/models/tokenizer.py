@@ -83,7 +83,7 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
     A chat model stops at that one, and its tokenizer may name another (Gemma, Phi-3).
     """
-    _, answer = render(tokenizer, [{"role": "user", "content": "0"}], "0")
+    _, answer = render(tokenizer, [[{"role": "user", "content": "0"}]], ["0"])
     end = answer.removesuffix(tokenizer.eos_token).rpartition("0")[2].strip()
     special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return end if end in special else str(tokenizer.eos_token)
