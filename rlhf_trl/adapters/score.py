@@ -132,7 +132,7 @@ def _fit(raw: Any, model: RewardModel) -> tuple[Row, list[list[int]], str]:
     except RowError as error:
         return Row([], []), [], error.reasons[0].value
     if row.whole:
-        texts = ["".join(render(model.tokenizer, row.prompt, answer)) for answer in row.answers]
+        texts = ["".join(render(model.tokenizer, [row.prompt], [answer])) for answer in row.answers]
         ids = model.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     else:
         ids = [list(chain(*encode(model.tokenizer, row.prompt, answer))) for answer in row.answers]
