@@ -58,6 +58,7 @@ def judge(recipe: Recipe, run: RunDir) -> None:
     if settings is None:
         raise UserError("judge", "the recipe has no such section", "add one, such as `judge: {prompts: 120}`")
     run.require(recipe, "evaluate", "evaluate RECIPE")
+    run.require_whole("prepare", "prepare RECIPE")  # the labelled pairs
     templates, digest = load_prompts()
     gold = f"gold reward model {recipe.evaluation.gold}"
     name, stated = {

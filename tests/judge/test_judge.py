@@ -302,6 +302,15 @@ def test_prompt_injections_show_a_judge_that_does_as_it_is_told(made):
     assert canaries["difference"]["mean"] == 0.0
 
 
+def test_labelled_pairs_that_were_cut_off_are_refused(made):
+    recipe, run = made("judge.kind=offline", "judge.calibrate=20")
+    run.mark_done(recipe, "prepare", 0.0)
+    rows = read_jsonl(run.pairs("test"))
+    write_jsonl(run.pairs("test"), rows[:10])
+    with pytest.raises(UserError, match="prepare"):
+        judge(recipe, run)
+
+
 def test_the_gold_model_judges_as_what_it_is(made):
     recipe, run = made("judge.kind=reward")
     judge(recipe, run)
