@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.adapters.check import ADAPTER, CONFIG, LINEAGE, REPOSITORY
+from rlhf_trl.compare.evidence import read_winrate
 from rlhf_trl.models.base import adapter_path, fetch
 from rlhf_trl.models.tokenizer import TINY, base_path
 from rlhf_trl.recipe.errors import UserError
@@ -252,8 +253,7 @@ class _Evidence:
 
     def add_judge(self) -> None:
         run = self.run
-        run.require_whole("judge", "judge RECIPE")
-        found = read_json(run.winrate) if run.winrate.exists() else None
+        found = read_winrate(run)
         self.parts["judge"] = None
         if found is None:
             self.miss("no judge was asked", "judge")

@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import Recipe
+from rlhf_trl.run.documents import WinRate, read_document
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import read_path
@@ -59,18 +60,20 @@ class Curve(NamedTuple):
     gains: np.ndarray
 
 
+def read_winrate(run: RunDir) -> Any:
+    """Read what a judge found, if it ran; UserError where it is damaged: no marker holds the hash of a part."""
+    run.require_whole("judge", "judge RECIPE")
+    result, fault = read_document(run.winrate, WinRate)
+    if fault:
+        raise UserError(str(run.winrate), fault, "run `rlhf-trl judge RECIPE` again", Exit.DAMAGED)
+    return result and read_json(run.winrate)
+
+
 def read_judge(recipe: Recipe, run: RunDir) -> Judged:
     """Read the judge's win rates against the reference and the scores behind them, if it judged these answers."""
     nothing = Judged({}, {}, None, "there is no judge, or it has not judged")
-    if "judge" not in recipe.plan or not run.winrate.exists():
-        return nothing
-    run.require_whole("judge", "judge RECIPE")
-    try:  # no marker holds the hashes of what a judge wrote that did not come to its end
-        found, scores = read_json(run.winrate), read_json(run.prompt_scores) if run.prompt_scores.exists() else {}
-    except ValueError:
-        remedy = "run `rlhf-trl judge RECIPE` again"
-        raise UserError(str(run.winrate.parent), "its results cannot be read", remedy, Exit.DAMAGED) from None
-    if found["status"] == "not run" or found["evaluation"] != recipe.fingerprint("evaluate"):
+    found = read_winrate(run) if "judge" in recipe.plan else None
+    if found is None or found["status"] == "not run" or found["evaluation"] != recipe.fingerprint("evaluate"):
         return nothing
     kind, why_not, doubt = found["judge"]["kind"], None, None
     if kind == "reward":
@@ -80,7 +83,7 @@ def read_judge(recipe: Recipe, run: RunDir) -> Judged:
     elif weigh_trust(found) != "informed":
         doubt = "the judge has not shown that it can tell better answers"
     rates = {row["a"]: row["win_rate"] for row in found["win_rates"] if row["b"] == REFERENCE}
-    return Judged(scores, rates, found["judge"]["id"], why_not, doubt)
+    return Judged(read_json(run.prompt_scores), rates, found["judge"]["id"], why_not, doubt)
 
 
 def read_points(run: RunDir, metrics: Mapping[str, Any], policy: str) -> Trajectory:
