@@ -19,7 +19,7 @@ ASK = {"prompt": "Why?"}
 def known(monkeypatch):
     """A reward model that takes a number as its own score."""
     monkeypatch.setattr("rlhf_trl.adapters.score.encode", lambda _, prompt, answer: ([], [answer]))
-    monkeypatch.setattr("rlhf_trl.adapters.score.render", lambda _, prompt, answer: ["", answer])
+    monkeypatch.setattr("rlhf_trl.adapters.score.render", lambda _, prompts, answers: ["", *answers])
     monkeypatch.setattr("rlhf_trl.adapters.score.positions", lambda _: None)
     scores = lambda ids, _: torch.tensor([float(text) for (text,) in ids], dtype=torch.float64)  # noqa: E731
     tokenizer = lambda texts, **_: SimpleNamespace(input_ids=[[text] for text in texts])  # noqa: E731
