@@ -97,7 +97,8 @@ def compare_lengths(ours: Sequence[Row], theirs: Sequence[Row]) -> str | None:
     """Say whether answers are `longer` or `shorter` than the reference's to the same prompts, or neither (95 %)."""
     tokens = {row["id"]: row["answer_tokens"] for row in theirs}
     differences = estimate_mean(np.array([row["answer_tokens"] - tokens[row["id"]] for row in ours], float))
-    return {"better": "longer", "worse": "shorter"}.get(judge_share(differences.as_dict(), 0.0))
+    said = {"better": "longer", "worse": "shorter"}.get(judge_share(differences.as_dict(), 0.0))
+    return said if differences.n >= FEWEST else None
 
 
 def describe_judge(documents: Documents) -> Row | None:

@@ -323,6 +323,8 @@ def test_the_first_screen_is_one_table_of_the_methods(show: Callable[..., Shown]
     assert rows["reference"]["Gold gain"] == rows["reference"]["Alarms"] == "–"
     headline = next(e for e in page.root.all() if e.attrs.get("id") == "short")
     assert words(headline) == page.screen["verdict"]
+    few = show(judge="good", count=19).screen["methods"].values()
+    assert not [row["significant"] for row in few if row["significant"]]
     screens = page.screen, show(stages={"sft": STAGES["sft"]}, reward=None, evaluation={}).screen
     assert all(set(screen) == SCREEN for screen in screens)
     assert page.screen["methods"]["ppo"]["alarms"] == ["gold", "length"]
