@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,9 +105,9 @@ def _write(form: str, raw: Any, turns: Sequence[str], answers: Sequence[str], na
     if form == "alpaca_eval":
         kept = {key: row[key] for key in ("dataset",) if key in row}
         return {"instruction": turns[0], "output": answers[0], "generator": name, **kept}
-    made = {"tstamp": time.time()}
+    id = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([name, row, answers])).hex  # the same file, the same bytes
     if form == "mt_bench":
-        return {"question_id": row.get("question_id"), "answer_id": uuid.uuid4().hex, "model_id": name,
-                "choices": [{"index": 0, "turns": answers}], **made}  # fmt: skip
+        return {"question_id": row.get("question_id"), "answer_id": id, "model_id": name,
+                "choices": [{"index": 0, "turns": answers}]}  # fmt: skip
     talk = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": {"answer": answers[0]}}]
-    return {"uid": row.get("uid"), "ans_id": uuid.uuid4().hex, "model": name, "messages": talk, **made}
+    return {"uid": row.get("uid"), "ans_id": id, "model": name, "messages": talk}

@@ -78,6 +78,8 @@ def test_the_forms_are_those_of_the_benchmarks(echo, tmp_path):
     (row,) = read_jsonl(tmp_path / "out.json")
     assert (row["question_id"], row["model_id"]) == (81, "mine")
     assert row["choices"] == [{"index": 0, "turns": ["a", "a+a+b"]}]
+    run(echo, tmp_path, [{"question_id": 81, "turns": ["a", "b"]}], "mt_bench")
+    assert read_jsonl(tmp_path / "out.json") == [row]  # the same bytes, whenever it is run
 
 
 def test_a_second_start_goes_on_where_the_first_one_ended(echo, tmp_path):
