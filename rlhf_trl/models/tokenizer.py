@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,10 @@ def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBas
         template = "{{ bos_token }}" * begins + HH_TEMPLATE.read_text(encoding="utf-8")
     date = '{%- set date_string = "26 Jul 2024" -%}' if "strftime_now" in template else ""
     tokenizer.chat_template = date + template
-    tokenizer.eos_token = _end_token(tokenizer)
+    own, end = str(tokenizer.eos_token), _end_token(tokenizer)
+    if end != own:  # the text of the template stays as it is
+        tokenizer.chat_template = re.sub(r"\beos_token\b", lambda _: repr(own), tokenizer.chat_template)
+        tokenizer.eos_token = end
     tokenizer.padding_side = "left"
     tokenizer.add_special_tokens({"pad_token": _pad_token(tokenizer, path)})
     return tokenizer
@@ -83,10 +87,15 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
     A chat model stops at that one, and its tokenizer may name another (Gemma, Phi-3).
     """
-    _, answer = render(tokenizer, [[{"role": "user", "content": "0"}]], ["0"])
-    end = answer.removesuffix(tokenizer.eos_token).rpartition("0")[2].strip()
+    try:
+        _, answer = render(tokenizer, [[{"role": "user", "content": "0"}]], ["0"])
+    except UserError:  # said where an answer has to be rendered
+        return str(tokenizer.eos_token)
+    _, said, end = answer.removesuffix(tokenizer.eos_token).rpartition("0")
+    if not said:  # those of models that see pictures take no plain text
+        raise UserError("chat template", "it leaves out what is said", "use a model whose template takes text")
     special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return end if end in special else str(tokenizer.eos_token)
+    return end.strip() if end.strip() in special else str(tokenizer.eos_token)
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:

@@ -308,7 +308,9 @@ def test_template_that_refuses_a_conversation_is_the_users_error(run_prepare, by
     from transformers import AutoTokenizer
 
     strict = AutoTokenizer.from_pretrained(byte_model)
-    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    strict.chat_template = (
+        "{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' else m.content }}{% endfor %}"
+    )
     strict.save_pretrained(tmp_path / "strict")
     rows = [*GOOD, row(turns("hello", system="Be kind."))]
     with pytest.raises(UserError, match="refuses the conversation that ends on 'hello': no system"):

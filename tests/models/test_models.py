@@ -75,8 +75,15 @@ def test_templates(changed):
     assert tokenizer.decode(start).startswith("26 Jul 2024")
     # what the template writes after the end token is not part of the answer: the policy stops before it
     assert tokenizer.decode(answer) == "Because.<|endoftext|>"
-    with pytest.raises(UserError, match="chat template"):
-        encode(changed(chat_template=COUNTING), PROMPT, "Because.")
+    counting = changed(chat_template=COUNTING)
+    assert counting.decode(encode(counting, PROMPT)[0]).startswith("3Hello.")  # enough to talk to a policy
+    with pytest.raises(UserError, match="the prompt's text changes"):
+        encode(counting, PROMPT, "Because.")
+    with pytest.raises(UserError, match="leaves out what is said"):
+        changed(chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content.text }}{% endfor %}")
+
+
+ALSO = TURNS + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"  # ends the text, too, as Phi-3's
 
 
 @pytest.mark.parametrize(
@@ -85,9 +92,9 @@ def test_templates(changed):
         ({"pad_token": "<|endoftext|>"}, "\n\nHuman: ", "<|endoftext|>"),
         ({"begins": True}, "<|endoftext|>\n\nHuman: ", "<|endoftext|>"),
         ({"chat_template": TURNS}, "<user>", "<|pad|>"),
+        ({"chat_template": ALSO}, "<user>", "<|pad|>"),
         ({"chat_template": {"default": TURNS, "tool_use": COUNTING}}, "<user>", "<|pad|>"),
     ],
-    ids=["padded with the end token", "adds a first token", "ends a turn with a token of its own", "two templates"],
 )
 def test_an_encoding_begins_and_ends_as_the_model_was_trained(changes, start, end, changed):
     tokenizer = changed(**changes)
