@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+TORCH ?= torch
 NEWEST := test_library or mistake_is or libraries_say or shipped or left_out or leaves_behind or changes_the_adapter
 
 .PHONY: demo test test-newest lint size bench simulate chaos clean
@@ -13,7 +14,8 @@ demo: .venv/.installed
 test: .venv/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The options, the recipes and one short training of the four trainers that are still in the newest TRL.
+# The options, the recipes and one short training of the four trainers that are still in the newest TRL. Its torch is the
+# newest, too; make test-newest TORCH="-c constraints.txt torch" takes the tested one.
 test-newest: .venv-newest/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest tests/recipe/test_library.py \
 		tests/recipe/test_recipe.py tests/train/test_train.py -k "$(NEWEST)" $(ARGS)
@@ -46,7 +48,7 @@ clean:
 .venv-newest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
-	.venv-newest/bin/python -m pip install --quiet torch
+	.venv-newest/bin/python -m pip install --quiet $(TORCH)
 	.venv-newest/bin/python -m pip install --quiet -e ".[dev]"
 	touch $@
 

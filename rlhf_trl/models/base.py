@@ -136,9 +136,9 @@ class RewardHead(torch.nn.Linear):
             return torch.nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
-def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **more: Any) -> PreTrainedModel:
     """Load a language model as the recipe's `model` block says (dtype, attention, quantisation)."""
-    model = load_weights(transformers.AutoModelForCausalLM, path, config)
+    model = load_weights(transformers.AutoModelForCausalLM, path, config, **more)
     model.config.pad_token_id = tokenizer.pad_token_id
     # Contiguous: on the CPU, torch multiplies a slice of positions row by row, each with a copy of the head's weights.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
@@ -148,13 +148,15 @@ def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBa
     return model
 
 
-def load_classifier(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_classifier(
+    path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **more: Any
+) -> PreTrainedModel:
     """Load the same weights under a head with one output; the head is random until an adapter brings its own."""
     report = logging.getLogger("transformers.modeling_utils")
     level = report.level
     report.setLevel(logging.ERROR)  # it reports the head, which no language model has, as a fault
     try:
-        model = load_weights(transformers.AutoModelForSequenceClassification, path, config, num_labels=1)
+        model = load_weights(transformers.AutoModelForSequenceClassification, path, config, num_labels=1, **more)
     finally:
         report.setLevel(level)
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -18,7 +18,7 @@ BASE = ("model_name_or_path", "model_revision")  # of a `model` block: which wei
 # Options of the libraries that this project sets itself, and what to use instead.
 OWNED = {
     "output_dir": "the run directory holds every output; choose it with `--runs`",
-    "model_init_kwargs": "put dtype, attention and quantisation in the `model:` block",
+    "model_init_kwargs": "put dtype, attention and quantisation in the `model:` block; here stands use_kernels alone",
     "sft_model_path": "name the stage to start from with `init:`",
     "reward_model_path": "name the reward stage with `reward:`",
     "lora_task_type": "it follows from the trainer of the stage",
@@ -104,7 +104,7 @@ def check_block(place: str, kind: str, values: Mapping[str, Any]) -> Iterator[Pr
     options = read_options(kind)
     for key, value in values.items():
         where = f"{place}.{key}"
-        if key in OWNED:
+        if key in OWNED and (key, value) != ("model_init_kwargs", {"use_kernels": True}):
             yield Problem(where, f"{key!r} is not set in a recipe", OWNED[key])
         elif key not in options:
             owner = "trl.ModelConfig" if kind == "model" else f"the {kind} trainer"

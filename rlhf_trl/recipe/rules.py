@@ -222,7 +222,12 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...
     (POLICY_TRAINERS, "evaluation.backend", lambda of: of["evaluation.backend"] == "vllm" and not of.is_plain_lora,
      "vLLM answers with LoRA adapters on one base in full precision, and the stage {of.name} trains none",
      "set evaluation.backend: transformers"),
-    *((trainers, key, lambda of, key=key: of[key] in (True, "vllm") and find_spec("vllm") is None,
-       "needs the package vllm, which is not installed", 'pip install "rlhf-trl[vllm]"')
-      for trainers, key in ((("grpo",), "use_vllm"), (EVERY, "evaluation.backend"))),
+    # What the rehearsal of the trainers does not come to.
+    *((trainers, key, lambda of, key=key, module=module: of[key] not in (None, False, "transformers")
+       and find_spec(module) is None, f"needs the package {module}, which is not installed", f"pip install {brings}")
+      for trainers, key, module, brings in (
+          (("grpo",), "use_vllm", "vllm", '"rlhf-trl[vllm]"'),
+          (EVERY, "evaluation.backend", "vllm", '"rlhf-trl[vllm]"'),
+          (EVERY, "use_liger_kernel", "liger_kernel", '"rlhf-trl[liger]"'),
+          (EVERY[:4], "model_init_kwargs", "kernels", "kernels"))),
 )  # fmt: skip

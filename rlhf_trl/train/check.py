@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import re
@@ -22,7 +23,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig, get_peft_config
 
@@ -77,6 +79,7 @@ def check_stages(recipe: Recipe, run: RunDir, processes: int) -> None:
         problem, remedy = "vLLM needs a GPU, and this machine has none", "set evaluation.backend: transformers"
         problems.append(Problem("evaluation.backend", problem, remedy))
     checks = [functools.partial(_check_modules, recipe, stages, json.loads(block)) for block, stages in blocks.items()]
+    checks += [functools.partial(_check_keywords, recipe, stage) for stage in recipe.stages]
     checks += [functools.partial(_rehearse, recipe, run, stage, processes) for stage in recipe.stages]
     for check in checks:
         try:
@@ -162,6 +165,22 @@ def read_config(place: str, wanted: ModelConfig) -> PretrainedConfig | None:
 
 
 # --- the trainers
+
+
+def _check_keywords(recipe: Recipe, stage: str) -> None:
+    """Check the keywords that a library passes over, or meets at its first step."""
+    old, new = "gradient_checkpointing", "activation_checkpointing"  # of transformers
+    enable = vars(PreTrainedModel).get(f"{new}_enable", PreTrainedModel.gradient_checkpointing_enable)
+    words = {**inspect.signature(checkpoint).parameters, **inspect.signature(enable).parameters}
+    memory = {word for word, of in words.items() if of.default is not of.empty and not word.endswith("_kwargs")}
+    known = {f"{old}_kwargs": memory, f"{new}_kwargs": memory,
+             "generation_kwargs": {*vars(transformers.GenerationConfig())}}  # fmt: skip
+    args = recipe.args_of(stage)
+    for key in known.keys() & args.keys():
+        for word in args[key] if isinstance(args[key], dict) and not args.get("use_vllm") else ():  # vLLM has others
+            if word not in known[key]:
+                remedy = suggest(word, known[key], f"the keywords there are: {', '.join(sorted(known[key]))}")
+                raise UserError(f"stages.{stage}.args.{key}.{word}", f"there is no keyword {word!r}", remedy)
 
 
 def _rehearse(recipe: Recipe, run: RunDir, stage: str, processes: int) -> None:

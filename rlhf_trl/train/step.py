@@ -183,6 +183,7 @@ def build_stage_config(recipe: Recipe, run: RunDir, stage: str, processes: int =
     # The library's default turns a NaN loss into 0.0 in the logs (huggingface/trl#6702).
     always = {"output_dir": str(run.checkpoints(stage)), "logging_nan_inf_filter": False}
     values = {**names_of(recipe, stage), **recipe.args_of(stage, processes), **other, **always}
+    values.pop("model_init_kwargs", None)  # the stage loads its model itself
     values["use_cpu"] = not torch.accelerator.is_available()
     if trainer == "ppo":
         values["num_sample_generations"] = 0  # its table reads answers as markup: `[/b]` ends the run
@@ -207,7 +208,7 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     train_data = load_view(run, "train", spec.trainer, half, other)
     test_data = load_view(run, "test", spec.trainer, tokenizer=other)
     task, load = ("SEQ_CLS", load_classifier) if spec.trainer == "reward" else ("CAUSAL_LM", load_causal)
-    model_config = ModelConfig(**block, lora_task_type=task)
+    model_config, kernels = ModelConfig(**block, lora_task_type=task), spec.args.get("model_init_kwargs", {})
     models: dict[str, Any]
     if spec.trainer == "ppo":
         from rlhf_trl.train.ppo.models import build_ppo_models
@@ -215,9 +216,10 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
         models = build_ppo_models(path, model_config, tokenizer, config, scorer, run, stage)
     elif spec.continue_ and spec.init:  # DPO and GRPO add a copy of the adapter, `ref`, as their reference
         adapter = adapter_path(recipe, run, spec.init)
-        models = {"model": load_to_continue(load(path, model_config, tokenizer), adapter, path, block)}
+        models = {"model": load_to_continue(load(path, model_config, tokenizer, **kernels), adapter, path, block)}
     else:
-        models = {"model": load(path, model_config, tokenizer), "peft_config": get_peft_config(model_config)}
+        model = load(path, model_config, tokenizer, **kernels)
+        models = {"model": model, "peft_config": get_peft_config(model_config)}
     if spec.trainer == "grpo":
 
         def reward(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:

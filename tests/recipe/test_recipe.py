@@ -15,6 +15,7 @@ import pytest
 from conftest import NO_PPO, ROOT
 from ruamel.yaml import YAML
 
+from rlhf_trl.recipe import rules
 from rlhf_trl.recipe.errors import Problem, UserError
 from rlhf_trl.recipe.library import BATCH, CLASSES
 from rlhf_trl.recipe.load import load_recipe, locate
@@ -185,6 +186,14 @@ def test_a_trl_without_ppo_is_named_and_the_stage_can_be_left_out(recipe_file, m
 def test_vllm_answers_for_plain_lora_alone(other, refuse, installed):
     refused = refuse(GOOD, "evaluation.backend=vllm", f"stages.dpo.model.{other}")
     assert ["the stage dpo trains none" in problem.problem for problem in refused] == [True]
+
+
+def test_use_kernels_is_taken_where_its_package_is_there(refuse, accept, monkeypatch):
+    asked = "stages.dpo.args.model_init_kwargs={use_kernels: true}"
+    for found in (None, "kernels"):
+        monkeypatch.setattr(rules, "find_spec", {"kernels": found}.get)
+        (problem,) = accept(GOOD, asked) and [None] if found else refuse(GOOD, asked)
+        assert found or problem.remedy == "pip install kernels"
 
 
 def test_vllm_needs_a_gpu(accept, installed, tmp_path):

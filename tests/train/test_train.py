@@ -18,7 +18,7 @@ from conftest import COMMON, NO_PPO, RECIPE, ROOT, reset_accelerate, small_recip
 from peft import PeftModel
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.experimental.utils import get_reward
 
 from rlhf_trl.models.base import start_path
@@ -304,6 +304,14 @@ def test_the_history_is_written_when_a_checkpoint_is_due_and_otherwise_seldom(tm
     history.on_train_end(None, state, None)
     assert {49, 50, 51, 100} <= set(writes)
     assert len(writes) <= 2 + 100 / 10 + 4
+
+
+def test_use_kernels_reaches_the_model(trained, tmp_path, monkeypatch, installed):
+    asked = []
+    monkeypatch.setattr(PreTrainedModel, "set_use_kernels", lambda _, use, *__: asked.append(use))
+    recipe = small_recipe(tmp_path, ["stages.dpo.args.model_init_kwargs={use_kernels: true}"])
+    build_trainer(recipe, trained[1], "dpo", build_stage_config(recipe, RunDir(tmp_path), "dpo"))
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
