@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 TORCH ?= torch
-NEWEST := test_library or mistake_is or libraries_say or shipped or left_out or leaves_behind or changes_the_adapter
+NEWEST := test_library or mistake_is or libraries_say or shipped or left_out or leaves_behind or changes_the_adapter or kernels
 
 .PHONY: demo test test-newest lint size bench simulate chaos clean
 
