@@ -182,8 +182,6 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Values], Any], str, str], ...
      "use num_generations: {of.group}, or make per_device_train_batch_size or gradient_accumulation_steps a multiple"),
     (("dpo",), "label_smoothing", lambda of: of["label_smoothing"] >= 0.5,
      "at 0.5 the loss no longer tells the chosen answer from the rejected one", "set it below 0.5"),
-    (("dpo",), "padding_free", lambda of: of["padding_free"], "TRL's DPO trainer switches it off without an error",
-     "leave it out"),
     (("dpo",), "beta", lambda of: of["beta"] <= 0, "is not above 0: nothing would be learned",
      "give a positive number, such as 0.1"),
     (EVERY, "dataloader_persistent_workers",

@@ -55,7 +55,7 @@ def shipped(kind: str, name: str) -> Path:
     if name in known:
         return known[name]
     if path.exists() and not path.is_dir():  # a pipe, such as /dev/stdin
-        return path
+        raise UserError(name, "is no file that can be read twice", "save the text in a file, and give its path")
     here = map(str, path.parent.glob("*.y*ml"))
     otherwise = suggest(path.stem, sorted(known), f"give a path, or one of: {', '.join(sorted(known))}")
     problem = "is a folder" if path.is_dir() else f"there is no such file, and none of that name ships in {kind}/"

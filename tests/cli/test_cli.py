@@ -75,6 +75,7 @@ def test_several_mistakes_are_counted_and_each_is_shown(call, recipe_file):
         ("recip.yaml", "there is no such file", "did you mean 'recipe.yaml'?"),
         ("zzzzz", "there is no such file", "give a path, or one of: demo, "),
         ("", "is a folder", "give a path, or one of: demo, "),
+        ("/dev/null", "is no file that can be read twice", "save the text in a file"),
     ],
 )
 def test_an_unknown_recipe_suggests(name, problem, remedy, call, recipe_file):
