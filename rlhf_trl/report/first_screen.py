@@ -143,7 +143,8 @@ def list_warnings(recipe: Recipe, documents: Documents) -> Iterator[tuple[Any, .
         if "health" in stats:
             yield from ((stage, found["says"]) for found in stats["health"])
     for stage, analysis in documents["analyses"].items():
-        names = [finding["name"].replace("_", " ") for finding in raw(analysis["findings"]) if finding["alarm"]]
+        alarms = [finding["name"] for finding in raw(analysis["findings"]) if finding["alarm"]]
+        names = [name.replace("_", " ").replace("certainly", "“Certainly!”") for name in alarms]
         if names:
             yield stage, f"its errors show: {', '.join(names)}"
     if recipe.policies:

@@ -313,14 +313,16 @@ def test_the_first_screen_is_one_table_of_the_methods(show: Callable[..., Shown]
     page = show(gain, judge="good")
     rows = page.rows("short")
     assert list(rows) == ["dpo", "grpo", "ppo", "reference"]
-    assert list(rows["dpo"]) == ["Gold gain", "Reward gain", "KL nats an answer", "Win rate by the judge",
-                                 "Length tokens", "Training time", "Alarms"]  # fmt: skip
-    assert rows["dpo"]["Gold gain"] == "(significantly better) +0.40 [+0.20, +0.60]"
-    assert rows["grpo"]["Gold gain"] == "+0.10 [−0.10, +0.30]"
-    assert rows["ppo"]["Gold gain"] == "(significantly worse) −0.42 [−0.62, −0.22]"
+    assert list(rows["dpo"]) == [
+        "Gold gain score points", "Reward gain score points", "KL nats an answer", "Win rate by the judge",
+        "Length tokens", "Training time", "Alarms",
+    ]  # fmt: skip
+    assert rows["dpo"]["Gold gain score points"] == "(significantly better) +0.40 [+0.20, +0.60]"
+    assert rows["grpo"]["Gold gain score points"] == "+0.10 [−0.10, +0.30]"
+    assert rows["ppo"]["Gold gain score points"] == "(significantly worse) −0.42 [−0.62, −0.22]"
     assert rows["ppo"]["Win rate by the judge"].startswith("(significantly worse)")
     assert rows["ppo"]["Alarms"] == "gold, length" and rows["dpo"]["Alarms"] == "none"
-    assert rows["reference"]["Gold gain"] == rows["reference"]["Alarms"] == "–"
+    assert rows["reference"]["Gold gain score points"] == rows["reference"]["Alarms"] == "–"
     headline = next(e for e in page.root.all() if e.attrs.get("id") == "short")
     assert words(headline) == page.screen["verdict"]
     few = show(judge="good", count=19).screen["methods"].values()
@@ -387,7 +389,7 @@ def test_a_win_rate_is_significant_only_on_enough_prompts_by_a_judge_that_has_sh
 def test_sections_stand_only_where_their_data_exist(show: Callable[..., Shown]) -> None:
     plain = show(stages=STAGES, evaluation={"best_of_n": 0, "adversarial": False})
     assert plain.section("adversarial") is None and plain.section("judge") is None
-    assert "Gold gain" not in plain.rows("short")["dpo"] and "gold" not in plain.words("results")
+    assert "Gold gain score points" not in plain.rows("short")["dpo"] and "gold" not in plain.words("results")
     full = show()
     assert {"reference", "dpo", "grpo", "ppo"} <= set(full.words("adversarial").split())
     assert "Best of n" in full.words("results") and "Gain against KL along the training" in full.words("alarms")
