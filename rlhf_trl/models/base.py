@@ -139,7 +139,7 @@ class RewardHead(torch.nn.Linear):
 def load_causal(path: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, **more: Any) -> PreTrainedModel:
     """Load a language model as the recipe's `model` block says (dtype, attention, quantisation)."""
     model = load_weights(transformers.AutoModelForCausalLM, path, config, **more)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    set_padding(model, tokenizer, path)
     # Contiguous: on the CPU, torch multiplies a slice of positions row by row, each with a copy of the head's weights.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     # Not the model's own settings: some stop at other tokens than the template's, some penalise repetition.
@@ -159,7 +159,7 @@ def load_classifier(
         model = load_weights(transformers.AutoModelForSequenceClassification, path, config, num_labels=1, **more)
     finally:
         report.setLevel(level)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    set_padding(model, tokenizer, path)
     with contextlib.ExitStack() as stack:
         if is_deepspeed_zero3_enabled():  # it has sharded the weight while loading
             import deepspeed
@@ -170,6 +170,15 @@ def load_classifier(
     head.weight = torch.nn.Parameter(weight)
     model.score = head
     return model
+
+
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give a model the padding token of its tokenizer; UserError where it has no weights for that, or for the end."""
+    last, size = max(tokenizer.pad_token_id, tokenizer.eos_token_id), model.config.get_text_config().vocab_size
+    if last >= size:
+        problem = f"the tokenizer has {tokenizer.convert_ids_to_tokens(last)!r}, token {last}; the model has {size}"
+        raise UserError(path, problem, "take it out of the tokenizer, or save the model with resized embeddings")
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = True, **more: Any) -> PreTrainedModel:

@@ -156,7 +156,7 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
         if model.config.num_labels != 1:
             problem = f"the model has {model.config.num_labels} outputs, and a reward model has one"
             raise UserError(name, problem, "name a reward model in evaluation")
-        model.config.pad_token_id = tokenizer.pad_token_id
+        base.set_padding(model, tokenizer, name)
         return _freeze(model, tokenizer)
     tokenizer = recorded_tokenizer(recipe, run, name)
     config = ModelConfig(**recipe.model_block(name))

@@ -103,6 +103,12 @@ def test_an_encoding_begins_and_ends_as_the_model_was_trained(changes, start, en
     assert tokenizer.pad_token not in (None, end)
 
 
+def test_a_tokenizer_that_has_more_tokens_than_the_model_is_named(changed, trained):
+    tokenizer = changed(pad_token="<new>")
+    with pytest.raises(UserError, match="the tokenizer has '<new>', token 1024; the model has 1024"):
+        load_causal(str(trained[1].base), ModelConfig(), tokenizer)
+
+
 def test_a_missing_model_is_named_at_once():
     start = time.monotonic()
     with pytest.raises(UserError, match=r"^nobody/no-such-model:"):
