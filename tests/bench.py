@@ -6,13 +6,19 @@ random weights: times do not depend on what was learned.
 
     make bench                                    # every part
     make bench ARGS="--only steps,prepare"        # some parts; the rows of the others stay as they are
+    make bench ARGS="--only million,reward"       # the long ones, which run only when they are named: an hour
 """
 
 import argparse
 import asyncio
+import contextlib
+import gzip
 import json
 import os
 import platform
+import random
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,11 +29,13 @@ from pathlib import Path
 
 import bench_evaluate
 import bench_ppo
+import psutil
 from bench_evaluate import SHARED
 from conftest import RECIPE, ROOT
 
 # `steps` is last: the peak memory of a child counts what its parent held when it was started.
 PARTS = ("commands", "judge", "prepare", "processes", "ppo", "evaluate", "steps")
+LONG = ("million", "reward")
 REPLY = {"choices": [{"message": {"content": "A reason.\n[[A]]"}, "finish_reason": "stop"}],
          "usage": {"prompt_tokens": 500, "completion_tokens": 5}}  # fmt: skip
 TRL = """
@@ -59,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = given.model or make_model(folder / "model")
-        for part in (part for part in PARTS if part in given.only.split(",")):
+        for part in (part for part in (*LONG, *PARTS) if part in given.only.split(",")):
             rows[part] = []
             for what, value, bar, holds in globals()[part](folder, model):
                 row = {"what": what, "measured": value, "bar": bar, "holds": holds, "date": str(date.today())}
@@ -77,7 +85,7 @@ def write_table(rows) -> None:
         "| what | measured | bar | | date |\n|---|---|---|---|---|\n"
     )
     lines = [f"| {row['what']} | {row['measured']} | {row['bar']} | {'holds' if row['holds'] else 'missed'} "
-             f"| {row['date']} |\n" for part in PARTS for row in rows.get(part, [])]  # fmt: skip
+             f"| {row['date']} |\n" for part in (*PARTS, *LONG) for row in rows.get(part, [])]  # fmt: skip
     (ROOT / "docs" / "bench.md").write_text(head + "".join(lines))
 
 
@@ -94,14 +102,20 @@ AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=50257, hidden_size=576, 
 
 
 def spent(*command: str) -> dict[str, float]:
-    """Run a command: wall and CPU seconds, and the peak of its resident memory in GB."""
-    start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
-    error = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(f"{command}\n{error.decode()}")
-    return {"wall": time.perf_counter() - start, "cpu": usage.ru_utime + usage.ru_stime, "gb": usage.ru_maxrss / 1e6}
+    """Run a command: wall and CPU seconds, and the peak of the resident memory of all its processes in GB."""
+    start, held = time.perf_counter(), [0]
+    with tempfile.TemporaryFile() as error:
+        child = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=error, cwd=ROOT)
+        while child.status() != psutil.STATUS_ZOMBIE:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                held.append(sum(one.memory_info().rss for one in (child, *child.children(recursive=True))))
+            time.sleep(0.1)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            error.seek(0)
+            raise SystemExit(f"{command}\n{error.read().decode()}")
+    cpu, wall = usage.ru_utime + usage.ru_stime, time.perf_counter() - start
+    return {"wall": wall, "cpu": cpu, "gb": max(*held, usage.ru_maxrss * 1000) / 1e9}
 
 
 def alternate(ours, theirs, rounds: int) -> tuple[float, float]:
@@ -172,37 +186,53 @@ def judge(folder, _):
     yield f"judge, {calls:,} calls, {workers} workers, 100 ms latency", text, "1.2 ×", seconds <= 1.2 * least
 
 
-def prepare(folder, model):
-    import gzip
-
-    rows = []
+def write_pairs(path: Path, size: int) -> None:
+    """Write HH's rows over and over, each time with another number in front and five words replaced on both sides."""
+    rows, draw = [], random.Random(0)
     for name in ("harmless-base", "helpful-base"):
         with gzip.open(SHARED / "hh-rlhf" / f"{name}.jsonl.gz", "rt") as file:
             rows += map(json.loads, file)
-    sizes, found = (10_000, 20_000, 40_000), {"explore": [], "prepare": []}
+    words = [[*set(re.findall(r"\b[a-z]{4,}\b", row["chosen"]))] for row in rows]
+    every = sorted(set().union(*words))
+    with path.open("w") as file:
+        for number in range(size):
+            place = number % len(rows)
+            chosen, rejected = (rows[place][side].replace("Human: ", f"Human: ({number}) ", 1)
+                                for side in ("chosen", "rejected"))  # fmt: skip
+            for word in draw.sample(words[place], min(5, len(words[place]))):
+                other = draw.choice(every)
+                chosen, rejected = chosen.replace(word, other), rejected.replace(word, other)
+            file.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
+
+
+def prepare(folder, model, sizes=(10_000, 20_000, 40_000)):
+    found = {"explore": [], "prepare": []}
     for size in sizes:
         source, recipe = folder / f"{size}.jsonl", folder / f"{size}.yaml"
-        with source.open("w") as file:
-            for number in range(size):  # every row is another prompt
-                row = rows[number % len(rows)]
-                mark = f"Human: ({number}) "
-                file.write(json.dumps({side: text.replace("Human: ", mark, 1) for side, text in row.items()}) + "\n")
+        write_pairs(source, size)
         stage = "stages: {rm: {trainer: reward, args: {max_length: 512}}}"
         recipe.write_text(f"name: n{size}\nmodel: {{model_name_or_path: {model}}}\ndata: {{source: {source}, "
                           f"max_length: 512, max_dropped_fraction: 1.0}}\n{stage}\n")  # fmt: skip
         for step, results in found.items():
             results.append(spent(*program(step, str(recipe), "--runs", str(folder / "runs"))))
+            print(f"{step} of {size:,} pairs: {results[-1]}", flush=True)
+        shutil.rmtree(folder / "runs")
+        source.unlink()
     for step, results in found.items():
-        speed = (sizes[2] - sizes[1]) / (results[2]["cpu"] - results[1]["cpu"])
-        text = f"{speed:,.0f} rows a CPU second; peak " + " / ".join(f"{result['gb']:.2f}" for result in results)
-        steady = results[2]["gb"] <= 1.1 * results[1]["gb"]
-        sized = " / ".join(f"{size:,}" for size in sizes)
+        _, two, four = results
+        speed = (sizes[2] - sizes[1]) / (four["cpu"] - two["cpu"])
+        walls, peaks = (" / ".join(f"{result[key]:.{digits}f}" for result in results)
+                        for key, digits in (("wall", 0), ("gb", 2)))  # fmt: skip
         yield (
-            f"`{step}` of {sized} HH pairs",
-            f"{text} GB",
-            "1,500 rows a CPU second, constant memory",
-            (speed >= 1500 and steady),
+            f"`{step}` of {' / '.join(f'{size:,}' for size in sizes)} HH pairs",
+            f"{speed:,.0f} rows a CPU second; {walls} s; peak of all processes {peaks} GB",
+            "1,500 rows a CPU second; 2 GB, and constant",
+            speed >= 1500 and four["gb"] <= min(2, 1.1 * two["gb"]),
         )
+
+
+def million(folder, model):
+    yield from prepare(folder, model, (250_000, 500_000, 1_000_000))
 
 
 def steps(folder, model):
@@ -244,6 +274,55 @@ stages:
         own, other = alternate(lambda: step(ours), lambda: step(theirs), 10)  # noqa: B023
         text, place = f"{own / other:.3f} × TRL's", "SmolLM2-135M's shape, bfloat16"
         yield f"a step of `{stage}`, {place}, CPU", text, "1.03 ×", own <= 1.03 * other
+
+
+def reward(folder, model):
+    """Reward training by the shipped recipe and with TRL's defaults, once over the same pairs; a third is held out."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_trl.data.preprocess import prepare as prepare_data
+    from rlhf_trl.models.rewards import RewardModel, measure_reward_model
+    from rlhf_trl.recipe.load import load_recipe
+    from rlhf_trl.run.files import read_jsonl
+    from rlhf_trl.run.layout import RunDir
+    from rlhf_trl.train.step import build_stage_config, build_trainer
+
+    settings = {"model.model_name_or_path": model, "data.source": SHARED / "hh-rlhf", "data.subsets": "[]",
+                "data.max_rows": 300, "data.test_fraction": 0.35, "stages.rm.args.save_strategy": "no"}  # fmt: skip
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    torch.set_num_threads(os.cpu_count())
+    recipe, run = load_recipe(ROOT / "recipes" / "hh_smollm2_135m.yaml", overrides), RunDir(folder / "reward")
+    prepare_data(recipe, run)
+    ours = build_trainer(recipe, run, "rm", build_stage_config(recipe, run, "rm"))
+    talk = lambda pair, side: [*pair["prompt"], {"role": "assistant", "content": pair[side]}]  # noqa: E731
+    data = [{side: talk(pair, side) for side in ("chosen", "rejected")} for pair in read_jsonl(run.pairs("train"))]
+    args = trl.RewardConfig(str(folder / "trl"), num_train_epochs=1, max_length=512, use_cpu=True, report_to=[],
+                            gradient_accumulation_steps=ours.args.gradient_accumulation_steps)  # fmt: skip
+    lora = trl.ModelConfig(use_peft=True, lora_r=16, lora_target_modules="all-linear", lora_task_type="SEQ_CLS")
+    theirs = trl.RewardTrainer(AutoModelForSequenceClassification.from_pretrained(model, num_labels=1), args=args,
+                               train_dataset=Dataset.from_list(data), processing_class=ours.processing_class,
+                               peft_config=trl.get_peft_config(lora))  # fmt: skip
+    seconds, accuracy = [], []
+    for trainer in (ours, theirs):
+        start = time.process_time()
+        trainer.train()
+        seconds.append(time.process_time() - start)
+        judged = measure_reward_model(
+            RewardModel(trainer.model, ours.processing_class), read_jsonl(run.pairs("test")), 8
+        )
+        accuracy.append("{mean:.3f} [{low:.3f}, {high:.3f}]".format(**judged["accuracy"]))
+        print(trainer.args.output_dir, seconds, accuracy, flush=True)
+    ratio = seconds[0] / seconds[1]
+    text = f"{ratio:.2f} × ({seconds[0]:.0f} s and {seconds[1]:.0f} s); held-out accuracy {' and '.join(accuracy)}"
+    yield (
+        f"reward training of SmolLM2-135M on {len(data)} HH pairs, CPU of TRL's defaults",
+        text,
+        "0.6 ×",
+        ratio <= 0.6,
+    )
 
 
 def processes(folder, _):
