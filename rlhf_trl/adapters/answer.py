@@ -7,8 +7,6 @@ OUT when all is done.
     rlhf-trl answer shared/demo-grpo prompts.jsonl --out answers.jsonl
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -3,8 +3,6 @@
 The template prints a number only by its JSON address, which stands beside it in an HTML comment.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial

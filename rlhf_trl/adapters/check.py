@@ -6,8 +6,6 @@ is not opened, and no tensor is read before the header of its file has been chec
     rlhf-trl adapter check downloads/some-adapter --base models/some-base
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

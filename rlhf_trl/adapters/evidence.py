@@ -4,8 +4,6 @@ What is recorded names no path of the machine. A base has a public id, or is shi
 that is older than the stage that it is of is left out, and said to be missing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,8 +9,6 @@ The folder appears when a fresh process has verified it.
     rlhf-trl adapter merge shared/demo-grpo merged/demo-grpo
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from itertools import chain as flatten

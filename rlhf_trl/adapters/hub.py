@@ -4,8 +4,6 @@ rlhf-trl adapter push shared/demo-grpo me/demo-grpo          # says what would b
 rlhf-trl adapter push shared/demo-grpo me/demo-grpo --yes    # uploads it to a private repository
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

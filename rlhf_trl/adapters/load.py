@@ -7,8 +7,6 @@ id, from the local cache or the Hub.
     print(policy.answer([{"role": "user", "content": "Hello."}]))
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

@@ -5,8 +5,6 @@ Imports nothing of this package. Reads the export, and from standard input the l
     python -I probe_program.py policy|reward EXPORT RESULT.json < loading_lines.py
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

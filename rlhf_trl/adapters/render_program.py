@@ -6,8 +6,6 @@ settings of the tokenizer. Ends with 0 where it has rendered; otherwise, the las
     python -I render_program.py < template.json
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import sys

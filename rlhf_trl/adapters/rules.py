@@ -5,8 +5,6 @@ base, is refused. Tensors: those that the settings ask for, and of the base, and
 headers of safetensors files; reads a tensor only to see whether its numbers are finite, or all zero.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping

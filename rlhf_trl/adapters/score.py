@@ -9,8 +9,6 @@ lmarena-ai/PPE-*.
     rlhf-trl score shared/demo-rm pairs.jsonl > scores.jsonl
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

@@ -3,8 +3,6 @@
 Reads the folders, and the base where it lies on this machine; loads no model and writes nothing into the run.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ The process is an isolated one (`python -I`) of the same interpreter, with the s
 network, no GPU, and the base under its public id, in a model cache made for it.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from pathlib import Path

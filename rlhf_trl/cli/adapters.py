@@ -1,7 +1,5 @@
 """The commands `adapter export, merge, check, push, list`, `chat` and `score`; each imports what it needs inside."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

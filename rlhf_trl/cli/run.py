@@ -1,7 +1,5 @@
 """How a command runs a step or a stage, and the commands `run` and `status`. A step is imported when it runs."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib

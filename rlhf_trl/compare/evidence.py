@@ -4,8 +4,6 @@ Reads the answers of `evaluate` and the scores of `judge`. A method is a group o
 alone. A gain is a score minus the reference's on the same prompt; KL is in nats per answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

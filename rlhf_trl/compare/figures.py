@@ -4,8 +4,6 @@ Pure functions from the content of `comparison_results.json` and the histories t
 the SVGs of the report alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -7,8 +7,6 @@ Reads `<stage>/training_stats.json` and, where policies are compared, the answer
     rlhf-trl compare recipes/demo.yaml --stages dpo,grpo
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import combinations

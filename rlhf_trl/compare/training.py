@@ -5,8 +5,6 @@ per answer. Each number therefore carries its meaning in words; only numbers wit
 other. Functions from `training_stats.json` to the parts of `comparison_results.json`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

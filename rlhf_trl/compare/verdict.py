@@ -5,8 +5,6 @@ path. A winner needs a significant difference that matters at equal KL, and none
 p-values of all claims are corrected together (Holm, 1979). Reads and writes nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

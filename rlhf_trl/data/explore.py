@@ -6,8 +6,6 @@ and `samples.md` with pairs to read.
     rlhf-trl explore RECIPE
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """The figures of `explore`: a page for each question, the subsets told apart by colour and marker."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,6 @@
 Reads the file in pieces, but JSON that has no row on each line whole; writes nothing.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

@@ -12,8 +12,6 @@ system message. A value is
 Every turn is stripped of the whitespace around it; nothing else in a text is changed.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """A preference pair, and the reasons why a row is none."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum

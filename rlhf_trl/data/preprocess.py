@@ -6,8 +6,6 @@ with every dropped row and its reasons; `summary.json`, which accounts for every
     rlhf-trl prepare RECIPE
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import hashlib

@@ -3,8 +3,6 @@
 Reads the source; writes nothing. `prepare` and `explore` see the same rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 import itertools

@@ -3,8 +3,6 @@
 Works on arrays in memory; the same prompts and seed give the same split in any order, process or Python.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted

@@ -4,8 +4,6 @@ rows = tabulate(pairs, scores, tokens)  # the rows of scores.jsonl
 analysis = analyse(rows, seed)  # most of error_analysis.json
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path

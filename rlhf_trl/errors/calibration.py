@@ -6,8 +6,6 @@ each pair is counted in both orders, which is the same as comparing the confiden
 preferred answer is the chosen one.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

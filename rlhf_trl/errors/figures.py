@@ -1,7 +1,5 @@
 """The figure of an error analysis: six panels from the content of `error_analysis.json`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -4,8 +4,6 @@ Each finding follows from a rule on a 95 % interval, never from a point estimate
 findings.yaml. The texts of the pairs are hostile by design: control characters are spelt out.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

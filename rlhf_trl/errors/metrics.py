@@ -6,8 +6,6 @@ Both take the scores of each pair's answers, call the functions that the step `e
 estimates (`mean`, `low`, `high`, `n`; 95 %). Nothing is written: the rows stay in memory.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import datasets

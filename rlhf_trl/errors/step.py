@@ -7,8 +7,6 @@ Reads the held-out pairs of `data/` and the reward stages' models. Writes for ea
     rlhf-trl errors RECIPE
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -4,8 +4,6 @@ Reads and writes nothing; takes the records of `evaluation/completions-<policy>.
 lexical (`rlhf_trl.text.words` says what a word is): it counts what the words show and does not judge what they mean.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

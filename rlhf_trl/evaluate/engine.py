@@ -3,8 +3,6 @@
 Reads the adapters that `train` has saved; writes nothing. Tested with a stand-in for vLLM, never run on a GPU.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

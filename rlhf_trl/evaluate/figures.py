@@ -3,8 +3,6 @@
 Policies have the colour and marker of their trainer; intervals are 95 %.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial

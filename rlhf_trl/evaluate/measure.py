@@ -4,8 +4,6 @@ Runs models, with the prompts spread over the processes of a launch. Reads the t
 was measured in `.evaluation/` until the step has ended, so that a killed one goes on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence

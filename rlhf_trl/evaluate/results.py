@@ -4,8 +4,6 @@ From the records of `evaluate` to the content of its JSON files; and the project
 categories of pressure, which lie in `adversarial.yaml`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

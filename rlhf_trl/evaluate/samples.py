@@ -7,8 +7,6 @@ Writes `samples/<policy>.jsonl` and `samples/<policy>.md` for each policy and th
     rlhf-trl samples recipes/demo.yaml --per-model 20
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

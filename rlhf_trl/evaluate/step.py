@@ -7,8 +7,6 @@ Under `accelerate launch` the prompts are spread over the processes, with the sa
     accelerate launch --config_file accelerate_configs/ddp.yaml -m rlhf_trl evaluate recipes/hh_gpt2.yaml
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Gain against KL with the front and best-of-n, and over-optimisation: for the PNGs of the evaluation and the page."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What all figures share: colours, markers and fonts, the grid of panels, intervals, the legend, and saving as PNG."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections import Counter

@@ -1,7 +1,5 @@
 """A figure as SVG inside an HTML page: it follows the page's light or dark colours, and its text can be searched."""
 
-from __future__ import annotations
-
 import io
 import re
 from xml.etree import ElementTree

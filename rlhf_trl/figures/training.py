@@ -1,7 +1,5 @@
 """The training curves: every quantity that a stage logged, by step."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any

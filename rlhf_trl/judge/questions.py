@@ -6,8 +6,6 @@ is inserted once and never read as a template. A reply is parsed each time it is
 stored as a verdict, so that a change here needs no new call.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """What the verdicts of a judge come to: the content of `judge/winrate.json`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

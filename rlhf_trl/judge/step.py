@@ -5,8 +5,6 @@ when the step is started again so that only missing calls are made, `judge/winra
 `judge/prompt_scores.json`: each policy's score against the reference on each prompt.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import logging

@@ -4,8 +4,6 @@ A judge favours a place, and that cancels only over both orders: a comparison is
 the mean of the two; the others are counted. The prompt is the unit: its verdicts go together.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

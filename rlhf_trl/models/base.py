@@ -4,8 +4,6 @@ The reference is the base with every adapter off. Reward adapters that were trai
 A continued adapter lies on the model below its reference, and is loaded with that, one at a time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ The text is rendered with the reward model's own template and tokenizer. A rewar
 is switched on there; any other reward model is loaded for itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Works on models and tensors, with the rows of a batch spread over the processes of a launch; reads and writes nothing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence

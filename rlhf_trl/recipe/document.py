@@ -1,7 +1,5 @@
 """The YAML document of a recipe: plain values, the line of every key, overrides, and the errors that name them."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys

@@ -1,7 +1,5 @@
 """A mistake of the user: place, problem and remedy, with secrets removed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum

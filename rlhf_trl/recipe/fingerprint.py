@@ -1,7 +1,5 @@
 """Hashes of files and of the sources that a recipe names. Reads files in chunks and writes nothing."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path

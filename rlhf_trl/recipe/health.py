@@ -3,8 +3,6 @@
 A stage's `health:` changes the limits, or lets a run stop. To watch something else, add a row to `WATCHED`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ libraries state nowhere a program can read: the choices that they check while tr
 constructors, which `rlhf_trl.train.step` runs afterwards, have the last word.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 import functools

@@ -1,7 +1,5 @@
 """Every check on a recipe that needs more than its schema: the libraries' options, and the links between stages."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace

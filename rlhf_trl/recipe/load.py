@@ -1,7 +1,5 @@
 """Load a recipe: read the YAML, lay the overrides over it, parse it, check it whole, expand its sweeps."""
 
-from __future__ import annotations
-
 import copy
 import importlib.metadata
 import re

@@ -4,8 +4,6 @@ A rule is a row of `RULES`. It sees one stage, its sweep expanded, and is silent
 itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

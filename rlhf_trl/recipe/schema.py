@@ -3,8 +3,6 @@
 What the libraries own, a stage's `args` and `model`, stays verbatim. Imports neither torch nor the libraries.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit

@@ -6,8 +6,6 @@ it, `<A>-beside-<B>.json` into the folder that holds the first.
     rlhf-trl report runs/demo runs/demo-long
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

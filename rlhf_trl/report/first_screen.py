@@ -4,8 +4,6 @@ Works on the documents that `step.read_documents` has read. Numbers and texts st
 their addresses, `rlhf-trl report --json` their plain values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

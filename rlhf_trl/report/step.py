@@ -9,8 +9,6 @@ in which the lines of a `.jsonl` file count from 0.
     rlhf-trl report runs/demo runs/demo-long     # two runs beside each other: `report/beside.py`
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ Reads what `evaluate`, `judge` and `compare` have written. Writes to trackio and
 its name or folder; the others get the training alone.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Whether what lies in a run is whole: remembered hashes of files, and checkpoints with a manifest of theirs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

@@ -1,7 +1,5 @@
 """What an error of the machine means to a user: disk, permissions, memory. Reads and writes nothing."""
 
-from __future__ import annotations
-
 import errno
 import re
 

@@ -1,7 +1,5 @@
 """Reading and writing whole files: text, JSON and JSON lines. A write is atomic."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

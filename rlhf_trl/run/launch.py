@@ -1,7 +1,5 @@
 """Processes: the launch of training with the accelerate profiles, and stages side by side in slots of the machine."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -3,8 +3,6 @@
 Reads one tensor at a time, and none before the header of its file has passed the library's checks. Writes nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 A signal ends a process with 128 and its number, whatever else happens on the way out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

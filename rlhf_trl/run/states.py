@@ -1,7 +1,5 @@
 """The state of each step of a run, from its markers, locks, statistics and checkpoints. Writes nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The names under which a stage reports its training to a tracker (`report_to`); the libraries do the reporting."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ KL is in nats per answer. Gain is a score minus the reference's score on the sam
 Functions of points raise ValueError where shapes differ, there are no points, or a value is not finite.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal, TypeVar

@@ -4,8 +4,6 @@ The prompt is the unit; comparisons on the same prompts are paired. `make simula
 Every function raises ValueError where there are no values, or one is not finite. Works on arrays, without torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

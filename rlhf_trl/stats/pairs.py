@@ -4,8 +4,6 @@ Pairs of one prompt are not independent: intervals take the prompt as the unit. 
 columns, the first is the chosen answer, the second the rejected one; `prompts` names what each pair belongs to, (N,).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Number formats of the report and the model card, and the addresses of values in a run's JSON files."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Secrets out of texts: the values of secret environment variables, and the forms of well-known access tokens."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -3,8 +3,6 @@
 Reads and writes nothing.
 """
 
-from __future__ import annotations
-
 import re
 
 # Plain refusals in the first person. Polite ways around a question are not found, so the shares are lower bounds.

@@ -5,8 +5,6 @@ Lao, Khmer, Burmese) each character; and any other visible character by itself, 
 too. Case does not matter.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -4,8 +4,6 @@ Writes `<stage>/training_stats.json` as the logs come, with what the rules of `r
 `<stage>/checkpoints/checkpoint-N/`, each with a `manifest.json`.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

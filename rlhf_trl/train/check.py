@@ -4,8 +4,6 @@ Nothing is trained and no weight is read. A model's modules are built on the met
 is built with the recipe's options, but on a stand-in of a few hundred weights.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

@@ -7,8 +7,6 @@ where the stage is fine-tuned whole), `checkpoints/`, `training_stats.json` and 
     accelerate launch --config_file accelerate_configs/ddp.yaml -m rlhf_trl train recipes/hh_gpt2.yaml dpo
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -3,8 +3,6 @@
 Read by the recipe's check, without importing this module, and by `rlhf_trl.train.ppo.trainer`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -2,8 +2,6 @@
 chunks, and the beginning and the end of the loop.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import sys

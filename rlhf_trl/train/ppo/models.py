@@ -5,8 +5,6 @@ reward model is a third adapter where it was trained on the same base, else a mo
 of the policy, and a backbone and a `score` of the value and the reward model.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping

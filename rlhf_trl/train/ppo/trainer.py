@@ -18,8 +18,6 @@ nothing of its loop is copied. What is repaired, and how:
 - fewer prompts than a batch made the loop spin for ever: they are refused.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import defaultdict
