@@ -102,20 +102,20 @@ AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=50257, hidden_size=576, 
 
 
 def spent(*command: str) -> dict[str, float]:
-    """Run a command: wall and CPU seconds, and the peak of the resident memory of all its processes in GB."""
+    """Run a command: wall and CPU seconds, and the peak memory of all its processes in GB, shared pages once."""
     start, held = time.perf_counter(), [0]
     with tempfile.TemporaryFile() as error:
         child = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=error, cwd=ROOT)
         while child.status() != psutil.STATUS_ZOMBIE:
             with contextlib.suppress(psutil.NoSuchProcess):
-                held.append(sum(one.memory_info().rss for one in (child, *child.children(recursive=True))))
-            time.sleep(0.1)
+                held.append(sum(one.memory_full_info().pss for one in (child, *child.children(recursive=True))))
+            time.sleep(0.2)
         _, status, usage = os.wait4(child.pid, 0)
         if status:
             error.seek(0)
             raise SystemExit(f"{command}\n{error.read().decode()}")
     cpu, wall = usage.ru_utime + usage.ru_stime, time.perf_counter() - start
-    return {"wall": wall, "cpu": cpu, "gb": max(*held, usage.ru_maxrss * 1000) / 1e9}
+    return {"wall": wall, "cpu": cpu, "gb": max(held) / 1e9}
 
 
 def alternate(ours, theirs, rounds: int) -> tuple[float, float]:
