@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -52,11 +52,14 @@ def explore(recipe: Recipe, run: RunDir) -> None:
     Raises:
         UserError: the source cannot be used.
     """
+    from rlhf_trl.models.tokenizer import load_tokenizer
+
     parts: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     unreadable: Counter[str] = Counter()
     examples: Examples = {}
     rows = tqdm(read_rows(recipe.data, recipe.seed), desc="explore", unit=" rows")
-    for _, (measured, dropped, chunk) in map_chunks(partial(_set_up, recipe, run), iter(rows)):
+    work = partial(measure, load_tokenizer(recipe, run), recipe.seed)
+    for _, (measured, dropped, chunk) in map_chunks(work, iter(rows)):
         for name, pairs in measured.items():
             parts[name].append(pairs)
         unreadable.update(dropped)
@@ -74,13 +77,6 @@ def explore(recipe: Recipe, run: RunDir) -> None:
     write_json(run.exploration / "statistics.json", statistics)
     draw(run.exploration, statistics["subsets"], subsets)
     write_text(run.exploration / "samples.md", render(recipe.data.source, examples))
-
-
-def _set_up(recipe: Recipe, run: RunDir) -> Callable[[list[Row]], Measured]:
-    """What measures rows, in this process or another one."""
-    from rlhf_trl.models.tokenizer import load_tokenizer
-
-    return partial(measure, load_tokenizer(recipe, run), recipe.seed)
 
 
 def measure(tokenizer: Any, seed: int, rows: Sequence[Row]) -> Measured:

@@ -86,28 +86,21 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
     rows = tqdm(read_rows(recipe.data, recipe.seed), desc="prepare", unit=" rows")
     run.data.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(recipe, run)
     with tempfile.TemporaryFile(dir=run.data) as pairs:
         with writing(run.quarantine) as quarantine, pa.ipc.new_stream(pairs, USABLE) as stream:
-            chunks = map_chunks(partial(_set_up, recipe, run), iter(rows))
+            chunks = map_chunks(partial(check, tokenizer, recipe.data), iter(rows))
             kept, keys = _clean(chunks, tallies, stream.write_batch, quarantine)
         _check_dropped(recipe, run, sum(tallies.values(), Tally()))
         by_name = np.argsort(np.argsort([*tallies]))[kept["subset"]]
         parts = split(keys, kept["keys"], by_name, total_length(kept), recipe.data.test_fraction, recipe.seed)
         pairs.seek(0)
         _write_splits(run, pairs, parts)
-    tokenizer = load_tokenizer(recipe, run)
     tokenizer.save_pretrained(run.tokenizer)
     summary = summarise(recipe, tokenizer, tallies, kept, parts)
     if summary["columns_not_read"]:
         logger.warning("columns of the source that no step reads: %s", ", ".join(sorted(summary["columns_not_read"])))
     write_json(run.summary, summary)
-
-
-def _set_up(recipe: Recipe, run: RunDir) -> Callable[[list[Row]], tuple[list[Checked], pa.RecordBatch]]:
-    """What checks rows, in this process or another one."""
-    from rlhf_trl.models.tokenizer import load_tokenizer
-
-    return partial(check, load_tokenizer(recipe, run), recipe.data)
 
 
 def _clean(

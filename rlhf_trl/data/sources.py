@@ -9,7 +9,9 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -133,39 +135,40 @@ def _read_hub(data: Data) -> Iterator[tuple[str, Any]]:
                 yield subset or data.source.rpartition("/")[2], row
 
 
-def map_chunks(set_up: Callable[[], Callable[[list[Row]], T]], rows: Iterator[Row]) -> Iterator[tuple[list[Row], T]]:
-    """Yield the rows in chunks, each with the result of a function that depends on its chunk alone.
+def map_chunks(work: Callable[[list[Row]], T], rows: Iterator[Row]) -> Iterator[tuple[list[Row], T]]:
+    """Yield the rows in chunks, each with the result of `work`, which depends on its chunk alone.
 
-    Args:
-        set_up: what makes this function, here and in other processes. It is small when pickled: a process that dies
-            before it has read more than a pipe holds would leave this one waiting for ever.
+    From a file, `work` reaches other processes: one that died before it had read more than a pipe holds would leave
+    this one waiting for ever. What it holds is pickled, such as a tokenizer, whose class alone imports no torch.
     """
-    work = set_up()
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
     yield from ((chunk, work(chunk)) for chunk in itertools.islice(chunks, ALONE))
     cores = os.cpu_count() or 1
     waiting: deque[tuple[list[Row], Future[T]]] = deque()
-    # Spawned: a process that is forked off one with threads, such as the tokenizer's, may hang. None starts before it
-    # has something to do.
-    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (set_up, os.getpid()))
-    try:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_run, chunk)))
-            if len(waiting) > 2 * cores:
-                done, result = waiting.popleft()
-                yield done, result.result()
-        yield from ((done, result.result()) for done, result in waiting)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tempfile.NamedTemporaryFile() as file:
+        pickle.dump(work, file)
+        file.flush()
+        # Spawned: a process that is forked off one with threads, such as the tokenizer's, may hang. None starts before
+        # it has something to do.
+        pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (file.name, os.getpid()))
+        try:
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(_run, chunk)))
+                if len(waiting) > 2 * cores:
+                    done, result = waiting.popleft()
+                    yield done, result.result()
+            yield from ((done, result.result()) for done, result in waiting)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _start(set_up: Callable[[], Callable[[list[Row]], Any]], parent: int) -> None:
+def _start(work: str, parent: int) -> None:
     """Set up a worker process, which ends with its parent and leaves Ctrl-C and the other cores to it."""
     global _worker
     end_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker = set_up()
+    _worker = pickle.loads(Path(work).read_bytes())
 
 
 def _run(chunk: list[Row]) -> Any:

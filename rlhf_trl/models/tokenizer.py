@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
@@ -48,6 +48,8 @@ def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) ->
     block = recipe.model_block(stage) if stage else recipe.model
     if block["model_name_or_path"] != recipe.model["model_name_or_path"]:
         return set_up_tokenizer(base_path(block, run), block)
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(run.tokenizer, padding_side="left")
 
 
@@ -58,6 +60,8 @@ def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBas
     Raises:
         UserError: there is no end-of-sequence token, or no token to pad with.
     """
+    from transformers import AutoTokenizer  # it imports torch, which the processes of `prepare` need not
+
     revision = model.get("model_revision", "main")
     if Path(path, "../adapter_config.json").is_file() and not Path(path, "tokenizer_config.json").exists():
         path = str(Path(path).parent)  # the base that an adapter ships, whose tokenizer lies beside it
