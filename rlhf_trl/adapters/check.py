@@ -20,6 +20,7 @@ from rlhf_trl.adapters import rules
 from rlhf_trl.adapters.rules import IMPORTS, Tensors, check_settings
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.fingerprint import hash_file
+from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.safetensors import hash_weights, is_finite, read_header, read_weights
 from rlhf_trl.text.display import visible
 
@@ -73,6 +74,9 @@ def check_adapter(folder: Path, base: Path | None = None, here: bool = False) ->
     for path in (folder, base):
         if path is not None and not path.is_dir():
             raise UserError(str(path), "there is no such folder", "give the folder of an adapter, or of its base")
+    if RunDir(folder).recipe.is_file() and not (folder / CONFIG).exists():
+        remedy = "name a stage of it with --stage, or export one: rlhf-trl adapter export RUN STAGE OUT"
+        raise UserError(str(folder), "is a run, and no adapter", remedy)
     problems: list[Problem] = []
     try:
         _collect(folder, base, problems, here)

@@ -115,6 +115,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         problem = f"the file cannot be read: {error}"
         raise UserError(str(path), problem, "give a file of JSON lines in UTF-8") from error
+    if not "".join(lines).strip():
+        raise UserError(str(path), "the file is empty", "write one JSON object a line")
     for number, text in enumerate(lines, start=1):
         if text.strip():
             try:

@@ -94,6 +94,7 @@ def chat(
     folder: options.Folder,
     compare: Annotated[Path | None, Option(metavar="DIR", help="Another adapter, to answer beside it.")] = None,
     base: options.Base = None,
+    stage: options.Stage = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 1.0,
     seed: options.Seed = 0,
@@ -101,7 +102,8 @@ def chat(
     """Talk to a policy, or to two side by side. A line is a turn, /new starts again, /exit ends."""
     from rlhf_trl.adapters.load import load_policy
 
-    policies = {str(path): load_policy(path, base) for path in (folder, compare) if path is not None}
+    policies = {str(folder): load_policy(folder, base, stage=stage)}
+    policies |= {str(compare): load_policy(compare, base)} if compare else {}
     talks: dict[str, list[dict[str, str]]] = {name: [] for name in policies}
     while True:
         if sys.stdin.isatty():
@@ -129,7 +131,7 @@ def answer(
     base_only: Annotated[bool, Option("--base-only", help="Answer without the adapter.")] = False,
     form: Annotated[str, Option("--format", help="Or alpaca_eval, arena_hard, mt_bench.")] = "jsonl",
     name: Annotated[str | None, Option(help="Of the model, in the answers; DIR's by default.")] = None,
-    max_new_tokens: options.MaxNewTokens = 1024,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="1024, or half of the positions of the model.")] = None,
     temperature: options.Temperature = 1.0,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,
@@ -137,13 +139,16 @@ def answer(
     """Answer a file of prompts with a policy. A second start goes on where the first one ended."""
     from rlhf_trl.adapters.answer import FORMS, answer_file
     from rlhf_trl.adapters.load import load_policy
+    from rlhf_trl.models.base import positions, prompt_room
 
     if form not in FORMS:
         raise UserError("--format", f"there is no format {form!r}", f"give one of: {', '.join(FORMS)}")
     policy = load_policy(folder, base, stage=stage)
     name = name or (stage or folder.resolve().name) + ("-base" if base_only else "")
+    tokens = max_new_tokens or min(1024, (positions(policy.model) or 2048) // 2)
+    prompt_room(policy.model, tokens)  # refused before anything is written
     with policy.without_adapter() if base_only else contextlib.nullcontext():
-        done = answer_file(policy, file, out, form, name, batch_size, max_new_tokens=max_new_tokens,
+        done = answer_file(policy, file, out, form, name, batch_size, max_new_tokens=tokens,
                            temperature=temperature, seed=seed)  # fmt: skip
     print(f"{out}: {done['rows']} rows, {done['kept']} of them from an earlier start", file=sys.stderr)
 

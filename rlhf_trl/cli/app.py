@@ -113,13 +113,15 @@ def validate(
     loaded, directory = run.open_run(recipe, overrides, RUNS, processes or 1)
     with run.importing():
         from rlhf_trl.adapters.start import check_starts
+        from rlhf_trl.data.sources import require_source
         from rlhf_trl.train.check import check_stages
 
     problems = check_starts(loaded)
-    try:
-        check_stages(loaded, directory, processes or 1)
-    except RecipeError as error:
-        problems += error.problems
+    for check in (lambda: require_source(loaded.data.source), lambda: check_stages(loaded, directory, processes or 1)):
+        try:
+            check()
+        except UserError as error:
+            problems += error.problems
     if problems:
         raise locate(RecipeError(problems), shipped("recipes", recipe), overrides)
     if show:

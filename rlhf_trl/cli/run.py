@@ -221,6 +221,8 @@ def run_with(recipe: str, overrides: list[str] | None, runs: Path, step: str, ow
         asked, _ = open_run(recipe, [*(overrides or []), own], runs)
     if not run_step(loaded, run, step, asked):
         raise typer.Exit(Exit.NOT_RUN)
+    if asked is not loaded:
+        print(f"{step}: with {own} in place of the recipe's; `rlhf-trl {step} {recipe}` goes back to it")
 
 
 def _load_step(step: str) -> Any:

@@ -103,11 +103,17 @@ def _read_source(data: Data) -> Iterator[tuple[str, Any]]:
             whole = path.resolve().name if file.suffix == ".arrow" else _subset_of(file)
             subset = file.parts[0] if len(file.parts) > 1 else whole
             yield from ((subset, row) for row in read_file(path / file))
-    elif source.startswith(("/", ".", "~", "builtin:")) or source.endswith(SUFFIXES) or source.count("/") > 1:
-        remedy = "a Hub id has the form owner/name; `~` is not expanded; `builtin:demo` is the only built-in source"
-        raise UserError(source, "there is no such file or folder", remedy)
     else:
+        require_source(source)
         yield from _read_hub(data)
+
+
+def require_source(source: str) -> None:
+    """Refuse a source that is neither here nor can be the id of one on the Hub."""
+    named = source.startswith(("/", ".", "~", "builtin:")) or source.endswith(SUFFIXES) or source.count("/") > 1
+    if named and source != "builtin:demo" and not Path(source).exists():
+        remedy = "a Hub id has the form owner/name; `~` is not expanded; `builtin:demo` is the only built-in source"
+        raise UserError("data.source", f"there is no such file or folder: {source}", remedy)
 
 
 def _subset_of(path: Path) -> str:

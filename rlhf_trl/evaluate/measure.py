@@ -7,6 +7,7 @@ was measured in `.evaluation/` until the step has ended, so that a killed one go
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from rlhf_trl.models.sampling import (
 from rlhf_trl.models.tokenizer import Messages
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
+from rlhf_trl.recipe.library import value_of
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.checkpoints import damage, list_checkpoints
 from rlhf_trl.run.files import read_json, read_jsonl, write_jsonl
@@ -109,7 +111,11 @@ class Measurements:
         if not count:
             return []
         last, whole = read_json(self.run.training_stats(stage))["summary"]["steps"], dict[int, Path]()
+        option = partial(value_of, self.recipe.stages[stage].trainer, self.recipe.args_of(stage))
+        every = option("save_steps") if option("save_strategy") == "steps" else 1
         for step, path in list_checkpoints(self.run.checkpoints(stage)).items():
+            if every > 1 and step % every:  # of an interruption, without which it would not be there
+                continue
             if step < last and damage(path):
                 logger.warning("%s: passed over the damaged checkpoint of step %d", stage, step)
             elif step < last:

@@ -177,7 +177,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
 def _outlive_signals() -> Iterator[Callable[[Iterable[Process]], list[int]]]:
     """Go on at a signal; yields a function that sends new ones on to children and returns all that came.
 
-    A Ctrl-C (SIGINT) reaches the children by itself. At either one a stage saves a checkpoint.
+    A Ctrl-C at a terminal reaches the children by itself. At any signal a stage saves a checkpoint.
     """
     received: list[int] = []
     sent = 0
@@ -186,7 +186,7 @@ def _outlive_signals() -> Iterator[Callable[[Iterable[Process]], list[int]]]:
         nonlocal sent
         new, sent = received[sent:], len(received)
         for number, child in itertools.product(new, children):
-            if number != signal.SIGINT:
+            if number != signal.SIGINT or not signals.in_foreground():
                 child.send_signal(number)
         return received
 

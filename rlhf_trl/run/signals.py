@@ -32,6 +32,11 @@ def handle(handler: Any) -> dict[int, Any]:
     return {number: signal.signal(number, handler) for number in heard}
 
 
+def in_foreground() -> bool:
+    """Whether a Ctrl-C at the terminal reaches this process and its children alike."""
+    return any(os.tcgetpgrp(file) == os.getpgrp() for file in range(3) if os.isatty(file))
+
+
 def restore(handlers: dict[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)

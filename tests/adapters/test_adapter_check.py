@@ -343,6 +343,8 @@ def test_exports_pass_and_the_adapters_of_a_run_name_their_local_base(gpt2_run, 
     for folder in (policy_export, reward_export):
         assert check_adapter(folder) == check_adapter(folder, gpt2_run[0]) == []
     assert "a place on somebody's machine" in problems(gpt2_run[2].adapter("sft"), gpt2_run[0])
+    with pytest.raises(UserError, match="is a run, and no adapter"):
+        check_adapter(gpt2_run[2].root)
 
 
 # --- against a base

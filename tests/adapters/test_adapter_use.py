@@ -101,7 +101,7 @@ def test_a_conversation_remembers_its_turns_and_cannot_act_on_the_terminal(monke
             asked.append(len(talk))
             return "\x1b]0;owned\x07 \u202edone"
 
-    monkeypatch.setattr("rlhf_trl.adapters.load.load_policy", lambda *_: Hostile())
+    monkeypatch.setattr("rlhf_trl.adapters.load.load_policy", lambda *_, **__: Hostile())
     monkeypatch.setattr("sys.stdin", io.StringIO("One?\nTwo?\n/new\nOne?\n/exit\nnever\n"))
     chat(Path("mine"))
     assert asked == [1, 3, 1]
@@ -204,8 +204,10 @@ def test_the_models_of_a_run_answer_and_score_as_their_exports(gpt2_run, policy,
         rlhf_trl.load_policy(run.root, stage="nobody")
     write_jsonl(tmp_path / "prompts.jsonl", ["Why?"])
     out = tmp_path / "answers.jsonl"
-    printed("answer", run.root, tmp_path / "prompts.jsonl", "--stage", "dpo", "--base-only", "--out", out,
-            "--max-new-tokens", "4")  # fmt: skip
+    command = ("answer", run.root, tmp_path / "prompts.jsonl", "--stage", "dpo", "--base-only", "--out", out)
+    _, messages = printed(*command, "--max-new-tokens", "1024", status=2)  # more than the model has positions
+    assert "no room for a prompt" in messages
+    printed(*command)
     (row,) = read_jsonl(out)
     assert row["model"] == "dpo-base"
     with policy.without_adapter():

@@ -109,6 +109,8 @@ def test_processes_need_a_profile_and_batches_are_judged_for_them(call, recipe_f
     assert "\ndpo: 64 = 32 a device x 1 accumulated x 2 processes\n" in out
     status, _, err = call("validate", "demo", "--set", "stages.grpo.args.num_generations=128")
     assert status == 2 and "num_generations" in err
+    status, _, err = call("validate", "demo", "--set", "data.source=nowhere.csv")
+    assert status == 2 and "data.source=nowhere.csv" not in err and "no such file or folder: nowhere.csv" in err
     assert call("validate", "demo", "--set", "stages.grpo.args.num_generations=128", "--processes", "2")[0] == 0
 
 

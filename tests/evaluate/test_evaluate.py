@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_trl.compare.step import compare
 from rlhf_trl.errors.step import errors
 from rlhf_trl.evaluate.engine import require_same
+from rlhf_trl.evaluate.measure import Measurements
 from rlhf_trl.evaluate.samples import samples
 from rlhf_trl.evaluate.step import evaluate
 from rlhf_trl.judge.step import judge
@@ -418,6 +419,21 @@ def test_a_damaged_checkpoint_is_not_measured(watched, tmp_path, caplog):
     evaluate(recipe, run)
     assert "damaged checkpoint of step 2" in caplog.text
     assert [entry["step"] for entry in read_json(run.metrics)["checkpoints"]["dpo"]] == [1, 4, 6]
+
+
+def test_a_checkpoint_of_an_interruption_is_not_measured(watched):
+    """Without the interruption it would not be there."""
+    recipe, run = watched
+    stage = recipe.stages["dpo"]
+    stage = stage.model_copy(update={"args": stage.args | {"save_steps": 2}})
+    every_second = recipe.model_copy(update={"stages": recipe.stages | {"dpo": stage}})
+    found = Measurements.choose_checkpoints(
+        SimpleNamespace(
+            recipe=every_second, run=run, settings=recipe.evaluation.model_copy(update={"checkpoints": 5})
+        ),
+        "dpo",
+    )
+    assert [step for step, _ in found] == [2, 4]
 
 
 def test_two_processes_measure_what_one_does(watched, tmp_path):

@@ -84,15 +84,20 @@ def test_a_stage_starts_as_soon_as_what_it_needs_is_there_and_a_slot_is_free(len
     assert " ".join(watcher.told) == story
 
 
-@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, 143), (signal.SIGINT, 0)])
-def test_sigterm_reaches_every_stage_once_and_a_ctrl_c_is_the_terminals_to_send(number, ends, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "foreground", "sent_on"),
+    [(signal.SIGTERM, True, 1), (signal.SIGINT, False, 1), (signal.SIGINT, True, 0)],
+)
+def test_a_signal_reaches_every_stage_once_and_a_ctrl_c_is_the_terminals_to_send(
+    number, foreground, sent_on, tmp_path, monkeypatch
+):
     """The processes count the signals; without one of their own they end well, and still nothing new starts."""
     code = (
         "import pathlib, signal, sys, time\n"
         "path, got = pathlib.Path(sys.argv[1]), []\n"
-        "signal.signal(signal.SIGTERM, lambda *_: got.append(1))\n"
+        "for one in (signal.SIGTERM, signal.SIGINT): signal.signal(one, lambda *_: got.append(1))\n"
         "path.with_suffix('.ready').touch(); time.sleep(0.6)\n"
-        "path.write_text(str(len(got))); sys.exit(143 if got else 0)"
+        "path.write_text(str(len(got))); sys.exit(130 if got else 0)"
     )
     sent = []
 
@@ -103,9 +108,10 @@ def test_sigterm_reaches_every_stage_once_and_a_ctrl_c_is_the_terminals_to_send(
     def start(stage, slot):
         return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / stage)])
 
+    monkeypatch.setattr("rlhf_trl.run.signals.in_foreground", lambda: foreground)
     before, story = signal.getsignal(number), Story(send)
     status = train_stages(["rm", "dpo", "solo"], {stage: set() for stage in NEEDS}, [{}, {}], start, story)
-    assert [int((tmp_path / stage).read_text()) for stage in ("rm", "dpo")] == [int(ends == 143)] * 2
+    assert [int((tmp_path / stage).read_text()) for stage in ("rm", "dpo")] == [sent_on] * 2
     assert story.told[-1].endswith("left ['solo']") and status == 128 + number
     assert signal.getsignal(number) is before
 
