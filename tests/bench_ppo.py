@@ -61,15 +61,17 @@ def resident() -> int:
 
 
 def make(path: str) -> None:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     from rlhf_trl.data.preprocess import prepare
-    from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
-    from rlhf_trl.run.files import read_jsonl
 
     recipe, run = open_run(path)
     prepare(recipe, run)
-    tokenizer = recorded_tokenizer(recipe, run)
-    rows = [row for row in read_jsonl(run.prompts("train")) if 64 <= len(encode(tokenizer, row["prompt"])[0]) <= 96]
-    run.prompts("train").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = pq.read_table(run.tokens("train"))
+    lengths = pc.list_value_length(table["prompt"])
+    alike = pc.and_(pc.greater_equal(lengths, 64), pc.less_equal(lengths, 96))
+    pq.write_table(table.filter(alike), run.tokens("train"))
     save_adapter(recipe, run, "rm")
 
 
