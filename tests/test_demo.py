@@ -63,7 +63,8 @@ def test_the_demo_learns(demo):
 def test_a_second_run_does_nothing_and_an_edit_little(demo):
     folder, run = demo
     stamps = {path: path.stat().st_mtime_ns for path in run.root.rglob("done.json")}
-    assert "14 steps, 14 done already" in run_demo(folder)
+    said = run_demo(folder)
+    assert "14 steps, 14 done already" in said and read_json(run.comparison)["verdict"]["sentence"] in said
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     edited = load_recipe(ROOT / "recipes" / "demo.yaml", [*LESS, "stages.dpo.args.beta=0.2"])
     changed = [state.step for state in step_states(edited, run) if state.state == "changed"]

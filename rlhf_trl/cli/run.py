@@ -25,6 +25,7 @@ from rlhf_trl.recipe.recipe import STEPS, Recipe
 from rlhf_trl.report.trackers import log_results
 from rlhf_trl.run import signals
 from rlhf_trl.run.documents import now
+from rlhf_trl.run.files import read_json
 from rlhf_trl.run.launch import (
     Launcher,
     find_slots,
@@ -76,6 +77,9 @@ def run(
         print()
         show(summary_table(seconds, time.perf_counter() - began))
     print()
+    if directory.comparison.exists() and directory.is_done(loaded, "compare"):
+        verdict = read_json(directory.comparison)["verdict"]
+        print(verdict["sentence"] if verdict else "no policies were compared")
     for name, path in (("report", directory.report), ("samples", directory.samples),
                        ("alarms", directory.over_optimisation), ("logs", directory.logs)):  # fmt: skip
         if path.exists():

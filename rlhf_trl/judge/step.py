@@ -148,7 +148,8 @@ def ask_server(
         budget = Budget(settings.price, max(most, default=0.0), settings.max_cost, settings.max_requests)
         if pending:
             likely = sum(forecast(messages, settings.price, min(LIKELY_REPLY, settings.max_tokens)))
-            logger.info("%s: %d calls to make, %d known; about $%.2f, $%.2f if each reply takes all its tokens",
+            logger.info("%s: %d calls to make, %d known (asked before, or two equal answers); about $%.2f, "
+                        "$%.2f if each reply takes all its tokens",
                         model, len(pending), len(questions) - len(pending), likely, sum(most))  # fmt: skip
         stopped = _make(pending, client, cache, budget, settings.workers)
         first = {key: line for key in asked if (line := cache.latest(key)) is not None}
