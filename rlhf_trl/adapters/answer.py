@@ -9,7 +9,6 @@ OUT when all is done.
 
 import hashlib
 import json
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from rlhf_trl.models.tokenizer import Messages
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.files import write_json, write_jsonl
+from rlhf_trl.text.display import has_lone_surrogate
 
 # Batches that are lost at most when the program ends.
 BATCHES = 4
@@ -80,7 +80,7 @@ def _answer(
 def _read(raw: Any, place: str) -> tuple[Messages, list[str]]:
     """Return the messages before the first question of a row, and its questions."""
     row = {"prompt": raw} if isinstance(raw, str) else raw if isinstance(raw, dict) else {}
-    if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+    if has_lone_surrogate(json.dumps(row, ensure_ascii=False)):
         raise UserError(place, "there is a lone surrogate in the line, which no text can hold", "leave the row out")
     asked = next((row[key] for key in ASKED if row.get(key)), None)
     if isinstance(asked, str):

@@ -10,7 +10,6 @@ lmarena-ai/PPE-*.
 """
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.tokenizer import Messages, encode, render
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.stats.intervals import wilson
-from rlhf_trl.text.display import visible
+from rlhf_trl.text.display import has_lone_surrogate, visible
 
 # RewardBench's sections: its subsets, with their official weights (rewardbench 0.1.4, constants.py). They are the
 # counts of rows, except that math-prm counts as much as all code.
@@ -209,7 +208,7 @@ def _read(
     texts = [*answers, talk[-1]["content"]]
     if not all(isinstance(text, str) for text in texts):
         raise RowError([Reason.NOT_TEXT])
-    if re.search("[\ud800-\udfff]", "".join(texts)):
+    if has_lone_surrogate("".join(texts)):
         raise RowError([Reason.INVALID_UNICODE])
     if not texts[-1].strip():
         raise RowError([Reason.EMPTY_PROMPT])

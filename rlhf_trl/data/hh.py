@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from rlhf_trl.data.pair import Message, Pair, Reason, RowError
+from rlhf_trl.text.display import has_lone_surrogate
 
 Value = str | list[Message]
 
@@ -245,7 +246,7 @@ def _read_text(value: Any) -> str:
         raise RowError([Reason.NULL_FIELD])
     if not isinstance(value, str):
         raise RowError([Reason.NOT_TEXT])
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+    if has_lone_surrogate(value):
         raise RowError([Reason.INVALID_UNICODE])
     return value.strip()
 

@@ -15,6 +15,7 @@ from ruamel.yaml.reader import ReaderError
 
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.library import show, suggest
+from rlhf_trl.text.display import has_lone_surrogate
 from rlhf_trl.text.redact import redact
 
 MAX_BYTES = 200_000
@@ -238,6 +239,6 @@ def _fault(text: str) -> tuple[str, str] | None:
     """Say what is wrong with a key or a text: it looks like an access token, or no file can hold it."""
     if redact(text) != text:
         return "holds what looks like an access token", "keep tokens in the environment (see .env.example)"
-    if re.search("[\0\ud800-\udfff]", text):
+    if "\0" in text or has_lone_surrogate(text):
         return "holds a character that no file can", "leave it out"
     return None

@@ -34,6 +34,11 @@ def visible(text: str) -> str:
     return "".join(f"⟨U+{ord(char):04X}⟩" if char in hidden else char for char in text)
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds half of a character, which no UTF-8 file can."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
+
+
 def first_line(error: Exception) -> str:
     """Say in a line what an error says; an error without words is named by its type."""
     return visible(str(error).strip() or type(error).__name__).splitlines()[0]
