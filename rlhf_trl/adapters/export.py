@@ -214,10 +214,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path)
         settings.pop(key, None)
     # Names that transformers 4 knows, too, which others' tools are pinned to.
     if settings["tokenizer_class"] == "TokenizersBackend":
-        settings |= {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "attention_mask"],
-        }
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(folder / files.TOKENIZER_CONFIG, settings)
 
 

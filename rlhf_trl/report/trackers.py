@@ -79,11 +79,8 @@ def _measured(run: RunDir, stage: str) -> Iterator[tuple[str, Any]]:
     keys = [key for key in MAIN if key in policies[stage]]
     for key in keys:
         yield from _with_interval(key, policies[stage][key])
-    others = {name: of for name, of in policies.items() if name != REFERENCE}
-    yield (
-        "policies",
-        [{"policy": name, **{key: format_estimate(of[key]) for key in keys}} for name, of in others.items()],
-    )
+    others = [(name, of) for name, of in policies.items() if name != REFERENCE]
+    yield "policies", [{"policy": name, **{key: format_estimate(of[key]) for key in keys}} for name, of in others]
     if run.figure("pareto").exists():  # where there is a reward model
         yield "pareto", run.figure("pareto")
 
