@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from report_fixtures import STAGES, recipe_of, write_run
-from syrupy.assertion import SnapshotAssertion
 from test_training import RL
 
 from rlhf_trl.compare.evidence import Judged, Trajectory, read_judge
@@ -57,7 +55,7 @@ def outcomes(pair: Any) -> tuple[str, str]:
     return found["equal_kl"]["outcome"], found["as_trained"]["outcome"]
 
 
-def test_the_better_method_is_named_and_by_how_much() -> None:
+def test_the_better_method_is_named_and_by_how_much():
     pairs, verdict = judge({"dpo": five(4, 0.2, 0), "ppo": five(4, 0.6, 10), "grpo": five(4, 0.2, 20)})
     assert verdict["winner"] == "ppo"
     assert verdict["sentence"].startswith(
@@ -70,104 +68,69 @@ def test_the_better_method_is_named_and_by_how_much() -> None:
     assert pairs[0]["measures"]["win_rate"]["why_not"] == "there is no judge, or it has not judged"
 
 
-def test_without_a_difference_nobody_wins_and_close_ones_are_equivalent() -> None:
-    _, verdict = judge({"dpo": five(4, 0.3, 0), "ppo": five(4, 0.3, 10)})
-    assert verdict["winner"] is None
-    assert "there is no significant difference between dpo and ppo" in verdict["sentence"]
-    pairs, _ = judge({"dpo": five(4, 0.3, 0), "ppo": five(4, 0.3, 10)}, smallest=0.3)
-    assert outcomes(pairs[0]) == ("equivalent", "equivalent")
+def one(*points: tuple[float, float], seed: int = 0) -> dict[int, Trajectory]:
+    """A method of one seed; each point is its KL and gain."""
+    kls, gains = zip(*points, strict=True)
+    return {seed: answers(gains, kls, seed)}
 
 
-def test_a_difference_too_small_to_matter_makes_no_winner() -> None:
-    """Even of 1e-9 on every prompt."""
-    runs, shifted = (answers([gain], [4], 0) for gain in (0.3, 0.3 + 1e-9))
-    pairs, verdict = judge({"dpo": {0: runs}, "ppo": {1: shifted}})
-    assert (outcomes(pairs[0]), verdict["winner"]) == (("equivalent", "equivalent"), None)
-    pairs, verdict = judge({"dpo": five(4, 0.2, 0), "ppo": five(4, 0.6, 10)}, smallest=0.42)
-    assert (outcomes(pairs[0])[1], verdict["winner"]) == ("trivial", None)
-    assert "there is no difference that matters between dpo and ppo" in pairs[0]["sentence"]
+EQUAL, APART = {"dpo": five(4, 0.3, 0), "ppo": five(4, 0.3, 10)}, {"dpo": five(4, 0.2, 0), "ppo": five(4, 0.6, 10)}
+ON_ONE_CURVE = {  # gain grows with sqrt(KL)
+    "near": {seed: answers([0.3, 0.35, 0.4], [0.5625, 0.77, 1], seed) for seed in range(5)},
+    "far": {seed: answers([0.36, 0.44, 0.8], [0.81, 1.21, 4], seed) for seed in range(10, 15)},
+}
+COLLAPSED = {"a": one((1, 0.3), (2, 0.6), (5, 0.0), (10, -1.0)),
+             "b": one((1, 0.1), (2, 0.15), (5, 0.2), (10, 0.3), seed=1)}  # fmt: skip
+ONE_SEED = one((2.9, 0.5), (4.1, 0.5), seed=11)
 
 
-def test_the_same_runs_are_said_to_be_the_same() -> None:
-    runs = five(4, 0.3, 0)
-    pairs, verdict = judge({"dpo": runs, "again": dict(reversed(runs.items()))})
-    assert outcomes(pairs[0]) == ("indistinguishable", "indistinguishable")
-    assert "dpo and again have the same score on every prompt" in verdict["sentence"]
+@pytest.mark.parametrize(
+    ("methods", "smallest", "found", "winner", "says"),
+    [
+        (EQUAL, 0.05, ("same", "same"), None, ["there is no significant difference between dpo and ppo"]),
+        (EQUAL, 0.3, ("equivalent", "equivalent"), None, ["dpo and ppo are equivalent"]),
+        # A difference of 1e-9 on every prompt, and one that is sure and too small.
+        ({"a": one((4, 0.3)), "b": {1: answers([0.3 + 1e-9], [4], 0)}}, 0.05, ("equivalent", "equivalent"), None, []),
+        (APART, 0.42, ("trivial", "trivial"), None, ["there is no difference that matters between dpo and ppo"]),
+        ({"dpo": EQUAL["dpo"], "again": dict(reversed(EQUAL["dpo"].items()))}, 0.05, ("indistinguishable",) * 2, None,
+         ["dpo and again have the same score on every prompt"]),
+        # The run that went further has more as trained, and is the same at equal KL.
+        (ON_ONE_CURVE, 0.05, ("same", "worse"), None, []),
+        # a is better up to KL 4, b goes on to more.
+        ({"a": one((2, 0.6), (3, 0.8), (4, 0.9)), "b": one((2, 0.1), (4, 0.3), (9, 1.5), seed=1)}, 0.05,
+         ("better", "worse"), None,
+         ["The two answers differ", "At equal KL, a scores higher than b. As trained, b scores higher than a."]),
+        (COLLAPSED, 0.05, ("worse", "worse"), "b", ["a-0 fell after a peak at step 2 (KL 2.0"]),
+        # b saturates further out; a line from the reference would lie below its curve.
+        ({"a": one((1, 0.30)), "b": one((1.45, 0.33), seed=1)}, 0.05, ("unknown", "same"), None,
+         ["evaluation.checkpoints", "At equal KL, nothing can be said about a and b"]),
+        ({"dpo": five(0, 0.0, 0), "ppo": APART["ppo"]}, 0.05, ("unknown", "worse"), None, ["has not moved"]),
+        # The order is not complete.
+        ({**APART, "grpo": five(4, 0.61, 20)}, 0.05, ("worse", "worse"), None,
+         ["ppo is better than dpo; grpo is better than dpo", "between ppo and grpo"]),
+        # One seed is about these adapters.
+        ({"dpo": one((4, 0.2)), "ppo": one((4.1, 0.6), seed=1)}, 0.05, ("worse", "worse"), "ppo",
+         ["The adapter ppo scores higher than the adapter dpo by the gold model", "one seed: nothing is known"]),
+        ({"dpo": APART["dpo"], "ppo": ONE_SEED}, 0.05, ("worse", "worse"), "ppo",
+         ["the adapter ppo scores higher than the 5 adapters of dpo"]),
+        ({"dpo": APART["dpo"], "grpo": five(4, 0.9, 20), "ppo": ONE_SEED}, 0.05, ("worse", "worse"), "grpo",
+         ["The 5 adapters of grpo score higher than the 5 adapters of dpo and the adapter"]),
+    ],
+)  # fmt: skip
+def test_who_wins_and_what_is_said(methods, smallest, found, winner, says):
+    pairs, verdict = judge(methods, smallest)
+    assert (outcomes(pairs[0]), verdict["winner"]) == (found, winner)
+    said = " ".join([pairs[0]["sentence"], verdict["sentence"], *verdict["warnings"]])
+    assert [words for words in says if words not in said] == [], said
+    peaks = [(peak["stage"], peak["step"]) for peak in pairs[0]["measures"]["gold"]["collapsed"]]
+    assert peaks == ([("a-0", 2)] if methods is COLLAPSED else [])
 
 
-def test_more_kl_on_the_same_curve_is_no_better_method() -> None:
-    """Gain grows with sqrt(KL): the run that went further has more as trained, and is the same at equal KL."""
-    near = {seed: answers([0.3, 0.35, 0.4], [0.5625, 0.77, 1], seed) for seed in range(5)}
-    far = {seed: answers([0.36, 0.44, 0.8], [0.81, 1.21, 4], seed) for seed in range(10, 15)}
-    pairs, verdict = judge({"near": near, "far": far})
-    assert outcomes(pairs[0]) in [("same", "worse"), ("equivalent", "worse")]
-    assert verdict["winner"] is None
-
-
-def test_where_the_two_answers_differ_none_is_named() -> None:
-    """a is better up to KL 4, b goes on to more."""
-    runs = {"a": {0: answers([0.6, 0.8, 0.9], [2, 3, 4], 0)}, "b": {1: answers([0.1, 0.3, 1.5], [2, 4, 9], 1)}}
-    pairs, verdict = judge(runs)
-    assert outcomes(pairs[0]) == ("better", "worse")
-    assert verdict["winner"] is None
-    assert "The two answers differ" in pairs[0]["sentence"]
-    assert "At equal KL, a scores higher than b. As trained, b scores higher than a." in verdict["sentence"]
-
-
-def test_a_run_that_collapsed_is_told_so_with_the_step_and_the_kl_of_its_peak() -> None:
-    a, b = answers([0.3, 0.6, 0.0, -1.0], [1, 2, 5, 10], 0), answers([0.1, 0.15, 0.2, 0.3], [1, 2, 5, 10], 1)
-    pairs, verdict = judge({"a": {0: a}, "b": {1: b}})
-    assert verdict["winner"] == "b"
-    [peak] = pairs[0]["measures"]["gold"]["collapsed"]
-    assert (peak["stage"], peak["step"], peak["kl"]) == ("a-0", 2, pytest.approx(2, rel=0.1))
-    assert any(warning.startswith("a-0 fell after a peak at step 2 (KL ") for warning in verdict["warnings"])
-
-
-def test_what_was_not_measured_at_the_same_kl_is_not_read_off_a_line() -> None:
-    """b saturates further out; a line from the reference would lie below its curve."""
-    pairs, verdict = judge({"a": {0: answers([0.30], [1], 0)}, "b": {1: answers([0.33], [1.45], 1)}})
-    assert outcomes(pairs[0])[0] == "unknown"
-    assert "evaluation.checkpoints" in pairs[0]["sentence"]
-    assert verdict["winner"] is None
-    assert "At equal KL, nothing can be said about a and b" in verdict["sentence"]
-
-
-def test_every_run_is_read_at_as_many_points() -> None:
+def test_every_run_is_read_at_as_many_points():
     many = answers([0.1] * 9 + [0.5], [0.4 * k for k in range(1, 11)], 0)
-    pairs, _ = judge({"a": {0: many}, "b": {1: answers([0.5], [4], 1)}})
-    assert pairs[0]["measures"]["gold"]["points"] == 1
+    pairs, _ = judge({"a": {0: many}, "b": one((4, 0.5), seed=1)})
     found = pairs[0]["measures"]["gold"]
-    assert found["equal_kl"]["a"] == found["as_trained"]["a"]
-
-
-def test_an_order_that_is_not_complete_has_no_winner_and_says_what_is_known() -> None:
-    _, verdict = judge({"dpo": five(4, 0.2, 0), "ppo": five(4, 0.6, 10), "grpo": five(4, 0.61, 20)})
-    assert verdict["winner"] is None
-    assert "ppo is better than dpo; grpo is better than dpo" in verdict["sentence"]
-    assert "ppo and grpo" in verdict["sentence"]
-
-
-def test_one_seed_is_about_these_adapters_and_never_about_methods() -> None:
-    pairs, verdict = judge({"dpo": {0: answers([0.2], [4], 0)}, "ppo": {1: answers([0.6], [4.1], 1)}})
-    assert verdict["winner"] == "ppo"
-    assert verdict["sentence"].startswith("The adapter ppo scores higher than the adapter dpo by the gold model")
-    assert "the adapter ppo scores higher than the adapter dpo" in pairs[0]["sentence"]
-    assert [warning[:8] for warning in verdict["warnings"]] == ["one seed"]
-    mixed, _ = judge({"dpo": five(4, 0.2, 0), "ppo": {1: answers([0.6, 0.6], [2.9, 4.1], 11)}})
-    assert "the adapter ppo scores higher than the 5 adapters of dpo" in mixed[0]["sentence"]
-    _, verdict = judge(
-        {"dpo": five(4, 0.2, 0), "grpo": five(4, 0.9, 20), "ppo": {1: answers([0.5, 0.5], [2.9, 4.1], 11)}}
-    )
-    assert verdict["sentence"].startswith(
-        "The 5 adapters of grpo score higher than the 5 adapters of dpo and the adapter"
-    )
-
-
-def test_a_policy_that_never_moved_is_compared_as_trained_alone() -> None:
-    pairs, verdict = judge({"dpo": five(0, 0.0, 0), "ppo": five(4, 0.6, 10)})
-    assert outcomes(pairs[0]) == ("unknown", "worse")
-    assert "not moved" in pairs[0]["sentence"]
-    assert verdict["winner"] is None
+    assert (found["points"], found["equal_kl"]["a"]) == (1, found["as_trained"]["a"])
 
 
 def judged_runs(dpo: dict[str, float], ppo: dict[str, float], **about: Any) -> tuple[list[Any], Any]:
@@ -178,7 +141,7 @@ def judged_runs(dpo: dict[str, float], ppo: dict[str, float], **about: Any) -> t
     return pairs, name_winner(["dpo", "ppo"], pairs, {**SURE, "win_rate": [judged.doubt] if judged.doubt else []})
 
 
-def test_without_scores_the_judge_decides_on_the_prompts_that_all_were_judged_on() -> None:
+def test_without_scores_the_judge_decides_on_the_prompts_that_all_were_judged_on():
     draw = random.Random(0)
     dpo = {str(i): draw.choice([0.0, 0.5, 1.0]) for i in range(150)}
     ppo = {str(i): draw.choice([0.5, 1.0, 1.0]) for i in range(50, 200)}
@@ -196,7 +159,7 @@ def test_without_scores_the_judge_decides_on_the_prompts_that_all_were_judged_on
     ("prompts", "why_not", "says"),
     [(19, None, "only 19 prompts have a score"), (200, "it is the gold model", "it is")],
 )
-def test_a_pair_without_a_measure_says_why_and_has_no_winner(prompts: int, why_not: str | None, says: str) -> None:
+def test_a_pair_without_a_measure_says_why_and_has_no_winner(prompts, why_not, says):
     scores = ({str(i): score for i in range(prompts)} for score in (1.0, 0.0))
     pairs, verdict = judged_runs(*scores, why_not=why_not)
     start = "Nothing can be said about dpo and ppo: there is no reward model; "
@@ -204,7 +167,7 @@ def test_a_pair_without_a_measure_says_why_and_has_no_winner(prompts: int, why_n
     assert verdict is None
 
 
-def test_equal_policies_are_not_called_better_than_the_reference() -> None:
+def test_equal_policies_are_not_called_better_than_the_reference():
     """The gains of six equal policies are corrected together."""
     false = 0
     for start in range(0, 600, 6):
@@ -217,26 +180,21 @@ def test_equal_policies_are_not_called_better_than_the_reference() -> None:
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
+DPO = STAGES["dpo"]
+
+
 @pytest.mark.parametrize(
     ("stages", "groups"),
     [
-        (
-            {"dpo": {**STAGES["dpo"], "sweep": {"beta": [0.1, 0.3], "seed": [1, 2]}}, "again": STAGES["dpo"]},
-            {
-                "dpo-beta=0.1": ["dpo-beta=0.1-seed=1", "dpo-beta=0.1-seed=2"],
-                "dpo-beta=0.3": ["dpo-beta=0.3-seed=1", "dpo-beta=0.3-seed=2"],
-                "again": ["again"],
-            },
-        ),
+        ({"dpo": {**DPO, "sweep": {"beta": [0.1, 0.3], "seed": [1, 2]}}, "again": DPO},
+         {"dpo-beta=0.1": ["dpo-beta=0.1-seed=1", "dpo-beta=0.1-seed=2"],
+          "dpo-beta=0.3": ["dpo-beta=0.3-seed=1", "dpo-beta=0.3-seed=2"], "again": ["again"]}),
         # The same seed twice is not two seeds; hand-written seeds are a group under the first name.
-        ({"dpo": STAGES["dpo"], "again": STAGES["dpo"]}, {"dpo": ["dpo"], "again": ["again"]}),
-        (
-            {f"dpo_{seed}": {**STAGES["dpo"], "args": {"seed": seed}} for seed in (7, 8)},
-            {"dpo_7": ["dpo_7", "dpo_8"]},
-        ),
+        ({"dpo": DPO, "again": DPO}, {"dpo": ["dpo"], "again": ["again"]}),
+        ({f"dpo_{seed}": {**DPO, "args": {"seed": seed}} for seed in (7, 8)}, {"dpo_7": ["dpo_7", "dpo_8"]}),
     ],
-)
-def test_stages_that_differ_in_their_seed_alone_are_one_group(stages: Any, groups: Any) -> None:
+)  # fmt: skip
+def test_stages_that_differ_in_their_seed_alone_are_one_group(stages, groups):
     assert recipe_of({"sft": STAGES["sft"], **stages}).groups == {"sft": ["sft"], **groups}
 
 
@@ -246,7 +204,7 @@ def judged_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_run(folder / "a-run", stages=RL, evaluation={"gold": "gold"}, judge="good")
 
 
-def test_the_numbers_are_the_paired_differences_of_the_answers(judged_run: Any) -> None:
+def test_the_numbers_are_the_paired_differences_of_the_answers(judged_run):
     recipe, run = judged_run
     compare(recipe, run)
     results = read_json(run.comparison)
@@ -263,7 +221,7 @@ def test_the_numbers_are_the_paired_differences_of_the_answers(judged_run: Any) 
     assert found["smallest"] == pytest.approx(0.1 * reference)
 
 
-def test_stages_that_are_asked_for_are_compared(judged_run: Any) -> None:
+def test_stages_that_are_asked_for_are_compared(judged_run):
     recipe, run = judged_run
 
     def asked(*names: str) -> Any:
@@ -275,7 +233,7 @@ def test_stages_that_are_asked_for_are_compared(judged_run: Any) -> None:
     assert asked("sft", "dpo", "ppo")["verdict"]["warnings"][-1] == "not among the compared: grpo"
 
 
-def test_a_judge_of_other_answers_is_not_used_and_a_missing_evaluation_is_named(tmp_path: Path) -> None:
+def test_a_judge_of_other_answers_is_not_used_and_a_missing_evaluation_is_named(tmp_path):
     recipe, run = write_run(tmp_path / "a-run", stages=RL, evaluation={"gold": "gold"}, judge="good")
     write_json(run.winrate, {**read_json(run.winrate), "evaluation": "another"})
     pair = build(recipe, run)["pairs"][0]
@@ -288,9 +246,7 @@ def test_a_judge_of_other_answers_is_not_used_and_a_missing_evaluation_is_named(
         compare(recipe, run)
 
 
-def test_without_a_gold_model_the_verdict_says_who_was_trained_for_its_score_and_what_the_model_is_worth(
-    tmp_path: Path,
-) -> None:
+def test_without_a_gold_model_the_verdict_says_who_was_trained_for_its_score_and_what_the_model_is_worth(tmp_path):
     stages = {name: RL[name] for name in ("sft", "rm", "dpo", "ppo")}
     warnings = build(*write_run(tmp_path / "a-run", stages=stages, accuracy=(0.5, 0.5)))["verdict"]["warnings"]
     assert warnings[0].startswith("ppo was trained to raise this very reward")
@@ -298,18 +254,18 @@ def test_without_a_gold_model_the_verdict_says_who_was_trained_for_its_score_and
 
 
 @pytest.mark.parametrize(("kind", "word"), [("chance", "has not shown"), ("offline", "a rule for tests")])
-def test_a_judge_that_means_little_is_called_so(tmp_path: Path, kind: str, word: str) -> None:
+def test_a_judge_that_means_little_is_called_so(tmp_path, kind, word):
     recipe, run = write_run(tmp_path / "a-run", stages=RL, evaluation={"gold": "gold"}, judge=kind)
     assert word in (read_judge(recipe, run).doubt or "")
 
 
-def test_reward_models_alone_can_be_compared(tmp_path: Path) -> None:
+def test_reward_models_alone_can_be_compared(tmp_path):
     recipe, run = write_run(tmp_path / "a-run", stages={"sft": STAGES["sft"], "rm": STAGES["rm"]})
     compare(recipe, run)
     assert set(read_json(run.comparison)["stages"]) == {"sft", "rm"}
 
 
-def test_stages_to_compare_exist_and_a_swept_one_stands_for_all_that_it_expands_to() -> None:
+def test_stages_to_compare_exist_and_a_swept_one_stands_for_all_that_it_expands_to():
     demo = ROOT / "recipes" / "demo.yaml"
     with pytest.raises(UserError, match=r"comparison.stages.1: there is no stage 'pp'"):
         load_recipe(demo, ["comparison.stages=[dpo, pp]"])
@@ -317,7 +273,7 @@ def test_stages_to_compare_exist_and_a_swept_one_stands_for_all_that_it_expands_
     assert recipe.compared == ["dpo-seed=1", "dpo-seed=2", "ppo"]
 
 
-def test_the_report_of_a_fixed_run_is_the_golden_one(tmp_path: Path, snapshot: SnapshotAssertion) -> None:
+def test_the_report_of_a_fixed_run_is_the_golden_one(tmp_path, snapshot):
     """Every number and word of the report on fixed JSON inputs."""
     stages = {**RL, "dpo": {**RL["dpo"], "sweep": {"seed": [1, 2]}}}
     recipe, run = write_run(
