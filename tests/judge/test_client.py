@@ -1,7 +1,9 @@
 """Calls to a judge, against a real HTTP server that misbehaves as real ones do, and what they cost."""
 
 import asyncio
+import contextlib
 import gzip
+import itertools
 import json
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 from email.utils import formatdate
+from types import SimpleNamespace
 
 import pytest
 from fake_openai import USAGE, FakeOpenAI, completion, cut, drip, drop, hang, json_of, ok, raw, status
@@ -40,10 +43,6 @@ def complete(client: OpenAIClient, messages=ASK) -> Reply:
             return await client.complete(messages)
 
     return asyncio.run(call())
-
-
-def requests_of(count: int) -> list[Request]:
-    return [Request(f"key-{n}", [{"role": "user", "content": f"pair {n}"}]) for n in range(count)]
 
 
 # Behaviours of the server, what one call comes to with at most three attempts, how many were made, and the text kept.
@@ -130,19 +129,15 @@ def test_an_address_that_cannot_be_one_is_refused_before_a_call(url):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "place"),
-    [
-        ("ALL_PROXY", "socks5://127.0.0.1:9", "ALL_PROXY"),
-        ("HTTP_PROXY", "localhost:x", "HTTP_PROXY"),
-        ("SSL_CERT_FILE", "/nowhere/ca.pem", "SSL_CERT_FILE"),
-        ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE"),
-    ],
-)
-def test_a_proxy_or_certificates_that_cannot_be_used_are_the_users_to_mend(monkeypatch, name, value, place):
+    ("name", "value"),
+    [("ALL_PROXY", "socks5://127.0.0.1:9"), ("HTTP_PROXY", "localhost:x"), ("SSL_CERT_FILE", "/nowhere/ca.pem"),
+     ("SSL_CERT_FILE", __file__)],
+)  # fmt: skip
+def test_a_proxy_or_certificates_that_cannot_be_used_are_the_users_to_mend(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with FakeOpenAI() as server, pytest.raises(UserError) as caught:
         complete(client_of(server))
-    assert place in caught.value.problems[0].place
+    assert name in caught.value.problems[0].place
 
 
 def line_of(status: str, detail: str | None = None, reply: str | None = None):
@@ -261,50 +256,30 @@ def test_token_counts_that_cannot_be_are_not_counted(wrong, counted):
     assert (outcome.status, outcome.usage) == ("ok", counted)
 
 
-FREE = Price(input=0, cached=0, output=0)
+def make(count: int, judge, workers: int, got: list[str], budget: Budget | None = None) -> str | None:
+    """Make calls; note the status of each, and return why they ended before their time."""
+    requests = [Request(f"key-{n}", [{"role": "user", "content": f"pair {n}"}]) for n in range(count)]
+    note = lambda request, reply: got.append(reply.status)  # noqa: E731
+    return asyncio.run(run_all(requests, judge, workers, budget or Budget(Price()), note))
 
 
-def make(requests, judge, workers, on_reply, budget=None):
-    return asyncio.run(run_all(requests, judge, workers, budget or Budget(FREE), on_reply))
+def scripted(reply_to) -> OpenAIClient:
+    """A client whose n-th call comes to the status `reply_to(n)`, without a server."""
+    client, numbers = client_of(SimpleNamespace(url="http://h/v1")), itertools.count()
 
+    async def complete(_):
+        return Reply(reply_to(next(numbers)), "[[A]]")
 
-class Scripted:
-    """A judge without a server: the n-th call's reply is `replies(n)`."""
-
-    def __init__(self, replies):
-        self.replies, self.calls, self.interrupted = replies, 0, False
-
-    async def __aenter__(self):
-        return self
-
-    async def __aexit__(self, *_):
-        pass
-
-    async def complete(self, messages):
-        self.calls += 1
-        return self.replies(self.calls - 1)
-
-    def interrupt(self):
-        self.interrupted = True
-
-
-def reply_of(status="ok") -> Reply:
-    return Reply(status, "[[A]]", COUNTED, "m", None if status == "ok" else "why")
-
-
-def run_scripted(replies, count: int, workers: int) -> tuple[Scripted, str | None, list[str]]:
-    judge, got = Scripted(replies), []
-    said = make(requests_of(count), judge, workers, lambda request, reply: got.append(reply.status))
-    return judge, said, got
+    client.complete = complete
+    return client
 
 
 @pytest.mark.parametrize("workers", [1, 8])
 @pytest.mark.parametrize(("limits", "calls"), [({"max_requests": 13}, 13), ({"max_cost": 0.00042 * 7}, 7), ({}, 50)])
 def test_a_limit_is_never_gone_over_however_many_calls_are_in_flight(workers, limits, calls):
     budget = Budget(Price(input=4.0, cached=1.0, output=14.0), dearest=0.00042, **limits)
-
     with FakeOpenAI(then=ok(latency=0.01)) as server:
-        said = make(requests_of(50), client_of(server), workers, lambda request, reply: None, budget)
+        said = make(50, client_of(server), workers, [], budget)
         assert len(server.requests) == budget.calls == calls
     assert (said is None) == (not limits)
     if limits:
@@ -320,7 +295,7 @@ def test_as_many_calls_as_there_are_workers_are_made_at_once():
 
     got = []
     with FakeOpenAI(then=meet) as server:
-        make(requests_of(40), client_of(server, attempts=1), 8, lambda request, reply: got.append(reply.status))
+        make(40, client_of(server, attempts=1), 8, got)
     assert got == ["ok"] * 40
 
 
@@ -337,17 +312,18 @@ print(said, flush=True)
 """
 
 
-def child_of(server: FakeOpenAI) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+@contextlib.contextmanager
+def interrupted(behaviour):
+    """A server, and a process that has been told to stop while its four workers were waiting for replies."""
+    program, pipes = [sys.executable, "-c", CHILD], dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with FakeOpenAI(then=behaviour) as server, subprocess.Popen([*program, server.url], text=True, **pipes) as child:
+        end = time.monotonic() + 20
+        while len(server.requests) < 4:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        assert "stopping" in child.stderr.readline()
+        yield server, child
 
 
 # Calls in flight come back; waits between attempts end.
@@ -360,10 +336,7 @@ def test_ctrl_c_waits_for_the_calls_in_flight_and_begins_no_other(status_of_each
         handler.answer(completion("[[A]]"))
 
     behaviour = hold if status_of_each == "ok" else status(429, headers={"Retry-After": "50"})
-    with FakeOpenAI(then=behaviour) as server, child_of(server) as child:
-        wait_for(lambda: len(server.requests) == 4)
-        child.send_signal(signal.SIGINT)
-        assert "stopping" in child.stderr.readline()
+    with interrupted(behaviour) as (server, child):
         noticed.set()
         out, _ = child.communicate(timeout=20)
         assert len(server.requests) == 4
@@ -372,10 +345,7 @@ def test_ctrl_c_waits_for_the_calls_in_flight_and_begins_no_other(status_of_each
 
 
 def test_a_second_ctrl_c_leaves_at_once():
-    with FakeOpenAI(then=hang) as server, child_of(server) as child:
-        wait_for(lambda: len(server.requests) == 4)
-        child.send_signal(signal.SIGINT)
-        assert "stopping" in child.stderr.readline()
+    with interrupted(hang) as (_, child):
         child.send_signal(signal.SIGINT)
         out, _ = child.communicate(timeout=10)  # the calls would hang for 60 s
     assert child.returncode != 0
@@ -420,7 +390,7 @@ def test_a_call_that_ends_the_run_keeps_what_was_in_flight(ending, says):
     script, got = [ok("[[A]]", latency=0.2), ending, ok("[[B]]", latency=0.2)], []
     with FakeOpenAI(script) as server:
         try:
-            said = make(requests_of(20), client_of(server), 3, lambda request, reply: got.append(reply.status))
+            said = make(20, client_of(server), 3, got)
         except UserError as error:
             said = str(error)
         assert len(server.requests) == 3
@@ -437,15 +407,16 @@ def test_a_call_that_ends_the_run_keeps_what_was_in_flight(ending, says):
     ],
 )
 def test_a_server_that_is_gone_ends_the_run_and_nothing_else_is_taken_for_it(status_of, count, workers, ends):
-    judge, said, got = run_scripted(lambda n: reply_of(status_of(n)), count, workers)
-    assert (said, judge.interrupted) == (ends, ends is not None)
-    assert judge.calls == len(got) and (len(got) <= FAILURES_IN_A_ROW + 4 if ends else len(got) == count)
+    judge, got = scripted(status_of), []
+    assert make(count, judge, workers, got) == ends
+    assert judge._interrupted.is_set() == (ends is not None)
+    assert len(got) <= FAILURES_IN_A_ROW + 4 if ends else len(got) == count
 
 
 def test_a_defect_in_the_judge_is_raised_and_ctrl_c_acts_as_before():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ZeroDivisionError):
-        run_scripted(lambda n: 1 / 0, 9, 2)
+        make(9, scripted(lambda n: 1 / 0), 2, [])
     assert signal.getsignal(signal.SIGINT) is before
 
 
