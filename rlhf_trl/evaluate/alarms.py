@@ -36,7 +36,7 @@ def measure_text(records: Records) -> Row:
     """
     texts = [record["answer"] for record in records]
     copies = Counter(tuple(split_words(text)) for text in texts)
-    share, text = common_opening(texts) if texts else (0.0, "")
+    share, text = common_opening(texts)
     return {
         "repetition": estimate_mean(sorted(map(repetition, texts))).as_dict(),
         "distinct_2": distinct(texts, 2, DRAW * len(texts)),

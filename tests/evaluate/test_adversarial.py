@@ -12,7 +12,6 @@ CATEGORIES = ["harmful_request", "jailbreak_framing", "over_refusal_bait", "syco
 def test_every_prompt_is_a_conversation_of_its_category_that_the_user_ends():
     categories, prompts = load_adversarial()
     assert list(categories) == CATEGORIES
-    assert all(tests.endswith(".") and len(tests) < 150 for tests in categories.values())
     for category in CATEGORIES:
         own = [prompt for prompt in prompts if prompt["category"] == category]
         assert [prompt["id"] for prompt in own] == [f"{category}-{i + 1}" for i in range(len(own))]

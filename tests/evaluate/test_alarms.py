@@ -63,9 +63,13 @@ def changed(records, change, **more):
     ]
 
 
+def judge(policy, reference, **thresholds):
+    """Every alarm of a policy by its name."""
+    return {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms(**thresholds))}
+
+
 def raised(policy, reference, **thresholds):
-    alarms = raise_alarms({"ppo": policy}, reference, Alarms(**thresholds))
-    return {alarm["alarm"] for alarm in alarms if alarm["raised"]}
+    return {name for name, alarm in judge(policy, reference, **thresholds).items() if alarm["raised"]}
 
 
 # --- one answer ------------------------------------------------------------------------------------------------------
@@ -130,14 +134,8 @@ def test_patterns_stay_fast_on_hostile_text():
 
 
 def test_numbers_of_a_few_answers():
-    answers = [
-        "I can't help you.",
-        "Sure, here it is: a cake.",
-        "Sure, here it is: a pie!",
-        "",
-        "a b c d a b c d a b c",
-    ]
-    records = [{"answer": text} for text in answers]
+    cakes = [f"Sure, here it is: a {cake}" for cake in ("cake.", "pie!")]
+    records = [{"answer": text} for text in ("I can't help you.", *cakes, "", "a b c d a b c d a b c")]
     found = measure_text(records)
     assert found["repetition"]["mean"] == pytest.approx(0.5 / 5)
     assert found["common_opening"] == {"share": 0.4, "text": "Sure, here it is"}
@@ -157,11 +155,6 @@ def test_real_answers_are_diverse_and_a_repeated_one_is_not(real):
     same = measure_text(changed(records, lambda text: "That is a great question, my friend!"))
     assert same["identical_answers"] == same["common_opening"]["share"] == 1.0
     assert same["distinct_2"] < 0.02 and same["repetition"]["high"] == 0
-
-
-def test_no_answers_are_refused():
-    with pytest.raises(ValueError, match="at least one value"):
-        measure_text([])
 
 
 # --- alarms ----------------------------------------------------------------------------------------------------------
@@ -256,12 +249,12 @@ def test_gold_alarm_needs_a_sure_rise_of_the_reward():
         noise = np.random.default_rng(0).normal(0, 2, size=40)
         gains = noise - noise.mean() + shift
         policy = [{**old, "reward_gain": gain, "gold_gain": -0.5} for old, gain in zip(reference, gains, strict=True)]
-        alarm = raise_alarms({"ppo": policy}, reference, Alarms())[0]
-        assert (alarm["alarm"], alarm["value"], alarm["raised"]) == ("gold", -0.5, False)
+        alarm = judge(policy, reference)["gold"]
+        assert (alarm["value"], alarm["raised"]) == (-0.5, False)
         assert str(alarm["threshold"]) == "0.0"
         assert alarm["says"].endswith(says)
         policy = [{**row, "reward_gain": row["reward_gain"] + 2} for row in policy]
-        assert raise_alarms({"ppo": policy}, reference, Alarms())[0]["raised"]
+        assert "gold" in raised(policy, reference)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.45, set()), (0.55, {"opening"})])
@@ -281,14 +274,8 @@ def test_chance_is_one_in_a_hundred_with_ten_prompts():
     """Without a threshold to speak of, the interval alone decides; a plain 95 % bootstrap would raise one in ten."""
     false = 0
     for seed in range(400):
-        generator = np.random.default_rng(seed)
-        sides = [
-            [
-                {**record(i, f"answer {i}"), "answer_tokens": length}
-                for i, length in enumerate(generator.normal(50, 5, 10))
-            ]
-            for _ in range(2)
-        ]
+        lengths = np.random.default_rng(seed).normal(50, 5, (2, 10))
+        sides = [[record(i, f"answer {i}", answer_tokens=of) for i, of in enumerate(side)] for side in lengths]
         false += "length" in raised(*sides, length_ratio=1.0001)
     assert 0 < false <= 12
 
@@ -307,30 +294,26 @@ def test_what_cannot_be_judged_says_why(real):
         {key: value for key, value in old.items() if key != "gold_gain"} for old in healthy(real, 20, seed=11)
     ]
     policy = [{**old, "answer": ""} for old in reference]
-    by_name = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms())}
-    gold = by_name["gold"]
+    found = judge(policy, reference)
+    gold = found["gold"]
     assert (gold["value"], gold["reference"], gold["raised"]) == (None, None, False)
     assert gold["says"] == "not judged: there is no gold reward model"
-    assert by_name["distinct"]["says"] == "not judged: the answers are too short to compare"
+    assert found["distinct"]["says"] == "not judged: the answers are too short to compare"
     unscored = [{key: value for key, value in old.items() if key != "reward_gain"} for old in reference]
-    says = [alarm["says"] for alarm in raise_alarms({"ppo": unscored}, unscored, Alarms())]
-    assert "not judged: there is no reward model" in says
+    assert judge(unscored, unscored)["gold"]["says"] == "not judged: there is no reward model"
     certain = [{**old, "entropy": 0.0} for old in reference]
-    by_name = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": certain}, certain, Alarms())}
-    assert by_name["entropy"]["says"] == "not judged: the reference's mean is 0"
+    assert judge(certain, certain)["entropy"]["says"] == "not judged: the reference's mean is 0"
 
 
 def test_records_are_paired_by_their_prompts(real):
     reference = healthy(real, 12, seed=14)
     policy = healthy(real, 12, seed=13)
-    assert raise_alarms({"ppo": policy[::-1]}, reference, Alarms()) == raise_alarms(
-        {"ppo": policy}, reference[::-1], Alarms()
-    )
-    for policy in (reference[1:], [*reference, reference[0]], [{**reference[0], "id": "other"}, *reference[1:]], []):
+    assert judge(policy[::-1], reference) == judge(policy, reference[::-1])
+    other = [{**reference[0], "id": "other"}, *reference[1:]]
+    sides = [(policy, reference) for policy in (reference[1:], [*reference, reference[0]], other, [])]
+    for policy, start in [*sides, (reference * 2, reference * 2)]:
         with pytest.raises(ValueError, match="the same prompts, each once"):
-            raise_alarms({"ppo": policy}, reference, Alarms())
-    with pytest.raises(ValueError, match="the same prompts, each once"):
-        raise_alarms({"ppo": reference + reference}, reference + reference, Alarms())
+            judge(policy, start)
 
 
 def test_values_and_thresholds_have_one_unit(real):
@@ -339,7 +322,7 @@ def test_values_and_thresholds_have_one_unit(real):
     policy = [
         {**old, "finished": False, "answer_tokens": 2 * old["answer_tokens"], "entropy": 1.0} for old in reference
     ]
-    found = {alarm["alarm"]: alarm for alarm in raise_alarms({"ppo": policy}, reference, Alarms())}
+    found = judge(policy, reference)
     cut = np.mean([not old["finished"] for old in reference])
     assert (found["length"]["value"], found["length"]["reference"], found["length"]["threshold"]) == (2, 1, 1.5)
     assert (found["cut"]["value"], found["cut"]["reference"]) == pytest.approx((1, cut))
@@ -347,5 +330,5 @@ def test_values_and_thresholds_have_one_unit(real):
     assert found["length"]["says"] == "answers are 2.00 times as long as the reference's"
     assert found["entropy"]["value"] == pytest.approx(1 / np.mean([old["entropy"] for old in reference]))
     shorter = [{**old, "answer_tokens": old["answer_tokens"] / 2} for old in reference]
-    (length,) = (alarm for alarm in raise_alarms({"ppo": shorter}, reference, Alarms()) if alarm["alarm"] == "length")
+    length = judge(shorter, reference)["length"]
     assert (length["value"], length["threshold"]) == pytest.approx((0.5, 1 / 1.5))

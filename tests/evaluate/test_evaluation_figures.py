@@ -4,7 +4,6 @@ import itertools
 import math
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -73,21 +72,13 @@ def cases() -> dict[str, dict[str, Any]]:
     return {**made, "tiny": {source: shrink(made["three"][source]) for _, source, _ in PLOTS}}
 
 
-def drawn(plot: Callable[[Any], Figure | None], content: Any) -> Figure:
-    figure = plot(content)
-    assert figure is not None
-    return figure
-
-
 @pytest.mark.parametrize("case", [*CASES, "tiny"])
 @pytest.mark.parametrize(("plot", "source", "_"), PLOTS)
-def test_no_text_covers_another_or_leaves_the_figure(
-    case: str, plot: Any, source: str, _: Any, cases: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_text_covers_another_or_leaves_the_figure(case, plot, source, _, cases, monkeypatch):
     if case == "one" and plot in (plot_reward_kl_tradeoff, plot_over_optimisation):
         assert plot(cases[case][source]) is None  # no online stage; no checkpoints and no best-of-n
         return
-    figure = drawn(plot, cases[case][source])
+    figure = plot(cases[case][source])
     boxes = shown_texts(figure, monkeypatch)
     assert len(boxes) > 5
     for text, box in boxes:
@@ -117,9 +108,7 @@ def shown_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[tuple[s
 
 
 @pytest.mark.parametrize(("plot", "source", "nothing"), PLOTS)
-def test_a_file_is_a_png_the_same_each_time_and_nothing_global_changes(
-    plot: Any, source: str, nothing: Any, cases: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_file_is_a_png_the_same_each_time_and_nothing_global_changes(plot, source, nothing, cases, tmp_path):
     before = dict(matplotlib.rcParams)
     for name in ("a", "b"):
         save(plot(cases["three"][source]), tmp_path / "new" / f"{name}.png")
@@ -134,9 +123,9 @@ def test_a_file_is_a_png_the_same_each_time_and_nothing_global_changes(
 # --- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-def test_distributions_and_kls_have_a_row_for_each_policy(cases: dict[str, Any]) -> None:
+def test_distributions_and_kls_have_a_row_for_each_policy(cases):
     metrics = cases["three"]["metrics"]
-    figure = drawn(plot_distributions, {**metrics, "policies": dict(sorted(metrics["policies"].items()))})
+    figure = plot_distributions({**metrics, "policies": dict(sorted(metrics["policies"].items()))})
     reward, gold = figure.axes
     assert [text.get_text() for text in reward.get_yticklabels()] == ["reference", "dpo", "grpo", "ppo"]
     assert (reward.get_xlabel(), gold.get_xlabel()) == (
@@ -147,7 +136,7 @@ def test_distributions_and_kls_have_a_row_for_each_policy(cases: dict[str, Any])
     box, median = gold.patches[-1].get_bbox(), gold.lines[-1]
     assert (box.x0, box.x1) == pytest.approx((quantiles["0.25"], quantiles["0.75"]))
     assert median.get_xdata()[0] == quantiles["0.5"]
-    (axes,) = drawn(plot_kl, metrics).axes
+    (axes,) = plot_kl(metrics).axes
     for key, color in (("kl", BLUE), ("kl_k1", ORANGE), ("kl_k3", GREEN)):
         (marks,) = [line for line in axes.lines if line.get_color() == color]
         assert marks.get_xdata().tolist() == [
@@ -155,17 +144,17 @@ def test_distributions_and_kls_have_a_row_for_each_policy(cases: dict[str, Any])
         ]
 
 
-def test_a_runaway_k3_is_written_out_and_flattens_nothing() -> None:
+def test_a_runaway_k3_is_written_out_and_flattens_nothing():
     summary = {key: {"mean": mean, "low": mean - 0.2, "high": mean + 0.2, "n": 40}
                for key, mean in (("kl", 2.0), ("kl_k1", 2.1), ("kl_k3", 31_000.0))}  # fmt: skip
-    figure = drawn(plot_kl, {"policies": {"reference": {}, "dpo": summary}, "checkpoints": {}})
+    figure = plot_kl({"policies": {"reference": {}, "dpo": summary}, "checkpoints": {}})
     assert figure.axes[0].get_xlim()[1] < 4
     assert "3.1e+04" in [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_the_frontier_is_hollow_where_dominated_and_steps_where_not(cases: dict[str, Any]) -> None:
+def test_the_frontier_is_hollow_where_dominated_and_steps_where_not(cases):
     pareto = cases["three"]["pareto"]
-    figure = drawn(plot_pareto, {**pareto, "axes": dict(sorted(pareto["axes"].items()))})
+    figure = plot_pareto({**pareto, "axes": dict(sorted(pareto["axes"].items()))})
     panels = dict(zip(("reward", "gold"), figure.axes, strict=True))  # reward first, though JSON is sorted
     assert [axes.get_ylabel() for axes in panels.values()] == [f"{score} gain over the reference" for score in panels]
     for score, axes in panels.items():
@@ -187,7 +176,7 @@ def test_the_frontier_is_hollow_where_dominated_and_steps_where_not(cases: dict[
     assert names >= {"reference", "dpo", "grpo", "ppo", "front", "best of n, up to 16", "checkpoints"}
 
 
-def test_over_optimisation_draws_the_fitted_curve_and_its_peak() -> None:
+def test_over_optimisation_draws_the_fitted_curve_and_its_peak():
     def at(kl: float, proxy: float, gold: float) -> dict[str, Any]:
         around = {key: {"mean": m, "low": m - 0.05, "high": m + 0.05} for key, m in (("proxy", proxy), ("gold", gold))}
         return {"step": round(10 * kl), "kl": {"mean": kl, "low": kl, "high": kl}, **around}
@@ -200,7 +189,7 @@ def test_over_optimisation_draws_the_fitted_curve_and_its_peak() -> None:
     points = [at(kl, 0.5 * kl**0.5, 0.5 * kl**0.5 * (1 - math.log(kl**0.5))) for kl in (0.5, 1.0, 4.0)]
     single = {"points": points[:1], "fit": {"proxy": None, "gold": None}, "form": "rl"}
     entry = {"points": points, "fit": fits, "form": "rl"}
-    figure = drawn(plot_over_optimisation, {"stages": {"ppo": entry, "dpo": single}, "best_of_n": {"points": []}})
+    figure = plot_over_optimisation({"stages": {"ppo": entry, "dpo": single}, "best_of_n": {"points": []}})
     (axes,) = figure.axes  # a stage without checkpoints is no course
     curves = [line for line in axes.lines if len(line.get_xdata()) == 199]
     assert [line.get_color() for line in curves] == [BLUE, ORANGE]
@@ -212,7 +201,7 @@ def test_over_optimisation_draws_the_fitted_curve_and_its_peak() -> None:
 
 
 @pytest.mark.parametrize(("form", "peak", "top"), [("rl", math.exp(2 / 0.5 - 1) ** 2, None), ("bon", 4.0, 2.0)])
-def test_curves_are_those_of_gao_et_al(form: str, peak: float, top: float | None) -> None:
+def test_curves_are_those_of_gao_et_al(form, peak, top):
     fit = {"alpha": 2.0, "beta": 0.5}
     d = math.sqrt(peak)
     values = curve_of(fit, form, np.array([0.98 * d, d, 1.02 * d]) ** 2)
@@ -220,9 +209,9 @@ def test_curves_are_those_of_gao_et_al(form: str, peak: float, top: float | None
     assert values[1] == pytest.approx(top if top else 0.5 * d)  # rl: d (alpha - beta log d) at the peak is beta d
 
 
-def test_logged_kls_of_two_trainers_share_no_axis(cases: dict[str, Any]) -> None:
+def test_logged_kls_of_two_trainers_share_no_axis(cases):
     stats = cases["eight"]["stats"]
-    grpo, ppo = drawn(plot_reward_kl_tradeoff, stats).axes
+    grpo, ppo = plot_reward_kl_tradeoff(stats).axes
     assert "KL as grpo logs it: k3 estimate" in grpo.get_xlabel()
     assert ppo.get_xlabel() == "KL as ppo logs it: k1 estimate, nats per answer"
     assert [line.get_label() for line in grpo.lines] == ["grpo-beta=0.05", "grpo-beta=0.1", "grpo-beta=0.2"]
@@ -234,14 +223,14 @@ def test_logged_kls_of_two_trainers_share_no_axis(cases: dict[str, Any]) -> None
     assert line.get_ydata()[-1] == pytest.approx(history[-1]["reward"])
     # A stage that logged no KL has no trade-off.
     silent = {**stats["grpo-beta=0.1"], "history": [{"step": 1, "reward": 0.5}]}
-    assert len(drawn(plot_reward_kl_tradeoff, {"ppo": stats["ppo"], "grpo": silent}).axes) == 1
+    assert len(plot_reward_kl_tradeoff({"ppo": stats["ppo"], "grpo": silent}).axes) == 1
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
 @given(st.floats(1e-6, 1e6), st.floats(-2, 0))
-def test_ticks_are_round_rising_and_apart(right: float, share: float) -> None:
+def test_ticks_are_round_rising_and_apart(right, share):
     axes, left = Figure().add_subplot(), share * right
     root_scale(axes, left, right)
     ticks = axes.get_xticks().tolist()
@@ -252,7 +241,7 @@ def test_ticks_are_round_rising_and_apart(right: float, share: float) -> None:
     assert all(float(f"{tick:.0e}") == pytest.approx(tick) for tick in ticks)
 
 
-def test_the_figure_of_win_rates_is_about_half() -> None:
+def test_the_figure_of_win_rates_is_about_half():
     def around(mean: float, half: float) -> dict[str, float]:
         return {"mean": mean, "low": mean - half, "high": mean + half}
 
@@ -266,7 +255,7 @@ def test_the_figure_of_win_rates_is_about_half() -> None:
     assert 0.3 < axes.get_ylim()[0] < 0.4 and axes.get_ylim()[1] == 1.05
 
 
-def test_stages_of_one_trainer_have_one_colour_and_different_markers_and_lines() -> None:
+def test_stages_of_one_trainer_have_one_colour_and_different_markers_and_lines():
     styles = policy_styles({"a": "grpo", "b": "ppo", "c": "grpo", "d": "grpo", "e": "ppo"})
     assert [styles[name]["linestyle"] for name in "abcde"] == ["-", "-", "--", ":", "--"]
     assert [styles[name]["color"] for name in "abcde"] == [ORANGE, GREEN, ORANGE, ORANGE, GREEN]

@@ -25,7 +25,6 @@ HOSTILE = [
     "    indented\n\n- list\n> quote\n***",
     "",
 ]
-ALL_HERE = "the evaluation has only 12 prompts, and all of them are here."
 
 
 def export(folder: Path, per_model: int = 5, **options: object) -> tuple[Recipe, RunDir]:
@@ -35,7 +34,7 @@ def export(folder: Path, per_model: int = 5, **options: object) -> tuple[Recipe,
     return changed, run
 
 
-def test_every_model_answers_the_same_prompts_whatever_the_answers_are(tmp_path: Path) -> None:
+def test_every_model_answers_the_same_prompts_whatever_the_answers_are(tmp_path):
     recipe, run = export(tmp_path, evaluation={"gold": "gold"})
     names = ["reference", "dpo", "grpo", "ppo"]
     exported = {name: read_jsonl(run.samples / f"{name}.jsonl") for name in names}
@@ -52,7 +51,7 @@ def test_every_model_answers_the_same_prompts_whatever_the_answers_are(tmp_path:
     for part in page.split("\n## ")[1:]:
         headings = [line for line in part.splitlines() if line.startswith("### ")]
         assert headings == [f"### Response of `{name}`" for name in names]
-    assert page.count("\n## ") == 5 and ALL_HERE not in page
+    assert page.count("\n## ") == 5 and "all of them are here" not in page
     rows = read_jsonl(run.completions("dpo"))
     random.Random(0).shuffle(rows)
     write_jsonl(run.completions("dpo"), [{**row, "answer": row["answer"][::-1]} for row in rows])
@@ -60,7 +59,7 @@ def test_every_model_answers_the_same_prompts_whatever_the_answers_are(tmp_path:
     assert [row["id"] for row in read_jsonl(run.samples / "dpo.jsonl")] == [row["id"] for row in exported["dpo"]]
 
 
-def test_answers_of_the_second_decoding_are_taken_where_there_are_some(tmp_path: Path) -> None:
+def test_answers_of_the_second_decoding_are_taken_where_there_are_some(tmp_path):
     evaluation = {"judge_decoding": {"temperature": 0.7, "top_p": 0.9}}
     recipe, run = write_run(tmp_path / "run", steps=1, count=12, evaluation=evaluation)
     for name in ("reference", *recipe.policies):
@@ -72,10 +71,10 @@ def test_answers_of_the_second_decoding_are_taken_where_there_are_some(tmp_path:
     assert (row["response"], row["scores"]) == ("second of ppo", {})
     assert row["decoding"] == {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "max_new_tokens": 128}
     assert "sampled at temperature 0.7, top_k 0, top_p\n0.9, up to 128 tokens" in page
-    assert f"`samples.per_model` is 20; {ALL_HERE}" in page
+    assert "`samples.per_model` is 20; the evaluation has only 12 prompts, and all of them are here." in page
 
 
-def test_hostile_texts_stay_inside_their_fences(tmp_path: Path) -> None:
+def test_hostile_texts_stay_inside_their_fences(tmp_path):
     prompts = [[{"role": "user", "content": text}] for text in HOSTILE]
     _, run = export(tmp_path, per_model=12, prompts=prompts, answers=HOSTILE, subsets=("`a` <b>", "a\n# b"))
     page = (run.samples / "side_by_side.md").read_text()
@@ -94,7 +93,7 @@ def test_hostile_texts_stay_inside_their_fences(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet=st.sampled_from("`~ \n\t#<>a\\*_[]\u202e\r\x00-"), max_size=40))
-def test_a_fence_and_a_code_span_hold_any_text(text: str) -> None:
+def test_a_fence_and_a_code_span_hold_any_text(text):
     tokens = MARKDOWN.parse(f"before\n\n{fence(text)}\nafter\n")
     blocks = [token.type for token in tokens if token.level == 0 and token.nesting >= 0]
     assert blocks == ["paragraph_open", "fence", "paragraph_open"]
@@ -106,7 +105,7 @@ def test_a_fence_and_a_code_span_hold_any_text(text: str) -> None:
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(0, 40))
-def test_turns_are_fair(groups: list[str], count: int) -> None:
+def test_turns_are_fair(groups, count):
     chosen = take_turns(groups, count)
     assert len(chosen) == len(set(chosen)) == min(count, len(groups))
     taken = {group: [index for index in chosen if groups[index] == group] for group in set(groups)}
@@ -115,7 +114,7 @@ def test_turns_are_fair(groups: list[str], count: int) -> None:
         assert len(places) == groups.count(group) or len(places) >= max(map(len, taken.values())) - 1
 
 
-def test_an_unfinished_evaluation_and_a_recipe_without_policies_are_refused(tmp_path: Path) -> None:
+def test_an_unfinished_evaluation_and_a_recipe_without_policies_are_refused(tmp_path):
     recipe, run = write_run(tmp_path / "run", steps=1, count=4)
     run.done("evaluate").unlink()
     with pytest.raises(UserError, match="rlhf-trl evaluate RECIPE"):
