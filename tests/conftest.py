@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,12 @@ def command(*arguments: str, cwd) -> subprocess.CompletedProcess:
     """Run `rlhf-trl ARGUMENTS` as a user does."""
     return subprocess.run([sys.executable, "-m", "rlhf_trl", *arguments], cwd=cwd, capture_output=True, text=True,
                           check=False, timeout=1500, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+
+
+def python(code: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True,
+                          check=False, timeout=120, env={**os.environ, **environment})  # fmt: skip
 
 
 COMMON = """
@@ -98,11 +105,36 @@ evaluation: {{reward: rm, prompts: 12, max_new_tokens: 16, best_of_n: 4}}
 """
 
 
+PROMPT = [{"role": role, "content": text} for role, text in
+          [("user", "Hello."), ("assistant", " Hi! "), ("user", "Why?")]]  # fmt: skip
+
+
 def small_recipe(folder: Path, overrides: tuple[str, ...] = (), text: str = RECIPE) -> Recipe:
     """Load the small recipe with overrides."""
     path = folder / "small.yaml"
     path.write_text(text)
     return load_recipe(path, [*overrides, *(NO_PPO if "  ppo:" in text else [])])
+
+
+THREE = {
+    "sft": {"trainer": "sft"},
+    "rm": {"trainer": "reward", "init": "sft"},
+    "dpo": {"trainer": "dpo", "init": "sft"},
+}
+
+
+def plain_recipe(**changes) -> Recipe:
+    """Build a recipe with every step, for tests that train nothing."""
+    content = {"name": "small", "model": {"model_name_or_path": "builtin:tiny"}, "data": {"source": "builtin:demo"},
+               "stages": THREE, "judge": {}}  # fmt: skip
+    return Recipe.model_validate(content | changes)
+
+
+def finish(run: RunDir, recipe: Recipe, *steps: str) -> None:
+    """Leave what finished steps leave: a file and a marker, after 2 seconds each."""
+    for step in steps:
+        (run.replace(step) / "result").write_text(step)
+        run.mark_done(recipe, step, 2.0)
 
 
 def shared(*parts: str) -> Path:
@@ -140,6 +172,17 @@ def reset_accelerate() -> None:
 def pytest_collection_modifyitems(items):
     """The longest files begin first, so that no process waits for one at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return plain_recipe()
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    """An empty run."""
+    return RunDir(tmp_path / "runs" / "small")
 
 
 @pytest.fixture
@@ -198,6 +241,29 @@ def trained(tmp_path_factory) -> tuple[Recipe, RunDir]:
 
     folder = once(tmp_path_factory, "trained", make)
     return small_recipe(folder), RunDir(folder / "runs" / "small")
+
+
+class Copy(RunDir):
+    """A copy of the trained run that a test may change, in a folder of its own."""
+
+    def __init__(self, source: RunDir, folder: Path):
+        super().__init__(shutil.copytree(source.root, folder / "runs" / "small"))
+        self.folder = folder
+
+    def train(self, stage: str, *options: str) -> None:
+        """Train a stage with other options; what it starts from counts as current."""
+        from rlhf_trl.train.step import train
+
+        train(small_recipe(self.folder, [f"stages.{stage}.args.{option}" for option in options]), self, stage)
+        reset_accelerate()
+
+    def weights(self, stage: str) -> Path:
+        return self.adapter(stage) / "adapter_model.safetensors"
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Copy:
+    return Copy(trained[1], tmp_path)
 
 
 @pytest.fixture(scope="session")

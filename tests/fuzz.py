@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import RECIPE, ROOT
+from conftest import RECIPE, ROOT, plain_recipe
 from fake_openai import FakeOpenAI, completion
 from safetensors.numpy import save_file
 
@@ -213,7 +213,7 @@ def rows(tally: Tally, count: int, folder: Path) -> None:
     """Files of 25 rows through `prepare`: each row is kept or in quarantine, and sound ones beside others are kept."""
     run = RunDir(folder / "rows")
     run.replace("prepare")
-    prepare(recipe_of({"source": "builtin:demo", "max_rows": 40}, {"a": {"trainer": "sft"}}), run)  # imports, the base
+    prepare(plain_recipe(data={"source": "builtin:demo", "max_rows": 40}), run)  # imports, the base
     for number, rng in tally.numbers(count // 25):
         many = [copy.deepcopy(rng.choice(SHAPES)) | {"subset": f"s{rng.randrange(3)}"} for _ in range(25)]
         sound = [index for index in range(25) if rng.random() < 0.3]
@@ -232,8 +232,9 @@ def rows(tally: Tally, count: int, folder: Path) -> None:
         path = folder / name
         path.write_bytes(scramble(rng, content) if harmed else content)
         with tally.attempt(number, 25):
-            data = {"source": str(path), "max_dropped_fraction": 1, "max_length": rng.choice((64, 128))}
-            recipe = recipe_of(data | {"test_fraction": 0.3}, {"a": {"trainer": "sft"}})
+            data = {"source": str(path), "max_dropped_fraction": 1, "max_length": rng.choice((64, 128)),
+                    "test_fraction": 0.3}  # fmt: skip
+            recipe = plain_recipe(data=data)
             run.replace("prepare")
             prepare(recipe, run)
             kept = [pair for split in ("train", "test") for pair in read_jsonl(run.pairs(split))]
@@ -244,11 +245,6 @@ def rows(tally: Tally, count: int, folder: Path) -> None:
                 there = {(pair["row"], pair["prompt"][-1]["content"], pair["chosen"]) for pair in kept}
                 if missing := {(at, many[at]["prompt"], many[at]["chosen"]) for at in sound} - there:
                     raise Wrong(f"sound rows were not kept as they are: {missing}")
-
-
-def recipe_of(data: dict[str, Any], stages: dict[str, Any]) -> Recipe:
-    body = {"model": {"model_name_or_path": "builtin:tiny"}, "stages": stages, "data": data, "judge": {}}
-    return Recipe.model_validate({"name": "small", **body})
 
 
 def _parquet(rows: list[Any]) -> bytes:
@@ -379,7 +375,7 @@ def bodies(tally: Tally, count: int, folder: Path) -> None:
 def states(tally: Tally, count: int, folder: Path) -> None:
     """Changed state files: `status` and `run` say so, and a step that counts as done vouches for all its files."""
     stages = {"rm": {"trainer": "reward"}, "dpo": {"trainer": "dpo"}}
-    recipe, run = recipe_of({"source": "builtin:demo"}, stages), RunDir(folder / "small")
+    recipe, run = plain_recipe(stages=stages), RunDir(folder / "small")
     for step in recipe.plan:
         run.replace(step)
         place = run.adapter(step) / "adapter_model.safetensors" if step in stages else run.step(step) / "report.html"

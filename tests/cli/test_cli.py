@@ -4,13 +4,12 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 from rlhf_trl import __version__
 from rlhf_trl.cli import run as run_cli
@@ -137,7 +136,7 @@ def test_any_other_error_keeps_its_traceback_and_has_status_1(recipe_file):
         "def fail(*_): raise ZeroDivisionError('a defect')\n"
         f"run_cli.load_recipe = fail; sys.argv = ['rlhf-trl', 'validate', {str(recipe_file)!r}]; app.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = python(code)
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr and "ZeroDivisionError: a defect" in done.stderr
 

@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, python
 from safetensors.torch import load_file, save, save_file
 
 from rlhf_trl.recipe.errors import Exit
@@ -72,7 +72,7 @@ def test_the_terminal_gets_the_sentence_and_the_log_the_traceback(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
         "sys.argv = ['rlhf-trl', 'explore', 'demo', '--set', 'data.max_rows=50', '--runs', sys.argv[1]]; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    done = python(code, str(tmp_path))
     assert done.returncode == Exit.RESOURCES and "Traceback" not in done.stderr
     assert "no space is left on the disk" in done.stderr and "whole checkpoints are safe" in done.stderr
     assert "Traceback (most recent call last)" in (tmp_path / "demo" / "logs" / "run.log").read_text()
@@ -114,7 +114,7 @@ def test_a_hangup_that_is_ignored_stays_so():
     code = "import signal; from rlhf_trl.run import signals\nsignals.install(); signal.raise_signal(signal.SIGHUP)"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
-        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+        assert python(code).returncode == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -144,27 +144,22 @@ def test_gpus_are_those_that_are_visible(visible, found):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "processes", "gpus", "slots", "says"),
+    ("jobs", "processes", "gpus", "cores", "threads", "slots", "says"),
     [
-        (2, 1, "012", ["0", "1"], "GPUs 0 | 1"),
-        (4, 1, "012", ["0", "1", "2"], "3 at once, not 4; GPUs 0 | 1 | 2"),
-        (3, 2, "01234", ["0,1", "2,3"], "2 at once, not 3; GPUs 0,1 | 2,3"),
-        (2, 2, "012", None, "one stage at a time; two take 4 GPUs, and there are 3"),
+        (2, 1, "012", 64, None, ["0", "1"], "GPUs 0 | 1"),
+        (4, 1, "012", 64, None, ["0", "1", "2"], "3 at once, not 4; GPUs 0 | 1 | 2"),
+        (3, 2, "01234", 64, None, ["0,1", "2,3"], "2 at once, not 3; GPUs 0,1 | 2,3"),
+        (2, 2, "012", 64, None, [], "one stage at a time; two take 4 GPUs, and there are 3"),
+        (2, 1, "", 8, None, ["4"] * 2, "up to 2 stages at once, OMP_NUM_THREADS=4 in each process"),
+        (4, 1, "", 2, None, ["1"] * 4, "up to 4 stages at once, OMP_NUM_THREADS=1 in each process"),
+        (2, 2, "", 8, None, ["2"] * 2, "up to 2 stages at once, OMP_NUM_THREADS=2 in each process"),
+        (2, 1, "", 8, "3", ["3"] * 2, "up to 2 stages at once, OMP_NUM_THREADS=3 in each process"),
     ],
 )
-def test_each_job_has_gpus_of_its_own_and_too_few_serve_one_stage_at_a_time(jobs, processes, gpus, slots, says):
-    expected = [{}] if slots is None else [{"CUDA_VISIBLE_DEVICES": slot} for slot in slots]
-    assert plan_slots(jobs, processes, list(gpus), 64, None) == (expected, says)
-
-
-@pytest.mark.parametrize(
-    ("jobs", "processes", "cores", "threads", "each"),
-    [(2, 1, 8, None, "4"), (4, 1, 2, None, "1"), (2, 2, 8, None, "2"), (2, 1, 8, "3", "3")],
-)
-def test_without_a_gpu_the_jobs_share_the_cores(jobs, processes, cores, threads, each):
-    slots, says = plan_slots(jobs, processes, [], cores, threads)
-    assert slots == [{"OMP_NUM_THREADS": each}] * jobs
-    assert says == f"up to {jobs} stages at once, OMP_NUM_THREADS={each} in each process"
+def test_each_job_has_gpus_of_its_own_or_a_share_of_the_cores(jobs, processes, gpus, cores, threads, slots, says):
+    name = "CUDA_VISIBLE_DEVICES" if gpus else "OMP_NUM_THREADS"
+    expected = [{name: slot} for slot in slots] or [{}]
+    assert plan_slots(jobs, processes, list(gpus), cores, threads) == (expected, says)
 
 
 def test_launches_at_the_same_time_meet_at_ports_of_their_own():

@@ -10,27 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, finish
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import source_hash
-from rlhf_trl.recipe.recipe import Recipe, expand_sweeps
+from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run import documents
 from rlhf_trl.run import files as atomic
 from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl, write_text
-from rlhf_trl.run.layout import PLACES, RunDir
-
-
-@pytest.fixture
-def recipe() -> Recipe:
-    stages = {"sft": {"trainer": "sft"}, "dpo": {"trainer": "dpo", "init": "sft", "sweep": {"beta": [0.1, 0.3]}}}
-    content = {"model": {"model_name_or_path": "builtin:tiny"}, "data": {"source": "builtin:demo"}, "stages": stages}
-    return expand_sweeps(Recipe.model_validate({"name": "small", **content}))
-
-
-@pytest.fixture
-def run(tmp_path) -> RunDir:
-    return RunDir(tmp_path / "runs" / "small")
+from rlhf_trl.run.layout import PLACES
 
 
 @pytest.fixture
@@ -53,12 +41,6 @@ def start(tmp_path):
 
 def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def finish(run: RunDir, recipe: Recipe, *steps: str) -> None:
-    for step in steps:
-        (run.replace(step) / "result").write_text(step)
-        run.mark_done(recipe, step, 1.23456)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -129,15 +111,15 @@ def test_the_page_about_files_is_the_table_of_the_code():
 
 
 def test_a_step_is_done_for_exactly_what_it_depends_on(run, recipe):
-    for step in ("prepare", "evaluate", "report", "sft", "dpo-beta=0.1"):
+    for step in ("prepare", "evaluate", "report", "sft", "rm"):
         assert not run.is_done(recipe, step) and run.fingerprint_of(step) is None
         finish(run, recipe, step)
         assert run.is_done(recipe, step) and run.fingerprint_of(step) == recipe.fingerprint(step)
         assert read_json(run.done(step)).keys() == {"step", "fingerprint", "seconds", "finished", "outputs", "sealed"}
         changed = recipe.model_copy(update={"seed": 7})
         assert not run.is_done(changed, step) and run.fingerprint_of(step) is not None
-    run.step("dpo-beta=0.1").rename(run.step("dpo-beta=0.3"))
-    assert not run.is_done(recipe, "dpo-beta=0.3")
+    run.step("rm").rename(run.step("dpo"))
+    assert not run.is_done(recipe, "dpo")
 
 
 def test_require_names_the_command_that_runs_the_step(run, recipe):

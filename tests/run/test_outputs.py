@@ -10,18 +10,12 @@ import pytest
 from rlhf_trl.cli import run as run_cli
 from rlhf_trl.cli.run import steps_to_run
 from rlhf_trl.recipe.errors import Exit, UserError
-from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run import checkpoints
 from rlhf_trl.run.checkpoints import damage, newest_checkpoint, seal, set_aside_damaged
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
 
-STAGES = {
-    "sft": {"trainer": "sft"},
-    "rm": {"trainer": "reward", "init": "sft"},
-    "dpo": {"trainer": "dpo", "init": "sft"},
-}
 # The steps of a run, and a file that each writes.
 FILES = {
     "explore": "exploration/statistics.json", "prepare": "data/train.jsonl", "sft": "sft/model/model.safetensors",
@@ -41,15 +35,8 @@ KINDS = {
 
 
 @pytest.fixture
-def recipe() -> Recipe:
-    content = {"model": {"model_name_or_path": "builtin:tiny"}, "data": {"source": "builtin:demo"}, "stages": STAGES}
-    return Recipe.model_validate({"name": "small", "judge": {}, **content})
-
-
-@pytest.fixture
-def run(tmp_path, recipe) -> RunDir:
+def run(run, recipe):
     """A finished run whose steps have written one file each."""
-    run = RunDir(tmp_path / "runs" / "small")
     for step in recipe.plan:
         run.replace(step)
         write(run.root / FILES[step], b"{}")

@@ -7,6 +7,7 @@ import time
 from threading import Timer
 
 import pytest
+from conftest import THREE, finish, plain_recipe
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
@@ -15,32 +16,6 @@ from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import StepState, step_states
 
 STEPS = ["explore", "prepare", "sft", "rm", "dpo", "evaluate", "judge", "compare", "errors", "samples", "report"]
-STAGES = {
-    "sft": {"trainer": "sft"},
-    "rm": {"trainer": "reward", "init": "sft"},
-    "dpo": {"trainer": "dpo", "init": "sft"},
-}
-
-
-def build(**changes) -> Recipe:
-    content = {"model": {"model_name_or_path": "builtin:tiny"}, "data": {"source": "builtin:demo"}, "stages": STAGES}
-    return Recipe.model_validate({"name": "small", "judge": {}, **content, **changes})
-
-
-@pytest.fixture
-def recipe() -> Recipe:
-    return build()
-
-
-@pytest.fixture
-def run(tmp_path) -> RunDir:
-    return RunDir(tmp_path / "runs" / "small")
-
-
-def finish(run: RunDir, recipe: Recipe, *steps: str, seconds: float = 2.0) -> None:
-    for step in steps:
-        run.replace(step)
-        run.mark_done(recipe, step, seconds)
 
 
 def begin(run: RunDir, recipe: Recipe, step: int, checkpoint: int | None = None, stage: str = "dpo") -> None:
@@ -69,7 +44,7 @@ def test_a_finished_run_and_one_whose_settings_changed(run, recipe):
     finish(run, recipe, *STEPS)
     times = {(state.state, state.last_seconds, state.seconds_left) for state in step_states(recipe, run)}
     assert times == {("done", 2.0, 0.0)}
-    other = build(stages={**STAGES, "rm": {"trainer": "reward", "init": "sft", "args": {"seed": 1}}})
+    other = plain_recipe(stages={**THREE, "rm": {"trainer": "reward", "init": "sft", "args": {"seed": 1}}})
     changed = {state.step: state for state in step_states(other, run) if state.state == "changed"}
     assert list(changed) == ["rm", "errors", "report"] and changed["rm"].seconds_left == 2.0
 
@@ -84,7 +59,7 @@ def test_a_stage_that_stopped_goes_on_at_its_newest_checkpoint(run, recipe):
     state = state_of(recipe, run)
     assert (state.state, state.checkpoint, state.progress.step) == ("stopped", None, 0)
     assert state.seconds_left is None
-    begin(run, build(seed=7), 14, 10)  # checkpoints of other settings do not count as progress
+    begin(run, plain_recipe(seed=7), 14, 10)  # checkpoints of other settings do not count as progress
     state = state_of(recipe, run)
     assert (state.state, state.checkpoint, state.progress) == ("changed", 10, None)
 
@@ -136,7 +111,7 @@ def test_a_look_never_makes_a_step_fail_that_begins_at_that_moment(run):
 def test_a_judge_that_was_stopped_says_why(run, recipe):
     write_json(run.winrate, {"status": "partial", "reason": "max_cost", "evaluation": recipe.fingerprint("evaluate")})
     assert state_of(recipe, run, "judge").note == "partial: max_cost"
-    assert state_of(build(seed=7), run, "judge").note is None
+    assert state_of(plain_recipe(seed=7), run, "judge").note is None
     finish(run, recipe, "judge")
     assert state_of(recipe, run, "judge").note is None
 
@@ -148,7 +123,7 @@ def test_the_recorded_recipe_has_the_fingerprints_and_the_order_of_the_run_where
     (tmp_path / "pairs.jsonl").write_text("{}\n")
     (tmp_path / "elsewhere").mkdir()
     stages = {"zeta": {"trainer": "sft"}, "alpha": {"trainer": "dpo", "init": "zeta"}}
-    recipe = build(data={"source": "pairs.jsonl"}, stages=stages, judge=None)
+    recipe = plain_recipe(data={"source": "pairs.jsonl"}, stages=stages, judge=None)
     monkeypatch.chdir(tmp_path)
     expected = {step: recipe.fingerprint(step) for step in recipe.plan}
     run.write_provenance(recipe)
