@@ -8,7 +8,7 @@ import pytest
 from conftest import shared
 
 from rlhf_trl.data import sources
-from rlhf_trl.data.explore import explore, refuses
+from rlhf_trl.data.explore import explore
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json
 from rlhf_trl.run.layout import RunDir
@@ -106,23 +106,6 @@ def test_numbers_of_a_few_pairs(tmp_path):
     bins = {name: (share["mean"], share["n"]) for name, share in x["verbosity"].items() if share}
     assert bins == {"1.25–1.5": (1, 1), "2–3": (1, 1), "over 3": (0, 1)}
     check_figures(run)
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("I can't help you with that.", True),
-        ("I’m sorry, but I cannot help.", True),
-        ("Sorry, I'm not comfortable with that.", True),
-        ("I'd rather not.", True),
-        ("I'm sorry, I'm not sure what you mean.", False),
-        ("You can't help it.", False),
-        ("I wouldn't do that; it may shrink.", False),
-        ("x" * 300 + " I can't help you.", False),
-    ],
-)
-def test_refusals(answer, expected):
-    assert refuses(answer) is expected
 
 
 def test_hostile_text_stays_inside_its_fence(tmp_path):

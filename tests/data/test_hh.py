@@ -4,14 +4,12 @@ import csv
 import gzip
 import json
 import random
-from collections import Counter
 
 import datasets
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import shared
 
 from rlhf_trl.data.hh import normalise
 from rlhf_trl.data.pair import Pair, Reason, RowError
@@ -106,6 +104,9 @@ PLAIN = Pair([USER], "yes", "no")
 LONGER = Pair([SYSTEM, {"role": "user", "content": "P"}, SAID, USER], "yes", "no")
 TALK = f"{H}P{A}so{H}Q{A}"
 TALKED = Pair(LONGER.prompt[1:], "yes", "no")
+ANSWERS = {"chosen": "yes", "rejected": "no"}
+LINES = "Human: P\nAssistant: so\nHuman: Q\nAssistant:"
+NULLS = {"tool_calls": None, "images": [None], "from": None}
 SHAPES = [
     ("transcripts", hh("yes", "no"), PLAIN),
     ("transcripts without the first newlines", {"chosen": f"Human: Q{A}yes", "rejected": f"Human: Q{A}no"}, PLAIN),
@@ -130,13 +131,6 @@ SHAPES = [
     ("system column", {"system": "Be kind.", "prompt": LONGER.prompt[1:], "chosen": "yes", "rejected": "no"}, LONGER),
     ("turns after the prompt", {"prompt": LONGER.prompt[:2], "chosen": [*LONGER.prompt, YES],
                                 "rejected": [*LONGER.prompt, NO]}, LONGER),
-]  # fmt: skip
-
-
-ANSWERS = {"chosen": "yes", "rejected": "no"}
-LINES = "Human: P\nAssistant: so\nHuman: Q\nAssistant:"
-NULLS = {"tool_calls": None, "images": [None], "from": None}
-SHAPES += [
     ("CRLF", {side: text.replace("\n", "\r\n") for side, text in hh("yes", "no").items()}, PLAIN),
     ("single newlines", {side: f"{LINES} {text}" for side, text in ANSWERS.items()}, TALKED),
     ("paragraphs of two lines", {side: f"Human: P\nAssistant: so\n\nHuman: Q\nAssistant: {text}"
@@ -193,21 +187,6 @@ def test_shape(raw, pair):
 def test_repeated_plain_prompt_is_cut_only_where_it_is_no_part_of_the_answers(prompt, chosen, rejected, expected):
     pair = normalise({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     assert (pair.chosen, pair.rejected) == expected
-
-
-def test_conditions_in_real_rows():
-    found: dict[str, Counter[str]] = {"harmless-base": Counter(), "helpful-base": Counter()}
-    for number, (row, subset, raw) in enumerate(read_rows(Data(source=str(shared("hh-rlhf"))), 0)):
-        assert row == number
-        try:
-            normalise(raw)
-        except RowError as error:
-            found[subset].update(reason.value for reason in error.reasons)
-    assert number == 3257
-    assert found == {
-        "harmless-base": {"prompts_differ": 3, "empty_chosen": 2, "consecutive_roles": 7},
-        "helpful-base": {"prompts_differ": 8, "identical": 2, "empty_rejected": 4, "consecutive_roles": 6},
-    }
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -302,19 +281,6 @@ def test_saved_dataset_is_read_and_what_describes_or_hides_is_not(tmp_path):
     assert read(tmp_path / "saved") == [(i, "saved", row) for i, row in enumerate(ROWS)]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", r"Git LFS pointer[\s\S]*git lfs pull"),
-     ("x.json", b"<!DOCTYPE html>", "a web page"),
-     ("x.jsonl", gzip.compress(b"{}", mtime=0), r"compressed with gzip[\s\S]*add .gz"),
-     ("x.csv", "prompt,chosen,rejected\nQ,café,no\n".encode("latin-1"), r"not UTF-8[\s\S]*byte 0xe9[\s\S]*iconv")],
-)  # fmt: skip
-def test_file_of_another_form_is_named(tmp_path, name, content, problem):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=problem):
-        read(tmp_path / name)
-
-
 @pytest.mark.parametrize("name", [*WRITERS, "data.txt"])
 def test_damaged_file_is_the_users_error(tmp_path, name):
     content = gzip.compress(lines(ROWS).encode())[:-20] if name.endswith("gz") else b"[PAR1\xff\x00\n" * 3
@@ -326,12 +292,16 @@ def test_damaged_file_is_the_users_error(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
-    [("x.jsonl", "", "no rows"), ("x.jsonl", "\n\n", "no rows"), ("x.jsonl", "x\ny\n", "the first is 'x'"),
-     ("x.jsonl", '{"question": 1, "answer": 2}\n', "answer, question"),
-     ("notes.txt", "", r"no data files; it holds notes\.txt")],
+    [("x.jsonl", b"", "no rows"), ("x.jsonl", b"\n\n", "no rows"), ("x.jsonl", b"x\ny\n", "the first is 'x'"),
+     ("x.jsonl", b'{"question": 1, "answer": 2}\n', "answer, question"),
+     ("notes.txt", b"", r"no data files; it holds notes\.txt"),
+     ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", r"Git LFS pointer[\s\S]*git lfs pull"),
+     ("x.json", b"<!DOCTYPE html>", "a web page"),
+     ("x.jsonl", gzip.compress(b"{}", mtime=0), r"compressed with gzip[\s\S]*add .gz"),
+     ("x.csv", "prompt,chosen,rejected\nQ,café,no\n".encode("latin-1"), r"not UTF-8[\s\S]*byte 0xe9[\s\S]*iconv")],
 )  # fmt: skip
 def test_unusable_source_is_the_users_error(tmp_path, name, content, problem):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=problem):
         read(tmp_path)
 

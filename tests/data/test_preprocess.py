@@ -13,6 +13,8 @@ from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_trl.data import preprocess, sources
 from rlhf_trl.data.pair import Pair, Reason
@@ -31,9 +33,6 @@ TEXTS = [f"Question number {i}, how are you?" for i in range(60)]
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory):
     """A folder with a byte-level tokenizer: one token for each byte, no pad token and no template, like GPT-2."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     alphabet = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bytes_ = Tokenizer(models.BPE(alphabet, []))
     bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -41,6 +40,19 @@ def byte_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bytes")
     PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<|endoftext|>").save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def with_template(byte_model, tmp_path):
+    """The same with a chat template."""
+
+    def write(template):
+        tokenizer = AutoTokenizer.from_pretrained(byte_model)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -98,20 +110,6 @@ def check_accounts(run, rows_in):
     return summary
 
 
-def check_split(run):
-    """No prompt, and no prompt that goes on from another, is on both sides."""
-    heads = {}
-    for name in ("train", "test"):
-        pairs = read_jsonl(run.pairs(name))
-        prompts = read_jsonl(run.prompts(name))
-        assert pairs
-        assert {prompt_id(pair["prompt"]) for pair in pairs} == {prompt["id"] for prompt in prompts}
-        assert len({prompt["id"] for prompt in prompts}) == len(prompts)
-        assert all(pair["prompt"][-1]["role"] == "user" for pair in pairs)
-        heads[name] = {prompt_keys(pair["prompt"])[-1] for pair in pairs}
-    assert not heads["train"] & heads["test"]
-
-
 # --- real rows -------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +141,6 @@ def test_real_rows_are_accounted_for(real_run):
 
 
 def test_real_rows_fit_and_are_split_evenly(real_run):
-    check_split(real_run)
     summary = read_json(real_run.summary)
     tokenizer = set_up_tokenizer(str(real_run.tokenizer), {})
     for pair in random.Random(0).sample(kept(real_run), 300):
@@ -158,13 +155,20 @@ def test_real_rows_fit_and_are_split_evenly(real_run):
         assert test["tokens"]["total"][level] == pytest.approx(train["tokens"]["total"][level], rel=0.15)
 
 
-def test_real_conversations_do_not_straddle_the_split(real_run):
+def test_no_real_conversation_straddles_the_split(real_run):
     """About 200 of the real rows go on from the conversation of another one, with one of its two answers."""
-    sides = {name: [tuple((turn["role"], turn["content"]) for turn in pair["prompt"])
-                    for pair in read_jsonl(real_run.pairs(name))] for name in ("train", "test")}  # fmt: skip
+    sides = {}
+    for name in ("train", "test"):
+        pairs, prompts = read_jsonl(real_run.pairs(name)), read_jsonl(real_run.prompts(name))
+        ids = [prompt["id"] for prompt in prompts]
+        assert {prompt_id(pair["prompt"]) for pair in pairs} == {*ids} and len({*ids}) == len(ids) > 0
+        assert all(pair["prompt"][-1]["role"] == "user" for pair in pairs)
+        sides[name] = {
+            tuple((turn["role"], " ".join(turn["content"].casefold().split())) for turn in pair["prompt"])
+            for pair in pairs
+        }
     for one, other in (("train", "test"), ("test", "train")):
-        prompts = set(sides[one])
-        assert not any(prompt[:end] in prompts for prompt in sides[other] for end in range(1, len(prompt) + 1))
+        assert not any(talk[:end] in sides[one] for talk in sides[other] for end in range(1, len(talk) + 1))
 
 
 # --- reasons and notes -----------------------------------------------------------------------------------------------
@@ -304,38 +308,28 @@ def test_cut_follows_the_tokens_of_a_real_tokenizer():
         assert text.endswith(fitted[0].prompt[0]["content"])
 
 
-def test_template_that_refuses_a_conversation_is_the_users_error(run_prepare, byte_model, tmp_path, tokenizer):
-    from transformers import AutoTokenizer
-
-    strict = AutoTokenizer.from_pretrained(byte_model)
-    strict.chat_template = (
-        "{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' else m.content }}{% endfor %}"
-    )
-    strict.save_pretrained(tmp_path / "strict")
+def test_template_that_refuses_a_conversation_is_the_users_error(run_prepare, with_template):
     rows = [*GOOD, row(turns("hello", system="Be kind."))]
     with pytest.raises(UserError, match="refuses the conversation that ends on 'hello': no system"):
-        run_prepare(rows, model=str(tmp_path / "strict"))
+        run_prepare(rows, model=with_template(TEMPLATES["strict"]))
 
 
 TEMPLATES = {
     "hh": None,
+    "strict": "{% for m in messages %}"
+              "{{ raise_exception('no system') if m.role == 'system' else m.content }}{% endfor %}",
     "chatml": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
               "{% if add_generation_prompt %}<|assistant|>{% endif %}",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_token_ids_are_those_of_the_views(run_prepare, byte_model, tmp_path, monkeypatch, template):
+@pytest.mark.parametrize("template", ["hh", "chatml"])
+def test_the_token_ids_are_those_of_the_views(run_prepare, with_template, monkeypatch, template):
     """Row by row, also of a shortened prompt and of a text without a secret; the first of a prompt is in its view."""
-    from transformers import AutoTokenizer
-
     monkeypatch.setenv("OTHER_API_KEY", "tell-nobody")
-    model = AutoTokenizer.from_pretrained(byte_model)
-    model.chat_template = TEMPLATES[template]
-    model.save_pretrained(tmp_path / "model")
     rows = [*GOOD, row(TEXTS[0], "Other.", "Another."), row(turns("x " * 80, "so", "y " * 9)), row("é ü? " * 99),
             row("tell-nobody? ", "It is tell-nobody.")]  # fmt: skip
-    run = run_prepare(rows, model=str(tmp_path / "model"), max_length=128, test_fraction=0.3)
+    run = run_prepare(rows, model=with_template(TEMPLATES[template]), max_length=128, test_fraction=0.3)
     tokenizer = set_up_tokenizer(str(run.tokenizer), {})
     notes = read_json(run.summary)["notes"]
     assert notes["truncated"] == notes["turns_dropped"] == 1

@@ -75,22 +75,6 @@ def raised(policy, reference, **thresholds):
 # --- one answer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("I can't help you with that.", True),
-        ("I’m sorry, but I cannot help.", True),
-        ("I must decline.", True),
-        ("I'm sorry, I'm not sure what you mean.", False),
-        ("You can't help it.", False),
-        ("x" * 300 + " I can't help you.", False),
-        ("", False),
-    ],
-)
-def test_refusals(answer, expected):
-    assert refuses(answer) is expected
-
-
 # A sentence that each pattern finds, and one like it that it must not find.
 PATTERNS = {
     "compliance_opening": ("Sure, here is how to do it.", "Here the road ends, sure enough."),

@@ -1,4 +1,4 @@
-"""Words and their repetition: against counts by hand, brute force, and answers cut short."""
+"""Words, their repetition, and refusals: against counts by hand, brute force, and answers cut short."""
 
 import gzip
 import itertools
@@ -11,6 +11,7 @@ from conftest import shared
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf_trl.text.refusals import refuses
 from rlhf_trl.text.words import (
     common_opening,
     compare_distinct,
@@ -125,3 +126,22 @@ def test_openings():
     assert common_opening(["", " "]) == (0.0, "")
     assert common_opening(["我很抱歉，不能", "我很抱歉，但是"]) == (1.0, "我很抱歉，")
     assert common_opening(["one two three", "one two four"], words=2) == (1.0, "one two")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("I can't help you with that.", True),
+        ("I’m sorry, but I can’t help.", True),
+        ("Sorry, I'm not comfortable with that.", True),
+        ("I'd rather not.", True),
+        ("I must decline.", True),
+        ("I'm sorry, I'm not sure what you mean.", False),
+        ("You can't help it.", False),
+        ("I wouldn't do that; it may shrink.", False),
+        ("x" * 300 + " I can't help you.", False),
+        ("", False),
+    ],
+)
+def test_refusals(answer, expected):
+    assert refuses(answer) is expected
