@@ -15,7 +15,6 @@ from rlhf_trl.recipe.library import (
     RANGES,
     UNREAD,
     check_value,
-    nearest,
     read_options,
 )
 from rlhf_trl.recipe.links import OWNED
@@ -114,9 +113,3 @@ def test_ranges_and_owned_options_name_options_that_exist():
 def test_what_the_libraries_would_take_in_silence_is_refused(kind, name, value):
     problem, remedy = check_value(kind, name, value)
     assert problem and remedy
-
-
-def test_nearest():
-    names = ["learning_rate", "label_names", "beta", "gamma"]
-    assert [nearest(word, names) for word in ("lerning_rate", "BETA", "zzz", "")] == [*names[::2], None, None]
-    assert nearest("adamw", ["grokadamw", "adamw_8bit", "adamw_torch"]) == "adamw_8bit" and nearest("x", []) is None

@@ -2,17 +2,14 @@
 
 import itertools
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import NO_PPO, ROOT
+from conftest import NO_PPO, ROOT, python
 from ruamel.yaml import YAML
 
 from rlhf_trl.recipe import rules
@@ -320,46 +317,15 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path, recipe_file):
 # --- all at once -----------------------------------------------------------------------------------------------------
 
 
+AT_ONCE = ("seed-range", "above-one-dropout", "own-range-low", "key-data", "negative", "key-reward", "duplicate",
+           "bool-for-float-default", "trainer-sized", "other-start", "mini-batches", "key-evaluation")  # fmt: skip
+
+
 def test_all_mistakes_are_reported_in_one_go(refuse):
-    text = GOOD
-    wrong = {
-        "seed: 1": ("seed: -1", "seed"),
-        "lora_dropout: 0.0": ("lora_dropuot: 0.0", "model.lora_dropuot"),
-        "max_length: 128": ("max_length: long", "data.max_length"),
-        "test_fraction: 0.2": ("test_fractoin: 0.2", "data.test_fractoin"),
-        "lora_r: 4": ("lora_r: 0", "stages.sft.model.lora_r"),
-        "learning_rate: 3e-3": ("learning_rate: [3e-3]", "stages.sft.args.learning_rate"),
-        "center_rewards_coefficient: 0.01": ("center: 0.01", "stages.rm.args.center"),
-        "beta: 0.1": ("beta: true", "stages.dpo.args.beta"),
-        "num_generations: 4": ("num_generations: 3", "stages.grpo.args.num_generations"),
-        "reward: rm\n    args:\n      gradient": ("reward: mr\n    args:\n      gradient", "stages.ppo.reward"),
-        "num_mini_batches: 2": ("num_mini_batches: 3", "stages.ppo.args.num_mini_batches"),
-        "kl_coef: 0.05": ("kl_coef: 0.05\n      kl_coef: 0.1", "stages.ppo.args.kl_coef"),
-        "  prompts: 20": ("  promts: 20", "evaluation.promts"),
-        "max_new_tokens: 64": (f"max_new_tokens: {TOKEN}", "evaluation.max_new_tokens"),
-    }
-    for old, (new, _) in wrong.items():
-        text = change(old, new, text)
-    problems = refuse(text, "stages.dpp.args.beta=1", "model.lora_r=x")
-    expected = [*(key for _, key in wrong.values()), "--set stages.dpp.args.beta", "--set model.lora_r"]
-    assert sorted(keys(problems)) == sorted(expected)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("max_length: 128", "max_lenght: 500"),
-        ("num_generations: 4", "num_generation: 3"),
-        ("  model_name_or_path: builtin:tiny", "  model_name: builtin:tiny"),
-        ("trainer: grpo", "trainer: gprp"),
-        ("dpo\n    init: sft", "dpo\n    inti: sft"),
-        ("model:\n  model_name_or_path: builtin:tiny\n  use_peft: true\n  lora_dropout: 0.0", "model: [gpt2]"),
-        ("data:\n  source: builtin:demo\n  max_length: 128\n  test_fraction: 0.2", "data:"),
-    ],
-)
-def test_what_only_follows_from_a_mistake_is_not_told(old, new, refuse):
-    """Each breaks a value that sizes, links or required keys depend on."""
-    assert len(refuse(change(old, new))) == 1
+    rows = [TABLE["mistakes"][name] for name in AT_ONCE]
+    overrides = {"stages.dpp.args.beta": "1", "model.lora_r": "x", "evaluation.max_new_tokens": TOKEN}
+    problems = refuse(edited([row["edit"] for row in rows]), *(f"{key}={value}" for key, value in overrides.items()))
+    assert sorted(keys(problems)) == sorted([*(row["place"] for row in rows), *(f"--set {key}" for key in overrides)])
 
 
 def test_no_mistake_hides_an_independent_one(refuse):
@@ -581,11 +547,7 @@ def test_loading_imports_no_heavy_library_and_fingerprints_do_not_depend_on_the_
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'scipy'}\n"
         "print([r.fingerprint(s) for s in r.plan], sorted(heavy & set(sys.modules)))"
     )
-    said = [
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, text=True,
-                       capture_output=True, timeout=60, check=True).stdout
-        for seed in "01"
-    ]  # fmt: skip
+    said = [python(code, PYTHONHASHSEED=seed).stdout for seed in "01"]
     assert said[0] == said[1] and said[0].endswith(" []\n")
 
 
