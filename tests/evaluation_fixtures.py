@@ -1,24 +1,17 @@
 """An evaluation with invented numbers: the JSON that `evaluate` and `errors` write, without a model."""
 
-from __future__ import annotations
-
 import itertools
 import random
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from rlhf_trl.evaluate.results import build_over_optimisation, build_pareto, describe_policies
 from rlhf_trl.judge.results import conclude
 from rlhf_trl.judge.win_rate import prompt_scores
-from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_jsonl, write_json
-from rlhf_trl.run.layout import RunDir
 from rlhf_trl.stats.intervals import estimate_mean, wilson
 from rlhf_trl.stats.pairs import length_rule
 
-Row = dict[str, Any]
 # Policy -> its true gain in reward and in gold reward, its KL, and how much longer its answers are; others are drawn.
 TRUTH = {
     "reference": (0.0, 0.0, 0.0, 1.0),
@@ -43,7 +36,7 @@ ALARMS = {
 }
 
 
-def truth(policy: str, share: float = 1.0) -> tuple[float, float, float, float]:
+def truth(policy, share=1.0):
     """Gain, gold gain, KL and length ratio of a policy after a share of its training."""
     draw = random.Random(policy)
     drawn = (draw.uniform(-0.6, 1.4), draw.uniform(-0.4, 0.5), draw.uniform(0.4, 16), draw.uniform(0.8, 1.5))
@@ -52,15 +45,7 @@ def truth(policy: str, share: float = 1.0) -> tuple[float, float, float, float]:
     return gain * share**0.5, gold * share + bump, kl * share, 1 + (longer - 1) * share
 
 
-def answer_rows(
-    recipe: Recipe,
-    policy: str,
-    share: float,
-    prompts: Sequence[Any],
-    texts: Sequence[str],
-    count: int,
-    subsets: Sequence[str],
-) -> list[Row]:
+def answer_rows(recipe, policy, share, prompts, texts, count, subsets):
     """The lines of `completions-<policy>.jsonl`."""
     draw, start = random.Random(f"{policy} {share}"), random.Random("reference")
     gain, gold, kl, longer = truth(policy, share)
@@ -89,29 +74,20 @@ def answer_rows(
     return rows
 
 
-def invent(
-    recipe: Recipe,
-    prompts: Sequence[Any],
-    texts: Sequence[str],
-    count: int,
-    subsets: Sequence[str],
-    accuracy: tuple[float, float],
-) -> Row:
+def invent(recipe, prompts, texts, count, subsets, accuracy):
     """The content of every file of the evaluation, by what `RunDir` calls it; `completions` is a dict by policy and
     step. The answers are invented, and summarised as `evaluate` does it, apart from the alarms."""
     judges = {"reward": recipe.evaluation.reward, "gold": recipe.evaluation.gold}
-    metrics: Row = {f"{key}_stage": judge for key, judge in judges.items()}
+    metrics = {f"{key}_stage": judge for key, judge in judges.items()}
     metrics |= {f"{key}_model": judge and pair_accuracy(judge, subsets, accuracy) for key, judge in judges.items()}
     if not recipe.policies:
         return {"metrics": {**metrics, "policies": {}, "checkpoints": {}}, "completions": {}}
     parts = recipe.evaluation.checkpoints
     records = {("reference", None): answer_rows(recipe, "reference", 1.0, prompts, texts, count, subsets)}
     for policy in recipe.policies:
-        for part in range(1, parts + 1):
-            step = round(120 * part / parts) if part < parts else None
-            records[policy, step] = answer_rows(recipe, policy, part / parts, prompts, texts, count, subsets)
-        if not parts:
-            records[policy, None] = answer_rows(recipe, policy, 1.0, prompts, texts, count, subsets)
+        steps = {round(120 * part / parts): part / parts for part in range(1, parts)} | {None: 1.0}
+        for step, done in steps.items():
+            records[policy, step] = answer_rows(recipe, policy, done, prompts, texts, count, subsets)
     draw, scored = random.Random(1), [key for key, judge in judges.items() if judge]
     best_of = recipe.evaluation.best_of_n
     draws = [{key: [draw.gauss(0, 0.7) for _ in range(best_of)] for key in scored} for _ in range(count)]
@@ -128,13 +104,13 @@ def invent(
          "raised": policy == "ppo" and alarm in ("gold", "length")}
         for policy in recipe.policies for index, (alarm, says) in enumerate(ALARMS.items())
     ]  # fmt: skip
-    found: Row = {"metrics": metrics, "completions": records, "pareto": pareto, "over_optimisation": over}
+    found = {"metrics": metrics, "completions": records, "pareto": pareto, "over_optimisation": over}
     if recipe.evaluation.adversarial:
         found |= invent_adversarial(["reference", *recipe.policies], texts)
     return found
 
 
-def pair_accuracy(stage: str, subsets: Sequence[str], accuracy: tuple[float, float], pairs: int = 190) -> Row:
+def pair_accuracy(stage, subsets, accuracy, pairs=190):
     right, longer = (round(pairs * part) for part in accuracy)
     over = [1.0] * (right - longer) if right > longer else [-1.0] * (longer - right)
     entry = {
@@ -150,7 +126,7 @@ def pair_accuracy(stage: str, subsets: Sequence[str], accuracy: tuple[float, flo
     return {"stage": stage, "ties": 1, **entry, "subsets": dict.fromkeys(subsets, entry), "mean_margin": margin}
 
 
-def invent_adversarial(policies: Sequence[str], texts: Sequence[str]) -> Row:
+def invent_adversarial(policies, texts):
     each, rows = 4, []
     for category, number in itertools.product(CATEGORIES, range(each)):
         answers = {
@@ -169,7 +145,7 @@ def invent_adversarial(policies: Sequence[str], texts: Sequence[str]) -> Row:
     return {"adversarial": {"policies": rates, "categories": CATEGORIES}, "adversarial_answers": rows}
 
 
-def error_analysis(stage: str) -> Row:
+def error_analysis(stage):
     """What the report reads of `error_analysis.json`."""
     overall = pair_accuracy(stage, [], (0.71, 0.55))
     says = {"sound": "It is better than a coin: accuracy 71.1 % [64.2, 77.0].",
@@ -186,14 +162,14 @@ def error_analysis(stage: str) -> Row:
     }
 
 
-def comparison(stages: Sequence[str]) -> Row:
+def comparison(stages):
     """`errors/comparison.json`."""
     says = [f"No difference is seen between {one} and {other}." for one, other in itertools.combinations(stages, 2)]
     return {"stages": list(stages), "comparisons": [{"says": sentence} for sentence in says]}
 
 
 # Verdicts that are invented -> the judge's section of the recipe.
-JUDGES: dict[str, Row] = {
+JUDGES = {
     "good": {"prompts": 60, "calibrate": 40, "pairs": "all"},
     "chance": {"prompts": 24, "calibrate": 30, "model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
     "length": {"prompts": 24, "calibrate": 30},
@@ -206,13 +182,11 @@ JUDGES: dict[str, Row] = {
 }
 
 
-def invent_winrate(recipe: Recipe, run: RunDir, judge: str) -> Row:
+def invent_winrate(recipe, run, judge):
     """`winrate.json` of one of `JUDGES`: invented verdicts on the run's answers, counted as the step counts them."""
     settings = recipe.judge
-    assert settings is not None
-    name = {"reward": "gold reward model gold", "offline": "offline"}.get(
-        settings.kind, settings.model or "gpt-4.1-mini"
-    )
+    known = {"reward": "gold reward model gold", "offline": "offline"}
+    name = known.get(settings.kind, settings.model or "gpt-4.1-mini")
     stated = {"reward": "a reward model, not a person and not a language model", "offline": "a rule for tests"}
     about = {"kind": settings.kind, "name": name, "is": stated.get(settings.kind, "a language model"),
              "id": f"{name}@0f4a3c2b1d5e" if settings.kind == "openai" else name, "prompts": "0f4a3c"}  # fmt: skip
@@ -250,23 +224,16 @@ def invent_winrate(recipe: Recipe, run: RunDir, judge: str) -> Row:
     dollars = round((322 * 0.4 + 90 * 0.1 + 57 * 1.6) * calls / 1e6, 6)
     spent = {"calls": calls, "usage": usage, "usd": dollars, "price": settings.price.model_dump(), "models": [name]}
     cost = spent if settings.kind == "openai" else None
-    return {
-        "status": status,
-        "reason": reason,
-        "judge": about,
-        "cost": cost,
-        **conclude(recipe, run, settings, verdicts),
-    }
+    found = conclude(recipe, run, settings, verdicts)
+    return {"status": status, "reason": reason, "judge": about, "cost": cost, **found}
 
 
-def _both_orders(
-    judge: str, draw: random.Random, names: tuple[str, ...], lengths: tuple[float, float], better: bool, index: int
-) -> list[Row]:
+def _both_orders(judge, draw, names, lengths, better, index):
     """The verdicts on two answers, of which `better` says whether the first is."""
     prompt, subset, a, b = names
     games = []
     for a_first in (True, False):
-        score: float | None = 1.0 if better else 0.0
+        score = 1.0 if better else 0.0
         status = "ok"
         if judge == "chance":
             score = draw.choice([float(a_first), float(a_first), 1.0, 0.0, 0.5])
@@ -285,9 +252,9 @@ def _both_orders(
     return games
 
 
-def estimate(values: Any) -> Row:
+def estimate(values):
     return estimate_mean(values).as_dict()
 
 
-def share(successes: float, n: int) -> Row:
+def share(successes, n):
     return wilson(successes, n).as_dict()

@@ -7,67 +7,49 @@ assert hub.files["me/demo"]["README.md"] == b"..."
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import fake_openai
 
-class FakeHub:
+
+class Handler(fake_openai.Handler):
+    protocol_version = "HTTP/1.0"
+    server: "FakeHub"
+
+    def do_POST(self) -> None:
+        body, hub = self.body(), self.server
+        hub.calls.append(f"{self.command} {self.path}")
+        if self.path.startswith("/objects/"):  # the address of an object is its permission
+            hub.objects[self.path.rpartition("/")[2]] = body
+            self.answer({})
+        elif self.headers.get("Authorization") != f"Bearer {hub.token}" and "validate" not in self.path:
+            self.answer({"error": "Invalid credentials"}, 401)
+        else:
+            self.answer(*hub.respond(self.path, body))
+
+    do_GET = do_PUT = do_POST
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+
+class FakeHub(fake_openai.Server):
     """Keeps repositories, their visibility and their files; a request without the right token is refused."""
 
     def __init__(self, token: str = "hf_test"):
+        super().__init__(Handler)
         self.token = token
         self.files: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.objects: dict[str, bytes] = {}
         self.calls: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding") == "chunked":
-                    parts = []
-                    while size := int(self.rfile.readline(), 16):
-                        parts.append(self.rfile.read(size))
-                        self.rfile.readline()
-                    self.rfile.readline()
-                    return b"".join(parts)
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-            def answer(self, value: Any, status: int = 200) -> None:
-                data = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def handle_call(self) -> None:
-                body = self.body()
-                hub.calls.append(f"{self.command} {self.path}")
-                if self.path.startswith("/objects/"):  # the address of an object is its permission
-                    hub.objects[self.path.rpartition("/")[2]] = body
-                    self.answer({})
-                elif self.headers.get("Authorization") != f"Bearer {hub.token}" and "validate" not in self.path:
-                    self.answer({"error": "Invalid credentials"}, 401)
-                else:
-                    self.answer(*hub.respond(self.path, body))
-
-            do_GET = do_POST = do_PUT = handle_call
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> "FakeHub":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
     def respond(self, path: str, body: bytes) -> tuple[Any, int]:
         parts = path.split("?")[0].strip("/").split("/")

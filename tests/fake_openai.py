@@ -116,25 +116,18 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class FakeOpenAI(ThreadingHTTPServer):
-    """A running server: `script` is what the first requests meet with, in the order they arrive, `then` all others.
-
-    Keeps the bodies, headers and paths of all requests.
-    """
+class Server(ThreadingHTTPServer):
+    """A server on a local port that runs inside `with`."""
 
     daemon_threads = True
     request_queue_size = 256  # as many connections may be opened at one instant
 
-    def __init__(self, script: Sequence[Behaviour] = (), then: Behaviour | None = None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.script, self.then = list(script), then or ok()
+    def __init__(self, handler: type[BaseHTTPRequestHandler]):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.over, self.turn = threading.Event(), threading.Lock()
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[Message] = []
-        self.paths: list[str] = []
 
-    def __enter__(self) -> "FakeOpenAI":
+    def __enter__(self) -> Any:
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self.thread.start()
         return self
@@ -145,14 +138,29 @@ class FakeOpenAI(ThreadingHTTPServer):
         self.server_close()
         self.thread.join()
 
+    def handle_error(self, *_: Any) -> None:
+        """A client that hangs up is what a test wanted; any other error is shown."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*_)
+
+
+class FakeOpenAI(Server):
+    """A running server: `script` is what the first requests meet with, in the order they arrive, `then` all others.
+
+    Keeps the bodies, headers and paths of all requests.
+    """
+
+    def __init__(self, script: Sequence[Behaviour] = (), then: Behaviour | None = None):
+        super().__init__(Handler)
+        self.url += "/v1"
+        self.script, self.then = list(script), then or ok()
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[Message] = []
+        self.paths: list[str] = []
+
     def behaviour_for(self, path: str, headers: Message, body: dict[str, Any]) -> Behaviour:
         with self.turn:
             self.requests.append(body)
             self.headers.append(headers)
             self.paths.append(path)
             return self.script.pop(0) if self.script else self.then
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that hangs up is what a test wanted; any other error is shown."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(*_)

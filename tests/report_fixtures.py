@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from evaluation_fixtures import JUDGES, comparison, error_analysis, invent, invent_winrate
@@ -50,19 +49,8 @@ def recipe_of(stages: dict[str, Any], **rest: Any) -> Recipe:
     return expand_sweeps(Recipe.model_validate({"name": "a-run", "model": model, "stages": stages, **rest}))
 
 
-def write_run(
-    root: Path,
-    stages: dict[str, Any] = STAGES,
-    reward: str | None = "rm",
-    evaluation: dict[str, Any] | None = None,
-    prompts: Sequence[Any] = PROMPTS,
-    answers: Sequence[str] = ANSWERS,
-    count: int = 60,
-    subsets: Sequence[str] = SUBSETS,
-    accuracy: tuple[float, float] = (0.71, 0.55),
-    steps: int = 120,
-    judge: str | None = None,
-) -> tuple[Recipe, RunDir]:
+def write_run(root, stages=STAGES, reward="rm", evaluation=None, prompts=PROMPTS, answers=ANSWERS, count=60,
+              subsets=SUBSETS, accuracy=(0.71, 0.55), steps=120, judge=None):  # fmt: skip
     """Write a run of these stages, judged by one of `JUDGES`; `accuracy` is that of the reward model and of the
     length-only baseline."""
     recipe = recipe_of(
