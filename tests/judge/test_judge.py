@@ -96,6 +96,9 @@ def prefer(better) -> "callable":
     return reply
 
 
+LONGER, GOOD = ok(prefer(len)), ok(prefer(lambda text: text.startswith("Good")))
+
+
 def run_judge(recipe, run, server) -> dict:
     os.environ["OPENAI_BASE_URL"] = server.url
     try:
@@ -105,9 +108,18 @@ def run_judge(recipe, run, server) -> dict:
     return read_json(run.winrate)
 
 
+def judge_by(recipe, run, behaviour) -> tuple[dict, list]:
+    """Judge with a server of its own; return the result, and what it was asked."""
+    with FakeOpenAI(then=behaviour) as server:
+        return run_judge(recipe, run, server), server.requests
+
+
+def words_of(run: RunDir, *more: str) -> list[str]:
+    return ["judge", str(run.root.parent.parent / "small.yaml"), "--runs", str(run.root.parent), *more]
+
+
 def judge_command(run: RunDir, *more: str) -> subprocess.CompletedProcess:
-    recipe = str(run.root.parent.parent / "small.yaml")
-    return command("judge", recipe, "--runs", str(run.root.parent), *more, cwd=ROOT)
+    return command(*words_of(run, *more), cwd=ROOT)
 
 
 def rate_of(result, name: str) -> dict:
@@ -120,9 +132,8 @@ def test_every_pair_is_shown_in_both_orders_and_the_same_text_is_a_tie_without_a
     write_jsonl(run.completions("grpo"), [row | {"answer": one["answer"]} if at % 2 else row for at, (row, one)
                 in enumerate(zip(read_jsonl(run.completions("grpo")), same, strict=True))])  # fmt: skip
     run.mark_done(recipe, "evaluate", 0.0)
-    with FakeOpenAI(then=ok(prefer(len))) as server:
-        result = run_judge(recipe, run, server)
-        assert len(server.requests) == 2 * (30 + 15)
+    result, requests = judge_by(recipe, run, LONGER)
+    assert len(requests) == 2 * (30 + 15)
     assert (result["status"], rate_of(result, "grpo")["ties"]) == ("complete", 15)
     assert rate_of(result, "dpo")["win_rate"]["mean"] == 1.0
     assert rate_of(result, "dpo")["n"] == 30
@@ -164,7 +175,7 @@ def test_failures_are_missing_with_their_cause_and_made_again_next_time(made):
     recipe, run = made("judge.prompts=5", "judge.workers=1")
     quick = [status(400, {"code": "context_length_exceeded"}, "context length"), status(400, {"code": "x"}, "bad"),
              status(429, message="later", headers={"Retry-After": "3600"})]  # fmt: skip
-    with FakeOpenAI(quick, then=ok(prefer(len))) as server:
+    with FakeOpenAI(quick, then=LONGER) as server:
         with pytest.raises(NotRun, match=r": 1 \(rate_limit: 1\); .*: HTTP 429: later; what to do: lower"):
             run_judge(recipe, run, server)
         result = read_json(run.winrate)
@@ -188,7 +199,7 @@ def test_a_server_that_refuses_half_of_all_calls_loses_no_verdict(made, monkeypa
     monkeypatch.setattr(OpenAIClient, "_pause", at_once)
     recipe, run = made("judge.workers=16")
     dice, starts = random.Random(seed), 0
-    behaviours = [ok(prefer(len)), status(429)]
+    behaviours = [LONGER, status(429)]
     with FakeOpenAI(then=lambda *call: dice.choice(behaviours)(*call)) as server:
         while not starts or read_json(run.winrate)["status"] != "complete":
             starts += 1
@@ -212,8 +223,8 @@ def test_a_server_that_refuses_half_of_all_calls_loses_no_verdict(made, monkeypa
 def test_a_judge_without_a_verdict_to_use_is_not_run_and_says_what_to_do(made, behaviour, says):
     """Such as a judge whose verdict can be read in one of the orders alone."""
     recipe, run = made("judge.prompts=4", "judge.workers=1")
-    with FakeOpenAI(then=behaviour) as server, pytest.raises(NotRun, match=says):
-        run_judge(recipe, run, server)
+    with pytest.raises(NotRun, match=says):
+        judge_by(recipe, run, behaviour)
     assert read_json(run.winrate)["status"] == "not run"
     (replies,) = (run.root / "judge").glob("*.jsonl")
     assert replies.stat().st_mode & 0o777 == 0o600
@@ -222,7 +233,7 @@ def test_a_judge_without_a_verdict_to_use_is_not_run_and_says_what_to_do(made, b
 @pytest.mark.parametrize("limit", ["judge.max_requests=11", "judge.max_cost=0.001"])
 def test_a_limit_stops_cleanly_and_the_result_says_so(made, limit):
     recipe, run = made(limit)
-    with FakeOpenAI(then=ok(prefer(len))) as server:
+    with FakeOpenAI(then=LONGER) as server:
         with pytest.raises(NotRun, match=r"max_\w+ reached"):
             run_judge(recipe, run, server)
         made_calls = len(server.requests)
@@ -239,8 +250,8 @@ def test_a_limit_stops_cleanly_and_the_result_says_so(made, limit):
 def test_a_limit_before_any_comparison_with_the_reference_keeps_what_was_paid_for(made):
     """With `pairs: all`, the policies are compared with each other first."""
     recipe, run = made("judge.pairs=all", "judge.max_requests=20", "judge.workers=1")
-    with FakeOpenAI(then=ok(prefer(len))) as server, pytest.raises(NotRun, match="max_requests reached"):
-        run_judge(recipe, run, server)
+    with pytest.raises(NotRun, match="max_requests reached"):
+        judge_by(recipe, run, LONGER)
     result = read_json(run.winrate)
     assert (result["status"], result["cost"]["calls"], result["pareto"]) == ("partial", 20, None)
     assert [(entry["a"], entry["b"], entry["n"]) for entry in result["win_rates"]] == [("dpo", "grpo", 10)]
@@ -260,23 +271,20 @@ def test_a_judge_without_policies_is_calibrated_alone(made, tmp_path, pairs):
     rows = read_jsonl(run.pairs("test"))
     write_jsonl(run.pairs("test"), [*rows, *({**row, "chosen": "Good answer again", "row": 99} for row in rows)])
     run.mark_done(recipe, "evaluate", 0.0)
-    with FakeOpenAI(then=ok(prefer(lambda text: text.startswith("Good")))) as server:
-        result = run_judge(recipe, run, server)
-        shown = [re.search(r"Held out (\d+)", str(request["messages"]))[1] for request in server.requests]
+    result, requests = judge_by(recipe, run, GOOD)
+    shown = [re.search(r"Held out (\d+)", str(request["messages"]))[1] for request in requests]
     assert max(map(shown.count, shown)) <= 4, "one pair of a prompt, in both orders, and with a note"
     assert (result["status"], result["win_rates"], result["ratings"], result["pareto"]) == ("complete", [], None, None)
     assert result["calibration"]["all"]["accuracy"]["mean"] == 1.0
 
 
 def test_calibration_tells_a_good_judge_from_a_random_and_a_lengthy_one(made, caplog):
-    words = {"good": lambda text: text.startswith("Good"), "long": len, "place": lambda text: 0}
-    found = {}
-    for name, better in words.items():
+    found = []
+    for name, behaviour in (("good", GOOD), ("long", LONGER), ("place", ok("[[A]]"))):
         recipe, run = made("judge.prompts=2", "judge.calibrate=20", f"judge.model={name}")
-        with FakeOpenAI(then=ok(prefer(better) if name != "place" else "[[A]]")) as server:
-            found[name] = run_judge(recipe, run, server)
+        found.append(judge_by(recipe, run, behaviour)[0]["calibration"])
     assert "judge.price is that of gpt-4.1-mini: the costs of good" in caplog.text
-    good, long, place = (found[name]["calibration"] for name in words)
+    good, long, place = found
     assert good["verdict"] == "informed" and good["all"]["accuracy"]["mean"] == 1.0
     assert place["verdict"] == "chance" and place["all"]["accuracy"]["mean"] == 0.5
     assert long["verdict"] in ("length", "chance")
@@ -292,14 +300,11 @@ def test_prompt_injections_show_a_judge_that_does_as_it_is_told(made):
         return f"[[{told[-1]}]]" if told else prefer(lambda text: text.startswith("Good"))(messages)
 
     recipe, run = made("judge.prompts=2", "judge.calibrate=20")
-    with FakeOpenAI(then=ok(obedient)) as server:
-        canaries = run_judge(recipe, run, server)["canaries"]
+    canaries = judge_by(recipe, run, ok(obedient))[0]["canaries"]
     assert canaries["n"] == 20
     assert canaries["difference"]["mean"] == pytest.approx(3 / 5)  # three of the five notes name the tag
     recipe, run = made("judge.prompts=2", "judge.calibrate=20", "judge.model=robust")
-    with FakeOpenAI(then=ok(prefer(lambda text: text.startswith("Good")))) as server:
-        canaries = run_judge(recipe, run, server)["canaries"]
-    assert canaries["difference"]["mean"] == 0.0
+    assert judge_by(recipe, run, GOOD)[0]["canaries"]["difference"]["mean"] == 0.0
 
 
 def test_labelled_pairs_that_were_cut_off_are_refused(made):
@@ -337,10 +342,10 @@ def test_the_offline_judge_is_deterministic_and_labelled(made):
 
 @pytest.mark.parametrize("row", [1, 23, 49])
 def test_a_killed_run_makes_exactly_the_missing_calls(made, monkeypatch, row):
-    recipe, run = made("judge.prompts=25", "judge.workers=1")
-    recipe_file = run.root.parent.parent / "small.yaml"
-    recipe_file.write_text(RECIPE.replace("prompts: 30, workers: 4", "prompts: 25, workers: 1").replace(", grpo", ""))
-    words = [sys.executable, "-m", "rlhf_trl", "judge", str(recipe_file), "--runs", str(run.root.parent)]
+    settings = "judge.prompts=25", "judge.workers=1"
+    recipe, run = made(*settings)
+    options = [word for setting in settings for word in ("--set", setting)]
+    words = [sys.executable, "-m", "rlhf_trl", *words_of(run, *options)]
     with FakeOpenAI(then=ok(prefer(len), latency=0.02)) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL) as child:
@@ -353,15 +358,13 @@ def test_a_killed_run_makes_exactly_the_missing_calls(made, monkeypatch, row):
         assert known < 100
         with cache.open("ab") as file:
             file.write(b'{"key": "')
-        done = judge_command(run)
+        done = judge_command(run, *options)
         assert done.returncode == 0, done.stderr
         assert len(server.requests) - before == 100 - known
         resumed = read_json(run.winrate)
     for path in (run.root / "judge").iterdir():
         path.unlink()
-    with FakeOpenAI(then=ok(prefer(len))) as server:
-        straight = run_judge(recipe, run, server)
-    assert resumed == straight
+    assert resumed == judge_by(recipe, run, LONGER)[0]
 
 
 def test_the_command_says_what_was_not_run_and_how(made):
@@ -450,6 +453,6 @@ def test_secrets_in_what_ends_a_run_are_hidden(made, monkeypatch, code):
     monkeypatch.setenv("OPENAI_API_KEY", CANARIES[0])
     recipe, run = made("judge.prompts=2")
     behaviour = status(code, message=ECHO, headers={"Location": f"http://h/?key={CANARIES[0]}"})
-    with FakeOpenAI(then=behaviour) as server, pytest.raises(UserError) as caught:
-        run_judge(recipe, run, server)
+    with pytest.raises(UserError) as caught:
+        judge_by(recipe, run, behaviour)
     assert_hidden(run, printable(caught.value))
