@@ -88,6 +88,14 @@ def write_run(root, stages=STAGES, reward="rm", evaluation=None, prompts=PROMPTS
     return recipe, run
 
 
+def follow(document: Any, pointer: str) -> Any:
+    """Follow a JSON Pointer as RFC 6901 says, with nothing of the package's own code."""
+    for part in pointer.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        document = document[int(key)] if isinstance(document, list) else document[key]
+    return document
+
+
 def error_examples(prompts: Sequence[Any], answers: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for kind in ("confident_error", "near_tie"):

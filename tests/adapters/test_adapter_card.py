@@ -1,16 +1,15 @@
 """The model card: every number in it resolves to the export's JSON, and what was not measured is said."""
 
 import contextlib
-import json
 import re
 from typing import Any
 
 import pytest
-from report_fixtures import write_run
+from report_fixtures import follow, write_run
 
 from rlhf_trl.adapters.card import ACTIVE, render_card
 from rlhf_trl.adapters.evidence import gather
-from rlhf_trl.run.files import read_json, write_json
+from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
 from rlhf_trl.text.format import STYLES
 
 SHOWN = re.compile(r"<!-- (\w+\.json)#(\S*) -->")
@@ -58,21 +57,13 @@ def test_every_number_resolves_to_the_json(run, kind):
     assert "more gold gain at less KL" not in card
     for file, address in addresses:
         before, _, after = rest.partition(f"<!-- {file}#{address} -->")
-        printed = [text for text in spellings(read(documents[file], address)) if before.endswith(text)]
+        printed = [text for text in spellings(follow(documents[file], address)) if before.endswith(text)]
         assert printed, (address, before[-60:])
         rest = before[: -len(max(printed, key=len))] + after
     # Beside them, only the front matter, code, names, texts of models and the wording itself hold a digit.
     for held in (r"\A---.*?^---", r"```.*?```", r"`[^`\n]*`", "95 %", "float32"):
         rest = re.sub(held, "", rest, flags=re.S | re.M)
     assert not re.search(r".*\d.*", rest)
-
-
-def read(document: Any, address: str) -> Any:
-    """Look up a JSON Pointer."""
-    for key in address.split("/")[1:]:
-        key = key.replace("~1", "/").replace("~0", "~")
-        document = document[int(key)] if isinstance(document, list) else document[key]
-    return document
 
 
 def spellings(value: Any) -> list[str]:
@@ -96,7 +87,7 @@ def test_the_evidence_says_where_it_was_read(run):
     policy = recipe.policies[0]
     evidence = gather(recipe, directory, policy)
     file, _, address = evidence["sources"]["policy"].partition("#")
-    whole = read(read_json(directory.root / file), address)
+    whole = follow(read_json(directory.root / file), address)
     assert {key: whole[key] for key in evidence["policy"]} == evidence["policy"]
     assert evidence["policy"]["kl"] == read_json(directory.metrics)["policies"][policy]["kl"]
 
@@ -137,10 +128,9 @@ def test_alarms_are_listed_where_raised_and_counted_where_judged(run, alarms, ch
 def test_texts_cannot_act_in_the_card(run):
     recipe, directory = run
     policy = recipe.policies[0]
-    path = directory.completions(policy)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_jsonl(directory.completions(policy))
     rows[0]["answer"] = "```\n# a heading <script>alert(1)</script> \x1b[31m"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(directory.completions(policy), rows)
     card, _ = render(recipe, directory, policy, run="<b>x</b>", stage="[a](b)")
     assert "````text\n```\n# a heading" in card
     assert "\x1b" not in card

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 from html_tree import Element, Tree, words
 from markupsafe import Markup
-from report_fixtures import GOLD, PROMPTS, STAGES, SUBSETS, SWEEP, write_run
+from report_fixtures import GOLD, PROMPTS, STAGES, SUBSETS, SWEEP, follow, write_run
 from typer.testing import CliRunner
 
 from rlhf_trl.cli.app import app
@@ -38,7 +38,7 @@ def only(*names: str) -> dict[str, Any]:
 JUDGED_BY_GOLD: dict[str, Any] = {"evaluation": {"gold": "gold"}}
 HUB = {"gold": "org/gold-70b", "best_of_n": 0, "adversarial": False}
 SEEDS = {**WITH_GOLD, "dpo": {**STAGES["dpo"], "sweep": {"seed": [1, 2, 3, 4, 5]}}}
-ATTACK = {"prompts": [[{"role": "user", "content": HOSTILE}]], "answers": [HOSTILE, "x" * 1_000_000, ""]}
+ATTACK = {"prompts": [[{"role": "user", "content": HOSTILE}]], "answers": [HOSTILE, "x" * 100_000, ""]}
 RUNS: dict[str, dict[str, Any]] = {
     "sweep": {"stages": SWEEP},
     "gold": {"stages": WITH_GOLD, "evaluation": {"gold": "gold", "checkpoints": 4}},
@@ -94,13 +94,8 @@ def load(path: Path) -> Any:
 
 
 def resolve(root: Path, address: str) -> Any:
-    """Follow an address as RFC 6901 says, with nothing of the report's own code."""
     file, _, pointer = address.partition("#")
-    value = load(root / file)
-    for part in pointer.split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        value = value[int(key)] if isinstance(value, list) else value[key]
-    return value
+    return follow(load(root / file), pointer)
 
 
 def numbers(text: str) -> list[tuple[float, float]]:
@@ -143,7 +138,7 @@ def shows(text: str, value: Any, address: str) -> bool:
     return all(close)
 
 
-def test_every_value_is_what_its_source_holds(pages: list[Page]) -> None:
+def test_every_value_is_what_its_source_holds(pages):
     marked = [(page.root, element) for page in pages for element in page.tree.all() if "data-source" in element.attrs]
     assert len(marked) > (15 if len(pages) == 2 else 3)
     wrong = [
@@ -154,13 +149,13 @@ def test_every_value_is_what_its_source_holds(pages: list[Page]) -> None:
     assert not wrong
 
 
-def test_every_section_names_a_source_that_exists(pages: list[Page]) -> None:
+def test_every_section_names_a_source_that_exists(pages):
     paths = [e.attrs["data-path"] for page in pages for e in page.tree.all() if "data-path" in e.attrs]
     assert len(paths) > 1
     assert all(resolve(pages[0].root, path) not in (None, {}, []) for path in paths)
 
 
-def test_no_number_stands_on_a_page_without_a_source(pages: list[Page]) -> None:
+def test_no_number_stands_on_a_page_without_a_source(pages):
     root = pages[0].root
     recipes = [read_json(path) for path in root.rglob("recipe.json")]
     names = {*(recipe["name"] for recipe in recipes), *(name for recipe in recipes for name in recipe["stages"])}
@@ -181,7 +176,7 @@ def test_no_number_stands_on_a_page_without_a_source(pages: list[Page]) -> None:
         assert text in quantiles or not re.search(r"\d", text), text
 
 
-def test_pages_are_self_contained_and_run_nothing(pages: list[Page]) -> None:
+def test_pages_are_self_contained_and_run_nothing(pages):
     banned = {"script", "iframe", "object", "embed", "img", "form", "base", "foreignobject", "animate", "set"}
     for page in pages:
         elements = page.tree.all()
@@ -196,7 +191,7 @@ def test_pages_are_self_contained_and_run_nothing(pages: list[Page]) -> None:
         assert "url(" not in page.html.replace("url(#", "")
 
 
-def test_ids_are_unique_and_every_reference_has_its_target(pages: list[Page]) -> None:
+def test_ids_are_unique_and_every_reference_has_its_target(pages):
     ids = {page.path.name: [e.attrs["id"] for e in page.tree.all() if "id" in e.attrs] for page in pages}
     for page in pages:
         own = ids[page.path.name]
@@ -206,7 +201,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(pages: list[Page]) ->
             assert len(pages) == 1 or not target or target in ids[f"{name}.html"]
 
 
-def test_every_figure_can_be_read_aloud_and_headings_descend(pages: list[Page]) -> None:
+def test_every_figure_can_be_read_aloud_and_headings_descend(pages):
     for page in pages:
         for svg in (element for element in page.tree.all() if element.tag == "svg"):
             shown = svg.attrs.get("role") == "img" and len(svg.attrs["aria-label"]) > 20
@@ -239,15 +234,11 @@ class Shown:
         return next((e for e in elements if e.attrs.get("aria-labelledby") == name), None)
 
     def words(self, name: str) -> str:
-        section = self.section(name)
-        assert section is not None
-        return words(section)
+        return words(self.section(name))
 
     def rows(self, name: str) -> dict[str, dict[str, str]]:
         """The first table of a section: head of the row -> head of the column -> cell."""
-        section = self.section(name)
-        assert section is not None
-        table = next(e for e in section.all() if e.tag == "table")
+        table = next(e for e in self.section(name).all() if e.tag == "table")
         rows = [[words(e) for e in row.all() if e.tag in ("th", "td")] for row in table.all() if row.tag == "tr"]
         return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[1:]}
 
@@ -290,7 +281,7 @@ def around(mean: float, half: float) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def test_the_command_prints_the_first_screen_and_nothing_else(tmp_path: Path) -> None:
+def test_the_command_prints_the_first_screen_and_nothing_else(tmp_path):
     recipe, run = write_run(tmp_path / "a", stages=only("sft", "dpo"), reward=None, count=12, steps=2)
     (tmp_path / "a.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
     done = CliRunner().invoke(app, ["report", str(tmp_path / "a.yaml"), "--runs", str(tmp_path), "--json"])
@@ -303,7 +294,7 @@ def test_the_command_prints_the_first_screen_and_nothing_else(tmp_path: Path) ->
 SCREEN = {"run", "verdict", "winner", "methods", "judge", "warnings"}
 
 
-def test_the_first_screen_is_one_table_of_the_methods(show: Callable[..., Shown]) -> None:
+def test_the_first_screen_is_one_table_of_the_methods(show):
     def gain(run: RunDir) -> None:
         with edited(run.metrics) as metrics, edited(run.comparison) as compared:
             for name, mean, outcome in (("dpo", 0.4, "better"), ("grpo", 0.1, "trivial"), ("ppo", -0.42, "worse")):
@@ -357,9 +348,7 @@ def test_the_first_screen_is_one_table_of_the_methods(show: Callable[..., Shown]
         ({"judge": "silent", "policies": ["dpo"]}, None, ["it gave no verdict in both orders on any pair"]),
     ],
 )  # fmt: skip
-def test_what_to_beware_of_is_one_list(
-    show: Callable[..., Shown], options: Any, change: dict[str, str] | None, warnings: list[str]
-) -> None:
+def test_what_to_beware_of_is_one_list(show, options, change, warnings):
     def doubt(run: RunDir) -> None:
         with edited(run.winrate) as result:
             result["calibration"] |= change or {}
@@ -375,9 +364,7 @@ def test_what_to_beware_of_is_one_list(
 @pytest.mark.parametrize(
     ("judge", "n", "marked"), [("good", 60, True), ("good", 19, False), ("chance", 60, False), ("silent", 60, False)]
 )
-def test_a_win_rate_is_significant_only_on_enough_prompts_by_a_judge_that_has_shown_its_worth(
-    show: Callable[..., Shown], judge: str, n: int, marked: bool
-) -> None:
+def test_a_win_rate_is_significant_only_on_enough_prompts_by_a_judge_that_has_shown_its_worth(show, judge, n, marked):
     def win(run: RunDir) -> None:
         with edited(run.winrate) as result:
             result["win_rates"][0]["win_rate"] |= around(0.9, 0.05) | {"n": n}
@@ -386,7 +373,7 @@ def test_a_win_rate_is_significant_only_on_enough_prompts_by_a_judge_that_has_sh
     assert ("win_rate" in page.screen["methods"]["grpo"]["significant"]) == marked
 
 
-def test_sections_stand_only_where_their_data_exist(show: Callable[..., Shown]) -> None:
+def test_sections_stand_only_where_their_data_exist(show):
     plain = show(stages=STAGES, evaluation={"best_of_n": 0, "adversarial": False})
     assert plain.section("adversarial") is None and plain.section("judge") is None
     assert "Gold gain score points" not in plain.rows("short")["dpo"] and "gold" not in plain.words("results")
@@ -409,14 +396,14 @@ def test_sections_stand_only_where_their_data_exist(show: Callable[..., Shown]) 
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_page_stays_short_and_leaves_the_texts_to_the_other(show: Callable[..., Shown]) -> None:
+def test_the_page_stays_short_and_leaves_the_texts_to_the_other(show):
     page = show(judge="good", answers=["It depends on many things, " + "quokka " * 50])
     (main,) = (element for element in page.root.all() if element.tag == "main")
     assert len(words(main).split()) < 3_000 and "quokka" not in words(main)
     assert "quokka" in page.answers and 'href="answers.html"' in page.html and 'href="report.html"' in page.answers
 
 
-def test_missing_exploration_and_null_values_are_no_obstacle(show: Callable[..., Shown]) -> None:
+def test_missing_exploration_and_null_values_are_no_obstacle(show):
     def bare(run: RunDir) -> None:
         run.done("explore").unlink()
         with edited(run.training_stats("sft")) as stats:
@@ -431,7 +418,7 @@ def test_missing_exploration_and_null_values_are_no_obstacle(show: Callable[...,
 
 
 @pytest.mark.parametrize(("step", "judge"), [("grpo", None), ("judge", "good")])
-def test_report_refuses_an_unfinished_run(show: Callable[..., Shown], step: str, judge: str | None) -> None:
+def test_report_refuses_an_unfinished_run(show, step, judge):
     page = show(judge=judge)
     page.run.done(step).unlink()
     with pytest.raises(UserError, match="train RECIPE grpo" if step == "grpo" else "judge RECIPE"):
@@ -449,16 +436,16 @@ def check_inert(shown: Shown) -> None:
         assert not [e for e in root.all() if any(name.startswith("on") for name in e.attrs)]
 
 
-def test_hostile_text_is_shown_and_does_nothing(show: Callable[..., Shown]) -> None:
+def test_hostile_text_is_shown_and_does_nothing(show):
     page = show(**{"evaluation": {}, **RUNS["hostile"], "count": 4})
     check_inert(page)
     assert "[/b] ⟨U+001B⟩[31m ⟨U+202E⟩gpj.exe⟨U+202C⟩ ⟨U+0000⟩" in page.answers
-    for shown in ("&lt;b&gt;sub&lt;/b&gt;", "1,000,000 characters in all", "an empty text"):
+    for shown in ("&lt;b&gt;sub&lt;/b&gt;", "100,000 characters in all", "an empty text"):
         assert shown in page.answers
-    assert len(page.answers) < 1_000_000
+    assert len(page.answers) < 300_000
 
 
-def test_hostile_texts_of_every_file_are_inert(show: Callable[..., Shown]) -> None:
+def test_hostile_texts_of_every_file_are_inert(show):
     def attack(run: RunDir) -> None:
         with edited(run.over_optimisation) as over:
             over["alarms"][0] |= {"alarm": f"refusal:{HOSTILE}", "says": HOSTILE, "raised": True}
@@ -476,7 +463,7 @@ def test_hostile_texts_of_every_file_are_inert(show: Callable[..., Shown]) -> No
 
 
 @pytest.mark.parametrize("template", ["{{ number }}", "{{ node.kl }}", "{{ node.kl ~ '' }}", "{{ node }}"])
-def test_a_number_cannot_be_printed_without_its_source(template: str) -> None:
+def test_a_number_cannot_be_printed_without_its_source(template):
     with pytest.raises(TypeError, match="without its source"):
         build_environment().from_string(template).render(number=0.93, node=Node({"kl": 0.93}, "metrics.json"))
 
@@ -484,7 +471,7 @@ def test_a_number_cannot_be_printed_without_its_source(template: str) -> None:
 # --- the judge
 
 
-def test_the_judge_is_one_row(show: Callable[..., Shown]) -> None:
+def test_the_judge_is_one_row(show):
     page = show(judge="good", policies=["dpo", "grpo"])
     (name, row), *_ = page.rows("judge").items()
     assert name == "gpt-4.1-mini"
@@ -493,7 +480,7 @@ def test_the_judge_is_one_row(show: Callable[..., Shown]) -> None:
         "helpful-base", "Consistency both orders", "Position bias first among winners", "Length bias longer wins",
         "Ties", "Not parsed no verdict", "A note gains", "Price", "Time"}  # fmt: skip
     found = page.section("judge")
-    assert found is not None and len([e for e in found.all() if e.tag == "table"]) == 2
+    assert len([e for e in found.all() if e.tag == "table"]) == 2
     addresses = {e.attrs["data-source"].partition("#")[2] for e in found.all() if "data-source" in e.attrs}
     groups = {
         "/cost": ("calls", "usd", "price/input", "price/cached", "price/output", "models/0"),
@@ -508,7 +495,7 @@ def test_the_judge_is_one_row(show: Callable[..., Shown]) -> None:
         assert f"{count} {cause}" in words(found)
 
 
-def test_a_judge_that_is_no_language_model_has_no_order_and_no_price(show: Callable[..., Shown]) -> None:
+def test_a_judge_that_is_no_language_model_has_no_order_and_no_price(show):
     decoding = {"gold": "gold", "judge_decoding": {"temperature": 0.7, "top_p": 0.9}}
     page = show(judge="gold", policies=["dpo"], evaluation=decoding)
     (row,) = page.rows("judge").values()
@@ -518,7 +505,7 @@ def test_a_judge_that_is_no_language_model_has_no_order_and_no_price(show: Calla
 
 
 @pytest.mark.parametrize("judge", ["not run", "partial"])
-def test_a_judge_that_gave_up_does_not_stop_the_report(show: Callable[..., Shown], judge: str) -> None:
+def test_a_judge_that_gave_up_does_not_stop_the_report(show, judge):
     page = show(judge=judge, policies=["dpo"])
     report(page.recipe, page.run)  # although the step is not finished
     if judge == "partial":
@@ -548,7 +535,7 @@ def laid(runs: dict[str, tuple[Recipe, RunDir]]) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_policies_of_one_name_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
+def test_the_policies_of_one_name_are_compared_prompt_by_prompt(tmp_path):
     runs = two_runs(tmp_path)
     found = laid(runs)
     assert (found["why_not"], found["different"]) == (None, {"recipe": [], "versions": []})
@@ -564,7 +551,7 @@ def test_the_policies_of_one_name_are_compared_prompt_by_prompt(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_judges_of_other_answers_are_not_compared(tmp_path: Path) -> None:
+def test_judges_of_other_answers_are_not_compared(tmp_path):
     decoding = {"gold": "gold", "judge_decoding": {"temperature": 0.7}}
     measures = laid(two_runs(tmp_path, evaluation=decoding))["pairs"][0]["measures"]
     assert measures["gold"]["why_not"] is None and "or other answers" in measures["win_rate"]["why_not"]
@@ -581,14 +568,14 @@ def test_judges_of_other_answers_are_not_compared(tmp_path: Path) -> None:
         ({"stages": only("sft", "rm"), "evaluation": {}, "judge": None}, "has no policy"),
     ],
 )
-def test_gains_of_different_kinds_are_not_compared(tmp_path: Path, changes: Any, why: str) -> None:
+def test_gains_of_different_kinds_are_not_compared(tmp_path, changes, why):
     found = laid(two_runs(tmp_path, **changes))
     assert why in found["why_not"]
     assert found["pairs"] == []
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_is_different_is_listed_with_both_values(tmp_path: Path) -> None:
+def test_what_is_different_is_listed_with_both_values(tmp_path):
     stages = {**TWO["stages"], "ppo": {**STAGES["ppo"], "args": {"kl_coef": 0.2}}, "more": STAGES["dpo"]}
     runs = two_runs(tmp_path, stages=stages)
     env = read_json(runs["b"][1].env)
@@ -602,7 +589,7 @@ def test_what_is_different_is_listed_with_both_values(tmp_path: Path) -> None:
     }
 
 
-def test_a_run_beside_itself_or_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_run_beside_itself_or_a_folder_that_is_none_is_refused(tmp_path):
     _, run = write_run(tmp_path / "first", **TWO)
     with pytest.raises(UserError, match="the same run"):
         lay_beside(run, RunDir(tmp_path / "elsewhere" / ".." / "first"))
