@@ -17,9 +17,11 @@ from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.stats.frontier import read_path
 from rlhf_trl.stats.intervals import FEWEST, compare_runs, estimate_mean, p_of_mean
-from rlhf_trl.stats.pairs import weigh_trust
+from rlhf_trl.stats.pairs import trust_in, weigh_trust
+from rlhf_trl.text.format import join
 
 Row = dict[str, Any]
+Doubts = dict[str, list[str]]
 # Significance level for calling a run collapsed; strict, because every run is tested.
 COLLAPSE = 0.01
 NO_SCORES = {"gold": "there is no gold model", "reward": "there is no reward model"}
@@ -82,6 +84,20 @@ def read_judge(recipe: Recipe, run: RunDir) -> Judged:
         doubt = "the judge has not shown that it can tell better answers"
     rates = {row["a"]: row["win_rate"] for row in found["win_rates"] if row["b"] == REFERENCE}
     return Judged(read_json(run.prompt_scores), rates, found["judge"]["id"], why_not, doubt)
+
+
+def find_doubts(recipe: Recipe, metrics: Mapping[str, Any], judged: Judged, policies: Sequence[str]) -> Doubts:
+    """Find for each measure why it may mean little for these policies; `metrics` is the content of `metrics.json`."""
+    doubts: Doubts = {"gold": [], "reward": [], "win_rate": [judged.doubt] if judged.doubt else []}
+    # A reward that a policy was trained to raise is no independent measure of it.
+    raised = [name for name in policies if recipe.stages[name].reward == recipe.evaluation.reward]
+    if raised and recipe.evaluation.reward is not None:
+        words = f"{join(raised)} {'was' if len(raised) == 1 else 'were'} trained to raise this very reward"
+        doubts["reward"].append(f"{words}; a gold model or a judge would be independent")
+    for key in ("gold", "reward") if policies else ():
+        if metrics[f"{key}_model"] and trust_in(metrics[f"{key}_model"]) != "informed":
+            doubts[key].append(f"the {key} model has not shown that it can tell better answers")
+    return doubts
 
 
 def read_points(run: RunDir, metrics: Mapping[str, Any], policy: str) -> Trajectory:

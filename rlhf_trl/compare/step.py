@@ -17,15 +17,14 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_trl.compare import training
-from rlhf_trl.compare.evidence import read_judge, read_points, smallest_that_matters
+from rlhf_trl.compare.evidence import find_doubts, read_judge, read_points, smallest_that_matters
 from rlhf_trl.compare.figures import plot_comparison
-from rlhf_trl.compare.verdict import compare_groups, join, name_winner
+from rlhf_trl.compare.verdict import BY, compare_groups, name_winner
 from rlhf_trl.figures.style import save
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import read_json, write_json, write_text
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.stats.pairs import trust_in
-from rlhf_trl.text.format import format_bytes
+from rlhf_trl.text.format import format_bytes, join
 
 Row = dict[str, Any]
 # The quantities whose meaning depends on the trainer or the machine.
@@ -69,19 +68,12 @@ def build(recipe: Recipe, run: RunDir) -> Row:
     trajectories = {name: read_points(run, metrics, name) for name in recipe.policies} if policies else {}
     smallest = smallest_that_matters(recipe, run) if policies else {}
     pairs, gains = compare_groups(list(combinations(methods, 2)), methods, trajectories, judged, smallest)
-    doubts = {"gold": [], "reward": [], "win_rate": [judged.doubt] if judged.doubt else []}
-    # A reward that a policy was trained to raise is no independent measure of it.
-    raised = [name for name in policies if recipe.stages[name].reward == recipe.evaluation.reward]
-    if raised and recipe.evaluation.reward is not None:
-        words = f"{join(raised)} {'was' if len(raised) == 1 else 'were'} trained to raise this very reward"
-        doubts["reward"].append(f"{words}; a gold model or a judge would be independent")
-    for key in ("gold", "reward") if policies else ():
-        if metrics[f"{key}_model"] and trust_in(metrics[f"{key}_model"]) != "informed":
-            doubts[key].append(f"the {key} model has not shown that it can tell better answers")
-    verdict = name_winner(list(methods), pairs, doubts)
-    left_out = [name for name in recipe.policies if name not in names]
-    if verdict and left_out:
-        verdict["warnings"].append(f"not among the compared: {join(left_out)}")
+    verdict = name_winner(list(methods), pairs, find_doubts(recipe, metrics, judged, policies))
+    if verdict:
+        measure, left_out = verdict["measure"], [name for name in recipe.policies if name not in names]
+        lower = [name for name in policies if gains[name].get(measure, {}).get("outcome") == "worse"]
+        verdict["warnings"] += [f"lower than the reference {BY[measure]}: {join(lower)}"] if lower else []
+        verdict["warnings"] += [f"not among the compared: {join(left_out)}"] if left_out else []
     return {
         **results,
         "against_reference": gains,

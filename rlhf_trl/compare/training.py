@@ -97,18 +97,12 @@ def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def describe_curve(steps: Sequence[int], values: Sequence[float], better: Better) -> Row:
-    """Describe how steadily a run went, in the unit of the values; None where there are too few rows.
+    """Describe how steadily a run went, in the unit of the values (`terms.yaml`); None where there are too few rows.
 
-    - `variance`: of all values, the trend included; `noise_variance`: of the values minus their `smooth`, without the
-      ends, which are their own median: 0.89 of the variance of independent normal noise, whatever slow trend it is on;
-    - `oscillation`: share of the inner rows at which a rise is followed by a fall or a fall by a rise: 0 for a
-      monotone curve, 1 for a zigzag, 2/3 for independent noise;
-    - `drawdown`: how much of its best so far the smoothed curve lost at worst, never below 0;
-    - `final_minus_best`: its last value against its best one, below 0 where it ends worse, whichever way is better;
-    - `spikes`: the steps whose value stands out from the running median; never the first and the last, and two side by
-      side, but not three;
-    - `diverging`: it ends worse than it started, and worse than its smoothed best by more than can be noise. Start and
-      end are the medians of the first and the last fifth of the rows, 3 at least; False with fewer than 6 rows.
+    Of independent normal noise, on any slow trend, `noise_variance` is 0.89 of the variance and `oscillation` 2/3.
+    `spikes` are never the first and the last row, and two side by side, but not three. `diverging`: it ends worse than
+    it started, and worse than its smoothed best by more than can be noise. Start and end are the medians of the first
+    and the last fifth of the rows, 3 at least; False with fewer than 6 rows.
     """
     smoothed = smooth(values)
     curve = np.array(values, dtype=np.float64)
@@ -217,7 +211,7 @@ def measure_convergence(recipe: Recipe, all_stats: Stats, meanings: Mapping[str,
         threshold = recipe.comparison.threshold
         if threshold is None:
             lowest, best = min(of["start"] for of in alike), np.median([smooth(of["values"]).max() for of in alike])
-            threshold = lowest + NEAR_BEST * (float(best) - lowest)
+            threshold = lowest + NEAR_BEST * max(float(best) - lowest, 0.0)  # evaluated rewards may all be lower
         result = reach(own["costs"], own["values"], threshold, recipe.comparison.hold)
         seconds = own["costs"]["seconds"][-1]  # 0 where nothing was logged
         rate = (result["final"] - own["start"]) / seconds if seconds else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_trl.compare.evidence import Judged, Trajectory, measure_gains, measure_pair
 from rlhf_trl.stats.intervals import LEVEL, holm
-from rlhf_trl.text.format import format_estimate, format_number, format_p
+from rlhf_trl.text.format import format_estimate, format_number, format_p, join
 
 Row = dict[str, Any]
 BY = {"gold": "by the gold model", "reward": "by the reward model", "win_rate": "by the judge"}
@@ -220,8 +220,3 @@ def warn(measured: Sequence[Row]) -> list[str]:
 def _several(names: Sequence[str], kind: str, between: str = " and ") -> str:
     """Join a few names; of many, say how many."""
     return join(names, between) if len(names) <= 5 else f"{len(names)} {kind}"
-
-
-def join(names: Sequence[str], between: str = " and ") -> str:
-    """Join names as a sentence does: a, b and c."""
-    return between.join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

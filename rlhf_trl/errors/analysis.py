@@ -95,12 +95,8 @@ def columns(rows: Sequence[Row]) -> Columns:
 
 
 def analyse(rows: Sequence[Row], seed: int) -> Row:
-    """Measure accuracy, scores, length bias and calibration; one row or more needs finite scores.
-
-    Args:
-        rows: what `tabulate` returns, in any order.
-        seed: of the simulated calibration errors.
-    """
+    """Measure accuracy, scores, length bias and calibration of the rows of `tabulate`, one of which has finite scores.
+    `seed` is that of the simulated calibration errors."""
     data = columns(rows)
     scores, tokens, prompts, n = data["score"], data["tokens"], data["prompt"], len(data["margin"])
     return {

@@ -105,12 +105,8 @@ def fit_temperature(margins: np.ndarray, prompts: np.ndarray) -> Estimate:
 
 
 def describe_calibration(margin: np.ndarray, prompts: np.ndarray, fits: np.ndarray, seed: int) -> dict[str, Any]:
-    """Compare confidence with accuracy, and see what one temperature would mend; all arrays are (N,).
-
-    Args:
-        fits: whether the temperature is fitted on this half of the prompts.
-        seed: of the simulated calibration errors.
-    """
+    """Compare confidence with accuracy, and see what one temperature would mend, fitted on the half of the prompts
+    that `fits` marks; all arrays are (N,)."""
     sure, right = confidence(margin), correct(margin)
     edges = equal_mass(sure, BINS)
     bins = bin_of(sure, edges)

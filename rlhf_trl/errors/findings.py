@@ -39,10 +39,7 @@ Sign = tuple[str, Row]  # the name of a finding and the numbers that it rests on
 
 
 def find(analysis: Row) -> list[Row]:
-    """Say what the analysis shows; the first finding is a verdict on the whole.
-
-    Args:
-        analysis: of `analysis.analyse`, with `probes`.
+    """Say what the analysis, with its `probes`, shows; the first finding is a verdict on the whole.
 
     Returns:
         `name`, `alarm` (it needs attention), `says` and `rests_on` (the numbers behind it) of each finding.

@@ -29,11 +29,7 @@ class PairMetric(evaluate.Metric):
 
 
 def _margins(chosen: list[float], rejected: list[float]) -> np.ndarray:
-    """Subtract the scores, (N,) each.
-
-    Raises:
-        ValueError: there are no rows, or a score is not finite.
-    """
+    """Subtract the scores, (N,) each; ValueError without rows, or where a score is not finite."""
     margin = np.array(chosen, dtype=float) - np.array(rejected, dtype=float)
     if margin.size == 0:
         raise ValueError("the metric needs at least one row")

@@ -97,15 +97,8 @@ def _analyse_stage(recipe: Recipe, run: RunDir, stage: str, pairs: Sequence[Row]
 def examine(
     pairs: Sequence[Row], scores: np.ndarray, tokens: np.ndarray, reader: Reader, seed: int
 ) -> tuple[list[Row], Row]:
-    """Analyse the scores of pairs, (N, 2), of which one pair or more has two finite ones, and probe the reward model.
-
-    Args:
-        tokens: of the prompt, the chosen and the rejected answer, (N, 3).
-        seed: of the simulated calibration errors.
-
-    Returns:
-        The rows of `scores.jsonl`, and the analysis.
-    """
+    """Analyse the scores of pairs, (N, 2), of which one pair or more has two finite ones, and probe the reward model:
+    the rows of `scores.jsonl`, and the analysis. The arguments are those of `tabulate` and `analyse`."""
     rows, finite = tabulate(pairs, scores, tokens), np.isfinite(scores).all(axis=1)
     analysis = analyse(rows, seed)
     usable = [pair for pair, good in zip(pairs, finite, strict=True) if good]

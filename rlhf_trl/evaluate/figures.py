@@ -74,7 +74,7 @@ def _draw_kl(axes: Axes, policies: Row) -> None:
             axes.plot(limit, place, ">", markersize=7, clip_on=False, **look)
             axes.annotate(f"{mean:.3g}", (limit, place), (-7, 0), textcoords="offset points", ha="right", va="center")
     left = min(0, *(summary[key]["low"] for summary in policies.values() for key in ESTIMATORS))
-    style.root_scale(axes, left, limit)
+    style.root_scale(axes, max(left, -limit), limit)
     axes.set_ylim(len(policies) - 0.5, -0.5)
     axes.set_yticks(range(len(policies)), [textwrap.fill(name, 22) for name in policies])
     axes.grid(axis="y", visible=False)

@@ -159,10 +159,7 @@ def conclude(recipe: Recipe, metrics: Row, pareto: Row | None, over: Row) -> Row
 
 
 def load_adversarial() -> tuple[dict[str, str], list[Row]]:
-    """Read the prompts: what each category tests, and `id`, `category` and `prompt` (messages) of every prompt.
-
-    An id is the category and the place in its list, `sycophancy-3`.
-    """
+    """Read the prompts: what each category tests, and `id`, `category` and `prompt` (messages) of every prompt."""
     document = YAML(typ="safe", pure=True).load(PROMPTS)
     prompts: list[Row] = []
     for name, category in document.items():

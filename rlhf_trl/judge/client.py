@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 LONGEST_BACK_OFF = 30.0  # seconds: 1, doubled with every further attempt; half of it is left to chance
 LONGEST_WAIT = 60.0  # seconds; a server that asks for a longer wait (Retry-After) is not asked again
 LARGEST = 2 * 2**20  # bytes of a reply
-# So many calls that may pass, and nothing else between them: the server is down, or refuses everything.
-FAILURES_IN_A_ROW = 20
+# So many calls that may pass, or end without a text, and nothing else between them: the server is down, or refuses
+# everything, or the limit of tokens is too low, and each call is paid for.
+FAILURES_IN_A_ROW, NO_TEXT = 20, ("length", "null_content")
 BYTES_A_TOKEN = 4  # a rule of thumb
 
 
@@ -81,11 +82,11 @@ class Budget:
     spent: float = field(default=0.0, init=False)
     calls: int = field(default=0, init=False)
 
-    def add(self, usage: Usage | None) -> None:
-        """Count a finished call."""
+    def add(self, usage: Usage | None, uncounted: int = 0) -> None:
+        """Count a finished call, and the most that its attempts without a count may have cost."""
         dollars = cost(usage, self.price)
         self.calls += 1
-        self.spent += dollars
+        self.spent += dollars + uncounted * self.dearest
         self.dearest = max(self.dearest, dollars)
 
     def stop(self, in_flight: int) -> str | None:
@@ -184,7 +185,8 @@ class OpenAIClient:
             await self._pause(back_off if asked < 0 else max(asked + dice.uniform(0.0, 0.5), back_off))
         counted: list[Any] = [one.usage for one in replies if one.usage is not None]
         usage: Any = {name: sum(one[name] for one in counted) for name in Usage.__annotations__} if counted else None
-        return replace(replies[-1], usage=usage, attempts=len(replies))
+        uncounted = sum(one.status == "timeout" for one in replies)
+        return replace(replies[-1], usage=usage, attempts=len(replies), uncounted=uncounted)
 
     async def _attempt(self, messages: Sequence[Message]) -> Reply:
         try:
@@ -263,8 +265,8 @@ async def run_all(
             handed_over = False
             try:
                 reply = await judge.complete(request.messages)
-                budget.add(reply.usage)
-                failures = 0 if FAULTS[reply.status].stands else failures + 1
+                budget.add(reply.usage, reply.uncounted)
+                failures = 0 if FAULTS[reply.status].stands and reply.status not in NO_TEXT else failures + 1
                 if reply.status == "quota":
                     end("quota")
                 elif failures == FAILURES_IN_A_ROW:

@@ -82,9 +82,9 @@ class Question:
         return fill(self.template, self.prompt, *self.texts(), nonce)
 
     def verdict(self, line: Line) -> Verdict:
-        first = score_of(line)
+        first, status = score_of(line), line["status"] if len(set(self.texts())) == 2 else "same"
         return {"prompt_id": self.prompt_id, "subset": self.subset, "a": self.a, "b": self.b, "a_first": self.a_first,
-                "score": first if self.a_first or first is None else 1 - first, "status": line["status"],
+                "score": first if self.a_first or first is None else 1 - first, "status": status,
                 "length_a": len(self.answer_a["answer"]), "length_b": len(self.answer_b["answer"])}  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -41,7 +41,7 @@ class Fault(NamedTuple):
     remedy: str  # what to do where there is no verdict
 
 
-MANY = 10**9  # as often as the client's `attempts` allow
+MANY = 10**9  # as often as the client's `attempts` allow; not for a timeout: a server may go on, and be paid for it
 LONGER = "raise judge.max_tokens (reasoning counts too), or ask another model"
 FAULTS = {
     "ok": Fault(1, True, "ask another model"),
@@ -53,10 +53,9 @@ FAULTS = {
     "rate_limit": Fault(MANY, False, "lower judge.workers, and start the same command again later"),
     "quota": Fault(1, False, "add credit to the account of the key, or lower judge.prompts"),
     "server_error": Fault(MANY, False, "see the log of the server, or start the same command again later"),
-    "timeout": Fault(MANY, False, "raise judge.timeout or lower judge.workers"),
+    "timeout": Fault(2, False, "raise judge.timeout or lower judge.workers"),
     "connection": Fault(MANY, False, "see that the server runs at judge.base_url or OPENAI_BASE_URL"),
     "bad_request": Fault(1, False, "change the options of `judge:`"),
-    # A 200 with a page of HTML, half a body, or no choices in it.
     "unreadable": Fault(2, False, "check judge.base_url or OPENAI_BASE_URL: it is up to and with the /v1"),
 }  # fmt: skip
 # Of a bad request, by the first of these that its words name.
@@ -69,7 +68,8 @@ OPTIONS = {
 }
 DETAIL = 300  # characters of a server's own words that are kept
 QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-FILTERED = {"content_filter", "content_policy_violation"}
+FILTERED = {"content_filter", "content_policy_violation", "data_inspection_failed"}
+FLAGGED = re.compile(r"input was flagged|content exists risk", re.IGNORECASE)  # OpenRouter (403), DeepSeek
 UNSUPPORTED = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 # OpenAI, vLLM (two wordings) and llama.cpp, which share no code for it.
 TOO_LONG = re.compile(r"context[ _](length|size|window)|maximum model length|prompt is too long", re.IGNORECASE)
@@ -99,6 +99,7 @@ class Reply:
     detail: str | None = None  # why it is not "ok", in the words of the server or of the HTTP library
     wait: float | None = None  # seconds that the server asks to wait before the next attempt
     attempts: int = 1
+    uncounted: int = 0  # attempts that timed out: they may have cost something
 
 
 def read_answer(body: bytes) -> Reply:
@@ -108,8 +109,16 @@ def read_answer(body: bytes) -> Reply:
     match answer.get("choices"):
         case [{"message": dict(message), **choice}, *_]:
             text, refusal, finish = _text(message.get("content")), message.get("refusal"), choice.get("finish_reason")
+        case [] | None if about["usage"]:  # a gateway whose model declined (LiteLLM)
+            return Reply("null_content", **about, detail="no choices")
         case _:
-            return Reply("unreadable", **about, detail=words(body.decode(errors="replace")) or "an empty reply")
+            codes, said = read_error(body)
+            # OpenRouter sends 200 before a model begins, and the status of what came then in the body.
+            late = [int(code) for code in codes if re.fullmatch("[45][0-9]{2}", code)]
+            failed = read_failure(late[0], codes, {}, said) if late else None
+            return replace(failed or Reply("unreadable", detail=said or "an empty reply"), **about)
+    if finish == "error":
+        return Reply("server_error", text, **about, detail=words(f"finish_reason error: {choice.get('error')}"))
     if isinstance(refusal, str) and refusal:
         return Reply("refusal", _text(refusal), **about, detail="the model refused")
     if finish in ("content_filter", "length"):
@@ -127,9 +136,9 @@ def read_failure(status: int, codes: set[str], headers: Mapping[str, str], detai
     if status == 402 or codes & QUOTA:
         return Reply("quota", detail=detail)
     if status in (408, 409, 429) or status >= 500:
-        name = "rate_limit" if status == 429 else "server_error"
-        return Reply(name, detail=detail, wait=retry_after(headers, time.time()))
-    if codes & FILTERED:
+        wait = retry_after(headers, time.time())
+        return Reply("rate_limit" if status == 429 else "server_error", detail=detail, wait=wait)
+    if codes & FILTERED or FLAGGED.search(detail):
         return Reply("content_filter", detail=detail)
     if status < 400 or status in (401, 403, 404) or codes & UNSUPPORTED:
         return None
@@ -141,7 +150,7 @@ def read_error(body: bytes) -> tuple[set[str], str]:
     answer = _object(body)
     error = answer.get("error", answer)
     error = error if isinstance(error, dict) else {}
-    codes = {code for name in ("code", "type") if isinstance(code := error.get(name), str)}
+    codes = {str(code) for name in ("code", "type") if isinstance(code := error.get(name), (str, int))}
     return codes, words(_text(error.get("message")) or body.decode(errors="replace"))
 
 
@@ -164,11 +173,17 @@ def _usage(value: Any) -> Usage | None:
         usage = USAGE.validate_python({**value, "cached_tokens": cached or 0})
     except ValidationError:
         return None
+    total = value.get("total_tokens")
+    if type(total) is int:  # some leave the tokens of reasoning, which are paid for, to the total alone
+        usage["completion_tokens"] = max(usage["completion_tokens"], min(total, 10**9) - usage["prompt_tokens"])
     return usage if usage["cached_tokens"] <= usage["prompt_tokens"] else None
 
 
 def _text(value: Any) -> str | None:
     """A server's text without secrets, and without lone surrogates, which JSON can hold and no file can."""
+    if isinstance(value, list):  # of parts (Mistral), of which those of reasoning have another key
+        parts = [part.get("text") for part in value if isinstance(part, dict)]
+        value = "\n".join(part for part in parts if isinstance(part, str)) or None
     return redact(value.encode(errors="replace").decode()) if isinstance(value, str) else None
 
 
@@ -244,10 +259,8 @@ class JudgeCache:
     """The replies in one file. A line whose call may pass is kept as a log, but is no hit."""
 
     def __init__(self, path: Path, asked: str = ""):
-        """Read the file, mend an end that a kill cut off, and hold the file, which its owner alone may read.
-
-        Args:
-            asked: the server and the limit of tokens; what failed with others may pass with these.
+        """Read the file, mend an end that a kill cut off, and hold the file, which its owner alone may read. `asked`
+        are the server and the limit of tokens: what failed with others may pass with these.
 
         Raises:
             UserError: another process holds the file.

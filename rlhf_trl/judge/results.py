@@ -118,4 +118,6 @@ def _build_axis(recipe: Recipe, run: RunDir, verdicts: Sequence[Verdict]) -> Row
     described, area = describe_front(rates, kls, worst["gain"], worst["kl"], recipe.seed)
     trainers = {name: stage.trainer for name, stage in recipe.stages.items()}
     points = [{"policy": name, "step": None, "trainer": trainers.get(name), **described[name]} for name in rates]
+    for point in points[:-1]:  # of a share, the interval that stands in the table
+        point["gain"] = mean(rates[point["policy"]])
     return {"worst": worst, "points": points, "hypervolume": area, "best_of_n": [], "at_kl": []}

@@ -93,7 +93,7 @@ def judge(recipe: Recipe, run: RunDir) -> None:
         failed = [line for line in lines.values() if score_of(line) is None]
         # A bad_request among calls that passed is about its own words, and stays one.
         left = [of for of in failed if not FAULTS[of["status"]].stands and of["status"] != "bad_request"]
-        told = left or ([] if all(judged) else failed)
+        told = left or (failed if stopped or not all(judged) else [])
         reason = "; ".join(filter(None, [stopped, tell_failures(where, told)]))
         if by_key and not any(judged):
             raise NotRun(reason)

@@ -39,7 +39,7 @@ class Verdict(TypedDict):
     a_first: bool
     score: float | None
     """1 where `a` wins, 0.5 for a tie, 0 where `b` wins; None where there is no verdict, and `status` says why."""
-    status: str
+    status: str  # that of the call; `same` for two equal texts, about which no judge is asked
     length_a: int
     length_b: int
 
@@ -134,7 +134,7 @@ def win_rate(verdicts: Iterable[Verdict], a: str, b: str) -> dict[str, Any]:
 
 
 def measure_habits(verdicts: Iterable[Verdict]) -> dict[str, Any]:
-    """Measure a judge's habits over comparisons with both verdicts, and how many replies say nothing.
+    """Measure a judge's habits, on different texts with both verdicts, and how many of its replies say nothing.
 
     Returns:
         `consistency`: share of comparisons with the same result in both orders, a tie twice included. `first_share`,
@@ -142,7 +142,7 @@ def measure_habits(verdicts: Iterable[Verdict]) -> dict[str, Any]:
         matter. `tie_rate` among the verdicts. `invalid_rate`: share of the replies (status `ok`) without a verdict.
         `prefers_longer`, the length bias: how often the longer answer wins, a tie as half.
     """
-    verdicts = list(verdicts)
+    verdicts = [verdict for verdict in verdicts if verdict["status"] != "same"]
     pairs = pair_up(verdicts)
     scores, prompts = pairs.scores.ravel(), np.repeat(pairs.prompts, 2)
     longer, won = np.repeat(gap(pairs.lengths), 2), scores != 0.5

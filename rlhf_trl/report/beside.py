@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.compare.evidence import read_judge, read_points, smallest_that_matters
+from rlhf_trl.compare.evidence import find_doubts, read_judge, read_points, smallest_that_matters
 from rlhf_trl.compare.verdict import compare_groups, warn
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
@@ -58,12 +58,14 @@ def compare_runs(recipes: Recipes, runs: Runs) -> Row:
                          for name, stage in own["stages"].items()}  # fmt: skip
     versions = [read_json(runs[key].env)["versions"] for key in "ab"]
     why_not = _why_not_comparable(recipes, runs)
-    pairs = [] if why_not else _compare_policies(recipes, runs)
+    pairs, doubts = ([], {}) if why_not else _compare_policies(recipes, runs)
+    used = [(key, one) for pair in pairs for key, one in pair["measures"].items() if one["why_not"] is None]
+    warnings = [says for key in dict(used) for says in doubts[key]] + warn([one for _, one in used])
     return {
         "different": {"recipe": _differences(*settings), "versions": _differences(*versions)},
         "why_not": why_not,
         "pairs": pairs,
-        "warnings": warn([one for pair in pairs for one in pair["measures"].values() if one["why_not"] is None]),
+        "warnings": list(dict.fromkeys(warnings)),
     }
 
 
@@ -114,15 +116,18 @@ def _name(runs: Runs) -> dict[str, str]:
     return {key: os.path.relpath(root, os.path.commonpath(roots.values())) for key, root in roots.items()}
 
 
-def _compare_policies(recipes: Recipes, runs: Runs) -> list[Row]:
-    """Compare the groups of one name in both runs; without a name in common, every group with every other."""
+def _compare_policies(recipes: Recipes, runs: Runs) -> tuple[list[Row], dict[str, list[str]]]:
+    """Compare the groups of one name in both runs; without a name in common, every group with every other. Beside the
+    pairs, why each measure may mean little."""
     groups: dict[str, dict[str, str]] = {key: {} for key in "ab"}
     stages: dict[str, list[str]] = {}
-    records, scores = {}, {}
+    records, scores, doubts = {}, {}, dict[str, list[str]]()
     names = _name(runs)
     judges = {key: read_judge(recipe, runs[key]) for key, recipe in recipes.items()}
     for key, recipe in recipes.items():
         metrics = read_json(runs[key].metrics)
+        for measure, says in find_doubts(recipe, metrics, judges[key], recipe.policies).items():
+            doubts.setdefault(measure, []).extend(says)
         for group, own in recipe.groups.items():
             if own[0] in recipe.policies:
                 title = groups[key][group] = f"{names[key]} {group}"
@@ -137,4 +142,4 @@ def _compare_policies(recipes: Recipes, runs: Runs) -> list[Row]:
         judged = replace(judged, why_not="the runs have different judges, or other answers or questions for them")
     pairs = [(title, groups["b"][name]) for name, title in groups["a"].items() if name in groups["b"]]
     pairs = pairs or [(one, other) for one in groups["a"].values() for other in groups["b"].values()]
-    return compare_groups(pairs, stages, records, judged, smallest_that_matters(recipes["a"], runs["a"]))[0]
+    return compare_groups(pairs, stages, records, judged, smallest_that_matters(recipes["a"], runs["a"]))[0], doubts

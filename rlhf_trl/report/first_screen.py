@@ -19,10 +19,11 @@ Documents = Mapping[str, Any]
 Row = dict[str, Any]
 SCORES = ("gold", "reward")
 UNPROVEN = "has not shown that it can tell better answers"
+LEFT_OUT = 0.2  # share of the prompts without a verdict, from which on a reader is told
 # What `stats.pairs` found -> what the first screen warns of.
 DOUBTS = {
     "none": "nothing here compares it with human labels",
-    "unknown": "it gave no verdict in both orders on any pair that people labelled",
+    "unknown": f"it was held against fewer than {FEWEST} pairs that people labelled",
     "chance": "it is not clear of a coin",
     "length": "it is not clear of what length alone can do",
 }
@@ -168,5 +169,7 @@ def _warn_of_judge(result: Any) -> Iterator[tuple[Any, ...]]:
         if key in numbers and judge_share(numbers[key], level) == fault and (kind == "openai" or key != "consistency"):
             yield name, says
     for entry in result["win_rates"]:
+        if raw(entry["missing"]["comparisons"]) > LEFT_OUT * raw(result["prompts"]):
+            yield entry["a"], "many prompts have no verdict, and a win rate on the others may not hold for them"
         for says in entry["length_controlled"]["warnings"]:
             yield entry["a"], "win rate at equal length:", says

@@ -140,8 +140,8 @@ def fit_over_optimisation(
     d = alpha / (2 beta).
 
     Returns:
-        `alpha`, `beta` and `peak_kl`, None where there is no finite peak at d > 0; None with fewer than three
-        different d > 0: two parameters go through any two points.
+        `alpha`, `beta` and `peak_kl`, None where there is no finite peak, or one before the first d > 0; None with
+        fewer than three different d > 0: two parameters go through any two points.
     """
     kl, gain = _points(kl, gain)
     d, gain = np.sqrt(kl[kl > 0]), gain[kl > 0]
@@ -149,13 +149,13 @@ def fit_over_optimisation(
         return None
     bend = d * d if form == "bon" else d * np.log(d)
     alpha, beta = np.linalg.lstsq(np.stack([d, -bend], axis=1), gain, rcond=None)[0].tolist()
-    peak = None
+    peak = math.nan
     if form == "bon" and alpha > 0 and beta > 0:
         peak = (alpha / (2 * beta)) ** 2
     # exp(350) squared, the peak's KL, is near the largest float.
     if form == "rl" and beta > 0 and alpha / beta - 1 < 350:
         peak = math.exp(alpha / beta - 1) ** 2
-    return {"alpha": alpha, "beta": beta, "peak_kl": peak}
+    return {"alpha": alpha, "beta": beta, "peak_kl": peak if peak >= d.min() ** 2 else None}
 
 
 def _points(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -40,7 +40,7 @@ def wilson(successes: float, n: float) -> Estimate:
     if n <= 0 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}")
     low, high = proportion_confint(successes, n, alpha=LEVEL, method="wilson")
-    return Estimate(successes / n, float(low), float(high), int(n))
+    return Estimate(successes / n, max(float(low), 0.0), min(float(high), 1.0), int(n))  # rounding may leave 0 to 1
 
 
 def estimate_rate(values: Values) -> Estimate:

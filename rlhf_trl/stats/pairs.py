@@ -5,11 +5,12 @@ columns, the first is the chosen answer, the second the rejected one; `prompts` 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rlhf_trl.stats.intervals import Estimate, estimate_ratio, wilson
+from rlhf_trl.stats.intervals import FEWEST, Estimate, estimate_ratio, wilson
 
 
 def correct(margin: np.ndarray) -> np.ndarray:
@@ -36,18 +37,14 @@ def share(values: np.ndarray, prompts: np.ndarray) -> Estimate:
 
 
 def average(values: np.ndarray, prompts: np.ndarray) -> Estimate:
-    """Estimate a mean over pairs as a ratio of sums over prompts; for a paired comparison, give the differences."""
+    """Estimate a mean over pairs as a ratio of sums over prompts, which are the `n`; for a paired comparison, give the
+    differences."""
     values, sums, counts = _by_prompt(values, prompts)
-    interval = estimate_ratio(sums, counts)
-    return Estimate(float(values.mean()), interval.low, interval.high, len(values))
+    return replace(estimate_ratio(sums, counts), mean=float(values.mean()))
 
 
 def _by_prompt(values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The values, their sum over each prompt, and their number.
-
-    Raises:
-        ValueError: there are no values.
-    """
+    """The values, their sum over each prompt, and their number there; ValueError without any."""
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         raise ValueError("an estimate needs at least one value")
@@ -95,9 +92,9 @@ def length_rule(right: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> 
 def trust_in(scorer: Mapping[str, Any]) -> str:
     """Say whether a scorer of labelled pairs, with its `accuracy` and `length_rule`, can tell the better answer.
 
-    Returns `informed`; `chance` or `length`, which it is not clear of; `unknown` without a verdict on any pair.
+    Returns `informed`; `chance` or `length`, which it is not clear of; `unknown` from fewer than `FEWEST` pairs.
     """
-    if scorer["accuracy"]["mean"] is None:
+    if scorer["accuracy"]["mean"] is None or scorer["accuracy"]["n"] < FEWEST:
         return "unknown"
     if scorer["accuracy"]["low"] <= 0.5:
         return "chance"

@@ -34,6 +34,11 @@ def format_estimate(estimate: Mapping[str, float | None], sign: str = "", percen
     return text.replace("-", "−").replace("inf", "∞")
 
 
+def join(names: Sequence[str], between: str = " and ") -> str:
+    """Join names as a sentence does: a, b and c."""
+    return between.join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
 def format_p(p: float) -> str:
     """Write a p-value, no smaller than can be known: `p = 0.031`, `p < 0.001`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
@@ -71,7 +76,6 @@ STYLES: dict[str, Callable[[Any], str]] = {
     "percent": lambda value: f"{100 * value:.1f}\u00a0%",
     "count": lambda value: f"{value:,.0f}" if value == round(value) else f"{value:,.1f}",
     "rounded": lambda value: f"{value:,.0f}",
-    "steps": lambda value: ", ".join(map(str, value)) or "none",
     "p": lambda value: format_p(value).removeprefix("p ").removeprefix("= "),
     "dollars": format_dollars,
     "seconds": format_seconds,

@@ -230,7 +230,8 @@ def test_stages_that_are_asked_for_are_compared(judged_run):
 
     results = asked("rm", "gold")
     assert (set(results["stages"]), results["pairs"], results["verdict"]) == ({"rm", "gold"}, [], None)
-    assert asked("sft", "dpo", "ppo")["verdict"]["warnings"][-1] == "not among the compared: grpo"
+    worse = "lower than the reference by the gold model: ppo"
+    assert asked("sft", "dpo", "ppo")["verdict"]["warnings"][-2:] == [worse, "not among the compared: grpo"]
 
 
 def test_a_judge_of_other_answers_is_not_used_and_a_missing_evaluation_is_named(tmp_path):

@@ -268,6 +268,10 @@ def test_evaluated_checkpoints_let_every_method_be_compared(rl):
         if checkpoints is curve:
             assert (dpo["start"], dpo["final"], dpo["tokens"]) == (-0.25, pytest.approx(1.0), None)
             assert dpo["rate"] == pytest.approx(1.25 / (60 * 1.9))
+    fallen = {name: [{"step": step, "reward": {"mean": -0.5 if name == "dpo" else -1.0}} for step in (15, 30, 45, 60)]
+              for name in recipe.policies}  # fmt: skip
+    found = compare_stages(recipe, stats, {"policies": reference, "checkpoints": fallen}, {}, recipe.policies)
+    assert not any(of["convergence"]["reached"] for of in found["stages"].values()), "below what they started from"
 
 
 def test_sampled_tokens_are_counted_between_logs_after_the_last_and_once_a_batch():

@@ -46,6 +46,7 @@ def complete(client: OpenAIClient, messages=ASK) -> Reply:
 
 
 # Behaviours of the server, what one call comes to with at most three attempts, how many were made, and the text kept.
+PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "[[B]]"}]}, {"type": "text", "text": "So.\n[[A]]"}]
 QUOTA = status(429, {"code": "insufficient_quota", "type": "insufficient_quota"})
 TABLE = {
     "ok": ([ok("because\n[[B]]")], "ok", 1, "because\n[[B]]"),
@@ -54,10 +55,10 @@ TABLE = {
     "Retry-After too long": ([status(429, headers={"Retry-After": "3600"})] * 9, "rate_limit", 1, None),
     "quota": ([QUOTA] * 9, "quota", 1, None),
     "500": ([status(500)] * 9, "server_error", 3, None),
-    "hang": ([hang] * 9, "timeout", 3, None),
-    "a body that drips": ([drip(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"\n")] * 9, "timeout", 3, None),
-    "headers that drip": ([drip(b"HTTP/1.1 200 OK\r\n", b"X-Wait: 1\r\n")] * 9, "timeout", 3, None),
-    "102 for ever": ([drip(b"", b"HTTP/1.1 102 Processing\r\n\r\n")] * 9, "timeout", 3, None),
+    "hang": ([hang] * 9, "timeout", 2, None),
+    "a body that drips": ([drip(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"\n")] * 9, "timeout", 2, None),
+    "headers that drip": ([drip(b"HTTP/1.1 200 OK\r\n", b"X-Wait: 1\r\n")] * 9, "timeout", 2, None),
+    "102 for ever": ([drip(b"", b"HTTP/1.1 102 Processing\r\n\r\n")] * 9, "timeout", 2, None),
     "endless headers": ([raw(b"{}", X="x" * 10**6)] * 9, "connection", 3, None),
     "a huge body": ([raw(b" " * (LARGEST + 1))] * 9, "unreadable", 2, None),
     "a packed body": ([raw(gzip.compress(b" " * 10**6), **{"Content-Encoding": "gzip"})] * 9, "unreadable", 2, None),
@@ -68,6 +69,13 @@ TABLE = {
     "refusal": ([json_of(completion(None, refusal="I cannot judge this."))] * 9, "refusal", 1, "I cannot judge this."),
     "content filter": ([json_of(completion("I", "content_filter"))] * 9, "content_filter", 1, "I"),
     "length": ([json_of(completion("Both answers are", "length"))] * 9, "length", 1, "Both answers are"),
+    "parts": ([json_of(completion(PARTS))], "ok", 1, "So.\n[[A]]"),
+    "no choices": ([json_of(completion("") | {"choices": []})] * 9, "null_content", 2, None),
+    "an error in the middle": ([json_of(completion("Answer A", "error"))] * 9, "server_error", 3, "Answer A"),
+    "429 in a 200, then ok": ([json_of({"error": {"code": 429, "message": "slow"}}), ok("[[A]]")], "ok", 2, "[[A]]"),
+    "402 in a 200": ([json_of({"error": {"code": 402, "message": "credits"}})] * 9, "quota", 1, None),
+    "flagged, OpenRouter": ([status(403, {"code": 403}, "Your input was flagged")] * 9, "content_filter", 1, None),
+    "flagged, DeepSeek": ([status(400, {"code": "x"}, "Content Exists Risk")] * 9, "content_filter", 1, None),
     "dropped connection": ([drop] * 9, "connection", 3, None),
     "dropped, then ok": ([drop, ok("[[A]]")], "ok", 2, "[[A]]"),
     "cut in the middle": ([cut] * 9, "connection", 3, None),
@@ -86,7 +94,7 @@ def test_what_a_call_comes_to(name):
     with FakeOpenAI(script) as server:
         reply = complete(client_of(server, timeout=timeout))
         assert (reply.status, reply.attempts, len(server.requests)) == (expected, attempts, attempts)
-        assert reply.text == text
+        assert (reply.text, reply.uncounted) == (text, attempts * (expected == "timeout"))
         assert (reply.detail is None) == (expected == "ok")
 
 
@@ -242,6 +250,8 @@ def test_retry_after_in_each_of_its_forms(headers, seconds):
         ({}, COUNTED | {"cached_tokens": 0}),  # a local server counts no cached tokens
         ({"prompt_tokens_details": None}, COUNTED | {"cached_tokens": 0}),
         ({"prompt_tokens_details": {"cached_tokens": 40}}, COUNTED),
+        ({"total_tokens": 374}, COUNTED | {"cached_tokens": 0, "completion_tokens": 274}),  # with those of reasoning
+        ({"total_tokens": "374"}, COUNTED | {"cached_tokens": 0}),
         ({"prompt_tokens_details": {"cached_tokens": 101}}, None),
         ({"prompt_tokens_details": {"cached_tokens": -1}}, None),
         ({"prompt_tokens": -1}, None),
@@ -357,7 +367,7 @@ def test_a_second_ctrl_c_leaves_at_once():
     [
         *(
             (json.dumps(value).encode(), "unreadable")
-            for value in (None, [], 3, "text", {"choices": {}}, {"choices": []}, {"error": {"code": 502}})
+            for value in (None, [], 3, "text", {"choices": {}}, {"choices": []}, {"error": {"code": 401}})
         ),
         *((json.dumps({"choices": [choice]}).encode(), "unreadable") for choice in ("x", {}, {"message": "x"})),
         *((body, "unreadable") for body in (b"", b"<html>", b"[" * 200_000, b"\xff\xfe\x00", b"9" * 5000)),
@@ -375,6 +385,7 @@ def test_no_body_crashes_the_reader(body, status):
     [
         ({"error": {"code": "a", "type": "b", "message": "no"}}, {"a", "b"}, "no"),
         ({"error": {"code": [1], "type": {}, "message": [2]}}, set(), "[2]"),
+        ({"error": {"code": 402, "message": "no"}}, {"402"}, "no"),
         ({"detail": [{"msg": "field not known"}]}, set(), "field not known"),
         ({"error": "overloaded"}, set(), "overloaded"),
         *((value, set(), "") for value in (None, [], 3, "x", {"error": None})),
@@ -402,6 +413,7 @@ def test_a_call_that_ends_the_run_keeps_what_was_in_flight(ending, says):
     [
         (lambda n: "connection", 200, 4, f"{FAILURES_IN_A_ROW} calls in a row failed"),
         (lambda n: "ok" if n % 10 == 0 else "timeout", 100, 1, None),  # failures between replies
+        (lambda n: "length", 200, 4, f"{FAILURES_IN_A_ROW} calls in a row failed"),  # each of them is paid for
         (lambda n: "refusal", 100, 1, None),  # a judge that always refuses
         (lambda n: "ok", 0, 1, None),
     ],
@@ -443,4 +455,6 @@ def test_a_budget_counts_what_is_in_flight_and_what_calls_cost_beyond_the_foreca
     budget.add({"prompt_tokens": 400_000, "cached_tokens": 0, "completion_tokens": 0})  # dearer than was thought
     assert budget.stop(0) is None
     assert "max_cost" in budget.stop(1)
+    budget.add(None, uncounted=1)  # it may have cost as much as the dearest
+    assert "$0.8500 spent" in budget.stop(0)
     assert Budget(MINI, dearest=9.0).stop(10**6) is None

@@ -139,6 +139,7 @@ def test_every_pair_is_shown_in_both_orders_and_the_same_text_is_a_tie_without_a
     assert rate_of(result, "dpo")["n"] == 30
     habits = {name: found["mean"] for name, found in result["habits"].items()}
     assert (habits["consistency"], habits["first_share"], habits["prefers_longer"]) == (1.0, 0.5, 1.0)
+    assert [result["habits"][name]["n"] for name in ("consistency", "invalid_rate")] == [45, 90], "its own verdicts"
     assert rate_of(result, "dpo")["length_controlled"]["warnings"]
     assert result["ratings"]["reference"]["mean"] == 0.0
     assert set(rate_of(result, "dpo")["subsets"]) == set(SUBSETS)
@@ -147,7 +148,7 @@ def test_every_pair_is_shown_in_both_orders_and_the_same_text_is_a_tie_without_a
     assert result["cost"]["models"] == ["judge-2025-04-14"]
     assert re.fullmatch(r"gpt-4\.1-mini@[0-9a-f]{12}", result["judge"]["id"])
     points = {point["policy"]: point for point in result["pareto"]["points"]}
-    assert points["dpo"]["gain"]["mean"] == 1.0 and points["reference"]["gain"]["mean"] == 0.5
+    assert points["dpo"]["gain"] == rate_of(result, "dpo")["win_rate"] and points["reference"]["gain"]["mean"] == 0.5
     assert points["dpo"]["kl"]["mean"] == 4.0
 
 

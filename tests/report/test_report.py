@@ -345,7 +345,8 @@ def test_the_first_screen_is_one_table_of_the_methods(show):
           "the judge: it changes verdicts when the answers change places"]),
         ({"judge": "length", "policies": ["dpo"]}, {"verdict": "length"}, ["not clear of what length alone can do"]),
         ({"judge": "unlabelled", "policies": ["dpo"]}, None, ["nothing here compares it with human labels"]),
-        ({"judge": "silent", "policies": ["dpo"]}, None, ["it gave no verdict in both orders on any pair"]),
+        ({"judge": "silent", "policies": ["dpo"]}, None,
+         ["it was held against fewer than 20 pairs", "dpo: many prompts have no verdict"]),
     ],
 )  # fmt: skip
 def test_what_to_beware_of_is_one_list(show, options, change, warnings):
@@ -377,7 +378,13 @@ def test_sections_stand_only_where_their_data_exist(show):
     plain = show(stages=STAGES, evaluation={"best_of_n": 0, "adversarial": False})
     assert plain.section("adversarial") is None and plain.section("judge") is None
     assert "Gold gain score points" not in plain.rows("short")["dpo"] and "gold" not in plain.words("results")
-    full = show()
+
+    def fell(run):
+        with edited(run.over_optimisation) as over:
+            next(of for of in over["alarms"] if (of["policy"], of["alarm"]) == ("ppo", "cut"))["threshold"] = 0.5
+
+    full = show(fell)
+    assert full.rows("alarms")["cut"]["Threshold"] == "1.50, 0.50"
     assert {"reference", "dpo", "grpo", "ppo"} <= set(full.words("adversarial").split())
     assert "Best of n" in full.words("results") and "Gain against KL along the training" in full.words("alarms")
     assert {name for name in full.rows("alarms") if "⚠ ppo" in name} == {"gold ⚠ ppo", "length ⚠ ppo"}
@@ -536,8 +543,9 @@ def laid(runs: dict[str, tuple[Recipe, RunDir]]) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_policies_of_one_name_are_compared_prompt_by_prompt(tmp_path):
-    runs = two_runs(tmp_path)
+    runs = two_runs(tmp_path, accuracy=(0.5, 0.5))
     found = laid(runs)
+    assert found["warnings"][0] == "the gold model has not shown that it can tell better answers"
     assert (found["why_not"], found["different"]) == (None, {"recipe": [], "versions": []})
     assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [
         (f"first {name}", f"second {name}") for name in ("dpo", "grpo", "ppo")

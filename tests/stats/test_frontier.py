@@ -205,6 +205,7 @@ CURVES = {"bon": lambda d, alpha, beta: d * (alpha - beta * d),
         ("rl", 1.0, -0.2, None),
         ("bon", -1.0, 1.0, None),  # falling from the start
         ("rl", 1.0, 1e-3, None),  # a peak that is beyond any number
+        ("rl", -2.0, 0.5, None),  # a peak before the first point, where nothing was measured
     ],
 )
 def test_fit_recovers_the_curve_and_its_peak(form, alpha, beta, peak):

@@ -32,9 +32,9 @@ def test_shares_have_the_published_intervals(successes, n, low, high):
 def test_copies_of_a_pair_add_no_certainty():
     """Each prompt four times with the same outcome is worth as much as once."""
     prompts, scores = np.arange(300), np.random.default_rng(0).normal(size=300)
-    for measure, values, apart in ((share, prompts < 180, 2e-4), (average, scores, 1e-12)):
+    for measure, values, apart, n in ((share, prompts < 180, 2e-4, 1200), (average, scores, 1e-12, 300)):
         once, often = measure(values, prompts), measure(np.repeat(values, 4), np.repeat(prompts, 4))
-        assert (often.mean, often.n) == (pytest.approx(once.mean), 1200)
+        assert (often.mean, often.n) == (pytest.approx(once.mean), n)
         assert (often.low, often.high) == pytest.approx((once.low, once.high), abs=apart)
 
 
@@ -91,12 +91,17 @@ def test_the_length_rule_takes_the_better_side_and_is_compared_on_the_same_pairs
 
 
 @pytest.mark.parametrize(
-    ("low", "over", "trust"),
-    [(0.66, (0.02, 0.1), "informed"), (0.55, (-0.02, 0.1), "length"), (0.5, (0.3, 0.5), "chance")],
+    ("low", "over", "n", "trust"),
+    [
+        (0.66, (0.02, 0.1), 20, "informed"),
+        (0.55, (-0.02, 0.1), 90, "length"),
+        (0.5, (0.3, 0.5), 90, "chance"),
+        (0.51, (0.5, 0.5), 4, "unknown"),  # four of four
+    ],
 )
-def test_a_reward_model_that_judges_is_held_to_chance_and_length(low, over, trust):
+def test_a_reward_model_that_judges_is_held_to_chance_and_length(low, over, n, trust):
     rule = {"over_rule": {"low": over[0], "high": over[1]}}
-    model = {"accuracy": {"mean": 0.7, "low": low, "high": 0.8}, "length_rule": rule}
+    model = {"accuracy": {"mean": 0.7, "low": low, "high": 0.8, "n": n}, "length_rule": rule}
     result = {"judge": {"kind": "reward"}, "calibration": {"reward_model": model, "verdict": None}}
     assert weigh_trust(result) == trust
     assert weigh_trust({**result, "calibration": {"reward_model": None, "verdict": None}}) == "none"

@@ -16,12 +16,12 @@ from rlhf_trl.stats.intervals import (
 )
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 30, 200, 8552])
+@pytest.mark.parametrize("n", [1, 2, 7, 30, 38, 77, 200, 8552])
 def test_wilson_is_scipys(n):
     for successes in {0, 1, n // 3, n // 2, n - 1, n}:
         truth = binomtest(successes, n).proportion_ci(method="wilson")
         found = wilson(successes, n)
-        assert (found.mean, found.n) == (successes / n, n)
+        assert (found.mean, found.n) == (successes / n, n) and 0 <= found.low <= found.high <= 1
         assert (found.low, found.high) == pytest.approx((truth.low, truth.high), abs=1e-12)
 
 
