@@ -46,9 +46,10 @@ def wilson(successes: float, n: float) -> Estimate:
 def estimate_rate(values: Values) -> Estimate:
     """Estimate the mean of scores from 0 to 1, such as a win rate in which a tie is half.
 
-    Wilson's interval with the effective sample size of Korn and Graubard (1998): the number of wins and
-    losses whose mean would have the same variance. Where all are the same, others are at most 1 - 0.025^(1/n)
-    (Clopper and Pearson, 1934).
+    Wilson's interval with the effective sample size of Korn and Graubard (1998): the number of wins and losses whose
+    mean would have the same variance; where ties make it more than n, with one more of each (Agresti and Caffo, 2000):
+    the variance of a few tells little. Where all are the same, others are at most 1 - 0.025^(1/n) (Clopper and
+    Pearson, 1934).
     """
     scores = _finite(values)
     n, mean = scores.size, float(scores.mean())
@@ -56,6 +57,8 @@ def estimate_rate(values: Values) -> Estimate:
         others = 1 - 0.025 ** (1 / n)
         return Estimate(mean, mean - others * mean, mean + others * (1 - mean), n)
     effective = mean * (1 - mean) / (scores.var(ddof=1) / n)
+    if effective > n:
+        effective = max(mean * (1 - mean) / (np.append(scores, [0.0, 1.0]).var(ddof=1) / n), n)
     return dataclasses.replace(wilson(mean * effective, effective), mean=mean, n=n)
 
 

@@ -72,6 +72,8 @@ def test_a_rate_of_plain_wins_is_wilsons_and_ties_make_it_narrower():
     assert (plain.low, plain.high) == pytest.approx((truth.low, truth.high), abs=2e-3)
     tied = estimate_rate(np.repeat([0.0, 0.5, 1.0], [20, 80, 100]))
     assert tied.mean == 0.7 and tied.high - tied.low < plain.high - plain.low
+    one = estimate_rate([0.5] * 119 + [1.0])  # of 120 equal answers but for one, as of none
+    assert one.high - one.low > 0.9 * np.ptp([getattr(estimate_rate([0.5] * 120), end) for end in ("low", "high")])
     same = estimate_rate([1.0] * 20)
     assert (same.low, same.high) == (pytest.approx(0.025 ** (1 / 20)), 1)
 
