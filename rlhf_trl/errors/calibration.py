@@ -79,10 +79,7 @@ def fit_temperature(margins: np.ndarray, prompts: np.ndarray) -> Estimate:
     """Find the T for which sigma(d / T) has the least loss (Guo et al. 2017), with its 95 % interval.
 
     Above 1, the model is over-confident. The interval is a normal one on the scale of log T, with the prompt as the
-    unit (White's sandwich).
-
-    Raises:
-        ValueError: no T does; the message says why.
+    unit (White's sandwich). A ValueError says why no T does.
     """
     if len(margins) == 0 or not np.any(margins < 0):
         raise ValueError("no pair of this half is wrong, so that the loss falls for ever as T falls")
@@ -100,7 +97,9 @@ def fit_temperature(margins: np.ndarray, prompts: np.ndarray) -> Estimate:
     sharpness = float(brentq(slope, 0.0, high, xtol=1e-12 * high, rtol=1e-12))
     right = expit(sharpness * margins)
     error = math.sqrt(_squared_sums(margins * (1 - right), prompts)) / np.sum(margins**2 * right * (1 - right))
-    spread = float(np.exp(1.96 * error / sharpness))
+    if not error < 100 * sharpness:
+        raise ValueError("the margins are hardly positive on average, so that the temperature could be any")
+    spread = math.exp(1.96 * error / sharpness)
     return Estimate(1 / sharpness, 1 / sharpness / spread, spread / sharpness, len(margins))
 
 

@@ -108,10 +108,11 @@ def _studentise(array: np.ndarray) -> tuple[float, float, float]:
     mean = float(array.mean())
     if np.ptp(array) <= ROUNDING * float(np.abs(array).max()):
         return mean, 0.0, 0.0
-    n, apart = array.size, array - mean
+    n, scale = array.size, float(np.abs(array - mean).max())
+    apart = (array - mean) / scale  # so that no power of it leaves the range of floats
     spread = math.sqrt(float((apart**2).mean()))
     skewness = float((apart**3).mean()) / spread**3 * (math.sqrt(n * (n - 1)) / (n - 2) if n > 2 else 1.0)
-    return mean, spread / math.sqrt(n - 1), skewness / math.sqrt(n)
+    return mean, scale * spread / math.sqrt(n - 1), skewness / math.sqrt(n)
 
 
 def _uncorrect(quantile: float, skewness: float) -> float:

@@ -64,6 +64,9 @@ def test_equal_values_have_no_width_and_are_as_unlikely_as_coins():
     assert (p_of_mean([2.5] * 10), p_of_mean([0.0] * 10)) == (2 * 0.5**10, 1)
     assert p_of_mean(np.full(20, 0.1) + 1e-17) == 2 * 0.5**20
     assert estimate_mean([2.5]) == Estimate(2.5, 2.5, 2.5, 1)
+    for scale in (1e-200, 1e200):  # of Brier scores of sure pairs, and of estimates of the KL that have run away
+        found = estimate_mean([scale, 2 * scale, 3 * scale])
+        assert found.high / scale == pytest.approx(estimate_mean([1.0, 2.0, 3.0]).high)
 
 
 def test_a_rate_of_plain_wins_is_wilsons_and_ties_make_it_narrower():
