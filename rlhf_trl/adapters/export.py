@@ -74,7 +74,6 @@ def export(
     adapters = [adapter_path(recipe, run, name) for name in stages]
     base = find_base(recipe, run, stages[0], base_id, revision, ship)
     kind, tokenizer = kind_of(recipe, stage), recorded_tokenizer(recipe, run, stage)
-    _require_no_date(tokenizer)
     with staged(out) as folder:
         _write_adapter(adapters, base, folder)
         write_tokenizer(tokenizer, kind, folder)
@@ -104,17 +103,6 @@ def require_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "this is there already", "name a folder that does not exist")
     out.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _require_no_date(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that renders a text differently on another day: scores would change with it."""
-    days = set()
-    for day in ("Monday", "Tuesday"):
-        template = f"{{%- macro strftime_now(format) -%}}{day}{{%- endmacro -%}}{tokenizer.chat_template}"
-        days.add(tokenizer.apply_chat_template(TALK, tokenize=False, chat_template=template))
-    if len(days) > 1:
-        remedy = "give the tokenizer a template that does not call strftime_now, and prepare again"
-        raise UserError("chat template", "the template writes today's date", remedy)
 
 
 def _require_no_path(folder: Path, paths: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ evaluation, so that all score the same tokens.
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import itertools
 import json
@@ -36,6 +37,8 @@ MODEL: Patterns = (("config.json",), ("*.safetensors",))
 HH_TEMPLATE = Path(__file__).parent / "hh.jinja"
 # Byte-level BPE tokens of bytes that UTF-8 never contains: no text produces them, so one can be the padding token.
 NON_UTF8_BYTE_TOKENS = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø")
+TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.+?)\1\s*\)""")
+DAY = datetime.date(2024, 7, 26)  # that of Llama 3's template where it is not told the day
 
 
 def load_tokenizer(recipe: Recipe, run: RunDir) -> PreTrainedTokenizerBase:
@@ -55,10 +58,8 @@ def recorded_tokenizer(recipe: Recipe, run: RunDir, stage: str | None = None) ->
 
 def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBase:
     """Load a tokenizer and give it what every stage needs: padding on the left, a chat template with a fixed date, the
-    end token of that template, and another token of the vocabulary to pad with, so that no end is masked.
-
-    Raises:
-        UserError: there is no end-of-sequence token, or no token to pad with.
+    end token of that template, and another token of the vocabulary to pad with, so that no end is masked. UserError
+    where no token can end or pad a text, or a text would not have the same tokens everywhere.
     """
     from transformers import AutoTokenizer  # it imports torch, which the processes of `prepare` need not
 
@@ -67,16 +68,24 @@ def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBas
         path = str(Path(path).parent)  # the base that an adapter ships, whose tokenizer lies beside it
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):  # mistral-common's, or one in Python
+            problem = f"it is read by {type(tokenizer).__name__}, which lacks a chat template or the places of tokens"
+            raise UserError(path, problem, "use a model with a tokenizer.json, and uninstall mistral-common")
         template = tokenizer.get_chat_template() if tokenizer.chat_template else ""  # the default one of several
     except (OSError, ValueError) as error:
         raise unreachable(path, error) from error
     if tokenizer.eos_token is None:
         raise UserError(path, "the tokenizer has no end-of-sequence token", "use a model with one")
+    tokenizer.clean_up_tokenization_spaces = False  # made for BERT; it takes spaces out of what a model has said
+    if "two words" not in tokenizer.decode(tokenizer("two words", add_special_tokens=False).input_ids):
+        remedy = "save it from PreTrainedTokenizerFast, and name that folder (huggingface/transformers#45488)"
+        raise UserError(path, "the tokenizer loses the spaces of a text", remedy)
     if not template:
         begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # such models answer badly without it
         template = "{{ bos_token }}" * begins + HH_TEMPLATE.read_text(encoding="utf-8")
-    date = '{%- set date_string = "26 Jul 2024" -%}' if "strftime_now" in template else ""
-    tokenizer.chat_template = date + template
+    tokenizer.chat_template = TODAY.sub(lambda call: repr(DAY.strftime(call[2])), template)
+    if "strftime_now(" in tokenizer.chat_template:
+        raise UserError("chat template", "it writes today's date", "use a model whose template does not")
     own, end = str(tokenizer.eos_token), _end_token(tokenizer)
     if end != own:  # the text of the template stays as it is
         tokenizer.chat_template = re.sub(r"\beos_token\b", lambda _: repr(own), tokenizer.chat_template)
@@ -148,27 +157,30 @@ def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], *sid
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], *sides: Sequence[str]
 ) -> Iterator[list[list[int]]]:
-    """Encode prompts, each with its answers of every side, in one call of the tokenizer.
-
-    Special tokens, BOS included, come from the chat template alone.
+    """Encode prompts, each with its answers, as `render` writes them: no special token comes from elsewhere.
 
     Returns:
         For each prompt, the token ids of it (with the generation prompt) and of its answers (with the end token).
-
-    Raises:
-        UserError: as in `render`.
     """
-    texts = render(tokenizer, prompts, *sides) if prompts else []
-    if texts and tokenizer.is_fast:
-        # As `tokenizer(texts)`, without offsets, masks and copies that are unused: it saves a sixth of `prepare`.
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-        ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    else:
-        ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
-    return (ids[at : at + 1 + len(sides)] for at in range(0, len(ids), 1 + len(sides)))
+    texts, step = render(tokenizer, prompts, *sides) if prompts else [], 1 + len(sides)
+    ids = _tokenise(tokenizer, texts)
+    newline, word, both = _tokenise(tokenizer, ["\n", "0", "\n0"]) if sides else ([], [], [])
+    if both != newline + word:  # it puts a space before every text: an answer has other tokens after its prompt
+        wholes = _tokenise(tokenizer, [texts[at - at % step] + text for at, text in enumerate(texts)])
+        for at, whole in enumerate(wholes):
+            prompt = ids[at - at % step]
+            if at % step and whole[: len(prompt)] == prompt:
+                ids[at] = whole[len(prompt) :]
+    return (ids[at : at + step] for at in range(0, len(ids), step))
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Do as `tokenizer(texts)` without offsets, masks and copies that are unused: it saves a sixth of `prepare`."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def encode(

@@ -217,14 +217,6 @@ def test_a_parent_that_was_trained_again_is_noticed(gpt2_run, tmp_path):
             export(run, "dpo", tmp_path / "out", ID)
 
 
-def test_a_template_that_writes_todays_date_is_refused(gpt2_run, tmp_path):
-    copy = RunDir(shutil.copytree(gpt2_run[2].root, tmp_path / "run"))
-    template = copy.tokenizer / "chat_template.jinja"
-    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
-    with pytest.raises(UserError, match="the template writes today's date"):
-        export(copy, "rm", tmp_path / "out", ID)
-
-
 # --- a base that is shipped: the stage `sft` was fine-tuned whole
 
 

@@ -4,18 +4,28 @@ import gzip
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from string import ascii_letters
 
 import demo_text
 import pytest
 import torch
 from conftest import shared, small_recipe
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 from trl import ModelConfig
 
 from rlhf_trl.models import tokenizer as tokenizers
 from rlhf_trl.models.base import load_causal, positions, prompt_room
-from rlhf_trl.models.tokenizer import base_path, encode, load_tokenizer, recorded_tokenizer, set_up_tokenizer
+from rlhf_trl.models.tokenizer import base_path, encode, load_tokenizer, recorded_tokenizer, render, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.layout import RunDir
 
@@ -75,6 +85,10 @@ def test_templates(changed):
     assert tokenizer.decode(start).startswith("26 Jul 2024")
     # what the template writes after the end token is not part of the answer: the policy stops before it
     assert tokenizer.decode(answer) == "Because.<|endoftext|>"
+    named = changed(chat_template='{%- set today = strftime_now("%d %B %Y") %}{{ today }}' + COUNTING)  # SmolLM3's
+    assert named.decode(encode(named, PROMPT)[0]).startswith("26 July 2024")
+    with pytest.raises(UserError, match="writes today's date"):
+        changed(chat_template="{{ strftime_now(form) }}" + COUNTING)
     counting = changed(chat_template=COUNTING)
     assert counting.decode(encode(counting, PROMPT)[0]).startswith("3Hello.")  # enough to talk to a policy
     with pytest.raises(UserError, match="the prompt's text changes"):
@@ -101,6 +115,29 @@ def test_an_encoding_begins_and_ends_as_the_model_was_trained(changes, start, en
     prompt, answer = map(tokenizer.decode, encode(tokenizer, PROMPT, "Because."))
     assert prompt.startswith(start) and answer.strip() == f"Because.{end}" and tokenizer.eos_token == end
     assert tokenizer.pad_token not in (None, end)
+
+
+def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(tmp_path):
+    """Also where a tokenizer puts a space before every text, as Llama 2's does."""
+    spaced = Tokenizer(models.BPE({char: index for index, char in enumerate(f"▁\n<>.!?{ascii_letters}")}, []))
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    spaced.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spaced, eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = DATED[DATED.index("{% for") :]
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = set_up_tokenizer(str(tmp_path), {})
+    whole = tokenizer("".join(render(tokenizer, [PROMPT], ["Because."])), add_special_tokens=False).input_ids
+    start, answer = encode(tokenizer, PROMPT, "Because.")
+    assert start + answer == whole and tokenizer.convert_ids_to_tokens(answer)[:2] == ["B", "e"]
+
+
+def test_a_tokenizer_that_cannot_serve_is_refused(trained, tmp_path):
+    spaceless = AutoTokenizer.from_pretrained(trained[1].base)
+    spaceless.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    for tokenizer, problem in ((ByT5Tokenizer(), "lacks a chat template"), (spaceless, "loses the spaces")):
+        tokenizer.save_pretrained(tmp_path / problem)
+        with pytest.raises(UserError, match=problem):
+            set_up_tokenizer(str(tmp_path / problem), {})
 
 
 def test_a_tokenizer_that_has_more_tokens_than_the_model_is_named(changed, trained):
