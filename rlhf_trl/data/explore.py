@@ -23,6 +23,7 @@ from rlhf_trl.data.hh import normalise
 from rlhf_trl.data.pair import Pair, RowError
 from rlhf_trl.data.sources import Row, map_chunks, read_rows, seeded_hash
 from rlhf_trl.data.summary import TERMS, longer, quantiles, share
+from rlhf_trl.models.tokenizer import load_tokenizer
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.run.files import write_json, write_text
 from rlhf_trl.run.layout import RunDir
@@ -47,13 +48,7 @@ MAX_CHARACTERS = 1200
 
 
 def explore(recipe: Recipe, run: RunDir) -> None:
-    """Measure the source and draw what its reader should know.
-
-    Raises:
-        UserError: the source cannot be used.
-    """
-    from rlhf_trl.models.tokenizer import load_tokenizer
-
+    """Measure the source (else UserError) and draw what its reader should know."""
     parts: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     unreadable: Counter[str] = Counter()
     examples: Examples = {}

@@ -30,7 +30,7 @@ SYSTEMS = ("system", "system_prompt")
 SCORES = tuple(
     tuple(form.format(name, side) for side in ("chosen", "rejected"))
     for name in ("score", "rating", "reward")
-    for form in ("{0}_{1}", "{1}_{0}")
+    for form in ("{0}_{1}", "{1}_{0}", "{1}-{0}")
 )
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),

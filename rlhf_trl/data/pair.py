@@ -34,7 +34,7 @@ class Reason(str, Enum):
     CONSECUTIVE_ROLES = "consecutive_roles"
     """Two turns of one role in a row in the chosen transcript. (If only in the rejected one, the prompts differ.)"""
     IDENTICAL = "identical"
-    """Both answers are the same. From here on, only rows without a reason above are looked at."""
+    """Both answers, or their tokens, are the same. From here on, only rows without a reason above are looked at."""
     TOO_SHORT = "too_short"
     TIE = "tie"
     CONTROL_TOKENS = "control_tokens"

@@ -31,6 +31,7 @@ from rlhf_trl.data.pair import Message, Pair, Reason, RowError
 from rlhf_trl.data.sources import Row, map_chunks, read_rows
 from rlhf_trl.data.split import KEY, Split, prompt_keys, split
 from rlhf_trl.data.summary import KEPT, Tally, longer, summarise, total_length
+from rlhf_trl.models.tokenizer import encode, encode_all, load_tokenizer, render
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Data
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 MARKS = str.maketrans(dict.fromkeys(".,;:!?'\"“”‘’…()[]{}–—", " "))
 IDS = {side: pa.list_(pa.int32()) for side in ("prompt", "chosen", "rejected")}
 ROW_GROUP = 8  # chunks of rows that the files of token ids take at once
+THOUGHT = "</think>"
 OPEN_HALF = '"half": null'  # of a line whose half is not yet known; inside a text, quotes are escaped
 # A usable pair on its way from `check` to the split: its line and its prompt's line of the views, and its token ids.
 USABLE = pa.schema({"pair_line": pa.string(), "prompt_line": pa.string(), "id": pa.string(), **IDS})
@@ -81,8 +83,6 @@ def prepare(recipe: Recipe, run: RunDir) -> None:
         UserError: the source cannot be used; too large a share of it is dropped (`quarantine.jsonl` is there to read);
             or what is left cannot be split.
     """
-    from rlhf_trl.models.tokenizer import load_tokenizer
-
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
     rows = tqdm(read_rows(recipe.data, recipe.seed), desc="prepare", unit=" rows")
     run.data.mkdir(parents=True, exist_ok=True)
@@ -194,13 +194,10 @@ def _check_dropped(recipe: Recipe, run: RunDir, whole: Tally) -> None:
 
 
 def check(tokenizer: Any, data: Data, rows: Sequence[Row]) -> tuple[list[Checked], pa.RecordBatch]:
-    """Check rows one by one, and fit those to the length limit that nothing speaks against.
+    """Check rows one by one, and fit those to the length limit that nothing speaks against; UserError as in `render`.
 
     Returns:
         All rows, and those without a reason against them as they are to be written, of schema `USABLE`.
-
-    Raises:
-        UserError: the chat template refuses a conversation.
     """
     control = _control_texts(tokenizer)
     checked = [_check_alone(raw, data, control) for *_, raw in rows]
@@ -209,10 +206,10 @@ def check(tokenizer: Any, data: Data, rows: Sequence[Row]) -> tuple[list[Checked
     lines: list[tuple[Any, ...]] = []
     fits = fit(tokenizer, pairs, data.max_length)
     for (row, (number, subset, raw)), pair, fitted in zip(usable, pairs, fits, strict=True):
-        if fitted is None:
-            row.reasons = [Reason.TOO_LONG]
+        short, tokens = fitted or (pair, [])
+        if not tokens or tokens[1] == tokens[2]:  # as of an uncased tokenizer
+            row.reasons = [Reason.IDENTICAL if tokens else Reason.TOO_LONG]
             continue
-        short, tokens = fitted
         row.tokens = tuple(map(len, tokens))
         _compare(row, pair, short.prompt, raw)
         of_prompt = {"id": prompt_id(short.prompt), "prompt": short.prompt, "subset": subset}
@@ -236,6 +233,8 @@ def _control_texts(tokenizer: Any) -> list[str]:
     tokens = {*tokenizer.all_special_tokens, *added}
     if "Human:" in tokenizer.chat_template:
         tokens |= {"\n\nHuman:", "\n\nAssistant:"}
+    if "1" not in render(tokenizer, [[{"role": "user", "content": "0"}]], [f"1{THOUGHT}2"])[1]:
+        tokens.add(THOUGHT)  # many templates cut off what comes before it
     return [token for token in tokens if token.strip()]
 
 
@@ -285,16 +284,11 @@ def fit(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> Iterator[tupl
     """Shorten the prompts so that each has, with its longer answer, at most `max_length` tokens.
 
     Whole turns go first, the oldest before the others, so that the prompt still begins with the user (after the system
-    message); then the beginning of the last user turn goes, up to a token boundary.
+    message); then the beginning of the last user turn goes, up to a token boundary. UserError as in `render`.
 
     Returns:
         For each pair, the pair and the token ids of its prompt and answers; None if there is no room for a prompt.
-
-    Raises:
-        UserError: the chat template refuses a conversation.
     """
-    from rlhf_trl.models.tokenizer import encode_all
-
     sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
     encoded = encode_all(tokenizer, [pair.prompt for pair in pairs], *sides)
     for pair, (prompt, *answers) in zip(pairs, encoded, strict=True):
@@ -307,8 +301,6 @@ def fit(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> Iterator[tupl
 
 
 def _shorten(tokenizer: Any, prompt: list[Message], room: int) -> tuple[list[Message], list[int]] | None:
-    from rlhf_trl.models.tokenizer import encode
-
     def find(candidates: list[list[Message]]) -> tuple[list[Message], list[int]] | None:
         # Text may break into other tokens where it is cut, so each candidate is measured whole.
         tokens = cache(lambda place: encode(tokenizer, candidates[place])[0])

@@ -22,7 +22,7 @@ from rlhf_trl.data.files import SUFFIXES, read_file
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Data
 from rlhf_trl.run.signals import end_with
-from rlhf_trl.text.display import first_line
+from rlhf_trl.text.display import first_line, visible
 
 Row = tuple[int, str, Any]
 T = TypeVar("T")
@@ -122,7 +122,7 @@ def _subset_of(path: Path) -> str:
 
 def _read_hub(data: Data) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     subsets: list[str | None] = [*data.subsets] or [None]
     for subset in subsets:
@@ -130,8 +130,11 @@ def _read_hub(data: Data) -> Iterator[tuple[str, Any]]:
         try:
             splits = load_dataset(data.source, data_dir=subset, revision=data.revision)
         except (OSError, ValueError, DatasetsError) as error:
-            remedy = "check the name, `data.subsets`, the network and your access, or give a local folder"
-            raise UserError(where, f"the dataset cannot be loaded: {first_line(error)}", remedy) from error
+            remedy = "check the name, `data.subsets`, the network and your access, or download it and give the folder"
+            said = first_line(error)
+            if isinstance(error, DatasetGenerationError):  # its first line says nothing
+                said = visible(" ".join(f"{error} {error.__cause__ or ''}".split()))[:300]
+            raise UserError(where, f"the dataset cannot be loaded: {said}", remedy) from error
         present = [split for split in HUB_SPLITS if split in splits]
         if not present:
             remedy = f"use a dataset with one of {', '.join(HUB_SPLITS)}"

@@ -339,6 +339,9 @@ def test_hub_rows_come_from_the_folders_and_both_splits(monkeypatch, tmp_path):
     assert {(subset, len(raw)) for _, subset, raw in read("owner/name")} == {("name", 3)}
     with pytest.raises(UserError, match="owner/name/three: the dataset cannot be loaded"):
         read("owner/name", subsets=["three"])
+    (tmp_path / "hub" / "two" / "train-1.jsonl").write_text(lines([{"prompt": {"text": "Q"}, "extra": 1}]))
+    with pytest.raises(UserError, match=r"cannot be loaded: An error occurred.*(cast|columns)"):
+        read("owner/name", subsets=["two"])
     only = {"validation_x": datasets.Dataset.from_list(ROWS)}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: only)
     with pytest.raises(UserError, match="only the splits validation_x"):

@@ -214,10 +214,11 @@ def test_notes(run_prepare):
     rows += [
         row(turns("a", "b", "c")),
         {**row("b?"), "score_chosen": 5, "score_rejected": "5.0", "context": "x", "other": None},
+        {**row("c?"), "chosen-rating": 4.5, "rejected-rating": 5.0},
     ]
-    summary = check_accounts(run_prepare(rows), 64)
+    summary = check_accounts(run_prepare(rows), 65)
     assert summary["columns_not_read"] == {"context": 1}
-    assert summary["notes"] == {"score_not_higher": 1, "contradictory": 1, "multi_turn": 1, "repeated_prompt": 2,
+    assert summary["notes"] == {"score_not_higher": 2, "contradictory": 1, "multi_turn": 1, "repeated_prompt": 2,
                                 "truncated": 0, "turns_dropped": 0}  # fmt: skip
 
 
@@ -344,6 +345,22 @@ def test_the_token_ids_are_those_of_the_views(run_prepare, with_template, monkey
         texts = render(tokenizer, [pair["prompt"] for pair in pairs])
         assert [item["prompt"] for item in ids] == tokenizer(texts, add_special_tokens=False).input_ids
     assert sum("<secret>" in pair["chosen"] for pair in kept(run)) == 1
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_answers_that_reach_no_model_as_they_are_are_dropped(run_prepare, byte_model, tmp_path, cut):
+    """A template may keep only what comes after a model's thinking, and a tokenizer take two answers for one."""
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    model = AutoTokenizer.from_pretrained(byte_model)
+    model.backend_tokenizer.normalizer = normalizers.Lowercase()
+    kept = "m.content.split('</think>')[-1]" if cut else "m.content"
+    model.chat_template = TEMPLATES["chatml"].replace("m.content", kept)
+    model.save_pretrained(tmp_path / "model")
+    rows = [*GOOD, row("a?", "Well.</think>So."), row("b?", "Yes, indeed.", "YES, INDEED.")]
+    found = dropped(run_prepare(rows, model=str(tmp_path / "model")))
+    assert found == {61: "identical"} | ({60: "control_tokens"} if cut else {})
 
 
 # --- split -----------------------------------------------------------------------------------------------------------
