@@ -32,22 +32,20 @@ from rlhf_trl.text.words import prompt_id
 
 @dataclass
 class RewardModel:
-    """A model with a scalar head and the tokenizer that renders text for it."""
+    """A model with a scalar head, the tokenizer that renders text for it, and what follows an end token there."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    after: Sequence[int] = ()
 
     @torch.no_grad()
     def score(
         self, prompts: Sequence[Messages], answers: Sequence[str], finished: Sequence[bool], batch_size: int = 16
     ) -> Tensor:
-        """Score answers in float32, (N,), each rendered with the reward model's own template.
-
-        Raises:
-            UserError: as in `render`.
-        """
+        """Score answers in float32, (N,), each rendered with the model's own template (UserError as there)."""
         texts = zip(prompts, answers, finished, strict=True)
-        return self.score_ids([list(chain(*encode(self.tokenizer, *text))) for text in texts], batch_size)
+        ids = [[*chain(*encode(self.tokenizer, *text)), *(self.after if text[2] else ())] for text in texts]
+        return self.score_ids(ids, batch_size)
 
     @torch.no_grad()
     def score_ids(self, ids: Sequence[list[int]], batch_size: int = 16) -> Tensor:
@@ -98,11 +96,9 @@ def score_completions(
     prompts: Sequence[Messages],
     completions: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Score sampled tokens of the policy by their text; an answer that ended by itself has its end token.
+    """Score sampled tokens of the policy by their text, with the end token of an answer that ended by itself.
 
-    Raises:
-        UserError: a score is not finite.
-    """
+    UserError where a score is not finite."""
     answers = [text.strip() for text in tokenizer.batch_decode(completions, skip_special_tokens=True)]
     finished = [bool(ids) and ids[-1] == tokenizer.eos_token_id for ids in completions]
     scores = reward.score(prompts, answers, finished)
@@ -155,7 +151,10 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
             problem = f"the model has {model.config.num_labels} outputs, and a reward model has one"
             raise UserError(name, problem, "name a reward model in evaluation")
         base.set_padding(model, tokenizer, name)
-        return _freeze(model, tokenizer)
+        talk = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "0"}]
+        known = len([*chain(*encode(tokenizer, talk[:1], "0"))])
+        whole = tokenizer(tokenizer.apply_chat_template(talk, tokenize=False), add_special_tokens=False).input_ids
+        return _freeze(model, tokenizer, whole[known:])  # it was trained on all that its template writes
     tokenizer = recorded_tokenizer(recipe, run, name)
     config = ModelConfig(**recipe.model_block(name))
     if policies is not None and recipe.evaluation.dtype:
@@ -172,5 +171,5 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
     return _freeze(PeftModel.from_pretrained(model, folder), tokenizer)
 
 
-def _freeze(model: Any, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
-    return RewardModel(model.requires_grad_(False).to(PartialState().device).eval(), tokenizer)
+def _freeze(model: Any, tokenizer: PreTrainedTokenizerBase, after: Sequence[int] = ()) -> RewardModel:
+    return RewardModel(model.requires_grad_(False).to(PartialState().device).eval(), tokenizer, after)

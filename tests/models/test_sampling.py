@@ -212,13 +212,13 @@ def test_what_does_not_fit_the_base_stays_off_it(trained, base, tmp_path):
 
 
 def test_any_sequence_classifier_can_score(trained, tmp_path):
-    """A reward model with a tokenizer and template of its own: the text is rendered with those, and a model of two
-    outputs is refused."""
+    """A reward model with a tokenizer and template of its own: the text is rendered with those, with what follows
+    its end, and a model of two outputs is refused."""
     recipe, run = trained
     tokenizer = AutoTokenizer.from_pretrained(run.base)
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}\n{% endif %}"
     )
     tokenizer.save_pretrained(tmp_path)
 
@@ -238,7 +238,7 @@ def test_any_sequence_classifier_can_score(trained, tmp_path):
     own = set_up_tokenizer(str(tmp_path), {})
     for prompt, answer in zip(prompts, answers, strict=True):
         text = "".join(f"<{turn['role']}>{turn['content']}" for turn in prompt) + f"<assistant>{answer}"
-        ids = own(text + own.eos_token, add_special_tokens=False).input_ids
+        ids = own(f"{text}{own.eos_token}\n", add_special_tokens=False).input_ids
         expected.append(model(torch.tensor([ids])).logits.item())
     for size in (1, 2):
         assert reward.score(prompts, answers, [True, True], size).tolist() == pytest.approx(expected, abs=1e-4)
