@@ -206,11 +206,8 @@ def positions(model: PreTrainedModel | PeftModel) -> int | None:
 
 
 def prompt_room(model: PreTrainedModel | PeftModel, max_new_tokens: int) -> int | None:
-    """Return how many tokens a prompt may have before an answer of `max_new_tokens`; None where there is no limit.
-
-    Raises:
-        UserError: none is left for a prompt.
-    """
+    """Return how many tokens a prompt may have before an answer of `max_new_tokens`; None where there is no limit, and
+    UserError where none is left."""
     limit = positions(model)
     if limit is not None and limit <= max_new_tokens:
         problem = f"{max_new_tokens} tokens leave no room for a prompt: the model has {limit} positions"

@@ -22,6 +22,7 @@ OWNED = {
     "lora_task_type": "it follows from the trainer of the stage",
     "lora_modules_to_save": "an adapter is LoRA alone: the base's own weights are every policy's, and the reference's",
     **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), "one tokenizer serves all stages"),
+    "chat_template_kwargs": "one template serves all stages",
     "trust_remote_code": "code from a model repository is not run",
     "resume_from_checkpoint": "an unfinished stage resumes by itself",
     "push_to_hub": "nothing leaves the machine while training",

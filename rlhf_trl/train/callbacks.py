@@ -25,6 +25,7 @@ from ruamel.yaml import YAML
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_trl.recipe.errors import Exit, UserError
@@ -130,11 +131,7 @@ class Watch(TrainerCallback):
         self.judge({NAMES[key]: value for key, value in logs.items() if key in NAMES}, state.global_step)
 
     def judge(self, values: Mapping[str, float], step: int) -> None:
-        """Judge the values of one log.
-
-        Raises:
-            UserError: a value was beyond its limit for as many logs as its rule says, and the rule says stop.
-        """
+        """Judge the values of one log; UserError where one is beyond its limit for long, and its rule says stop."""
         for what in [name for name in self.rules if name in values]:
             rule, value = self.rules[what][1], values[what]
             high, low = rule.above, rule.below
@@ -177,13 +174,14 @@ class Health(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         grads = [param.grad for param in model.parameters() if param.grad is not None]
-        if grads and not torch.stack([grad.norm().float() for grad in grads]).isfinite().all():
+        # In fp16, a step whose scaled gradient overflows is skipped and the scale lowered; the first ones often are.
+        if grads and not args.fp16 and not torch.stack([grad.norm().float() for grad in grads]).isfinite().all():
             raise diverged(state.global_step, "the gradient", args.output_dir)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         for key in ("loss", "grad_norm", "loss/policy_avg", "loss/value_avg", "reward"):
             value = logs.get(key)
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value) and not (args.fp16 and key == "grad_norm"):
                 raise diverged(state.global_step, key, args.output_dir)
 
     def check_weights(self, model: torch.nn.Module, stage: str) -> None:
@@ -231,6 +229,9 @@ class Interrupt(TrainerCallback):
         self.handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if best.is_dir():  # also where the run has been moved since
+            state.best_model_checkpoint = str(best)
         self.handlers = signals.handle(self._remember)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -268,13 +269,14 @@ class AtomicCheckpoints:
         with elsewhere, mock.patch.object(self.args, "save_total_limit", None):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
+        if best := self.state.best_model_checkpoint:
+            self.state.best_model_checkpoint = str(folder / Path(best).name)
         if self.args.should_save:
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             seal(staging / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             (staging / name).replace(folder / name)
             sync(folder)
-            if self.state.best_model_checkpoint:
-                self.state.best_model_checkpoint = str(folder / Path(self.state.best_model_checkpoint).name)
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=False)
         self.accelerator.wait_for_everyone()
 

@@ -61,11 +61,7 @@ REMEDIES = {
 
 
 def check_stages(recipe: Recipe, run: RunDir, processes: int) -> None:
-    """Build what every stage is built from; `processes` are those of the launch.
-
-    Raises:
-        RecipeError: with every stage's problem.
-    """
+    """Build what every stage is built from, for that many processes; a RecipeError has every stage's problem."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     problems: list[Problem] = []

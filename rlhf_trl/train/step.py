@@ -24,7 +24,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.models.base import adapter_path, below_path, load_causal, load_classifier, load_to_continue, shares_base
+from rlhf_trl.models.base import (
+    RewardHead,
+    adapter_path,
+    below_path,
+    load_causal,
+    load_classifier,
+    load_to_continue,
+    shares_base,
+)
 from rlhf_trl.models.rewards import RewardModel, load_reward_model, measure_reward_model, score_completions
 from rlhf_trl.models.tokenizer import encode_all, recorded_tokenizer
 from rlhf_trl.recipe.errors import Exit, UserError
@@ -161,11 +169,7 @@ def classes_of(trainer: str) -> tuple[Any, Any]:
 
 
 def build_config(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Construct a library's config class; its own checks have the last word.
-
-    Raises:
-        UserError: the class refuses the values.
-    """
+    """Construct a library's config class, whose own checks have the last word (UserError where they refuse)."""
     try:
         return cls(**values)
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -218,6 +222,9 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
     else:
         model = load(path, model_config, tokenizer, **kernels)
         models = {"model": model, "peft_config": get_peft_config(model_config)}
+    if spec.trainer in ("dpo", "grpo") and not model_config.use_peft:  # they load the reference by these
+        asked = {key: getattr(model_config, key) for key in ("dtype", "attn_implementation")}
+        config.model_init_kwargs = {**kernels, **asked, "revision": model_config.model_revision, "device_map": None}
     if spec.trainer == "grpo":
 
         def reward(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -229,9 +236,12 @@ def build_trainer(recipe: Recipe, run: RunDir, stage: str, config: Any) -> Any:
         if len(train_data) < needed:
             problem = f"{len(train_data)} training prompts are fewer than the {needed} of one rollout"
             raise UserError("data", problem, "lower the batch size or gradient_accumulation_steps, or use more data")
-    return classes_of(spec.trainer)[0](
+    trainer = classes_of(spec.trainer)[0](
         args=config, train_dataset=train_data, eval_dataset=test_data, processing_class=tokenizer, **models
     )
+    for head in filter(lambda module: isinstance(module, RewardHead), trainer.model.modules()):
+        head.float()  # on a quantised base, TRL has made it bfloat16 with the adapter
+    return trainer
 
 
 # --- data
@@ -242,10 +252,8 @@ def load_view(
 ) -> Dataset:
     """Load `train` or `test`, or one half of it, as the dataset of a trainer, from the token ids that `prepare` wrote.
 
-    GRPO takes the prompts as messages. A `tokenizer` other than the run's encodes the texts of the pairs.
-
-    Raises:
-        UserError: the token ids are missing.
+    GRPO takes the prompts as messages. A `tokenizer` other than the run's encodes the texts of the pairs. UserError
+    where the token ids are missing.
     """
     with PartialState().main_process_first():
         if trainer == "grpo":
@@ -289,11 +297,7 @@ def _to_example(trainer: str, prompt: list[int], chosen: list[int], rejected: li
 
 
 def _save(trainer: Any, target: Path, needs_head: bool) -> None:
-    """Save what was trained, and let it appear under its name only if it is whole.
-
-    Raises:
-        UserError: a tensor is empty or not finite, or the weights or the reward head are missing.
-    """
+    """Save what was trained, and let it appear under its name only if it is whole and finite (else UserError)."""
     folder = target.with_name(f".{target.name}.staging")
     trainer.save_model(str(folder))
     trainer.accelerator.wait_for_everyone()

@@ -1,16 +1,18 @@
 """The health of a run: each rule finds its fault once, warns or stops, and is said in the statistics."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import small_recipe
 
 from rlhf_trl.recipe.errors import RecipeError, UserError
 from rlhf_trl.recipe.health import WATCHED, rules_of
 from rlhf_trl.recipe.schema import Rule, Stage
 from rlhf_trl.run.files import read_json
-from rlhf_trl.train.callbacks import LOG_KEYS, History, Watch
+from rlhf_trl.train.callbacks import LOG_KEYS, Health, History, Watch
 
 KEYS = {name: keys.split()[-1] for name, keys in LOG_KEYS.items()}
 
@@ -94,3 +96,16 @@ def test_what_is_watched_is_logged():
     assert {watched.what for watched in WATCHED} <= LOG_KEYS.keys() | measured_at_the_end
     rules = [(watched.what, trainer) for watched in WATCHED for trainer in watched.trainers]
     assert len(set(rules)) == len(rules)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_gradient_that_overflows_ends_a_run_unless_the_loss_scaler_skips_its_step(fp16):
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.tensor([math.inf])
+    args, state, health = SimpleNamespace(fp16=fp16, output_dir=""), SimpleNamespace(global_step=1), Health()
+    for call in (lambda: health.on_pre_optimizer_step(args, state, None, model=torch.nn.ParameterList([weight])),
+                 lambda: health.on_log(args, state, None, logs={"grad_norm": math.inf})):  # fmt: skip
+        with nullcontext() if fp16 else pytest.raises(UserError, match="not finite"):
+            call()
+    with pytest.raises(UserError, match="loss is not finite"):
+        health.on_log(args, state, None, logs={"loss": math.nan})

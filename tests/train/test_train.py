@@ -226,6 +226,15 @@ def test_a_whole_model_is_trained_by_a_key_of_its_stage(copy):
     assert (copy.run.model("dpo") / "model.safetensors").exists() and not copy.run.adapter("dpo").exists()
 
 
+@pytest.mark.parametrize("stage", ["dpo", "grpo"])
+def test_the_reference_of_a_whole_model_is_loaded_as_the_model_is(trained, tmp_path, stage):
+    recipe = small_recipe(tmp_path, [f"stages.{stage}.model={{use_peft: false, dtype: bfloat16}}"])
+    config = build_stage_config(recipe, RunDir(tmp_path), stage)
+    trainer = build_trainer(recipe, trained[1], stage, config)
+    assert trainer.ref_model.dtype == trainer.model.dtype == torch.bfloat16
+    assert config.model_init_kwargs["revision"] == "main"
+
+
 def test_every_trainer_with_an_adapter_learns_on_a_base_in_four_bit(copy):
     four = ("load_in_4bit=true", "bnb_4bit_quant_type=nf4", "use_bnb_nested_quant=true")
     whole = "stages.sft.model={use_peft: false, load_in_4bit: false}"
@@ -238,6 +247,8 @@ def test_every_trainer_with_an_adapter_learns_on_a_base_in_four_bit(copy):
         reset_accelerate()
         last = read_json(copy.run.training_stats(stage))["history"][-1]
         assert last["grad_norm"] > 0 and (copy.run.adapter(stage) / "adapter_model.safetensors").exists()
+    saved = load_file(copy.run.adapter("rm") / "adapter_model.safetensors")
+    assert [tensor.dtype for key, tensor in saved.items() if "score" in key] == [torch.float32]
 
 
 @pytest.mark.skipif(bool(NO_PPO), reason="this TRL has no PPO")
@@ -379,6 +390,21 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(copy, stage, number, cap
     assert copy.sha(stage) == expected
     steps = [row["step"] for row in read_json(run.training_stats(stage))["history"]]
     assert steps == sorted(set(steps)) and steps[-1] == last
+
+
+def test_the_best_checkpoint_is_found_by_a_run_that_was_killed_after_its_last_one(copy):
+    best = ("save_strategy=steps", "save_steps=1", "eval_strategy=steps", "eval_steps=1", "max_steps=2",
+            "load_best_model_at_end=true", "metric_for_best_model=eval_loss", "greater_is_better=true")  # fmt: skip
+    copy.train("dpo", *best)
+    expected, saved = copy.sha("dpo"), copy.run.checkpoints("dpo")
+    first, last = (load_file(saved / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2))
+    final = load_file(copy.run.adapter("dpo") / "adapter_model.safetensors")
+    assert all(torch.equal(final[key], first[key]) for key in final)
+    assert not all(torch.equal(final[key], last[key]) for key in final)
+    shutil.rmtree(copy.run.adapter("dpo"))
+    copy.run.done("dpo").unlink()
+    copy.train("dpo", *best)
+    assert copy.sha("dpo") == expected
 
 
 def test_a_checkpoint_that_cannot_be_finished_does_not_appear(copy, monkeypatch):
