@@ -13,7 +13,7 @@ from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_trl.data import preprocess, sources
@@ -348,15 +348,11 @@ def test_the_token_ids_are_those_of_the_views(run_prepare, with_template, monkey
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_answers_that_reach_no_model_as_they_are_are_dropped(run_prepare, byte_model, tmp_path, cut):
+def test_answers_that_reach_no_model_as_they_are_are_dropped(run_prepare, with_template, tmp_path, cut):
     """A template may keep only what comes after a model's thinking, and a tokenizer take two answers for one."""
-    from tokenizers import normalizers
-    from transformers import AutoTokenizer
-
-    model = AutoTokenizer.from_pretrained(byte_model)
-    model.backend_tokenizer.normalizer = normalizers.Lowercase()
     kept = "m.content.split('</think>')[-1]" if cut else "m.content"
-    model.chat_template = TEMPLATES["chatml"].replace("m.content", kept)
+    model = AutoTokenizer.from_pretrained(with_template(TEMPLATES["chatml"].replace("m.content", kept)))
+    model.backend_tokenizer.normalizer = normalizers.Lowercase()
     model.save_pretrained(tmp_path / "model")
     rows = [*GOOD, row("a?", "Well.</think>So."), row("b?", "Yes, indeed.", "YES, INDEED.")]
     found = dropped(run_prepare(rows, model=str(tmp_path / "model")))
