@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import small_recipe
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
@@ -97,12 +95,12 @@ def _write_stage(recipe: Recipe, run: RunDir, stage: str, seed: int) -> None:
     run.mark_done(recipe, stage, 1.5)
 
 
-def change_tensors(folder: Path, change: Any) -> None:
-    """Rewrite the weights of an adapter, and the lineage's hash of them, as an author would."""
-    tensors = load_file(folder / ADAPTER)
-    change(tensors)
-    save_file(tensors, folder / ADAPTER)
-    relist(folder, ADAPTER)
+@torch.no_grad()
+def logits(base: Any, adapter: Path | None = None) -> torch.Tensor:
+    """The logits of a model, or of the model in a folder, with the adapter of a folder on it."""
+    model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, str | Path) else base
+    model = PeftModel.from_pretrained(model, adapter) if adapter else model
+    return model.eval()(input_ids=torch.tensor([[5, 99, 300, 17, 42, 800, 3]])).logits
 
 
 def change_json(folder: Path, name: str, **values: Any) -> None:
@@ -129,9 +127,3 @@ def as_rewardbench(model: str | Path, prompts: Any, answers: Any) -> torch.Tenso
         texts, batch_size=4, truncation=True, padding=True, max_length=2048, function_to_apply="none",
         return_token_type_ids=False)  # fmt: skip
     return torch.tensor([one["score"] for one in found])
-
-
-def write_lie(file: Path) -> None:
-    """Write weights whose header says that a tensor is larger than it is."""
-    header = json.dumps({"x": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
-    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)

@@ -1,11 +1,13 @@
 """Adapters that are damaged, hostile or others': each is refused with the reason, or passes; none is loaded."""
 
+import json
 import random
+import struct
 
 import numpy as np
 import pytest
 import torch
-from adapter_fixtures import change_json, relist, write_lie
+from adapter_fixtures import change_json, relist
 from fuzz import Tally, adapters
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
@@ -139,12 +141,8 @@ def spread(folder, file=SHARD):
     relist(folder, INDEX)
 
 
-def lie(folder):
-    """Write weights whose header says that a tensor is larger than it is."""
-    write_lie(folder / ADAPTER)
-    relist(folder, ADAPTER)
-
-
+HEADER = json.dumps({"x": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
+lie = write(ADAPTER, struct.pack("<Q", len(HEADER)) + HEADER + b"\0" * 16)  # the file is smaller than its tensor
 A1, UNASKED = f"{Q1}.lora_A.weight", "the settings do not ask for LoRA on"
 # The reason that is said, and what is refused for it.
 REFUSED = {
@@ -234,8 +232,6 @@ REFUSED = {
 def test_a_damaged_or_hostile_adapter_is_refused_with_its_reason(adapter, reason, act):
     act(adapter)
     assert reason in problems(adapter)
-    with pytest.raises(AdapterError):
-        require_sound(adapter)
 
 
 @pytest.mark.parametrize(
@@ -290,15 +286,19 @@ DATED = ("{{ bos_token }}{% if not date is defined %}{% set date = strftime_now(
 
 @pytest.mark.parametrize("template", [*TEMPLATES, DATED])
 def test_a_template_is_rendered_within_limits_on_time_and_memory(adapter, template):
-    said = TEMPLATES.get(template)
-    expected = f"the chat template cannot be rendered: {said}" if said else ""
     write(TEMPLATE, template.encode())(adapter)
-    assert problems(adapter).startswith(expected) and bool(expected) == bool(problems(adapter))
-    (adapter / TEMPLATE).unlink()
+    said = TEMPLATES.get(template)
+    found = problems(adapter)
+    assert found.startswith(f"the chat template cannot be rendered: {said}") if said else not found
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", DATED])
+def test_a_template_among_the_settings_of_a_tokenizer_is_rendered_too(adapter, template):
+    remove(TEMPLATE)(adapter)
     unlist(TEMPLATE)(adapter)
     for place in (template, [{"name": "default", "template": template}]):
         set_to(TOKENIZER, chat_template=place)(adapter)
-        assert problems(adapter).startswith(expected) and bool(expected) == bool(problems(adapter))
+        assert ("the chat template cannot be rendered" in problems(adapter)) == (template != DATED)
 
 
 def test_what_changes_nothing_or_is_large_for_vllm_is_noted(adapter):
@@ -324,9 +324,10 @@ def test_what_a_download_leaves_is_no_part_of_the_adapter(adapter):
 def test_all_problems_are_found_at_once_and_what_they_quote_cannot_act_on_a_terminal(adapter):
     settings(base_model_name_or_path="/tmp/\u202eevil", auto_mapping={"parent_library": "evil"})(adapter)
     put("x\x1b]0;owned\x07\nline", (2,))(adapter)
-    found = check_adapter(adapter)
-    text = " ".join(map(str, found))
-    assert len(found) == 4 and "⟨U+001B⟩]0;owned⟨U+0007⟩ line" in text
+    with pytest.raises(AdapterError) as caught:
+        require_sound(adapter)
+    text = " ".join(map(str, caught.value.problems))
+    assert len(caught.value.problems) == 4 and "⟨U+001B⟩]0;owned⟨U+0007⟩ line" in text
     assert not set(text) & set("\x1b\x07\u202e")
 
 

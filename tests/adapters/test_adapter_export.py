@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_fixtures import ADAPTER, COMMIT, CONFIG, ID, as_rewardbench, write_base, write_run
+from adapter_fixtures import ADAPTER, COMMIT, CONFIG, ID, as_rewardbench, change_json, logits, write_base, write_run
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -24,27 +24,14 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
 
-IDS = [5, 99, 300, 17, 42, 800, 3]
 PROMPT = [{"role": "user", "content": "How do I care for cats?"}]
 VERIFIED = {"rows": 1, "outputs": 1, "largest": 1.0, "difference": 0}
-
-
-@torch.no_grad()
-def logits(base, adapter=None):
-    """The logits of a model, or of the model in a folder, with the adapter of a folder on it."""
-    model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, str | Path) else base
-    model = PeftModel.from_pretrained(model, adapter) if adapter else model
-    return model.eval()(input_ids=torch.tensor([IDS])).logits
 
 
 @pytest.fixture
 def pair(gpt2_run, tmp_path):
     """Copies of two adapters that lie on each other."""
     return [shutil.copytree(gpt2_run[2].adapter(stage), tmp_path / stage) for stage in ("sft", "dpo")]
-
-
-def change_settings(folder, **values):
-    write_json(folder / CONFIG, {**read_json(folder / CONFIG), **values})
 
 
 # --- combined adapters
@@ -58,34 +45,29 @@ def test_the_combined_adapter_is_the_merged_parent_with_the_policy_on_it(gpt2_ru
         assert (other - expected).abs().max() > 1e-2
 
 
-def fewer_modules(folder):
-    content = load_file(folder / ADAPTER)
-    save_file({key: value for key, value in content.items() if ".mlp." not in key}, folder / ADAPTER)
-    change_settings(folder, target_modules=["c_attn", "attn.c_proj"])
-
-
-def same(folder):
-    """Leave an adapter as it is."""
+FEWER = {"target_modules": ["c_attn", "attn.c_proj"]}  # and none of the MLP
 
 
 @pytest.mark.parametrize(
     ("architecture", "lower", "upper"),
     [
-        ("llama", same, same),
-        ("gpt2", same, same),
-        ("gpt2", lambda folder: change_settings(folder, use_rslora=True),
-         lambda folder: change_settings(folder, alpha_pattern={"c_attn": 3})),
-        ("gpt2", fewer_modules, lambda folder: change_settings(folder, target_modules=r".*\.(c_attn|c_fc|c_proj)")),
+        ("llama", {}, {}),
+        ("gpt2", {}, {}),
+        ("gpt2", {"use_rslora": True}, {"alpha_pattern": {"c_attn": 3}}),
+        ("gpt2", FEWER, {"target_modules": r".*\.(c_attn|c_fc|c_proj)"}),
     ],
-)  # fmt: skip
+)
 def test_ranks_are_concatenated_and_scalings_folded_in(gpt2_run, pair, tmp_path, architecture, lower, upper):
     base = gpt2_run[0]
     if architecture == "llama":
         base = write_base(tmp_path / "base", "llama")
         run = write_run(tmp_path, base, parent=True)[1]
         pair = [run.adapter("sft"), run.adapter("dpo")]
-    lower(pair[0])
-    upper(pair[1])
+    for folder, settings in zip(pair, (lower, upper), strict=True):
+        change_json(folder, CONFIG, **settings)
+    if lower is FEWER:
+        content = load_file(pair[0] / ADAPTER)
+        save_file({key: value for key, value in content.items() if ".mlp." not in key}, pair[0] / ADAPTER)
     start = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), pair[0]).merge_and_unload()
     expected = logits(start, pair[1])
     tensors, config = combine(base, pair)
@@ -103,10 +85,10 @@ INEXACT = {"use_dora": True, "bias": "all", "lora_bias": True, "target_parameter
 
 def test_what_cannot_be_combined_exactly_is_refused(gpt2_run, pair):
     for key, value in INEXACT.items():
-        change_settings(pair[0], **{key: value})
+        change_json(pair[0], CONFIG, **{key: value})
         with pytest.raises(UserError, match=f"cannot be combined exactly.*its setting {key} is"):
             combine(gpt2_run[0], pair)
-        change_settings(pair[0], **{key: LoraConfig().to_dict()[key]})
+        change_json(pair[0], CONFIG, **{key: LoraConfig().to_dict()[key]})
     for stage, name in ((0, "lm_head.lora_A.weight"), (1, "transformer.wte.lora_embedding_A"), (0, "score.weight")):
         content = load_file(pair[stage] / ADAPTER)
         save_file({**content, f"base_model.model.{name}": torch.ones(2, 2)}, pair[stage] / ADAPTER)

@@ -4,50 +4,33 @@ import shutil
 
 import pytest
 import torch
-from adapter_fixtures import as_rewardbench, change_json
-from peft import LoraModel, PeftModel
+from adapter_fixtures import as_rewardbench, change_json, logits
+from peft import LoraModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_trl import load_reward_model
 from rlhf_trl.adapters.export import merge
 from rlhf_trl.adapters.score import score_file
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.files import read_json, read_jsonl, write_json
-
-IDS = torch.tensor([[5, 99, 300, 17, 42, 800, 3]])
-
-
-@torch.no_grad()
-def logits(model):
-    return model.eval()(input_ids=IDS).logits
-
-
-@pytest.fixture
-def copy(policy_export, tmp_path):
-    return shutil.copytree(policy_export, tmp_path / "adapter")
+from rlhf_trl.run.files import read_json, read_jsonl
 
 
 def test_a_merged_policy_answers_as_the_adapter_does(gpt2_run, policy_export, tmp_path):
-    assert merge(policy_export, tmp_path / "merged", gpt2_run[0])["difference"] < 1e-4
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    plain = AutoModelForCausalLM.from_pretrained(gpt2_run[0])
-    before = logits(plain)
-    expected = logits(PeftModel.from_pretrained(plain, policy_export))
-    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
-    assert (before - expected).abs().max() > 1e-2
-    assert merged.dtype == torch.float32
-    assert read_json(tmp_path / "merged" / "lineage.json")["adapter"]["stage"] == "dpo"
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+    base, folder = gpt2_run[0], tmp_path / "merged"
+    assert merge(policy_export, folder, base)["difference"] < 1e-4
+    expected = logits(base, policy_export)  # in float32
+    torch.testing.assert_close(logits(folder), expected, atol=1e-4, rtol=0)
+    assert (logits(base) - expected).abs().max() > 1e-2
+    assert read_json(folder / "lineage.json")["adapter"]["stage"] == "dpo"
+    assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
 def test_a_merged_reward_model_keeps_its_head_and_rewardbench_gets_the_same_scores(gpt2_run, reward_export, tmp_path):
     base, _, run = gpt2_run
     folder = tmp_path / "merged"
     merge(reward_export, folder, base)
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (model.config.num_labels, model.config.pad_token_id) == (1, tokenizer.pad_token_id)
     assert tokenizer.padding_side == "right"
     for file in folder.glob("*.json*"):
@@ -106,9 +89,10 @@ def test_a_merge_that_changes_the_outputs_is_refused(gpt2_run, policy_export, tm
     assert not (tmp_path / "merged").exists()
 
 
-def test_others_adapters_are_merged_too_but_no_hostile_one_and_over_nothing(gpt2_run, copy, tmp_path):
+def test_others_adapters_are_merged_too_but_no_hostile_one_and_over_nothing(gpt2_run, policy_export, tmp_path):
+    copy = shutil.copytree(policy_export, tmp_path / "adapter")
     base = shutil.copytree(gpt2_run[0], tmp_path / "base")
-    write_json(base / "config.json", {**read_json(base / "config.json"), "quantization_config": None})
+    change_json(base, "config.json", quantization_config=None)
     for name in ("lineage.json", "probe.json", "evidence.json"):
         (copy / name).unlink()
     assert merge(copy, tmp_path / "merged", base)["difference"] < 1e-4
