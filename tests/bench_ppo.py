@@ -76,15 +76,18 @@ def make(path: str) -> None:
 
 
 def measure(trainer, start: int) -> None:
+    import torch
     from transformers import TrainerCallback
 
     from rlhf_trl.train.callbacks import peak_memory
 
     marks: list[float] = []
+    # On a CPU, what else runs on the machine would count.
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            marks.append(time.perf_counter())
+            marks.append(clock())
 
     trainer.add_callback(Clock())
     with contextlib.redirect_stdout(sys.stderr):

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -50,8 +51,7 @@ class AnswerLogits:
 class SharedPolicy(PeftModelForCausalLM):
     """A language model whose LoRA adapters are the roles of PPO.
 
-    One adapter is on at a time; the trained ones stay trainable, which PEFT's own `set_adapter` and `disable_adapter`
-    would end.
+    One adapter is on at a time; the trained ones stay trainable, which PEFT's own `disable_adapter` would end.
     """
 
     context_length = 0  # of the prompts of the current rollout, padding included
@@ -60,8 +60,11 @@ class SharedPolicy(PeftModelForCausalLM):
     def use(self, name: str) -> Iterator[Any]:
         """Switch an adapter on; it stays on until another one is used."""
         if self.active_adapter != name:
-            self.set_adapter(name, inference_mode=name not in TRAINED)
-            self.keep_trainable()
+            # `set_adapter` also sets `requires_grad` of every parameter: 28 ms, twice a micro-batch.
+            for module in self.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module._active_adapter = [name]
+            self.active_adapter = self.base_model.active_adapter = name
         yield self
 
     def keep_trainable(self) -> None:
@@ -70,7 +73,7 @@ class SharedPolicy(PeftModelForCausalLM):
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Switch every adapter off."""
-        with self.disable_adapter():
+        with self.use(POLICY), self.disable_adapter():  # which leaves the active one trainable
             yield
         self.keep_trainable()
 
