@@ -149,7 +149,7 @@ def overriding(overrides: list[str] | None, without: list[str] | None) -> list[s
 def open_run(recipe: str, overrides: list[str] | None, runs: Path, processes: int = 1) -> tuple[Recipe, RunDir]:
     loaded = load_recipe(shipped("recipes", recipe), overrides or [], processes)
     opened.append(RunDir(runs / loaded.name))
-    return loaded.hash_by(opened[-1].hashes.of), opened[-1]
+    return loaded.hash_by(opened[-1].hashes.of, {}), opened[-1]
 
 
 def find_run(

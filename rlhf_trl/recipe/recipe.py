@@ -191,14 +191,10 @@ class Recipe(Strict):
         earlier = all(links <= {*order[: order.index(name)]} for name, links in self.links.items())
         return earlier and {*self.comparison.stages} <= {*order}
 
-    def read_from(self, sources: Mapping[str, str]) -> Recipe:
-        """Use recorded source hashes instead of hashing the sources again."""
-        self._hashes.update(sources)
-        return self
-
-    def hash_by(self, hash_file: Callable[[Path], str]) -> Recipe:
-        """Hash files by a function that remembers their hashes."""
+    def hash_by(self, hash_file: Callable[[Path], str], known: Mapping[str, str]) -> Recipe:
+        """Hash files by a function that remembers their hashes; the sources whose hash is `known` not again."""
         self._hash_file = hash_file
+        self._hashes.update(known)
         return self
 
     def _hash(self, source: str) -> str:

@@ -310,7 +310,7 @@ class RunDir:
         if recipe and env:
             # Sorted by name in the file; the order in which they train is the plan's.
             stages = {name: recipe.stages[name] for name in env.plan if name in recipe.stages}
-            recipe = recipe.model_copy(update={"stages": stages}).read_from(env.sources)
+            recipe = recipe.model_copy(update={"stages": stages}).hash_by(self.hashes.of, env.sources)
             if recipe.is_linked() and recipe.plan == env.plan and {*recipe.source_names} <= env.sources.keys():
                 return recipe
         problem = fault or env_fault or "recipe.json and env.json do not fit together"

@@ -15,6 +15,7 @@ from rlhf_trl.adapters.start import check_starts
 from rlhf_trl.models.base import Policies, shares_base
 from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.files import read_json
 from rlhf_trl.run.layout import REFERENCE, RunDir
 from rlhf_trl.train.step import build_stage_config, build_trainer, train
@@ -117,7 +118,7 @@ def test_a_folder_that_cannot_be_started_from_is_named(again, gpt2_run, policy_e
     (found,) = check_starts(recipe)
     assert found.place == "stages.rm.init" and "is of a policy, not of a reward model" in found.problem
     assert "lies on" in check_starts(small_recipe(tmp_path, ("model.model_name_or_path=a/b",), text))[0].problem
-    moved = recipe.model_copy().read_from({str(folder): "0"})
+    moved = recipe.model_copy().hash_by(hash_file, {str(folder): "0"})
     with pytest.raises(UserError, match="has changed since"):
         build_trainer(moved, again[1], "sft", build_stage_config(moved, again[1], "sft"))
     for break_it, says in (
