@@ -54,6 +54,7 @@ class SharedPolicy(PeftModelForCausalLM):
     One adapter is on at a time; the trained ones stay trainable, which PEFT's own `disable_adapter` would end.
     """
 
+    active_adapter: str
     context_length = 0  # of the prompts of the current rollout, padding included
 
     @contextlib.contextmanager
