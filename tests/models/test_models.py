@@ -9,7 +9,7 @@ from string import ascii_letters
 import demo_text
 import pytest
 import torch
-from conftest import shared, small_recipe
+from conftest import PROMPT, shared, small_recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -29,8 +29,6 @@ from rlhf_trl.models.tokenizer import base_path, encode, load_tokenizer, recorde
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.layout import RunDir
 
-PROMPT = [{"role": role, "content": text} for role, text in
-          [("user", "Hello."), ("assistant", " Hi! "), ("user", "Why?")]]  # fmt: skip
 DATED = (
     "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
     "{{ date_string }}{% for m in messages %}<{{ m.role }}>{{ m.content }}"

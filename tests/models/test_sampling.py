@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import small_recipe
+from conftest import PROMPT, small_recipe
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
@@ -18,9 +18,6 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.schema import Decoding
 from rlhf_trl.run.files import read_jsonl
 from rlhf_trl.run.layout import REFERENCE
-
-PROMPT = [{"role": role, "content": text} for role, text in
-          [("user", "Hello."), ("assistant", " Hi! "), ("user", "Why?")]]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import small_recipe
 
-from rlhf_trl.recipe.errors import RecipeError, UserError
+from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.health import WATCHED, rules_of
 from rlhf_trl.recipe.schema import Rule, Stage
 from rlhf_trl.run.files import read_json
@@ -85,10 +85,6 @@ def test_a_recipe_gives_rules_for_what_its_trainer_logs(tmp_path):
     recipe = small_recipe(tmp_path, ("stages.grpo.health={kl: {above: 0.5, then: stop}}",))
     _, rule = rules_of(recipe.stages["grpo"])["kl"]
     assert (rule.above, rule.logs, rule.then) == (0.5, 3, "stop")
-    with pytest.raises(RecipeError, match=r"stages.sft.health.kl: a sft stage logs no 'kl'"):
-        small_recipe(tmp_path, ("stages.sft.health={kl: {above: 0.5}}",))
-    with pytest.raises(RecipeError, match=r"stages.ppo.health.kl.then"):
-        small_recipe(tmp_path, ("stages.ppo.health={kl: {then: halt}}",))
 
 
 def test_what_is_watched_is_logged():

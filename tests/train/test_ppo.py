@@ -22,17 +22,26 @@ ONE_BATCH = ("per_device_train_batch_size=8", "gradient_accumulation_steps=1", "
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
+def make(trained, folder, overrides):
+    """Build the PPO trainer of the small run with other options, after seeding."""
+    folder.mkdir(exist_ok=True)
+    recipe = small_recipe(folder, tuple(f"stages.ppo.args.{item}" for item in overrides))
+    config = build_stage_config(recipe, RunDir(folder), "ppo")
+    set_seed(3)
+    return build_trainer(recipe, trained[1], "ppo", config)
+
+
 @pytest.fixture
 def build(trained, tmp_path):
-    """Build the PPO trainer of the small run with other options, after seeding."""
+    return lambda *overrides, folder="": make(trained, tmp_path / folder, overrides)
 
-    def build(*overrides, folder=""):
-        recipe = small_recipe(tmp_path, tuple(f"stages.ppo.args.{item}" for item in overrides))
-        config = build_stage_config(recipe, RunDir(tmp_path / folder), "ppo")
-        set_seed(3)
-        return build_trainer(recipe, trained[1], "ppo", config)
 
-    return build
+@pytest.fixture(scope="module")
+def plain(trained, tmp_path_factory):
+    """The trainer of the small run after its first update. Read only."""
+    trainer = make(trained, tmp_path_factory.mktemp("plain"), ["total_episodes=16"])
+    trainer.train()
+    return trainer
 
 
 @pytest.fixture
@@ -68,32 +77,32 @@ def load(trainer, state):
         named(trainer)[name].data.copy_(tensor)
 
 
-@pytest.mark.parametrize(("parts", "expected"), [(1, 8), (4, 32)])
+@pytest.mark.parametrize(("parts", "expected"), [(1, 2), (4, 8)])
 def test_mini_batches_are_optimizer_steps(build, parts, expected):
-    # 2 updates of 4 epochs; upstream makes 8 steps whatever num_mini_batches says
-    trainer = build("per_device_train_batch_size=2", "gradient_accumulation_steps=4", "total_episodes=16",
-                    "num_ppo_epochs=4", f"num_mini_batches={parts}")  # fmt: skip
+    # an update of 2 epochs; upstream makes 2 steps whatever num_mini_batches says
+    trainer = build("per_device_train_batch_size=2", "gradient_accumulation_steps=4", "total_episodes=8",
+                    "num_ppo_epochs=2", f"num_mini_batches={parts}")  # fmt: skip
     steps = []
     trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     trainer.train()
     assert len(steps) == expected
 
 
-def test_clipping_takes_effect_and_is_logged(finish):
-    wide, narrow = (finish(f"max_grad_norm={limit}", "total_episodes=16") for limit in ("1.0", "1e-9"))
-    assert not torch.equal(weights(wide), weights(narrow))
-    assert rows_of(wide)[0]["grad_norm"] > 1e-3 < rows_of(narrow)[0]["grad_norm"]  # before clipping
+def test_clipping_takes_effect_and_is_logged(plain, finish):
+    narrow = finish("max_grad_norm=1e-9", "total_episodes=16")
+    assert not torch.equal(weights(plain), weights(narrow))
+    assert rows_of(plain)[0]["grad_norm"] > 1e-3 < rows_of(narrow)[0]["grad_norm"]  # before clipping
 
 
 def test_a_fresh_adapter_is_its_reference(finish):
     """The policy is the one that sampled, so that the mean ratio is 1; upstream logs 1 / num_mini_batches."""
-    for row in rows_of(finish("learning_rate=0", "total_episodes=32", "entropy_coef=0.05", "num_mini_batches=2")):
+    for row in rows_of(finish("learning_rate=0", "total_episodes=16", "entropy_coef=0.05", "num_mini_batches=2")):
         assert abs(row["objective/kl"]) < 1e-4
         assert row["val/ratio"] == pytest.approx(1, abs=1e-2)
 
 
 def test_every_role_learns_what_it_should(build):
-    trainer = build("total_episodes=32", "value_init=reward", "learning_rate=1e-2")
+    trainer = build("total_episodes=16", "value_init=reward", "learning_rate=1e-2")
     before = snapshot(trainer)
     trainer.train()
     after = snapshot(trainer)
@@ -269,7 +278,7 @@ def test_the_coefficient_follows_the_target(finish):
 
 
 def test_max_kl_goes_back_to_the_last_good_policy_and_stops(build, finish):
-    options = ("total_episodes=96", "learning_rate=3e-3", "kl_coef=0", "entropy_coef=0")
+    options = (*ONE_BATCH, "total_episodes=48", "learning_rate=3e-3", "kl_coef=0", "entropy_coef=0")
     free, states = build(*options), []
     free.optimizer.optimizer.register_step_post_hook(lambda *_: states.append(weights(free)))
     free.train()
@@ -280,14 +289,12 @@ def test_max_kl_goes_back_to_the_last_good_policy_and_stops(build, finish):
     assert [row["objective/kl"] for row in rows_of(stopped)] == trace[: bad + 1]
     assert stopped.state.global_step == bad - 1
     assert torch.equal(weights(stopped), states[(bad - 1) * len(states) // len(trace) - 1])
-    assert f"is that of update {bad - 1}" in stopped.stopped
+    assert f"after update {bad} is above max_kl: the policy is that of update {bad - 1}" in stopped.stopped
 
 
 def test_what_cannot_work_is_refused(build, finish, trained, monkeypatch):
     with pytest.raises(UserError, match="max_kl"):  # the first update passes it
         finish("max_kl=1e-6", "learning_rate=1e-2", "total_episodes=64")
-    with pytest.raises(UserError, match=r"^data: .* 8192"):
-        build("per_device_train_batch_size=4096")
     for key, value in {"padding_side": "right", "pad_token": "<|endoftext|>"}.items():
         tokenizer = recorded_tokenizer(*trained)
         setattr(tokenizer, key, value)
@@ -298,8 +305,8 @@ def test_what_cannot_work_is_refused(build, finish, trained, monkeypatch):
         build()
 
 
-def test_rewards_are_normalised_by_the_stored_scale(finish, trained):
-    first, second = (rows_of(finish("total_episodes=16", f"normalize_rewards={on}"))[0] for on in ("false", "true"))
+def test_rewards_are_normalised_by_the_stored_scale(plain, finish, trained):
+    (first,), (second,) = rows_of(plain), rows_of(finish("total_episodes=16", "normalize_rewards=true"))
     recipe, run = trained
     stored = read_json(run.reward_scale("ppo"))
     pairs = read_jsonl(run.pairs("test"))
@@ -396,7 +403,7 @@ def test_an_answer_ends_at_a_sampled_padding_token(build, trained):
     assert scores[0] != scores[1]
 
 
-def test_gradient_checkpointing_is_on_and_changes_nothing(finish):
-    plain, recomputed = (finish(f"gradient_checkpointing={on}", "total_episodes=16") for on in ("false", "true"))
+def test_gradient_checkpointing_is_on_and_changes_nothing(plain, finish):
+    recomputed = finish("gradient_checkpointing=true", "total_episodes=16")
     assert recomputed.policy_model.is_gradient_checkpointing and not plain.policy_model.is_gradient_checkpointing
     assert torch.allclose(weights(plain), weights(recomputed), atol=1e-5)
