@@ -25,7 +25,7 @@ from rlhf_trl.errors.step import choose_examples, choose_pairs, compare, errors,
 from rlhf_trl.figures.style import save
 from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.recipe.errors import UserError
-from rlhf_trl.run.files import read_json, read_jsonl, write_json, write_jsonl
+from rlhf_trl.run.files import read_json, read_jsonl, write_jsonl
 from rlhf_trl.run.layout import RunDir
 
 # Phrase of each verdict, which no other scorer's report may open with.
@@ -206,7 +206,7 @@ def test_groups_hold_every_pair_once(hh_pairs, examined):
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_that_are_not_finite_are_counted_and_left_out(hh_pairs, sound, tmp_path):
+def test_scores_that_are_not_finite_are_counted_and_left_out(hh_pairs, sound):
     pairs = hh_pairs[:150]
     broken = {pairs[3]["chosen"]: math.nan, pairs[7]["rejected"]: math.inf}
     found = examine_with(pairs, lambda prompt, answer: broken.get(answer, 0) + sound(prompt, answer))
@@ -218,15 +218,14 @@ def test_scores_that_are_not_finite_are_counted_and_left_out(hh_pairs, sound, tm
     assert "2 of 150 pairs have a score" in report_of(found)
     assert (found.rows[3]["chosen_score"], found.rows[3]["margin"]) == (None, None)
     assert found.rows[3]["rejected_score"] is not None
-    write_json(tmp_path / "analysis.json", found.analysis)
-    write_jsonl(tmp_path / "scores.jsonl", found.rows)
+    json.dumps([found.analysis, found.rows], allow_nan=False)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("scorer", [lambda prompt, answer: 0.0, lambda prompt, answer: -9.0 * len(answer)])
 def test_a_handful_of_pairs_is_enough_for_every_file(count, scorer, tmp_path):
     found = examine_with(made_pairs(count), scorer)
-    write_json(tmp_path / "analysis.json", found.analysis)
+    json.dumps(found.analysis, allow_nan=False)
     save(draw("rm", found.analysis), tmp_path / "plots.png")
     said = ["random", "few_prompts", "no_better_than_length", "nothing_else"]
     assert [name for name in names_of(found) if name != "ties"] == said
@@ -371,8 +370,7 @@ def test_pairs_that_one_model_has_no_score_for_are_left_out_of_both():
 def analysed(trained, tmp_path_factory):
     """The small run with a second reward stage, which is a copy of the first."""
     recipe, source = trained
-    run = RunDir(tmp_path_factory.mktemp("errors") / "run")
-    shutil.copytree(source.root, run.root)
+    run = RunDir(shutil.copytree(source.root, tmp_path_factory.mktemp("errors") / "run"))
     recipe = recipe.model_copy(update={"stages": {**recipe.stages, "twin": recipe.stages["rm"]}})
     shutil.copytree(run.root / "rm", run.root / "twin")
     run.mark_done(recipe, "twin", 0.0)
@@ -407,8 +405,7 @@ def test_the_step_writes_every_file_and_takes_as_many_pairs_as_it_is_told(analys
     (comparison,) = read_json(source.reward_comparison)["comparisons"]
     assert (comparison["mcnemar"]["p"], comparison["difference"]["mean"]) == (1, 0)
     assert source.scores("rm").read_bytes() == source.scores("twin").read_bytes()
-    run = RunDir(tmp_path / "run")
-    shutil.copytree(source.root, run.root)
+    run = RunDir(shutil.copytree(source.root, tmp_path / "run"))
     settings = recipe.errors.model_copy(update={"pairs": 9, "examples": 3})
     fewer = recipe.model_copy(update={"errors": settings})
     errors(fewer, run)
@@ -420,8 +417,7 @@ def test_the_step_writes_every_file_and_takes_as_many_pairs_as_it_is_told(analys
 
 def test_the_step_needs_a_trained_reward_stage_pairs_and_finite_scores(analysed, tmp_path, monkeypatch):
     recipe, source = analysed
-    run = RunDir(tmp_path / "run")
-    shutil.copytree(source.root, run.root)
+    run = RunDir(shutil.copytree(source.root, tmp_path / "run"))
     monkeypatch.setattr(step, "score_pairs", lambda model, pairs, batch: (np.full((9, 2), math.nan), np.ones((9, 3))))
     with pytest.raises(UserError, match="rm: no held-out pair has two finite scores"):
         errors(recipe, run)

@@ -18,20 +18,18 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_trl.compare.step import compare
+from rlhf_trl.cli.run import run_step
 from rlhf_trl.errors.step import errors
 from rlhf_trl.evaluate.engine import require_same
 from rlhf_trl.evaluate.measure import Measurements
-from rlhf_trl.evaluate.samples import samples
 from rlhf_trl.evaluate.step import evaluate
-from rlhf_trl.judge.step import judge
 from rlhf_trl.models.rewards import load_reward_model
 from rlhf_trl.models.sampling import Completion, sample
 from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
-from rlhf_trl.recipe.errors import NotRun, UserError
+from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.load import load_recipe
+from rlhf_trl.recipe.recipe import Recipe
 from rlhf_trl.recipe.schema import Decoding
-from rlhf_trl.report.step import report
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
 
@@ -40,8 +38,7 @@ from rlhf_trl.run.layout import RunDir
 def evaluated(trained, tmp_path_factory):
     """The small run, evaluated. Read only: a test that evaluates again takes `copied`."""
     recipe, source = trained
-    run = RunDir(tmp_path_factory.mktemp("evaluated") / "run")
-    shutil.copytree(source.root, run.root)
+    run = RunDir(shutil.copytree(source.root, tmp_path_factory.mktemp("evaluated") / "run"))
     evaluate(recipe, run)
     return recipe, run, read_json(run.metrics)
 
@@ -71,17 +68,18 @@ def test_every_policy_is_measured_on_the_same_prompts(evaluated):
         assert [row["reward_gain"] for row in answers] == pytest.approx(gains)
 
 
+def score_rows(model, rows, key="answer", *how):
+    finished = [row.get("finished", True) for row in rows]
+    return model.score([row["prompt"] for row in rows], [row[key] for row in rows], finished, *how)
+
+
 def test_scores_and_accuracy_are_those_of_the_reward_model(evaluated):
     recipe, run, metrics = evaluated
     model = load_reward_model(recipe, run, "rm")
     answers = read_jsonl(run.completions("dpo"))
-    scores = model.score(
-        [a["prompt"] for a in answers], [a["answer"] for a in answers], [a["finished"] for a in answers]
-    )
-    assert [row["reward"] for row in answers] == pytest.approx(scores.tolist(), abs=1e-4)
+    assert [row["reward"] for row in answers] == pytest.approx(score_rows(model, answers).tolist(), abs=1e-4)
     pairs = read_jsonl(run.pairs("test"))
-    side = {s: model.score([p["prompt"] for p in pairs], [p[s] for p in pairs], [True] * len(pairs), 1)
-            for s in ("chosen", "rejected")}  # fmt: skip
+    side = {name: score_rows(model, pairs, name, 1) for name in ("chosen", "rejected")}
     accuracy = (side["chosen"] > side["rejected"]).double().mean().item()
     found = metrics["reward_model"]
     assert found["accuracy"]["mean"] == pytest.approx(accuracy)
@@ -322,34 +320,16 @@ def watched(tmp_path_factory):
     return recipe, run
 
 
-SHORT = """
-      bf16: false
-      gradient_checkpointing: false
-      logging_steps: 1
-      per_device_train_batch_size: 8
+ARGS = """bf16: false, gradient_checkpointing: false, logging_steps: 1, per_device_train_batch_size: 8,
       learning_rate: 1e-3"""
 WATCHED = f"""
 name: watched
 model: {{model_name_or_path: builtin:tiny, use_peft: true, lora_r: 4, lora_dropout: 0.0}}
 data: {{source: builtin:demo, max_rows: 240, max_length: 192, test_fraction: 0.2}}
 stages:
-  rm:
-    trainer: reward
-    args: {SHORT}
-      max_steps: 2
-      save_strategy: "no"
-  gold:
-    trainer: reward
-    half: second
-    args: {SHORT}
-      max_steps: 2
-      save_strategy: "no"
-  dpo:
-    trainer: dpo
-    args: {SHORT}
-      max_steps: 6
-      save_strategy: steps
-      save_steps: 1
+  rm: {{trainer: reward, args: {{{ARGS}, max_steps: 2, save_strategy: "no"}}}}
+  gold: {{trainer: reward, half: second, args: {{{ARGS}, max_steps: 2, save_strategy: "no"}}}}
+  dpo: {{trainer: dpo, args: {{{ARGS}, max_steps: 6, save_steps: 1}}}}
 evaluation: {{reward: rm, gold: gold, checkpoints: 2, prompts: 12, max_new_tokens: 12, best_of_n: 4,
   adversarial: false, judge_decoding: {{temperature: 0.7, top_p: 0.9}}}}
 """
@@ -378,9 +358,8 @@ def test_checkpoints_are_measured_along_the_run(watched):
 
 
 def test_gold_and_reward_model_share_no_pair(watched):
-    recipe, run = watched
+    _, run = watched
     pairs = read_jsonl(run.pairs("train"))
-    assert (recipe.half_of("rm"), recipe.half_of("gold"), recipe.half_of("dpo")) == ("first", "second", "first")
     halves = {
         half: {json.dumps(row["prompt"]) for row in pairs if row["half"] == half} for half in ("first", "second")
     }
@@ -395,15 +374,10 @@ def test_gold_scores_are_its_own(watched):
     recipe, run = watched
     rows = read_jsonl(run.completions("dpo"))
     gold = load_reward_model(recipe, run, "gold")
-    scores = gold.score(
-        [row["prompt"] for row in rows], [row["answer"] for row in rows], [row["finished"] for row in rows]
-    )
+    scores = score_rows(gold, rows)
     assert [row["gold"] for row in rows] == pytest.approx(scores.tolist(), abs=1e-4)
     pairs = {row["id"]: row for row in reversed(read_jsonl(run.pairs("test")))}
-    target = gold.score(
-        [row["prompt"] for row in rows], [pairs[row["id"]]["chosen"] for row in rows], [True] * len(rows)
-    )
-    over = (scores - target).tolist()
+    over = (scores - score_rows(gold, [pairs[row["id"]] for row in rows], "chosen")).tolist()
     assert [row["gold_over_chosen"] for row in rows] == pytest.approx(over, abs=1e-4)
     assert set(read_json(run.pareto)["axes"]) == {"reward", "gold"}
     second = read_jsonl(run.judge_answers("dpo"))  # of the second decoding
@@ -413,8 +387,7 @@ def test_gold_scores_are_its_own(watched):
 
 def test_a_damaged_checkpoint_is_not_measured(watched, tmp_path, caplog):
     recipe, source = watched
-    run = RunDir(tmp_path / "run")
-    shutil.copytree(source.root, run.root)
+    run = RunDir(shutil.copytree(source.root, tmp_path / "run"))
     (run.checkpoints("dpo") / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"")
     evaluate(recipe, run)
     assert "damaged checkpoint of step 2" in caplog.text
@@ -439,8 +412,7 @@ def test_a_checkpoint_of_an_interruption_is_not_measured(watched):
 def test_two_processes_measure_what_one_does(watched, tmp_path):
     """Several batches, so that both processes have some."""
     _, source = watched
-    run = RunDir(tmp_path / "runs" / "watched")
-    shutil.copytree(source.root, run.root)
+    run = RunDir(shutil.copytree(source.root, tmp_path / "runs" / "watched"))
     shutil.rmtree(run.evaluation)
     (tmp_path / "watched.yaml").write_text(WATCHED)
     options = ["--set", "evaluation.generation_batch_size=3", "--set", "evaluation.score_batch_size=2"]
@@ -461,32 +433,26 @@ def test_two_processes_measure_what_one_does(watched, tmp_path):
 GPT2 = ROOT / "recipes" / "hh_gpt2.yaml"
 
 
-def quick(recipe) -> list[str]:
-    """Overrides that make every stage of a recipe a step or two on a few short rows."""
-    values = [
-        "evaluation.prompts=4",
-        "evaluation.max_new_tokens=8",
-        "evaluation.checkpoints=0",
-        "evaluation.best_of_n=2",
-        "evaluation.adversarial=false",
-        "errors.pairs=8",
-        "data.max_length=160",
-        "data.test_fraction=0.2",
-    ]
-    for name, stage in recipe.stages.items():
-        args = f"stages.{name}.args"
+QUICK = """
+evaluation.prompts=4 evaluation.max_new_tokens=8 evaluation.checkpoints=0 evaluation.best_of_n=2
+evaluation.adversarial=false errors.pairs=8 data.max_rows=120 data.max_length=160 data.test_fraction=0.2
+"""
+EACH = "per_device_train_batch_size=4 eval_strategy=no save_strategy=no warmup_steps=0 logging_steps=1"
+SHORT = {
+    **dict.fromkeys(("sft", "reward", "dpo"), "max_steps=1 max_length=1024"),
+    "grpo": "max_steps=1 max_completion_length=8 num_generations=4",
+    "ppo": "total_episodes=8 response_length=8 num_ppo_epochs=1",
+}
+
+
+def quick(path, *overrides: str) -> Recipe:
+    """Load a recipe with overrides that make every stage a step or two on a few short rows."""
+    values = [*overrides, *QUICK.split()]
+    for name, stage in load_recipe(path).stages.items():
         effective = "global_batch_size=8" if stage.global_batch_size else "args.gradient_accumulation_steps=2"
-        values += [f"{args}.per_device_train_batch_size=4", f"stages.{name}.{effective}", f"{args}.eval_strategy=no",
-                   f"{args}.save_strategy=no", f"{args}.warmup_steps=0",
-                   f"{args}.logging_steps=1"]  # fmt: skip
-        values.append(f"{args}.total_episodes=8" if stage.trainer == "ppo" else f"{args}.max_steps=1")
-        if stage.trainer == "grpo":
-            values += [f"{args}.max_completion_length=8", f"{args}.num_generations=4"]
-        if stage.trainer == "ppo":
-            values += [f"{args}.response_length=8", f"{args}.num_ppo_epochs=1"]
-        if stage.trainer in ("sft", "reward", "dpo"):
-            values.append(f"{args}.max_length=1024")
-    return values
+        options = f"{EACH} {SHORT[stage.trainer]}".split()
+        values += [f"stages.{name}.{effective}", *(f"stages.{name}.args.{option}" for option in options)]
+    return load_recipe(path, values)
 
 
 # test_demo runs the demo, and test_gpt2_on_real_hh_text hh_gpt2 where the real text is there. The recipes for other
@@ -497,25 +463,14 @@ RECIPES += [] if (SHARED / "hh-rlhf").exists() else [GPT2]
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_from_pairs_to_report(path, tmp_path):
-    overrides = [
-        "model.model_name_or_path=builtin:tiny",
-        "data.source=builtin:demo",
-        "data.subsets=[]",
-        "data.max_rows=120",
-    ]
-    recipe = load_recipe(path, [*overrides, *quick(load_recipe(path))])
-    run_whole(recipe, RunDir(tmp_path / "run"))
+    tiny = "model.model_name_or_path=builtin:tiny", "data.source=builtin:demo", "data.subsets=[]"
+    run_whole(quick(path, *tiny), RunDir(tmp_path / "run"))
 
 
 def run_whole(recipe, run):
-    run.write_provenance(recipe)
     train_all(recipe, run)
-    actions = {"evaluate": evaluate, "judge": judge, "compare": compare, "errors": errors, "samples": samples}
-    actions["report"] = report
     for step in recipe.plan[recipe.plan.index("evaluate") :]:
-        with contextlib.suppress(NotRun):  # a judge without key or server
-            actions[step](recipe, run)
-            run.mark_done(recipe, step, 0.0)
+        run_step(recipe, run, step)  # a judge without key or server is not run
         reset_accelerate()
     assert run.report.stat().st_size > 20_000
     assert set(read_json(run.comparison)["stages"]) == set(recipe.compared)
@@ -534,31 +489,19 @@ def test_gpt2_on_real_hh_text(tmp_path):
     model = tmp_path / "gpt2"
     AutoTokenizer.from_pretrained(shared("gpt2-tokenizer")).save_pretrained(model)
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2)).save_pretrained(model)
-    overrides = [f"model.model_name_or_path={model}", f"data.source={shared('hh-rlhf')}", "data.max_rows=120"]
-    recipe = load_recipe(GPT2, [*overrides, *quick(load_recipe(GPT2))])
     run = RunDir(tmp_path / "run")
-    run_whole(recipe, run)
+    run_whole(quick(GPT2, f"model.model_name_or_path={model}", f"data.source={shared('hh-rlhf')}"), run)
     summary = read_json(run.summary)
     assert summary["rows_in"] == 120
     saved = read_json(run.adapter("dpo") / "tokenizer_config.json")
     assert (saved["pad_token"], saved["eos_token"]) == ("ÿ", "<|endoftext|>")
 
 
-def test_a_policy_recipe_without_reward_model(tmp_path, trained):
-    recipe = small_recipe(tmp_path, text=DPO_ONLY)
+def test_a_policy_recipe_without_reward_model(tmp_path):
+    others = [f"stages.{name}=null" for name in ("sft", "rm", "grpo", "ppo")]
+    changes = ["stages.dpo.init=null", "stages.dpo.args.max_steps=1", "evaluation.prompts=4", "evaluation.best_of_n=0"]
+    recipe = small_recipe(tmp_path, [*others, *changes])
     run_whole(recipe, RunDir(tmp_path / "run"))
     metrics = read_json(tmp_path / "run" / "evaluation" / "metrics.json")
     assert metrics["reward_model"] is None
     assert "reward" not in metrics["policies"]["dpo"]
-
-
-DPO_ONLY = """
-name: only
-model: {model_name_or_path: builtin:tiny, use_peft: true, lora_dropout: 0.0, lora_target_modules: all-linear}
-data: {source: builtin:demo, max_rows: 120, max_length: 192, test_fraction: 0.2}
-stages:
-  dpo:
-    trainer: dpo
-    args: {bf16: false, gradient_checkpointing: false, max_steps: 1, learning_rate: 1e-3, save_strategy: "no"}
-evaluation: {prompts: 4, max_new_tokens: 8}
-"""
