@@ -50,6 +50,7 @@ class FakeHub(fake_openai.Server):
         self.private: dict[str, bool] = {}
         self.objects: dict[str, bytes] = {}
         self.calls: list[str] = []
+        self.faults: list[dict[str, str]] = []  # that it finds in a card
 
     def respond(self, path: str, body: bytes) -> tuple[Any, int]:
         parts = path.split("?")[0].strip("/").split("/")
@@ -61,7 +62,7 @@ class FakeHub(fake_openai.Server):
             self.files[name], self.private[name] = {}, asked["visibility"] == "private"
             return {"url": f"{self.url}/{name}", "name": name}, 200
         if path == "/api/validate-yaml":
-            return {"errors": [], "warnings": []}, 200
+            return {"errors": self.faults, "warnings": []}, 400 if self.faults else 200
         if parts[-1] == "batch":
             asked = json.loads(body)["objects"]
             found = [{**one, "actions": {"upload": {"href": f"{self.url}/objects/{one['oid']}"}}} for one in asked]

@@ -28,6 +28,7 @@ from rlhf_trl.text.display import has_lone_surrogate
 BATCHES = 4
 ASKED = ("turns", "messages", "prompt", "instruction", "question")
 FORMS = ("jsonl", "alpaca_eval", "arena_hard", "mt_bench")
+IDS = {"arena_hard": "uid", "mt_bench": "question_id"}  # what a benchmark finds an answer by
 
 
 def answer_file(
@@ -39,9 +40,9 @@ def answer_file(
     Returns the number of `rows`, and of those that were `kept` from an earlier start; a UserError says that a line
     cannot be read, or that the earlier start was another one.
     """
-    rows = [(raw, *_read(raw, f"{path}:{number}")) for number, raw in read_rows(path)]
+    rows = [(raw, *_read(raw, f"{path}:{number}", IDS.get(form))) for number, raw in read_rows(path)]
     partial = out.with_name(f"{out.name}.partial")
-    begun = hashlib.sha256(f"{hash_file(path)}{name}{sorted(how.items())}".encode()).hexdigest()
+    begun = hashlib.sha256(f"{hash_file(path)}{name}{policy.made}{sorted(how.items())}".encode()).hexdigest()
     lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else [begun, ""]
     if lines[0] != begun:
         remedy = "give the same file, model and options, or remove it"
@@ -77,9 +78,11 @@ def _answer(
     return answers
 
 
-def _read(raw: Any, place: str) -> tuple[Messages, list[str]]:
+def _read(raw: Any, place: str, id: str | None) -> tuple[Messages, list[str]]:
     """Return the messages before the first question of a row, and its questions."""
     row = {"prompt": raw} if isinstance(raw, str) else raw if isinstance(raw, dict) else {}
+    if id is not None and row.get(id) is None:
+        raise UserError(place, f"there is no {id!r} in the line", "give the file of questions of the benchmark itself")
     if has_lone_surrogate(json.dumps(row, ensure_ascii=False)):
         raise UserError(place, "there is a lone surrogate in the line, which no text can hold", "leave the row out")
     asked = next((row[key] for key in ASKED if row.get(key)), None)
@@ -105,7 +108,7 @@ def _write(form: str, raw: Any, turns: Sequence[str], answers: Sequence[str], na
         return {"instruction": turns[0], "output": answers[0], "generator": name, **kept}
     id = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([name, row, answers])).hex  # the same file, the same bytes
     if form == "mt_bench":
-        return {"question_id": row.get("question_id"), "answer_id": id, "model_id": name,
+        return {"question_id": row["question_id"], "answer_id": id, "model_id": name,
                 "choices": [{"index": 0, "turns": answers}]}  # fmt: skip
     talk = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": {"answer": answers[0]}}]
-    return {"uid": row.get("uid"), "ans_id": id, "model": name, "messages": talk}
+    return {"uid": row["uid"], "ans_id": id, "model": name, "messages": talk}

@@ -64,7 +64,7 @@ def render_card(lineage: Mapping[str, Any], evidence: Mapping[str, Any], has_fig
     rows = [(subset["name"], ("analysis", "subsets", place)) for place, subset in subsets if subset["accuracy"]]
     return environment.get_template("card.md.j2").render(
         lineage=lineage,
-        fits=Written(str(vllm_rank(lineage["rank"]) or "")),
+        fits=Written("" if lineage["dora"] else str(vllm_rank(lineage["rank"]) or "")),
         evidence=evidence,
         has_figure=has_figure,
         metadata=Written(metadata.to_yaml()),

@@ -123,7 +123,7 @@ def _collect(folder: Path, base: Path | None, problems: list[Problem], here: boo
         problems += _check_shipped(folder, config, lineage)
         base = base or folder / BASE
     if base is not None and not problems:
-        problems += _check_against(folder, base, config, lineage, tensors)
+        problems += _check_against(folder, base, lineage, tensors)
 
 
 def _check_files(folder: Path) -> Iterator[Problem]:
@@ -239,19 +239,17 @@ def _check_shipped(folder: Path, config: Settings, lineage: Settings | None) -> 
             yield Problem(f"{BASE}/{file}", f"the tensor {key} of the base is empty, or holds NaN or infinity", CLEAN)
 
 
-def _check_against(
-    folder: Path, base: Path, config: Settings, lineage: Settings | None, tensors: Tensors
-) -> Iterator[Problem]:
-    """Check an adapter against its base: shapes, the hash of the weights, and the chat template."""
+def _check_against(folder: Path, base: Path, lineage: Settings | None, tensors: Tensors) -> Iterator[Problem]:
+    """Check an adapter against its base: modules, the hash of the weights, and the chat template."""
     weights = read_weights(base)
     documents = _read_objects(base, ("config.json", TOKENIZER_CONFIG))
     settings = documents.get("config.json", {})
-    yield from (Problem(f"{base.name}/config.json", text, CLEAN) for text in rules.check_model(settings, weights))
+    if unsafe := [Problem(f"{base.name}/config.json", text, CLEAN) for text in rules.check_model(settings, weights)]:
+        yield from unsafe
+        return  # what is built from them could be of any size
     if not (folder / TOKENIZER_CONFIG).exists():
         yield from _check_template(base, documents.get(TOKENIZER_CONFIG, {}))
-    # The shapes of quantised weights are those of their packing.
-    packed = settings.get("quantization_config")
-    if unfit := None if packed else next(rules.check_base(config, tensors, weights), None):
+    if unfit := rules.check_base(folder, base, tensors):
         yield Problem(ADAPTER, unfit, f"use the base that it was trained on, or {AGAIN}")
     elif lineage is not None and hash_weights(weights) != lineage["base"]["weights"]:
         problem = "the weights of this base are not those that the adapter was exported for, though their shapes fit"

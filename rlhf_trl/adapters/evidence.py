@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_trl.adapters.check import ADAPTER, CONFIG, LINEAGE, REPOSITORY
 from rlhf_trl.compare.evidence import read_winrate
+from rlhf_trl.data.files import SUFFIXES
 from rlhf_trl.models.base import adapter_path, fetch
 from rlhf_trl.models.tokenizer import TINY, base_path
 from rlhf_trl.recipe.errors import UserError
@@ -110,7 +111,8 @@ def find_base(
 def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, folder: Path) -> dict[str, Any]:
     """Describe where an export comes from that holds the adapters of `stages`, the lowest first."""
     stage, data, document = stages[-1], recipe.data, recipe.model_dump()
-    block = recipe.model_block(stage)
+    block, config = recipe.model_block(stage), read_json(folder / CONFIG)
+    source = f"./{data.source}" if Path(data.source).exists() else data.source  # named as one of the Hub is, or not
     if document["judge"]:
         document["judge"]["base_url"] = None  # the address of a server of the house
     return {
@@ -121,13 +123,13 @@ def describe(recipe: Recipe, run: RunDir, stages: Sequence[str], base: Base, fol
                  "held_in": {key: block.get(key) for key in PRECISION}},
         "combined": [label(recipe, name) for name in stages],
         "continued": label(recipe, str(own.init)) if (own := recipe.stages[stage]).continue_ else None,
-        "rank": read_json(folder / CONFIG)["r"],
+        "rank": config["r"], "dora": config["use_dora"],
         "parents": [*_outsiders(recipe, run, stage),
                     *(_parent(recipe, run, name, relation) for name, relation in recipe.parents(stage).items())],
         "weights": {label(recipe, name): hash_file(adapter_path(recipe, run, name) / ADAPTER) for name in stages},
         "recipe": without_paths(document),
         "fingerprint": run.fingerprint_of(stage),
-        "data": {"source": without_paths(data.source), "revision": data.revision, "half": recipe.half_of(stage),
+        "data": {"source": without_paths(source), "revision": data.revision, "half": recipe.half_of(stage),
                  "train": hash_file(run.pairs("train")), "test": hash_file(run.pairs("test")),
                  "rows_kept": read_json(run.summary)["rows_kept"], "fingerprint": run.fingerprint_of("prepare")},
         "seed": recipe.args_of(stage)["seed"],
@@ -172,7 +174,9 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item) for item in value]
-    if isinstance(value, str) and (value.startswith(("/", "~", ".")) or ("/" in value and Path(value).exists())):
+    if isinstance(value, str) and (
+        value.startswith(("/", "~", ".")) or value.endswith(SUFFIXES) or ("/" in value and Path(value).exists())
+    ):
         return f"local:{Path(value).name}"
     return value
 

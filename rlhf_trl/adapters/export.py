@@ -81,8 +81,7 @@ def export(
             (folder / files.BASE).mkdir()
             for file in flatten(*map(base.folder.glob, MODEL_FILES)):
                 shutil.copyfile(file, folder / files.BASE / file.name)
-            if kind == "reward":
-                write_json(folder / files.BASE_CONFIG, read_json(folder / files.BASE_CONFIG) | one_score(tokenizer))
+            _name_as_before(folder / files.BASE_CONFIG, **(one_score(tokenizer) if kind == "reward" else {}))
         write_json(folder / files.PROBE, _probe(run, adapters, base, kind, tokenizer))
         verification = verify(folder, kind, base.folder, base.id, base.revision) | {"finished": now()}
         lineage = describe(recipe, run, stages, base, folder) | {"verification": verification}
@@ -94,7 +93,10 @@ def export(
         hashes = {name: hash_file(file) for name, file in list_files(folder).items()}
         write_json(folder / files.LINEAGE, lineage | {"files": hashes})
         require_sound(folder, base.folder)
-        _require_no_path(folder, (str(run.root.resolve()), str(base.folder.resolve())))
+        for name, file in list_files(folder).items():
+            text = file.read_text(encoding="utf-8") if file.suffix in (".json", ".md", ".jinja") else ""
+            if told := [path for path in (str(run.root.resolve()), str(base.folder.resolve())) if path in text]:
+                raise UserError(name, f"the export would name a place on this machine: {told[0]}", "report this")
     return lineage
 
 
@@ -105,22 +107,18 @@ def require_new(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _require_no_path(folder: Path, paths: Sequence[str]) -> None:
-    for name, file in list_files(folder).items():
-        text = file.read_text(encoding="utf-8") if file.suffix in (".json", ".md", ".jinja") else ""
-        if told := [path for path in paths if path in text]:
-            raise UserError(name, f"the export would name a place on this machine: {told[0]}", "report this")
-
-
 def _write_adapter(adapters: Sequence[Path], base: Base, folder: Path) -> None:
     if len(adapters) == 1:
         tensors, config = load_file(adapters[0] / files.ADAPTER), LoraConfig.from_pretrained(str(adapters[0]))
     else:
         tensors, config = combine(base.folder, adapters)
     config.base_model_name_or_path, config.revision = base.id or f"./{files.BASE}", base.revision
+    if config.use_rslora and not config.rank_pattern and not config.alpha_pattern:  # others divide by the rank
+        config.lora_alpha, config.use_rslora = config.lora_alpha * config.r**0.5, False
     config.inference_mode = True
     config.save_pretrained(folder)
-    save_file(tensors, folder / files.ADAPTER, metadata={"format": "pt"})
+    own = {key: tensor for key, tensor in tensors.items() if ".base_layer." not in key}  # PEFT adds the base's
+    save_file(own, folder / files.ADAPTER, metadata={"format": "pt"})
     settings = read_json(folder / files.CONFIG)
     # In one order: a set's differs from process to process.
     for key in ("target_modules", "modules_to_save"):
@@ -174,7 +172,7 @@ def _not_exact(folder: Path, last: bool) -> str | None:
         if key not in MAY_DIFFER and not harmless and not is_off(key, value):
             return f"its setting {key} is {value!r}"
     for key in read_header(folder / files.ADAPTER):
-        if not key.endswith(LINEAR) and not (last and key == HEAD):
+        if not key.endswith(LINEAR) and not (last and (key == HEAD or ".base_layer." in key)):
             return f"it adapts an embedding, or replaces a tensor of its base ({key})"
         if not last and ".lm_head." in key:
             return "it adapts the output layer, which a base may share with its embedding"
@@ -204,7 +202,20 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path)
     if settings["tokenizer_class"] == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         settings["model_input_names"] = ["input_ids", "attention_mask"]
+    if "extra_special_tokens" in settings:
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     write_json(folder / files.TOKENIZER_CONFIG, settings)
+
+
+def _name_as_before(file: Path, **more: Any) -> None:
+    """Write settings of a model, and `more`, under the names of transformers 4, too, which else takes its defaults."""
+    settings = read_json(file) | more
+    rope = settings.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        settings["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type") != "default":
+            settings["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    write_json(file, settings)
 
 
 def one_score(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -257,13 +268,7 @@ def merge(folder: Path, out: Path, base: Path | None = None) -> dict[str, Any]:
         if classifier:
             merged.config.update(one_score(tokenizer))
         merged.save_pretrained(target)
-        settings = read_json(target / "config.json")
-        rope = settings.get("rope_parameters") or {}
-        if "rope_theta" in rope:  # transformers 4 reads these, and takes a default of its own where they are missing
-            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-            settings |= {"rope_theta": rope["rope_theta"]}
-            settings |= {"rope_scaling": scaling} if rope.get("rope_type") != "default" else {}
-            write_json(target / "config.json", settings)
+        _name_as_before(target / "config.json")
         write_tokenizer(tokenizer, "reward" if classifier else "policy", target)
         del merged, model  # one copy in memory at a time
         auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM

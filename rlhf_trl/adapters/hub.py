@@ -50,8 +50,8 @@ def push(folder: Path, repository: str, files: Iterable[str], private: bool) -> 
             raise UserError(repository, problem, "choose another name, or say --public")
         commit = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(files),
                                    commit_message=message)  # fmt: skip
-    except (OSError, TransportError) as error:  # the Hub's own errors, no token, no network
-        problem = f"the upload failed: {first_line(error)}"
+    except (OSError, ValueError, RuntimeError, TransportError) as error:  # of the card, and of the storage, too
+        problem = f"the upload failed: {' '.join(visible(str(error)).split())}"
         raise UserError(repository, problem, "check the network, and log in with `hf auth login`") from error
     return str(commit.commit_url)
 

@@ -20,21 +20,21 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from rlhf_trl.adapters.check import BASE, CONFIG, TOKENIZER_CONFIG, notes, require_sound
+from rlhf_trl.adapters.check import ADAPTER, BASE, CONFIG, TOKENIZER_CONFIG, notes, require_sound
 from rlhf_trl.adapters.evidence import require_stage
+from rlhf_trl.adapters.rules import FOREIGN
 from rlhf_trl.models import rewards
-from rlhf_trl.models.base import base_block, below_path, fetch, load_causal, load_classifier, prompt_room
+from rlhf_trl.models.base import base_block, below_path, fetch, lay, load_causal, load_classifier, prompt_room
 from rlhf_trl.models.rewards import RewardModel
 from rlhf_trl.models.sampling import sample
 from rlhf_trl.models.tokenizer import Messages, recorded_tokenizer, set_up_tokenizer
 from rlhf_trl.recipe.errors import UserError
+from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.recipe.schema import Decoding
 from rlhf_trl.run.files import read_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.text.display import first_line
 
-# What the libraries raise at files that others wrote: `tokenizers` raises nothing narrower.
-FOREIGN = (Exception,)
 KINDS = {"CAUSAL_LM": "a policy", "SEQ_CLS": "a reward model"}
 
 
@@ -44,6 +44,7 @@ class Policy:
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
+    made: str  # tells it from another one that lies in the same place
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Answer as the base alone, as long as this lasts."""
@@ -88,14 +89,14 @@ def load_policy(
         UserError: it is a reward adapter, or the base cannot be reached.
     """
     if stage is None:
-        return Policy(*load(Path(folder), base, dtype, "CAUSAL_LM")[:2])
+        return Policy(*load(Path(folder), base, dtype, "CAUSAL_LM")[:2], hash_file(Path(folder) / ADAPTER))
     run = RunDir(Path(folder))
     recipe = require_stage(run, stage)
     tokenizer, adapted = recorded_tokenizer(recipe, run), bool(recipe.model_block(stage).get("use_peft"))
     path = below_path(recipe, run, stage) if adapted else str(run.model(stage))
     model: Any = load_causal(path, ModelConfig(**base_block(recipe, stage)), tokenizer)
-    model = PeftModel.from_pretrained(model, run.adapter(stage)) if adapted else model
-    return Policy(model.to(PartialState().device).eval(), tokenizer)
+    model = lay(model, run.adapter(stage)) if adapted else model
+    return Policy(model.to(PartialState().device).eval(), tokenizer, str(run.finished(stage)))
 
 
 def load_reward_model(folder: str | Path, base: str | Path | None = None, stage: str | None = None) -> RewardModel:

@@ -6,16 +6,19 @@ headers of safetensors files; reads a tensor only to see whether its numbers are
 """
 
 import re
-from collections import defaultdict
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import peft
+import torch
 from packaging.version import InvalidVersion, Version
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_trl.recipe.library import vllm_rank
 from rlhf_trl.run.safetensors import FLOATS, Tensor, is_finite, is_zero
@@ -183,9 +186,6 @@ HEAD = PREFIX + "score.weight"
 # Ends of the two factors of a module; those of an embedding are named otherwise.
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
-# Names of the input embedding in the families of models.
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
-OUTPUT = "lm_head"
 LAYER = re.compile(r"\.\d+\.")
 # Settings of a model that count its layers, and its other parts.
 LAYERS = re.compile(r"^(?!max_)(.*_)?(layers?|blocks|depths?)$")
@@ -193,13 +193,14 @@ PARTS = re.compile(r"^(n|num)_(?!ctx|pos)|_(heads|experts)$")
 # How a model computes, in the code of `transformers` itself: another name is that of a kernel to be fetched.
 IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "batched_mm",
                    "grouped_mm")  # fmt: skip
+FOREIGN = (Exception,)  # at files that others wrote: `tokenizers` raises nothing narrower
 DEFAULT_RANK = 16  # for which vLLM is started without an option
 Tensors = Mapping[str, Tensor]
 
 
 def check_tensors(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     """Say what is wrong with an adapter by itself: a tensor that is neither LoRA nor the head, is empty, not finite or
-    half there, that the settings do not ask for, or that is missing in a layer."""
+    half there, or that the settings do not ask for."""
     classifier, modules = config["task_type"] == "SEQ_CLS", modules_of(tensors)
     # With the name of an adapter in it (`lora_A.default.weight`), PEFT loads nothing and says nothing.
     magnitudes = (MAGNITUDE,) if config.get("use_dora") else ()
@@ -220,17 +221,9 @@ def check_tensors(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
         yield f"the reward head has the shape {tensors[HEAD].shape}, not that of one score"
     if not modules:
         yield "there is no LoRA tensor in it"
-    layers: defaultdict[str, set[str]] = defaultdict(set)  # modules but for the number of their layer -> the layers
     for module, ends in modules.items():
         if problem := _check_module(config, tensors, module, (*ends, *magnitudes)):
             yield problem
-        if layer := LAYER.search(module):
-            layers[module.replace(layer[0], ".*.", 1)].add(layer[0])
-    every = set().union(*layers.values())
-    for pattern, there in sorted(layers.items()):
-        absent = [pattern.replace(".*.", layer, 1) for layer in sorted(every - there)]
-        if asked := [module for module in absent if is_target(config, module.removeprefix(PREFIX))]:
-            yield f"the tensors of the target module {asked[0]} are missing"
 
 
 def _check_module(config: Mapping[str, Any], tensors: Tensors, module: str, ends: tuple[str, ...]) -> str | None:
@@ -249,33 +242,25 @@ def _check_module(config: Mapping[str, Any], tensors: Tensors, module: str, ends
     return None if is_target(config, name) else unasked
 
 
-def check_base(config: Mapping[str, Any], tensors: Tensors, weights: Tensors) -> Iterator[str]:
-    """Say in what a sound adapter does not fit its base: a module that is not there or has another shape, the width
-    that the reward head reads, a target without tensors. A later one may follow from the first."""
-    matrices = {key.removesuffix(".weight"): tensor.shape for key, tensor in weights.items() if len(tensor.shape) == 2}
-    sizes = {_short(key): shape for key, shape in matrices.items()}
-    embedding = next((sizes[short] for short in sorted(sizes) if short.split(".")[-1] in EMBEDDINGS), None)
-    if embedding is not None:
-        sizes.setdefault(OUTPUT, embedding)  # tied: the base keeps one matrix for both
-    modules = {_short(module.removeprefix(PREFIX)): (module, ends) for module, ends in modules_of(tensors).items()}
-    around = ""  # the name of the model around the modules, which the files of some bases leave out
-    for short, (module, ends) in sorted(modules.items()):
-        if short not in sizes:
-            yield f"the base has no module {short}: it is another architecture"
-            continue
-        around = around or module.removeprefix(PREFIX).removesuffix(short)
-        down, up = (tensors[module + end].shape for end in ends)
-        # An embedding and the output layer are never kept transposed, not even by GPT-2.
-        turned = config.get("fan_in_fan_out") and ends == LINEAR and short != OUTPUT
-        there = sizes[short][::-1] if turned else sizes[short]
-        own = (up[0], down[1]) if ends == LINEAR else (down[1], up[0])
-        if own != there:
-            yield f"{short} is for a weight of {own[0]} × {own[1]}, and the base's is {there[0]} × {there[1]}"
-    if HEAD in tensors and embedding is not None and (width := tensors[HEAD].shape[1]) != embedding[1]:
-        yield f"the reward head reads {width} numbers, and the base's hidden size is {embedding[1]}"
-    for short in sorted(set(sizes) - set(modules)):
-        if is_target(config, short if short == OUTPUT else around + short):
-            yield f"the base's module {short} is a target without tensors"
+def check_base(folder: Path, base: Path, tensors: Tensors) -> str | None:
+    """Say why a sound adapter does not fit its base, if so: PEFT lays it on the base's modules, without weights."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings = LoraConfig.from_pretrained(str(folder))
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False, num_labels=1)
+            auto = AutoModelForSequenceClassification if settings.task_type == "SEQ_CLS" else AutoModelForCausalLM
+            model = auto.from_config(config, trust_remote_code=False)
+            adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
+            state = {key: torch.empty(tensor.shape) for key, tensor in tensors.items()}
+            found = set_peft_model_state_dict(adapted, state)
+    except FOREIGN as error:
+        said = str(error).split("\n", 1)[-1] or type(error).__name__  # what is wrong stands below a line of its kind
+        return f"it does not fit this base: {' '.join(said.split())[:200]}"
+    if found.unexpected_keys:
+        return f"it does not fit this base, which has no place for {found.unexpected_keys[0]}"
+    missing = [key for key in found.missing_keys if ".default" in key]
+    return f"it does not fit this base: there is no tensor for {missing[0]}" if missing else None
 
 
 def check_model(config: Mapping[str, Any], weights: Tensors) -> Iterator[str]:
@@ -307,6 +292,10 @@ def notes(config: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
     if (rank := max(rank_of(config, module.removeprefix(PREFIX)) for module in modules)) > DEFAULT_RANK:
         how = f"up to {DEFAULT_RANK} without --max-lora-rank {vllm_rank(rank)}" if vllm_rank(rank) else "none so large"
         yield f"its rank is {rank}, and vLLM takes {how}"
+    if config.get("use_dora"):
+        yield "it is DoRA, which vLLM does not take: merge it first"
+    if config.get("use_rslora") or config.get("alpha_pattern"):
+        yield "its scaling is not lora_alpha / r throughout, and llama.cpp reads no other: merge it first"
     if all(is_zero(tensors[module + up]) for module, (_, up) in modules.items()):
         yield "every lora_B is zero: it adds nothing to its base, as before training"
 
@@ -315,10 +304,3 @@ def modules_of(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Name of each module with LoRA, or magnitudes -> the ends of the names of its two tensors."""
     kinds = {MAGNITUDE: LINEAR} | {end: ends for ends in (LINEAR, EMBEDDING) for end in ends}
     return {key.removesuffix(end): ends for end, ends in kinds.items() for key in sorted(tensors) if key.endswith(end)}
-
-
-def _short(name: str) -> str:
-    """A module's name without that of the model around it, which some files leave out."""
-    for prefix in ("model.", "transformer.", "gpt_neox."):
-        name = name.removeprefix(prefix)
-    return name

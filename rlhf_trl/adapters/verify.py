@@ -57,8 +57,16 @@ def verify(folder: Path, kind: str, base: Path, base_id: str | None, revision: s
     """
     with tempfile.TemporaryDirectory() as scratch:
         cache, result = Path(scratch) / "hub", Path(scratch) / "result.json"
-        if base_id is not None:
-            _fill_cache(cache, base, base_id, revision)
+        if base_id is not None:  # links to its files lie where `huggingface_hub` looks for that id and revision
+            commit = revision if revision and COMMIT.fullmatch(revision) else "0" * 40
+            repository = cache / f"models--{base_id.replace('/', '--')}"
+            snapshot = repository / "snapshots" / commit
+            snapshot.mkdir(parents=True)
+            for file in filter(Path.is_file, base.iterdir()):
+                (snapshot / file.name).symlink_to(file.resolve())
+            # `transformers` asks for the default branch where a call names no revision.
+            for name in {"main", revision or "main"} - {commit}:
+                write_text(repository / "refs" / name, commit)
         lines, environment = loading_lines(kind, base_id is None), {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         why = run_isolated(PROGRAM, kind, str(folder.resolve()), str(result), given=lines, HF_HUB_CACHE=str(cache),
                            HF_HUB_DISABLE_TELEMETRY="1", **environment)  # fmt: skip
@@ -79,17 +87,3 @@ def require_equal(place: str, what: str, difference: float, largest: float) -> N
     if not difference <= TOLERANCE * max(1.0, largest):
         problem = f"the outputs of {what} differ from the adapter's by up to {difference:.3g}, of up to {largest:.3g}"
         raise UserError(place, problem, "use the adapter as it is, and report this together with the recipe")
-
-
-def _fill_cache(cache: Path, base: Path, base_id: str, revision: str | None) -> None:
-    """Lay links to a model's files where `huggingface_hub` looks for that id and revision."""
-    commit = revision if revision and COMMIT.fullmatch(revision) else "0" * 40
-    repository = cache / f"models--{base_id.replace('/', '--')}"
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for file in base.iterdir():
-        if file.is_file():
-            (snapshot / file.name).symlink_to(file.resolve())
-    # `transformers` asks for the default branch where a call names no revision.
-    for name in {"main", revision or "main"} - {commit}:
-        write_text(repository / "refs" / name, commit)

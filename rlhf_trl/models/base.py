@@ -6,6 +6,7 @@ A continued adapter lies on the model below its reference, and is loaded with th
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 
-from rlhf_trl.models.tokenizer import base_path, build_once, recorded_tokenizer, unreachable
+from rlhf_trl.models.tokenizer import ABSENT, base_path, build_once, recorded_tokenizer, unreachable
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import source_hash
 from rlhf_trl.recipe.recipe import Recipe
@@ -49,10 +50,10 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor
 
 def fetch(name: str, revision: str | None) -> Path:
     """Find a model of the Hub in the local cache, or fetch it (else UserError); the folder's name is the commit."""
-    patterns = [*MODEL_FILES, "*.jinja", "token*.json"]
+    patterns = [*MODEL_FILES, "*.jinja", "*token*", "vocab.json", "merges.txt"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+    except ABSENT as error:
         problem = f"the base cannot be reached: {first_line(error)}"
         raise UserError(name, problem, "check the name, the network, and access") from error
 
@@ -74,10 +75,9 @@ def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
 
     def merge(folder: Path) -> None:
         adapter = adapter_path(recipe, run, init)
-        check_weights(adapter)
         start = below_path(recipe, run, init)
         base = load_weights(transformers.AutoModelForCausalLM, start, ModelConfig(**block), quantize=False)
-        PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
+        lay(base, adapter).merge_and_unload().save_pretrained(folder)
         recorded_tokenizer(recipe, run).save_pretrained(folder)
 
     return build_once(run, spec.parent or merged.name, merged, merge)
@@ -102,12 +102,22 @@ def adapter_path(recipe: Recipe, run: RunDir, init: str) -> Path:
     return Path(init)
 
 
+def lay(model: PreTrainedModel, folder: Path, **more: Any) -> PeftModel:
+    """Lay a saved adapter on its base; UserError where a tensor is not finite, or missing: PEFT only warns."""
+    check_weights(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, folder, **more)
+        except UserWarning as warning:
+            raise UserError(str(folder), first_line(warning)[:200], "train it with these versions") from warning
+
+
 def load_to_continue(model: PreTrainedModel, folder: Path, path: str, block: dict[str, Any]) -> PeftModel:
     """Lay a saved adapter on the base from `path` to train it further; say which keys of `block` it overrules."""
-    check_weights(folder)
     # As TRL lays a new one: with ZeRO-3 all parameters have to be of one dtype.
     widen = not is_deepspeed_zero3_enabled()
-    adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=widen)
+    adapted = lay(model, folder, is_trainable=True, autocast_adapter_dtype=widen)
     config: Any = adapted.peft_config["default"]
     config.base_model_name_or_path = path
     own = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
@@ -189,7 +199,7 @@ def load_weights(auto: Any, path: str, config: ModelConfig, quantize: bool = Tru
     try:
         # Without trust_remote_code=False, a model that brings code has the user asked whether to run it.
         model = auto.from_pretrained(path, trust_remote_code=False, **more)
-    except (OSError, ValueError) as error:
+    except ABSENT as error:
         raise unreachable(path, error) from error
     for layer in model.modules() if quantization is not None else ():
         # bitsandbytes packs a 4-bit weight at its first pass without a gradient, on a CPU with AVX512-BF16; whatever
@@ -292,7 +302,7 @@ class Policies:
         if name in self.recipe.stages and self.recipe.stages[name].continue_:  # its adapter lies below the reference
             base = self._load(below_path(self.recipe, self.run, name))
             folder = checkpoint or self.run.adapter(name)
-            yield PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
+            yield lay(base, folder, autocast_adapter_dtype=False).eval()
             return
         key = name if checkpoint is None else f"{name}-{checkpoint.name}"
         if not adapted or key not in self.model.peft_config:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -168,7 +167,7 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
         head: Any = policies.add(name, folder)
         return RewardModel(SharedClassifier(policies.use, name, head), tokenizer)
     model = base.load_classifier(base.below_path(recipe, run, name), config, tokenizer)
-    return _freeze(PeftModel.from_pretrained(model, folder), tokenizer)
+    return _freeze(base.lay(model, folder), tokenizer)
 
 
 def _freeze(model: Any, tokenizer: PreTrainedTokenizerBase, after: Sequence[int] = ()) -> RewardModel:

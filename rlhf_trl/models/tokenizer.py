@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from httpx2 import TransportError
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 Messages = list[dict[str, str]]
+# What a model, or its tokenizer, that is not there makes the libraries raise; the last one is raised by a proxy, too.
+ABSENT = (OSError, ValueError, TransportError)
 TINY = "builtin:tiny"
 DEMO = Path(__file__).parent.parent / "data" / "demo.jsonl.gz"
 # What a model needs to be loaded, without its tokenizer.
@@ -73,7 +76,7 @@ def set_up_tokenizer(path: str, model: dict[str, Any]) -> PreTrainedTokenizerBas
             problem = f"it is read by {type(tokenizer).__name__}, which lacks a chat template or the places of tokens"
             raise UserError(path, problem, "use a model with a tokenizer.json, and uninstall mistral-common")
         template = tokenizer.get_chat_template() if tokenizer.chat_template else ""  # the default one of several
-    except (OSError, ValueError) as error:
+    except ABSENT as error:
         raise unreachable(path, error) from error
     if tokenizer.eos_token is None:
         raise UserError(path, "the tokenizer has no end-of-sequence token", "use a model with one")

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrai
 from transformers.integrations import HfDeepSpeedConfig
 from trl import ModelConfig, get_peft_config
 
-from rlhf_trl.models.tokenizer import TINY, tiny_config
+from rlhf_trl.models.tokenizer import ABSENT, TINY, tiny_config
 from rlhf_trl.recipe.errors import Problem, RecipeError, UserError
 from rlhf_trl.recipe.library import suggest, value_of
 from rlhf_trl.recipe.recipe import Recipe
@@ -150,8 +150,9 @@ def read_config(place: str, wanted: ModelConfig) -> PretrainedConfig | None:
         return tiny_config()
     try:
         return transformers.AutoConfig.from_pretrained(name, revision=wanted.model_revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and not isinstance(error.__cause__, HFValidationError | RepositoryNotFoundError):
+    except ABSENT as error:
+        unknown = isinstance(error.__cause__, HFValidationError | RepositoryNotFoundError)
+        if not isinstance(error, ValueError) and not unknown:
             logger.warning("the config of %s is not at hand: its modules are not checked", name)
             return None
         remedy = "check the name and your access to it; a model that brings code of its own cannot be loaded"

@@ -21,8 +21,8 @@ def lineage_of(name: str, trainer: str, **changes: Any) -> dict[str, Any]:
     kind = "reward" if trainer == "reward" else "policy"
     versions = dict.fromkeys(("rlhf-trl", "trl", "peft", "transformers", "torch"), "1.2.3")
     verification = {"rows": 4, "outputs": 611, "difference": 3.1e-6, "largest": 34.2}
-    return {"run": "hh", "stage": name, "trainer": trainer, "kind": kind, "base": BASE, "combined": [name], "rank": 16,
-            "continued": None,
+    return {"run": "hh", "stage": name, "trainer": trainer, "kind": kind, "base": BASE, "combined": [name],
+            "rank": 16, "dora": False, "continued": None,
             "parents": [{"stage": "rm", "trainer": "reward"}], "seed": 42, "trained_with": {"versions": versions},
             "data": {"source": "Anthropic/hh-rlhf", "rows_kept": 4321}, "verification": verification,
             **changes}  # fmt: skip
@@ -137,9 +137,13 @@ def test_texts_cannot_act_in_the_card(run):
     assert r"# \<b\>x\</b\>: \[a\](b)" in card
 
 
-@pytest.mark.parametrize(("rank", "said"), [(8, "--max-lora-rank 8 "), (24, "--max-lora-rank 32 "), (600, "merged")])
-def test_the_rank_that_vllm_needs_is_said(run, rank, said):
-    assert said in render(*run, run[0].policies[0], rank=rank)[0]
+@pytest.mark.parametrize(
+    ("rank", "dora", "said"),
+    [(8, False, "--max-lora-rank 8 "), (24, False, "--max-lora-rank 32 "), (600, False, "only merged"),
+     (8, True, "only merged")],
+)  # fmt: skip
+def test_what_vllm_needs_is_said(run, rank, dora, said):
+    assert said in render(*run, run[0].policies[0], rank=rank, dora=dora)[0]
 
 
 def test_the_front_matter_is_what_the_hub_reads(run):

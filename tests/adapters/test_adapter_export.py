@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_fixtures import ADAPTER, COMMIT, CONFIG, ID, as_rewardbench, change_json, logits, write_base, write_run
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import rlhf_trl
 from rlhf_trl.adapters import export as adapter_export
+from rlhf_trl.adapters.check import check_adapter
+from rlhf_trl.adapters.evidence import Base, without_paths
 from rlhf_trl.adapters.export import combine, export, write_tokenizer
 from rlhf_trl.adapters.verify import loading_lines, verify
 from rlhf_trl.models.base import start_path
@@ -97,6 +99,22 @@ def test_what_cannot_be_combined_exactly_is_refused(gpt2_run, pair):
         save_file(content, pair[stage] / ADAPTER)
 
 
+def test_an_adapter_is_written_as_plain_lora(tmp_path):
+    """Others than PEFT and vLLM know no rsLoRA. PEFT saves the output layer of the base, too, if LoRA lies on it."""
+    base, own, out = write_base(tmp_path / "base", "llama"), tmp_path / "own", tmp_path / "out"
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, use_rslora=True, init_lora_weights=False,
+                        target_modules=["q_proj", "lm_head"])  # fmt: skip
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(own)
+    assert [key for key in load_file(own / ADAPTER) if ".base_layer." in key]
+    out.mkdir()
+    adapter_export._write_adapter([own], Base(base, ID, COMMIT, None), out)
+    assert check_adapter(out, base) == []
+    settings = read_json(out / CONFIG)
+    assert (settings["lora_alpha"], settings["use_rslora"]) == (16, False)
+    torch.testing.assert_close(logits(base, out), logits(base, own))
+    assert (logits(base, own) - logits(base)).abs().max() > 1e-2
+
+
 # --- the export
 
 
@@ -158,6 +176,7 @@ def test_the_lineage_says_where_the_adapter_comes_from(gpt2_run, reward_export, 
     assert lineage["base"]["weights"] == read_json(reward_export / "lineage.json")["base"]["weights"]
     assert lineage["fingerprint"] == gpt2_run[1].fingerprint("dpo")
     assert lineage["recipe"]["model"]["model_name_or_path"] == "local:base"
+    assert without_paths(["mine.jsonl", "Anthropic/hh-rlhf"]) == ["local:mine.jsonl", "Anthropic/hh-rlhf"]
     assert lineage["seed"] == 5
     assert set(lineage["files"]) == {path.name for path in policy_export.iterdir()} - {"lineage.json"}
     assert lineage["trained_with"]["versions"]["peft"]
@@ -217,6 +236,7 @@ def shipped(trained, tmp_path_factory):
 def test_a_parent_that_was_fine_tuned_whole_is_shipped(shipped, trained):
     run, folder = trained[1], shipped / "grpo"
     assert read_json(folder / CONFIG)["base_model_name_or_path"] == "./base"
+    assert read_json(folder / "base" / "config.json")["rope_theta"] == 10000  # which transformers 4 reads
     torch.testing.assert_close(logits(folder / "base", folder), logits(run.model("sft"), run.adapter("grpo")))
     policy = rlhf_trl.load_policy(folder)
     assert policy.answer(PROMPT, max_new_tokens=8) == policy.answer(PROMPT, max_new_tokens=8)
@@ -280,6 +300,7 @@ def test_a_plain_call_of_an_exported_tokenizer_gives_the_tokens_that_are_scored(
     """Of a tokenizer like Llama's, which adds a beginning, with a template that may write one, and more at the end."""
     run = gpt2_run[2]
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|x|>"]})
     tokenizer.bos_token, tokenizer.add_bos_token = tokenizer.pad_token, True
     assert len(tokenizer("a").input_ids) == len(tokenizer("a", add_special_tokens=False).input_ids) + 1
     more = f"{{% if not add_generation_prompt %}}{{{{ {behind!r} }}}}{{% endif %}}\n"
@@ -290,6 +311,9 @@ def test_a_plain_call_of_an_exported_tokenizer_gives_the_tokens_that_are_scored(
     for _ in range(2):  # an export, and a merge of it
         write_tokenizer(tokenizer, "reward", tmp_path)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    settings = read_json(tmp_path / "tokenizer_config.json")  # transformers 4 takes no list under the new name
+    assert settings["additional_special_tokens"] == tokenizer.extra_special_tokens == ["<|x|>"]
+    assert "extra_special_tokens" not in settings
     talks = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in pairs]
     assert tokenizer(tokenizer.apply_chat_template(talks, tokenize=False)).input_ids == expected
     tokenizer = set_up_tokenizer(str(tmp_path), {})

@@ -45,7 +45,10 @@ def test_a_push_uploads_every_file_when_it_is_told_to_and_says_twice_to_whom(hub
     assert hub.files["me/demo"] == contents(policy_export)
 
 
-def test_a_wrong_token_is_a_message_that_does_not_hold_it(hub, call, policy_export, monkeypatch):
+def test_a_wrong_token_and_a_card_that_the_hub_refuses_are_messages(hub, call, policy_export, monkeypatch):
+    hub.faults = [{"message": "the license is not valid"}]
+    status, _, messages = call("adapter", "push", policy_export, "me/demo", "--yes")
+    assert status == 2 and "Invalid metadata in README.md. - the license is not valid" in messages
     monkeypatch.setenv("HF_TOKEN", "hf_secretSecret123")
     status, output, messages = call("adapter", "push", policy_export, "me/demo", "--yes")
     assert status == 2 and "the upload failed: " in messages and "401" in messages

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from adapter_fixtures import change_json, write_base
@@ -52,15 +53,20 @@ def test_importing_the_package_loads_no_torch():
 
 
 def test_what_cannot_be_loaded_is_named(gpt2_run, policy_export, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="it is another architecture"):
+    def refuse(error):
+        def raises(*_, **__):
+            raise error
+
+        return raises
+
+    with pytest.raises(UserError, match="it does not fit this base"):
         rlhf_trl.load_policy(policy_export, write_base(tmp_path / "other", "llama"))
     with pytest.raises(UserError, match="owner/base: the base cannot be reached"):
         rlhf_trl.load_policy(policy_export)
-
-    def refuse(*_):
-        raise KeyError
-
-    monkeypatch.setattr("rlhf_trl.adapters.load.PeftModel.from_pretrained", refuse)
+    monkeypatch.setattr("rlhf_trl.models.base.snapshot_download", refuse(httpx2.ProxyError("403 Forbidden")))
+    with pytest.raises(UserError, match="owner/base: the base cannot be reached: 403 Forbidden"):
+        rlhf_trl.load_policy(policy_export)
+    monkeypatch.setattr("rlhf_trl.adapters.load.PeftModel.from_pretrained", refuse(KeyError()))
     with pytest.raises(UserError, match="the adapter cannot be laid on its base: KeyError"):
         rlhf_trl.load_policy(policy_export, gpt2_run[0])
 

@@ -23,7 +23,7 @@ def echo():
             raise KeyboardInterrupt
         return ["+".join(message["content"] for message in talk) for talk in talks]
 
-    policy = SimpleNamespace(answer_all=answer_all, calls=0, most=99)
+    policy = SimpleNamespace(answer_all=answer_all, calls=0, most=99, made="1")
     return policy
 
 
@@ -71,6 +71,9 @@ def test_the_forms_are_those_of_the_benchmarks(echo, tmp_path):
     run(echo, tmp_path, [{"instruction": "a", "dataset": "helpful"}], "alpaca_eval")
     found = {"instruction": "a", "output": "a", "generator": "mine", "dataset": "helpful"}
     assert read_json(tmp_path / "out.json") == [found]
+    for form, id in (("arena_hard", "uid"), ("mt_bench", "question_id")):  # of Arena-Hard before 2.0, and of one's own
+        with pytest.raises(UserError, match=f"there is no '{id}' in the line"):
+            run(echo, tmp_path, [{"prompt": "a"}], form)
     run(echo, tmp_path, [{"uid": "u", "prompt": "a"}], "arena_hard")
     (row,) = read_jsonl(tmp_path / "out.json")
     assert (row["uid"], row["model"], row["messages"][-1]["content"]["answer"]) == ("u", "mine", "a")
@@ -90,7 +93,10 @@ def test_a_second_start_goes_on_where_the_first_one_ended(echo, tmp_path):
     partial.write_text(partial.read_text() + '["cut')
     with pytest.raises(UserError, match="holds answers of another file, model, or way of sampling"):
         run(echo, tmp_path, rows, batch_size=1, seed=1)
-    echo.most = 99
+    echo.made = "2"
+    with pytest.raises(UserError, match="holds answers of another file, model"):  # exported again
+        run(echo, tmp_path, rows, batch_size=1)
+    echo.most, echo.made = 99, "1"
     assert run(echo, tmp_path, rows, batch_size=1) == {"rows": 9, "kept": 8}
     assert [json.loads(line)["answer"] for line in (tmp_path / "out.json").read_text().splitlines()] == rows
     assert not partial.exists()

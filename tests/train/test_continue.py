@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from adapter_fixtures import ID, change_json
+from adapter_fixtures import ID, change_json, change_tensors
 from conftest import small_recipe, train_all
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlhf_trl.adapters.export import export
 from rlhf_trl.adapters.start import check_starts
-from rlhf_trl.models.base import Policies, shares_base
+from rlhf_trl.models.base import Policies, lay, shares_base
 from rlhf_trl.models.tokenizer import recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
@@ -138,3 +138,14 @@ def test_a_folder_that_cannot_be_started_from_is_named(again, gpt2_run, policy_e
         found = check_starts(recipe, "sft")
         assert [one.place for one in found[:1]] == (["stages.sft.init"] if says else [])
         assert says is None or says in found[0].problem
+
+
+def test_an_adapter_whose_names_the_base_does_not_know_is_no_silence(gpt2_run, tmp_path):
+    def rename(content):
+        for key in [*content]:
+            content[key.replace("transformer", "model")] = content.pop(key)
+
+    folder = shutil.copytree(gpt2_run[2].adapter("sft"), tmp_path / "adapter")
+    change_tensors(folder, rename)
+    with pytest.raises(UserError, match="Found missing adapter keys"):
+        lay(AutoModelForCausalLM.from_pretrained(gpt2_run[0]), folder)
