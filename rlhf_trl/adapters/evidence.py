@@ -85,9 +85,7 @@ def find_base(
 ) -> Base:
     """Find the base that the adapter of `first`, as in `lora_chain`, lies on, and decide: is it named or shipped?
 
-    Raises:
-        UserError: the base cannot be reached, or is large, has no public id, and `with_base` is not given.
-    """
+    UserError where the base cannot be reached, or is large, has no public id, and `with_base` is not given."""
     maker, stage = recipe.maker(first), recipe.below(first)
     block = recipe.model_block(maker) if maker in recipe.stages else recipe.model
     name = str(block["model_name_or_path"])

@@ -140,9 +140,7 @@ def combine(base: Path, folders: Sequence[Path]) -> tuple[dict[str, Tensor], Lor
     Returns:
         The tensors in float32, and a configuration for them, with the summed rank and a scaling of 1.
 
-    Raises:
-        UserError: an adapter cannot be combined exactly.
-    """
+    UserError where an adapter cannot be combined exactly."""
     for folder in folders:
         if reason := _not_exact(folder, last=folder == folders[-1]):
             problem = f"the adapter cannot be combined exactly with another one: {reason}"

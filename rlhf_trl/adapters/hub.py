@@ -39,9 +39,7 @@ def plan(folder: Path, repository: str) -> dict[str, int]:
 def push(folder: Path, repository: str, files: Iterable[str], private: bool) -> str:
     """Upload what was planned, in one commit, and return its address.
 
-    Raises:
-        UserError: the upload fails, or the repository is there, and public though it is to be private.
-    """
+    UserError where the upload fails, or the repository is there, and public though it is to be private."""
     api, message = HfApi(), f"Export of {read_json(folder / LINEAGE)['stage']}"
     try:
         api.create_repo(repository, private=private, exist_ok=True)

@@ -65,9 +65,7 @@ class Policy:
 
         A prompt that leaves no room for `max_new_tokens` loses its beginning; temperature 0 takes the likeliest token.
 
-        Raises:
-            UserError: the model has not more positions than `max_new_tokens`.
-        """
+        UserError where the model has not more positions than `max_new_tokens`."""
         room = prompt_room(self.model, max_new_tokens)
         found = sample(self.model, self.tokenizer, prompts, max_new_tokens, batch_size, seed,
                        Decoding(temperature=temperature), max_prompt_tokens=room)  # fmt: skip

@@ -31,8 +31,8 @@ from rlhf_trl.run.launch import (
     find_slots,
     launch_command,
     profile_processes,
-    require_one_machine,
     require_processes,
+    require_profile,
     run_command,
     shipped,
     train_stages,
@@ -60,8 +60,8 @@ def run(
     """Run every step of a recipe; finished steps are skipped."""
     load_env(env_file)
     planned = planned_processes(accelerate, processes)
-    if accelerate and jobs > 1:
-        require_one_machine(shipped("accelerate_configs", accelerate))
+    if accelerate:
+        require_profile(shipped("accelerate_configs", accelerate), jobs)
     overrides = overriding(overrides, without)
     loaded, directory = open_run(recipe, overrides, runs, planned)
     waiting = steps_to_run(loaded, directory)
@@ -258,6 +258,7 @@ def launched(arguments: list[str], overrides: list[str], accelerate: str | None,
     """Run a command in training processes, if it is to be; else see that this is one of as many as were asked for."""
     planned_processes(accelerate, processes)
     if accelerate:
+        require_profile(shipped("accelerate_configs", accelerate))
         launch(arguments, overrides, accelerate, processes)
     else:
         require_processes()

@@ -39,9 +39,7 @@ WIDTH = 110
 def compare(recipe: Recipe, run: RunDir) -> None:
     """Compare the stages that `comparison.stages` names, by default all policies.
 
-    Raises:
-        UserError: a stage is not trained, or policies among them are not evaluated.
-    """
+    UserError where a stage is not trained, or policies among them are not evaluated."""
     for name in dict.fromkeys(stage for compared in recipe.compared for stage in training.needed(recipe, compared)):
         run.require(recipe, name, f"train RECIPE {name}")
     if {*recipe.compared} & {*recipe.policies}:

@@ -35,9 +35,7 @@ BETWEEN = re.compile(r"[\s,]*")
 def read_file(path: Path) -> Iterator[Any]:
     """Read the rows of a file as they stand there; what is no JSON on a line of its own stays text.
 
-    Raises:
-        UserError: the file is not what its name says, or it is damaged.
-    """
+    UserError where the file is not what its name says, or it is damaged."""
     if not path.name.endswith(SUFFIXES):
         raise UserError(str(path), "the format of the file is not known", f"use one of {', '.join(SUFFIXES)}")
     read = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".arrow": _read_arrow}

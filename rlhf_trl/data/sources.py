@@ -42,9 +42,7 @@ def read_rows(data: Data, seed: int) -> Iterator[Row]:
     name of its file or folder. With `data.max_rows`, the rows whose seeded hash is smallest are kept, in their order;
     which ones these are does not depend on that order.
 
-    Raises:
-        UserError: the source is missing, unreadable or empty, lacks a subset, or has no preference columns.
-    """
+    UserError where the source is missing, unreadable or empty, lacks a subset, or has no preference columns."""
     if data.max_rows is None:
         return _number(data)
     ranks = ((seeded_hash(seed, row), row[0]) for row in _number(data))

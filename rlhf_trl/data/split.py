@@ -57,9 +57,7 @@ def split(
         lengths: tokens of each row, (rows,).
         test_fraction: of the prompts.
 
-    Raises:
-        UserError: all rows would have to stay together.
-    """
+    UserError where all rows would have to stay together."""
     prompts, distinct, groups = _group(keys, counts)
     # Of each group: its smallest key, its first subset, its length, and how many prompts it has.
     size = int(groups.max(initial=-1)) + 1

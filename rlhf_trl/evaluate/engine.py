@@ -33,9 +33,7 @@ class Engine:
     def __init__(self, policies: Policies, positions: int):
         """Start the engine, for prompts and answers of up to `positions` tokens together.
 
-        Raises:
-            UserError: vLLM refuses the model, or there is not enough memory.
-        """
+        UserError where vLLM refuses the model, or there is not enough memory."""
         from trl.trainer.utils import ensure_master_addr_port
         from vllm import LLM
 

@@ -28,9 +28,7 @@ The texts stand as they are, and some may offend; a character that would be invi
 def samples(recipe: Recipe, run: RunDir) -> None:
     """Export `samples.per_model` prompt/response pairs of every model, the same prompts for all.
 
-    Raises:
-        UserError: the evaluation is missing or was made with other settings, or the recipe trains no policy.
-    """
+    UserError where the evaluation is missing or was made with other settings, or the recipe trains no policy."""
     run.require(recipe, "evaluate", "evaluate RECIPE")
     if not recipe.policies:
         raise UserError("stages", "there is no policy to take samples of", "add a dpo, grpo or ppo stage")

@@ -47,9 +47,7 @@ Row = dict[str, Any]
 def evaluate(recipe: Recipe, run: RunDir) -> None:
     """Sample, score and measure; every number comes with a 95 % interval over prompts.
 
-    Raises:
-        UserError: a stage is not trained yet, or the launch shards the models.
-    """
+    UserError where a stage is not trained yet, or the launch shards the models."""
     _require(recipe, run)
     set_seed(recipe.seed)
     settings, state = recipe.evaluation, PartialState()

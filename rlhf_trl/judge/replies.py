@@ -262,9 +262,7 @@ class JudgeCache:
         """Read the file, mend an end that a kill cut off, and hold the file, which its owner alone may read. `asked`
         are the server and the limit of tokens: what failed with others may pass with these.
 
-        Raises:
-            UserError: another process holds the file.
-        """
+        UserError where another process holds the file."""
         self.path, self.asked = path, asked
         self._latest: dict[str, Line] = {}
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,12 @@ A continued adapter lies on the model below its reference, and is loaded with th
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed as zero
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 
@@ -58,6 +61,15 @@ def fetch(name: str, revision: str | None) -> Path:
         raise UserError(name, problem, "check the name, the network, and access") from error
 
 
+@contextlib.contextmanager
+def unsharded() -> Iterator[None]:
+    """Load models whole in this process, whatever ZeRO-3 or FSDP does with the one that is trained."""
+    everywhere = mock.patch.dict(os.environ, FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+    with mock.patch.object(zero, "_hf_deepspeed_config_weak_ref", None), everywhere:
+        yield
+
+
+@unsharded()
 def start_path(recipe: Recipe, run: RunDir, stage: str) -> str:
     """Where the model that a stage starts from lies: its `init` stage's, or the base.
 
@@ -252,10 +264,8 @@ def adapter_config(folder: Path) -> LoraConfig:
 def load_adapter(model: PeftModel, name: str, folder: Path, widen: bool = False) -> Tensor | None:
     """Load a saved adapter onto a base, under a name that may be there already; `widen` keeps it in float32.
 
-    Returns the weight of its reward head, (1, H), if it has one; the head itself stays with the caller.
-
-    Raises:
-        UserError: the adapter holds tensors that are not finite, or that the base has no place for.
+    Returns the weight of its reward head, (1, H), if it has one; the head itself stays with the caller. UserError
+    where the adapter holds tensors that are not finite, or that the base has no place for.
     """
     check_weights(folder)
     if name not in model.peft_config:

@@ -132,6 +132,7 @@ class SharedClassifier(torch.nn.Module):
         return SequenceClassifierOutput(logits=self.score(hidden[torch.arange(len(hidden)), last]))
 
 
+@base.unsharded()
 def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies | None = None) -> RewardModel:
     """Load the model of a reward stage, or one by its Hub id or path, for scoring.
 
@@ -139,8 +140,7 @@ def load_reward_model(recipe: Recipe, run: RunDir, name: str, policies: Policies
         name: a reward stage; a text with a slash is a Hub id or a path.
         policies: whose base the adapter may lie on, if it fits there, instead of on one of its own.
 
-    Raises:
-        UserError: there is no reward head, a weight is not finite, or the model cannot be loaded or has more outputs.
+    UserError where there is no reward head, a weight is not finite, or the model has more outputs or cannot be loaded.
     """
     if name not in recipe.stages:
         config = ModelConfig(model_name_or_path=name, dtype=recipe.evaluation.dtype or "auto")

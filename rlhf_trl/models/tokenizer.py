@@ -131,10 +131,7 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
 
 def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], *sides: Sequence[str]) -> list[str]:
     """Render each prompt up to where an answer begins, and then its answers, each up to its end-of-sequence token.
-
-    Raises:
-        UserError: the chat template refuses a conversation, or renders a prompt differently once an answer follows.
-    """
+    UserError where the chat template refuses a conversation, or renders a prompt otherwise once an answer follows."""
     talks = [[*prompt, {"role": "assistant", "content": answer}]
              for prompt, *answers in zip(prompts, *sides, strict=True) for answer in answers]  # fmt: skip
     try:

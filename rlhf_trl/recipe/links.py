@@ -32,6 +32,7 @@ OWNED = {
     "stop_token_id": "an answer ends on its end token wherever it is read: set stop_token: eos",
     "num_sample_generations": "sample answers are part of the evaluation",
     "save_only_model": "a checkpoint holds what an interrupted stage goes on from",
+    "auto_find_batch_size": "the batch of an update would follow from the memory; `plan` says what fits",
     "skip_memory_metrics": "peak memory is always recorded",
     "use_cpu": "an accelerator is used where there is one; to hide it, set CUDA_VISIBLE_DEVICES= in the environment",
     "logging_nan_inf_filter": "a loss that is not finite is never hidden",

@@ -148,9 +148,7 @@ class Recipe(Strict):
 
         With a number of processes, also what `global_batch_size` comes to.
 
-        Raises:
-            UserError: the batch does not divide among so many.
-        """
+        UserError where the batch does not divide among so many."""
         own = self.stages[stage]
         args, size = {"seed": self.seed, **own.args}, own.global_batch_size
         if processes is None or size is None:

@@ -28,9 +28,7 @@ Runs = Mapping[str, RunDir]
 def lay_beside(first: RunDir, second: RunDir) -> Path:
     """Write the page, and give its path.
 
-    Raises:
-        UserError: a directory holds no run, its evaluation is not finished, or both are the same.
-    """
+    UserError where a directory holds no run, its evaluation is not finished, or both are the same."""
     if first.root.resolve() == second.root.resolve():
         raise UserError(str(second.root), "is the same run as the first", "name two different runs")
     runs = {"a": first, "b": second}

@@ -49,9 +49,7 @@ MAKERS = {"gold": "gold model", "reward": "reward model", "win_rate": "judge"}
 def report(recipe: Recipe, run: RunDir) -> None:
     """Write both pages.
 
-    Raises:
-        UserError: an earlier step is missing, or was made with other settings.
-    """
+    UserError where an earlier step is missing, or was made with other settings."""
     for step in recipe.plan[1:-1]:
         if step == "judge":
             result, _ = read_document(run.winrate, WinRate)

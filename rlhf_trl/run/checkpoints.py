@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import RootModel
 
+from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.recipe.fingerprint import hash_file
 from rlhf_trl.run.documents import read_document
 from rlhf_trl.run.files import by_umask, sync, write_json
@@ -25,6 +26,8 @@ NEEDED: Patterns = (
     ("rng_state*.pth",),
 )
 NEEDED_BY: dict[str, Patterns] = {"ppo": (("ppo_state.json",), ("adapter_model.safetensors",), ("value.safetensors",))}
+# Who shards what a checkpoint holds -> what only that one writes.
+SHARDED = {"DeepSpeed": "global_step*", "FSDP": "optimizer[._][b0-9]*"}
 Stamp = tuple[int, int, int, int]  # inode, size, times of the last change of content and of the inode (nanoseconds)
 
 
@@ -115,6 +118,20 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     return max(list_checkpoints(folder).items(), default=(0, None))[1]
+
+
+def require_launch(checkpoint: Path, sharding: str, processes: int, batch_is_fixed: bool) -> None:
+    """Refuse to go on where the library would take up a checkpoint otherwise than it was meant.
+
+    Where its files of optimizer and schedule are missing it begins new ones, and it counts the steps of another batch
+    as its own (huggingface/transformers#22580). DeepSpeed divides its state among so many processes.
+    """
+    written = len([*checkpoint.glob("rng_state*.pth")])
+    before = next((name for name, pattern in SHARDED.items() if any(checkpoint.glob(pattern))), "none")
+    if before != sharding or not (written == processes or (batch_is_fixed and before != "DeepSpeed")):
+        was, now = f"{written} process(es), sharding: {before}", f"{processes}, sharding: {sharding}"
+        remedy = f"launch the stage as before, or delete {checkpoint.parent} to begin it anew"
+        raise UserError(str(checkpoint), f"was written by {was}; this launch is of {now}", remedy)
 
 
 def set_aside_damaged(folder: Path, trainer: str) -> list[str]:

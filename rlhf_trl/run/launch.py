@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +75,8 @@ def launch_command(
     if profile is not None:
         config = shipped("accelerate_configs", profile)
         command += ["accelerate.commands.launch", "--config_file", str(config)]
+        # After a signal, torch's launcher leaves its processes 30 s, and a step with its checkpoint may take longer.
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
         asked = processes or profile_processes(config)
         if asked is not None:
             command += ["--num_processes", str(asked)]
@@ -93,11 +97,15 @@ def zero_stage(config: Path) -> int:
     return 3 if profile.get("distributed_type") == "FSDP" else profile.get("deepspeed_config", {}).get("zero_stage", 0)
 
 
-def require_one_machine(config: Path) -> None:
-    """Refuse to train several stages at once on several machines: their ports would not agree."""
-    machines = _read_profile(config).get("num_machines", 1)
-    if machines > 1:
-        raise UserError("--jobs", f"{config.stem} is a profile of {machines} machines", "leave --jobs out")
+def require_profile(config: Path, jobs: int = 1) -> None:
+    """Refuse DeepSpeed where it is not installed, and several stages at once on several machines, as their ports would
+    not agree."""
+    profile = _read_profile(config)
+    if profile.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
+        problem = f"{config.stem} needs the package deepspeed, which is not installed"
+        raise UserError("--accelerate", problem, 'pip install "rlhf-trl[deepspeed]"')
+    if jobs > 1 and profile.get("num_machines", 1) > 1:
+        raise UserError("--jobs", f"{config.stem} is a profile of several machines", "leave --jobs out")
 
 
 def _read_profile(config: Path) -> dict[str, Any]:
@@ -114,12 +122,13 @@ def _read_profile(config: Path) -> dict[str, Any]:
 
 
 def require_processes() -> None:
-    """Refuse to train in fewer processes than were asked for.
-
-    `accelerate launch --cpu --num_processes 2` runs one process without a word (huggingface/accelerate#2741).
-    """
+    """Refuse to train in fewer processes than were asked for: `accelerate launch --cpu --num_processes 2` runs one
+    without a word (huggingface/accelerate#2741)."""
     asked = int(os.environ[ASKED]) if ASKED in os.environ else _launcher_processes()
     running = int(os.environ.get("WORLD_SIZE", "1"))
+    if running > 1 and "LOCAL_RANK" not in os.environ:  # a cluster has set it, for its machines
+        problem = f"{running} processes are named there, and no launcher has started this one"
+        raise UserError("WORLD_SIZE", problem, "unset it and RANK, or launch with --accelerate or torchrun")
     if asked is not None and running < asked:
         problem = f"{asked} processes were asked for and {running} {'is' if running == 1 else 'are'} running"
         remedy = "launch with `--config_file accelerate_configs/ddp.yaml` (without `--cpu`), or with torchrun"
@@ -132,14 +141,12 @@ def _launcher_processes() -> int | None:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:  # it has ended, or belongs to somebody else
         return None
-    names = [Path(word).name for word in words]
-    at = [index for index, name in enumerate(names) if name in ("accelerate-launch", "accelerate.commands.launch")]
-    at += [index + 1 for index in range(len(names)) if names[index : index + 2] == ["accelerate", "launch"]]
-    if not at:
+    at = re.search(r"\baccelerate(?:-|\.commands\.|\0)launch\0(.*)", "\0".join(words), re.DOTALL)
+    if at is None:
         return None
     from accelerate.commands.launch import launch_command_parser
 
-    args, _ = launch_command_parser().parse_known_args(words[at[0] + 1 :])
+    args, _ = launch_command_parser().parse_known_args(at[1].split("\0"))
     return args.num_processes or (profile_processes(Path(args.config_file)) if args.config_file else None)
 
 
@@ -150,10 +157,8 @@ def start(command: Sequence[str], environment: Mapping[str, str], **more: Any) -
 
 
 def start_logged(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
-    """Start a process whose whole output is appended to a log, without progress bars.
-
-    A file, not a pipe: a stage that is told to end with this process saves a checkpoint and loses no output.
-    """
+    """Start a process whose whole output is appended to a log, without progress bars. A file, not a pipe: a stage that
+    is told to end with this process saves a checkpoint and loses no output."""
     quiet = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -175,10 +180,8 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 @contextlib.contextmanager
 def _outlive_signals() -> Iterator[Callable[[Iterable[Process]], list[int]]]:
-    """Go on at a signal; yields a function that sends new ones on to children and returns all that came.
-
-    A Ctrl-C at a terminal reaches the children by itself. At any signal a stage saves a checkpoint.
-    """
+    """Go on at a signal; yields a function that sends new ones on to children, which a Ctrl-C at a terminal reaches by
+    itself, and returns all that came."""
     received: list[int] = []
     sent = 0
 

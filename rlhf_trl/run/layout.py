@@ -297,10 +297,7 @@ class RunDir:
         """Read the recipe that the run was made with.
 
         Its fingerprints come from the recorded hashes: they do not depend on the current folder, nor on what has
-        become of the sources.
-
-        Raises:
-            UserError: the directory is no run, its files are damaged, or it is one of a version whose recipes differ.
+        become of the sources. UserError where this is no run, or one that is damaged or of a version that differs.
         """
         for path in (self.recipe, self.env):
             if not path.exists():

@@ -61,6 +61,7 @@ LOG_KEYS = {
 }
 NAMES = {key: name for name, keys in LOG_KEYS.items() for key in keys.split()}
 TERMS = YAML(typ="safe", pure=True).load(Path(__file__).with_name("terms.yaml"))
+OVERFLOWS = 20  # steps in a row that fp16 may leave out: each halves its scale, which begins at 2^16
 
 
 class History(TrainerCallback):
@@ -82,6 +83,9 @@ class History(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step > 0 and self.path.exists():
+            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            if best.is_dir():  # the run may lie elsewhere than when that was written
+                state.best_model_checkpoint = str(best)
             before = read_json(self.path)
             for key in ("history", "health"):
                 self.stats[key] = [row for row in before[key] if row["step"] <= state.global_step]
@@ -162,11 +166,12 @@ class Watch(TrainerCallback):
 
 
 class Health(TrainerCallback):
-    """Stop before the optimizer step if loss or gradient is not finite; afterwards, check that weights changed."""
+    """Stop before the optimizer step if loss or gradient is not finite; afterwards, check that weights changed. With
+    fp16 the library leaves out a step whose scaled gradient overflows: only a row of them is a diverged run."""
 
     def __init__(self) -> None:
         self.before: list[float] = []
-        self.first_step = 0
+        self.first_step = self.overflows = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.before = _digests(model)
@@ -174,8 +179,9 @@ class Health(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         grads = [param.grad for param in model.parameters() if param.grad is not None]
-        # In fp16, a step whose scaled gradient overflows is skipped and the scale lowered; the first ones often are.
-        if grads and not args.fp16 and not torch.stack([grad.norm().float() for grad in grads]).isfinite().all():
+        finite = not grads or bool(torch.stack([grad.norm().float() for grad in grads]).isfinite().all())
+        self.overflows = 0 if finite else self.overflows + 1
+        if self.overflows > (OVERFLOWS if args.fp16 else 0):
             raise diverged(state.global_step, "the gradient", args.output_dir)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
@@ -253,10 +259,8 @@ class Interrupt(TrainerCallback):
 
 
 class AtomicCheckpoints:
-    """Mixin for a `transformers.Trainer`: a checkpoint is written elsewhere, hashed, synced and then renamed.
-
-    The library writes in place, and a half-written newest one breaks the resume (huggingface/transformers#35782).
-    """
+    """Mixin for a `transformers.Trainer`: a checkpoint is written elsewhere, hashed, synced and then renamed. The
+    library writes in place, and a half-written newest one breaks the resume (huggingface/transformers#35782)."""
 
     def _save_checkpoint(self: Any, model: Any, trial: Any = None) -> None:
         folder = Path(self.args.output_dir)

@@ -259,9 +259,7 @@ def plan(recipe: Recipe, run: RunDir, profile: Path | None, processes: int, size
     """Describe every stage: bytes on a device, whether they fit, what helps most, steps, tokens, seconds.
 
     `size` is the memory of a device, such as 24GB; without it this machine's: its smallest GPU, or all its memory.
-
-    Raises:
-        UserError: the size is none, or the config of a base model is not at hand.
+    UserError where it is no size, or the config of a base model is not at hand.
     """
     try:
         memory = size and convert_file_size_to_int(size)
@@ -286,7 +284,7 @@ def plan(recipe: Recipe, run: RunDir, profile: Path | None, processes: int, size
         setting = Setting(_config(recipe, run, stage, processes), model, recipe.data.max_length, zero, processes)
         rewards = None
         if spec.reward and not (spec.trainer == "ppo" and shares_base(recipe, stage, spec.reward, evaluation=False)):
-            rewards = replace(setting, model=ModelConfig(**recipe.model_block(spec.reward)))
+            rewards = replace(setting, model=ModelConfig(**recipe.model_block(spec.reward)), zero=0)
         need = estimate(config, setting, spec.trainer, process, rewards)
         after = {text: estimate(config, changed, spec.trainer, process, rewards).total
                  for text, changed in _changes(setting, spec)}  # fmt: skip

@@ -37,7 +37,7 @@ from rlhf_trl.models.rewards import RewardModel, load_reward_model, measure_rewa
 from rlhf_trl.models.tokenizer import encode_all, recorded_tokenizer
 from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.recipe.recipe import Recipe
-from rlhf_trl.run.checkpoints import newest_checkpoint
+from rlhf_trl.run.checkpoints import newest_checkpoint, require_launch
 from rlhf_trl.run.documents import environment
 from rlhf_trl.run.files import read_jsonl, write_json
 from rlhf_trl.run.layout import RunDir
@@ -50,19 +50,17 @@ T = TypeVar("T")
 
 
 def train(recipe: Recipe, run: RunDir, stage: str) -> None:
-    """Train one stage, from its newest whole checkpoint if it was interrupted.
-
-    Raises:
-        UserError: an earlier step is missing, the data are too few, or the run diverged or changed nothing.
-    """
-    started, process = time.perf_counter(), PartialState()
+    """Train one stage, from its newest whole checkpoint if it was interrupted; UserError where an earlier step is
+    missing, the data are too few, or the run diverged or changed nothing."""
+    started = time.perf_counter()
     spec = recipe.stages[stage]
     run.require(recipe, "prepare", "prepare RECIPE")
     for link in filter(None, (spec.parent, spec.reward)):
         run.require(recipe, link, f"train RECIPE {link}")
-    say_one_gpu()
-    # Not those of PartialState: on a machine without GPU it learns of the others from the config.
+    check_gpus()
+    # Before PartialState, which begins the process group: this gives it `ddp_timeout`, and the processes without GPU.
     config = build_stage_config(recipe, run, stage, int(os.environ.get("WORLD_SIZE", "1")))
+    process = PartialState()
     name_projects(config.report_to, config.project, run.tensorboard(stage))
     set_seed(config.seed)  # before any weight is made: DPO and GRPO do not seed the start of a LoRA themselves
     if process.is_main_process:
@@ -72,6 +70,9 @@ def train(recipe: Recipe, run: RunDir, stage: str) -> None:
     if resume:
         logger.info("resuming from %s", resume)
     trainer = build_trainer(recipe, run, stage, config)
+    if resume:
+        sharding = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP" if trainer.is_fsdp_enabled else "none"
+        require_launch(resume, sharding, process.num_processes, spec.global_batch_size is not None)
     history, health, interrupt = History(run.training_stats(stage), stage, spec.trainer), Health(), Interrupt()
     watch = Watch(stage, spec, history)
     # The history is written before a checkpoint that a signal asks for.
@@ -116,10 +117,12 @@ def _judge_reward_model(trainer: Any, run: RunDir, watch: Watch) -> None:
     watch.judge({"over_chance": chance, "over_length": length}, trainer.state.global_step)
 
 
-def say_one_gpu() -> None:
-    """Say that a process without a launcher leaves the other GPUs alone."""
-    visible = torch.cuda.device_count()
-    if visible > 1 and PartialState().num_processes == 1:
+def check_gpus() -> None:
+    """Say that a process without a launcher leaves the other GPUs alone; UserError where two would share one."""
+    visible, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < visible < here:
+        raise UserError("--processes", f"{here} are more than the {visible} GPU(s) here", f"give {visible} or less")
+    if visible > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         logger.warning("%d GPUs are visible and one is used: to train on all of them, add --accelerate ddp", visible)
 
 
@@ -154,10 +157,7 @@ CLASSES = {
 
 
 def classes_of(trainer: str) -> tuple[Any, Any]:
-    """The trainer class, with atomic checkpoints, and the config class of a recipe's word.
-
-    PPO, which not every TRL has, is imported only here.
-    """
+    """The trainer class, with atomic checkpoints, and the config class of a recipe's word; not every TRL has PPO's."""
     if trainer == "ppo":
         from rlhf_trl.train.ppo.config import PPOConfig
         from rlhf_trl.train.ppo.trainer import PPOTrainer

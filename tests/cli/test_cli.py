@@ -159,6 +159,7 @@ def test_a_launch_names_the_profile_and_what_was_asked_for():
         assert command[-5:] == ["-m", "rlhf_trl", "train", "demo", "sft"]
         assert command[command.index("--config_file") + 1].endswith("accelerate_configs/ddp.yaml")
         assert command[command.index("--num_processes") + 1] == env[launch.ASKED] == asked
+        assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 30  # else torch kills what has not saved by then
     assert launch_command(["x"], None, None)[0] == [sys.executable, "-m", "rlhf_trl", "x"]
 
 
@@ -182,6 +183,7 @@ def test_a_broken_or_unknown_profile_is_named(content, says, tmp_path):
 
 def test_fewer_processes_than_asked_for_are_refused(monkeypatch):
     monkeypatch.delenv(launch.ASKED, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     require_processes()  # without a launcher one process is right
     for asked, running in (("2", "1"), ("4", "3"), ("2", "2"), ("1", "1")):
         monkeypatch.setenv(launch.ASKED, asked)
@@ -191,6 +193,10 @@ def test_fewer_processes_than_asked_for_are_refused(monkeypatch):
             continue
         with pytest.raises(UserError, match=f"{asked} processes were asked for and {running} (is|are) running"):
             require_processes()
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a cluster sets it for its machines
+    with pytest.raises(UserError, match="no launcher has started this one"):
+        require_processes()
 
 
 def test_the_status_of_a_child_is_its_own_and_a_signal_counts_from_128():

@@ -29,7 +29,17 @@ TABLE = [
     (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "is a folder where a file is needed", Exit.MISTAKE),
     (FileNotFoundError(errno.ENOENT, "No such file", "a"), "the file is missing", Exit.DAMAGED),
     (OSError(errno.EMFILE, "Too many open files", "a"), "too many files", Exit.RESOURCES),
+    (OSError(errno.ENOLCK, "No locks available", "a"), "has no locks", Exit.RESOURCES),
+    (OSError(524, "Unknown error 524", "a"), "has no locks", Exit.RESOURCES),
     (OSError(errno.EIO, "Input/output error", "a"), "the disk reports a fault", Exit.RESOURCES),
+    (
+        RuntimeError(
+            "DataLoader worker (pid 9) is killed by signal: Bus error. It is possible that dataloader's workers "
+            "are out of shared memory."
+        ),
+        "the shared memory is full",
+        Exit.RESOURCES,
+    ),
     (MemoryError(), "the memory is full", Exit.RESOURCES),
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory is full", Exit.RESOURCES),
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "no space", Exit.RESOURCES),

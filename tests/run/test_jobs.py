@@ -11,7 +11,7 @@ from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.launch import (
     launch_command,
     plan_slots,
-    require_one_machine,
+    require_profile,
     shipped,
     start_logged,
     train_stages,
@@ -166,9 +166,15 @@ def test_launches_at_the_same_time_meet_at_ports_of_their_own():
     command, _ = launch_command(["train"], "ddp", None, 0)
     assert command[command.index("--main_process_port") + 1] == "0"
     assert "--main_process_port" not in launch_command(["train"], "ddp", None)[0]
-    with pytest.raises(UserError, match="profile of 2 machines"):
-        require_one_machine(shipped("accelerate_configs", "multi_node"))
-    require_one_machine(shipped("accelerate_configs", "ddp"))
+    with pytest.raises(UserError, match="profile of several machines"):
+        require_profile(shipped("accelerate_configs", "multi_node"), 2)
+    require_profile(shipped("accelerate_configs", "ddp"), 2)
+
+
+def test_deepspeed_that_is_not_installed_is_named_before_anything_runs(monkeypatch):
+    monkeypatch.setattr("rlhf_trl.run.launch.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"rlhf-trl\[deepspeed\]"):
+        require_profile(shipped("accelerate_configs", "zero2"))
 
 
 def test_the_whole_output_of_every_attempt_is_in_the_log(tmp_path):

@@ -1,5 +1,6 @@
 """What a finished step vouches for: each damage is found, named and made again; checkpoints that are not whole."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -11,7 +12,7 @@ from rlhf_trl.cli import run as run_cli
 from rlhf_trl.cli.run import steps_to_run
 from rlhf_trl.recipe.errors import Exit, UserError
 from rlhf_trl.run import checkpoints
-from rlhf_trl.run.checkpoints import damage, newest_checkpoint, seal, set_aside_damaged
+from rlhf_trl.run.checkpoints import damage, newest_checkpoint, require_launch, seal, set_aside_damaged
 from rlhf_trl.run.files import read_json, write_json
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
@@ -164,6 +165,29 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damaged, change, reason):
     (sentence,) = set_aside_damaged(tmp_path, "dpo")
     assert sentence.startswith("checkpoint-10: ") and reason in sentence
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-9" and set_aside_damaged(tmp_path, "dpo") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "sharding", "processes", "batch_is_fixed", "fits"),
+    [
+        ("optimizer.pt", "none", 2, False, True),
+        ("optimizer.pt", "none", 4, False, False),
+        ("optimizer.pt", "none", 4, True, True),
+        ("optimizer.pt", "DeepSpeed", 2, True, False),
+        ("optimizer.bin", "FSDP", 4, True, True),
+        ("global_step9", "DeepSpeed", 2, False, True),
+        ("global_step9", "DeepSpeed", 4, True, False),
+        ("global_step9", "none", 2, True, False),
+    ],
+)
+def test_a_checkpoint_goes_on_in_a_launch_that_reads_it_as_it_was_meant(
+    tmp_path, file, sharding, processes, batch_is_fixed, fits
+):
+    for name in (file, "rng_state_0.pth", "rng_state_1.pth"):
+        (tmp_path / name).touch()
+    refused = pytest.raises(UserError, match=r"was written by 2 process\(es\), sharding: .*; this launch is of \d")
+    with contextlib.nullcontext() if fits else refused:
+        require_launch(tmp_path, sharding, processes, batch_is_fixed)
 
 
 def test_a_damaged_result_is_made_again_from_the_checkpoints(run, recipe):

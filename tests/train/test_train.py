@@ -27,7 +27,7 @@ from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
 from rlhf_trl.train import step as train_module
-from rlhf_trl.train.callbacks import History
+from rlhf_trl.train.callbacks import Health, History
 from rlhf_trl.train.step import build_stage_config, build_trainer, train
 
 ALIGNED = ("rm", "dpo", "grpo", *(["ppo"] if not NO_PPO else []))
@@ -59,9 +59,12 @@ def test_of_several_gpus_without_a_launcher_one_is_used_and_the_profile_named(tr
     monkeypatch.setattr("accelerate.PartialState._shared_state", {})
     config = build_stage_config(trained[0], RunDir(tmp_path), "dpo")
     with caplog.at_level("WARNING", "rlhf_trl"):
-        train_module.say_one_gpu()
+        train_module.check_gpus()
     assert (config.n_gpu, config.train_batch_size) == (1, config.per_device_train_batch_size)
     assert "2 GPUs are visible and one is used" in caplog.text and "--accelerate ddp" in caplog.text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"3 are more than the 2 GPU"):
+        train_module.check_gpus()
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo", "grpo"])
@@ -243,6 +246,21 @@ def test_a_diverging_run_stops_and_saves_nothing(copy, stage):
     assert not copy.done(stage).exists()
 
 
+def test_fp16_may_leave_out_steps_whose_gradient_overflows():
+    model, health = torch.nn.Linear(1, 1), Health()
+    model.weight.grad = torch.full((1, 1), math.inf)
+    state = SimpleNamespace(global_step=1)
+    for fp16, most in ((False, 0), (True, 16)):
+        args = SimpleNamespace(fp16=fp16, output_dir="checkpoints")
+        for _ in range(most):
+            health.on_pre_optimizer_step(args, state, None, model)
+            health.on_log(args, state, None, {"grad_norm": math.nan, "loss": 0.7})
+        with pytest.raises(UserError, match="the gradient is not finite"):
+            for _ in range(99):
+                health.on_pre_optimizer_step(args, state, None, model)
+        health.overflows = 0
+
+
 def test_too_few_prompts_are_refused_with_both_numbers(copy):
     path, tokens = copy.prompts("train"), copy.tokens("train")
     path.write_text(path.read_text().splitlines()[0] + "\n")
@@ -366,6 +384,28 @@ def test_the_best_checkpoint_is_found_by_a_run_that_was_killed_after_its_last_on
     copy.done("dpo").unlink()
     copy.train("dpo", *best)
     assert copy.weights("dpo").read_bytes() == expected
+
+
+def test_an_interrupted_run_ends_with_the_best_model_of_all(copy):
+    """The best one lies before the interruption, and the run elsewhere after it."""
+    options = [
+        *saving("rm"),
+        "eval_steps=1",
+        "learning_rate=0.3",
+        "warmup_steps=6",
+        "load_best_model_at_end=true",
+        "save_total_limit=3",
+    ]
+    copy.train("rm", *options)
+    expected, run = copy.sha("rm"), copy.run
+    shutil.rmtree(run.adapter("rm"))
+    run.done("rm").unlink()
+    best = read_json(run.checkpoints("rm") / "checkpoint-6" / "trainer_state.json")["best_global_step"]
+    assert best < 5
+    shutil.rmtree(run.checkpoints("rm") / "checkpoint-6")  # as if killed before it was written
+    copy.run = RunDir(run.root.rename(copy.folder / "elsewhere"))
+    copy.train("rm", *options)
+    assert copy.sha("rm") == expected
 
 
 def test_a_checkpoint_that_cannot_be_finished_does_not_appear(copy, monkeypatch):

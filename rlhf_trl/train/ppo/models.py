@@ -161,10 +161,8 @@ def build_ppo_models(
 ) -> dict[str, Any]:
     """Build the policy, value and reward models of a PPO stage, on the base in the folder `path`.
 
-    `reward` is a reward model, or the folder of one that is an adapter on the same base.
-
-    Raises:
-        UserError: the parameters are sharded, or the value model is to start from a reward model on another base.
+    `reward` is a reward model, or the folder of one that is an adapter on the same base. UserError where parameters
+    are sharded, or the value model is to start from a reward model on another base.
     """
     if is_deepspeed_zero3_enabled() or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         problem = "PPO cannot generate from parameters that are sharded (FSDP, ZeRO-3)"

@@ -55,11 +55,8 @@ VALUE_FILE, MEASURED_FILE, STATE_FILE = "value.safetensors", "measured.safetenso
 
 
 class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
-    """TRL's PPOTrainer, repaired; takes the models of `build_ppo_models` and a dataset of `input_ids`.
-
-    Raises:
-        UserError: there are fewer prompts than one batch.
-    """
+    """TRL's PPOTrainer, repaired; takes the models of `build_ppo_models` and a dataset of `input_ids`, which has to
+    hold one batch (else UserError)."""
 
     # Attributes of transformers 5 that PPOTrainer, which does not call its parent's constructor, never sets.
     is_distributed_loading_by_transformers = False
