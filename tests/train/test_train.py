@@ -371,7 +371,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(copy, stage, number, cap
     assert steps == sorted(set(steps)) and steps[-1] == last
 
 
-def test_the_best_checkpoint_is_found_by_a_run_that_was_killed_after_its_last_one(copy):
+def test_the_best_checkpoint_is_found_by_a_run_that_was_killed_after_it(copy):
     best = ("save_strategy=steps", "save_steps=1", "eval_strategy=steps", "eval_steps=1", "max_steps=2",
             "load_best_model_at_end=true", "metric_for_best_model=eval_loss", "greater_is_better=true")  # fmt: skip
     copy.train("dpo", *best)
@@ -380,7 +380,8 @@ def test_the_best_checkpoint_is_found_by_a_run_that_was_killed_after_its_last_on
     final = load_file(copy.weights("dpo"))
     assert all(torch.equal(final[key], first[key]) for key in final)
     assert not all(torch.equal(final[key], last[key]) for key in final)
-    shutil.rmtree(copy.adapter("dpo"))
+    for folder in (copy.adapter("dpo"), saved / "checkpoint-2"):
+        shutil.rmtree(folder)
     copy.done("dpo").unlink()
     copy.train("dpo", *best)
     assert copy.weights("dpo").read_bytes() == expected
