@@ -23,7 +23,7 @@ LEFT_OUT = 0.2  # share of the prompts without a verdict, from which on a reader
 # What `stats.pairs` found -> what the first screen warns of.
 DOUBTS = {
     "none": "nothing here compares it with human labels",
-    "unknown": f"it was held against fewer than {FEWEST} pairs that people labelled",
+    "unknown": "it was held against too few pairs that people labelled",
     "chance": "it is not clear of a coin",
     "length": "it is not clear of what length alone can do",
 }

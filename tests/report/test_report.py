@@ -346,7 +346,7 @@ def test_the_first_screen_is_one_table_of_the_methods(show):
         ({"judge": "length", "policies": ["dpo"]}, {"verdict": "length"}, ["not clear of what length alone can do"]),
         ({"judge": "unlabelled", "policies": ["dpo"]}, None, ["nothing here compares it with human labels"]),
         ({"judge": "silent", "policies": ["dpo"]}, None,
-         ["it was held against fewer than 20 pairs", "dpo: many prompts have no verdict"]),
+         ["it was held against too few pairs", "dpo: many prompts have no verdict"]),
     ],
 )  # fmt: skip
 def test_what_to_beware_of_is_one_list(show, options, change, warnings):
