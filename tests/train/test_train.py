@@ -387,28 +387,6 @@ def test_the_best_checkpoint_is_found_by_a_run_that_was_killed_after_it(copy):
     assert copy.weights("dpo").read_bytes() == expected
 
 
-def test_an_interrupted_run_ends_with_the_best_model_of_all(copy):
-    """The best one lies before the interruption, and the run elsewhere after it."""
-    options = [
-        *saving("rm"),
-        "eval_steps=1",
-        "learning_rate=0.3",
-        "warmup_steps=6",
-        "load_best_model_at_end=true",
-        "save_total_limit=3",
-    ]
-    copy.train("rm", *options)
-    expected, run = copy.sha("rm"), copy.run
-    shutil.rmtree(run.adapter("rm"))
-    run.done("rm").unlink()
-    best = read_json(run.checkpoints("rm") / "checkpoint-6" / "trainer_state.json")["best_global_step"]
-    assert best < 5
-    shutil.rmtree(run.checkpoints("rm") / "checkpoint-6")  # as if killed before it was written
-    copy.run = RunDir(run.root.rename(copy.folder / "elsewhere"))
-    copy.train("rm", *options)
-    assert copy.sha("rm") == expected
-
-
 def test_a_checkpoint_that_cannot_be_finished_does_not_appear(copy, monkeypatch):
     real = torch.save
 
