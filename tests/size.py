@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rlhf_trl"
-LIMITS = {"package": 17_460, "templates": 1_100, "module": 335}  # lines of Python, of templates and CSS, of one module
+LIMITS = {"package": 17_480, "templates": 1_100, "module": 335}  # lines of Python, of templates and CSS, of one module
 
 
 def count(paths) -> dict[Path, int]:

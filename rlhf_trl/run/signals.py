@@ -16,20 +16,31 @@ from typing import Any
 CHILD = "RLHF_TRL_CHILD"  # set in the environment of the processes that this program starts
 received: list[int] = []
 _cleans_up = False
+_unheard = 0  # signals that have come since Python last called a handler
 
 
 def install() -> None:
     """End at a signal; and at the end of the process that started this one, where that belongs to this program."""
     handle(_end)
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    signal.set_wakeup_fd(mouth)
+    threading.Thread(target=_insist, args=(ear,), daemon=True).start()
     if CHILD in os.environ or "RANK" in os.environ:
         end_with(os.getppid())
 
 
 def handle(handler: Any) -> dict[int, Any]:
     """Set the handler of each signal that is not ignored (under `nohup`, SIGHUP is); return those that were set."""
+
+    def hear(number: int, frame: Any) -> None:
+        global _unheard
+        _unheard = 0
+        handler(number, frame)
+
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+    return {number: signal.signal(number, hear) for number in heard}
 
 
 def in_foreground() -> bool:
@@ -63,6 +74,17 @@ def _end(number: int, _: Any) -> None:
     with contextlib.suppress(Exception):  # the signal may have come in the middle of a write
         sys.stdout.flush()
     os._exit(128 + number)
+
+
+def _insist(ear: int) -> None:
+    """End at a second signal where none is heard: while a call into C lasts, Python calls no handler, and a collective
+    whose other side is gone lasts for ever."""
+    global _unheard
+    while told := os.read(ear, 1):
+        _unheard += 1
+        time.sleep(1)
+        if _unheard > 1:
+            os._exit(128 + told[0])
 
 
 def end_with(parent: int) -> None:

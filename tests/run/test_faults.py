@@ -120,6 +120,22 @@ def test_a_signal_at_any_moment_ends_the_program_with_its_number(number, moment,
     assert not any(alive(pid) for pid in family)
 
 
+def test_a_second_signal_ends_what_no_longer_hears():
+    """A call into C keeps Python from its handlers; after the first signal it has the time to come back."""
+    code = (
+        "import hashlib; from rlhf_trl.run import signals\nsignals.install(); print(flush=True)\n"
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(1)
+        process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+
+
 def test_a_hangup_that_is_ignored_stays_so():
     code = "import signal; from rlhf_trl.run import signals\nsignals.install(); signal.raise_signal(signal.SIGHUP)"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
