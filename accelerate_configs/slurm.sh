@@ -7,7 +7,7 @@
 set -euo pipefail
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600  # seconds for the last step and its checkpoint, after a signal
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds for the last step and its checkpoint, after a signal
 srun bash -c 'accelerate launch \
     --config_file accelerate_configs/multi_node.yaml \
     --num_machines "$SLURM_NNODES" \

@@ -76,7 +76,7 @@ def launch_command(
         config = shipped("accelerate_configs", profile)
         command += ["accelerate.commands.launch", "--config_file", str(config)]
         # After a signal, torch's launcher leaves its processes 30 s, and a step with its checkpoint may take longer.
-        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
         asked = processes or profile_processes(config)
         if asked is not None:
             command += ["--num_processes", str(asked)]
