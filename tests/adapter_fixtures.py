@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from conftest import small_recipe
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -101,6 +102,14 @@ def logits(base: Any, adapter: Path | None = None) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, str | Path) else base
     model = PeftModel.from_pretrained(model, adapter) if adapter else model
     return model.eval()(input_ids=torch.tensor([[5, 99, 300, 17, 42, 800, 3]])).logits
+
+
+def change_tensors(folder: Path, change: Any) -> None:
+    """Rewrite the weights of an adapter, and the lineage's hash of them, as an author would."""
+    tensors = load_file(folder / ADAPTER)
+    change(tensors)
+    save_file(tensors, folder / ADAPTER)
+    relist(folder, ADAPTER)
 
 
 def change_json(folder: Path, name: str, **values: Any) -> None:
