@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from httpx2 import TransportError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from rlhf_trl.adapters.check import BASE, EVIDENCE, LINEAGE, REPOSITORY, list_files, require_sound
+from rlhf_trl.models.tokenizer import ABSENT
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json
 from rlhf_trl.text.display import first_line, visible
@@ -48,7 +48,7 @@ def push(folder: Path, repository: str, files: Iterable[str], private: bool) -> 
             raise UserError(repository, problem, "choose another name, or say --public")
         commit = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(files),
                                    commit_message=message)  # fmt: skip
-    except (OSError, ValueError, RuntimeError, TransportError) as error:  # of the card, and of the storage, too
+    except (*ABSENT, RuntimeError) as error:  # of the card, and of the storage, too
         problem = f"the upload failed: {' '.join(visible(str(error)).split())}"
         raise UserError(repository, problem, "check the network, and log in with `hf auth login`") from error
     return str(commit.commit_url)

@@ -121,14 +121,15 @@ def _subset_of(path: Path) -> str:
 def _read_hub(data: Data) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetsError
-    from httpx2 import TransportError
+
+    from rlhf_trl.models.tokenizer import ABSENT
 
     subsets: list[str | None] = [*data.subsets] or [None]
     for subset in subsets:
         where = f"{data.source}/{subset}" if subset else data.source
         try:
             splits = load_dataset(data.source, data_dir=subset, revision=data.revision)
-        except (OSError, ValueError, DatasetsError, TransportError) as error:
+        except (*ABSENT, DatasetsError) as error:
             remedy = "check the name, `data.subsets`, the network and your access, or download it and give the folder"
             said = first_line(error)
             if isinstance(error, DatasetGenerationError):  # its first line says nothing

@@ -164,9 +164,9 @@ def encode_all(
         For each prompt, the token ids of it (with the generation prompt) and of its answers (with the end token).
     """
     texts, step = render(tokenizer, prompts, *sides) if prompts else [], 1 + len(sides)
-    ids = _tokenise(tokenizer, texts)
-    newline, word, both = _tokenise(tokenizer, ["\n", "0", "\n0"]) if sides else ([], [], [])
-    if both != newline + word:  # it puts a space before every text: an answer has other tokens after its prompt
+    *ids, newline, word, both = _tokenise(tokenizer, [*texts, "\n", "0", "\n0"])
+    # Where it puts a space before every text, an answer has other tokens after its prompt.
+    if sides and both != newline + word:
         wholes = _tokenise(tokenizer, [texts[at - at % step] + text for at, text in enumerate(texts)])
         for at, whole in enumerate(wholes):
             prompt = ids[at - at % step]

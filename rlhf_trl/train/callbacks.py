@@ -235,9 +235,6 @@ class Interrupt(TrainerCallback):
         self.handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
-        if best.is_dir():  # also where the run has been moved since
-            state.best_model_checkpoint = str(best)
         self.handlers = signals.handle(self._remember)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
