@@ -12,6 +12,7 @@ random weights: times do not depend on what was learned.
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import gzip
 import json
 import os
@@ -26,6 +27,7 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from unittest import mock
 
 import bench_evaluate
 import bench_ppo
@@ -34,8 +36,9 @@ from bench_evaluate import SHARED
 from conftest import RECIPE, ROOT
 
 # `steps` is last: the peak memory of a child counts what its parent held when it was started.
-PARTS = ("commands", "judge", "prepare", "processes", "ppo", "evaluate", "steps")
-LONG = ("million", "reward")
+PARTS = ("commands", "judge", "prepare", "report", "processes", "ppo", "evaluate", "steps")
+LONG = ("million", "reward", "tcmalloc")
+TCMALLOC = "libtcmalloc_minimal.so.4"  # apt install libtcmalloc-minimal4
 REPLY = {"choices": [{"message": {"content": "A reason.\n[[A]]"}, "finish_reason": "stop"}],
          "usage": {"prompt_tokens": 500, "completion_tokens": 5}}  # fmt: skip
 TRL = """
@@ -231,6 +234,26 @@ def prepare(folder, model, sizes=(10_000, 20_000, 40_000)):
         )
 
 
+def report(folder, _):
+    """The page of a run with 8 policies."""
+    from report_fixtures import STAGES, write_run
+
+    stages = {**STAGES, "dpo": {**STAGES["dpo"], "sweep": {"beta": [0.01, 0.03, 0.1, 0.2, 0.3]}}}
+    results = []
+    for prompts in (250, 500, 1000):
+        recipe, _ = write_run(folder / f"of-{prompts}", stages, count=prompts, judge="good")
+        path = folder / f"{prompts}.yaml"
+        path.write_text(json.dumps(recipe.model_dump()))
+        results.append(spent(*program("report", str(path), "--runs", str(folder))))
+    seconds = [result["cpu"] for result in results]
+    yield (
+        "`report`, 250 / 500 / 1,000 prompts × 8 policies",
+        f"{' / '.join(f'{value:.1f}' for value in seconds)} CPU s",
+        "10 s",
+        seconds[-1] <= 10,
+    )
+
+
 def million(folder, model):
     yield from prepare(folder, model, (250_000, 500_000, 1_000_000))
 
@@ -277,7 +300,7 @@ stages:
 
 
 def reward(folder, model):
-    """Reward training by the shipped recipe and with TRL's defaults, once over the same pairs; a third is held out."""
+    """Reward training by the shipped recipe and with TRL's defaults: the same pairs, once, at one learning rate."""
     import torch
     import trl
     from datasets import Dataset
@@ -291,7 +314,7 @@ def reward(folder, model):
     from rlhf_trl.train.step import build_stage_config, build_trainer
 
     settings = {"model.model_name_or_path": model, "data.source": SHARED / "hh-rlhf", "data.subsets": "[]",
-                "data.max_rows": 300, "data.test_fraction": 0.35, "stages.rm.args.save_strategy": "no"}  # fmt: skip
+                "data.max_rows": 800, "data.test_fraction": 0.4, "stages.rm.args.save_strategy": "no"}  # fmt: skip
     overrides = [f"{key}={value}" for key, value in settings.items()]
     torch.set_num_threads(os.cpu_count())
     recipe, run = load_recipe(ROOT / "recipes" / "hh_smollm2_135m.yaml", overrides), RunDir(folder / "reward")
@@ -299,8 +322,10 @@ def reward(folder, model):
     ours = build_trainer(recipe, run, "rm", build_stage_config(recipe, run, "rm"))
     talk = lambda pair, side: [*pair["prompt"], {"role": "assistant", "content": pair[side]}]  # noqa: E731
     data = [{side: talk(pair, side) for side in ("chosen", "rejected")} for pair in read_jsonl(run.pairs("train"))]
-    args = trl.RewardConfig(str(folder / "trl"), num_train_epochs=1, max_length=512, use_cpu=True, report_to=[],
-                            gradient_accumulation_steps=ours.args.gradient_accumulation_steps)  # fmt: skip
+    alike = ("num_train_epochs", "max_length", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
+             "warmup_steps")  # fmt: skip
+    args = trl.RewardConfig(str(folder / "trl"), use_cpu=True, report_to=[],
+                            **{key: getattr(ours.args, key) for key in alike})  # fmt: skip
     lora = trl.ModelConfig(use_peft=True, lora_r=16, lora_target_modules="all-linear", lora_task_type="SEQ_CLS")
     theirs = trl.RewardTrainer(AutoModelForSequenceClassification.from_pretrained(model, num_labels=1), args=args,
                                train_dataset=Dataset.from_list(data), processing_class=ours.processing_class,
@@ -356,12 +381,20 @@ def ppo(_, model):
             ratio["peak_mb"] <= memory,
         )
         seconds = ratio["seconds_per_update"]
-        yield f"PPO, time of an update of stock, {dtype}", f"{seconds:.2f} ×", "0.9 ×", seconds <= 0.9
+        yield f"PPO, CPU of an update of stock, {dtype}", f"{seconds:.2f} ×", "0.9 ×", seconds <= 0.9
+
+
+def tcmalloc(folder, model):
+    """PPO and stock once more, both with another memory allocator than glibc's."""
+    ctypes.CDLL(TCMALLOC)  # OSError where it is not installed: the loader would only warn
+    with mock.patch.dict(os.environ, LD_PRELOAD=TCMALLOC):
+        for what, *rest in ppo(folder, model):
+            yield f"{what}, both with tcmalloc", *rest
 
 
 def evaluate(_, model):
-    ratio = bench_evaluate.main(model, 64, 32, 16)
-    for key, what in (("seconds", "time"), ("peak_gb", "peak memory")):
+    ratio = bench_evaluate.main(model, 32, 32, 16)
+    for key, what in (("seconds", "CPU"), ("peak_gb", "peak memory")):
         yield f"evaluation of 3 policies, {what} of the plain way", f"{ratio[key]:.2f} ×", "0.4 ×", ratio[key] <= 0.4
 
 

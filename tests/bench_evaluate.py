@@ -82,6 +82,13 @@ def save_adapter(recipe, run, stage: str) -> None:
     adapted.save_pretrained(run.adapter(stage))
 
 
+def clock() -> float:
+    """Seconds: of a GPU's machine, or of this process alone, since on a CPU whatever else runs would count."""
+    import torch
+
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 def report(seconds: float) -> None:
     # ru_maxrss is in KiB on Linux; what the libraries take is part of it on both sides.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -97,15 +104,15 @@ def ours(path: str) -> None:
     recipe, run = open_run(path)
     policies = Policies(recipe, run, recorded_tokenizer(recipe, run))
     measurements = Measurements(recipe, run, policies, {"reward": load_reward_model(recipe, run, "rm", policies)})
-    start, reference = time.perf_counter(), None
+    start, reference = clock(), None
     for name in ("reference", *POLICIES):
-        before = time.perf_counter()
+        before = clock()
         records = measurements.measure_policy(name, reference)
         reference = reference or records
         mean = sum(row["kl"] for row in records) / len(records)
         tokens = sum(row["answer_tokens"] for row in records) / len(records)
-        print(name, f"{time.perf_counter() - before:.1f} s, KL {mean:.3f}, {tokens:.1f} tokens", file=sys.stderr)
-    report(time.perf_counter() - start)
+        print(name, f"{clock() - before:.1f} s, KL {mean:.3f}, {tokens:.1f} tokens", file=sys.stderr)
+    report(clock() - start)
 
 
 def plain(path: str) -> None:
@@ -132,7 +139,7 @@ def plain(path: str) -> None:
     reward = load(AutoModelForSequenceClassification, "rm", num_labels=1)
     prompts = [row["prompt"] for row in choose_prompts(run, settings.prompts, recipe.seed)]
     texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
-    start = time.perf_counter()
+    start = clock()
     with torch.no_grad():
         for model in models.values():
             answers = []
@@ -150,7 +157,7 @@ def plain(path: str) -> None:
             for at in range(0, len(whole), settings.score_batch_size):
                 batch = tokenizer(whole[at : at + settings.score_batch_size], return_tensors="pt", padding=True)
                 reward(**batch)
-    report(time.perf_counter() - start)
+    report(clock() - start)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from bench_evaluate import SHARED, open_run, save_adapter
+from bench_evaluate import SHARED, clock, open_run, save_adapter
 
 RECIPE = """
 name: bench
@@ -76,14 +75,11 @@ def make(path: str) -> None:
 
 
 def measure(trainer, start: int) -> None:
-    import torch
     from transformers import TrainerCallback
 
     from rlhf_trl.train.callbacks import peak_memory
 
     marks: list[float] = []
-    # On a CPU, what else runs on the machine would count.
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):

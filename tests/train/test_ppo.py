@@ -1,5 +1,6 @@
 """PPO: the repairs of TRL's trainer do what the options say, on one shared base."""
 
+import math
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rlhf_trl.models.tokenizer import encode, recorded_tokenizer
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
-from rlhf_trl.train.ppo.loop import Batches, generate_in_chunks
+from rlhf_trl.train.ppo.loop import AnswerTerms, Batches, generate_in_chunks
 from rlhf_trl.train.ppo.trainer import PPOTrainer
 from rlhf_trl.train.step import build_stage_config, build_trainer
 
@@ -203,6 +204,21 @@ class Vowels:
     def score(self, prompts, answers, finished):
         texts = ["".join(text.split()) for text in answers]
         return torch.tensor([sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts])
+
+
+def test_gradients_of_log_probabilities_and_entropies_are_those_of_autograd():
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(2, 3, 7, dtype=torch.double, requires_grad=True), torch.randint(6, (2, 3))
+    assert torch.autograd.gradcheck(lambda logits: AnswerTerms.apply(logits, tokens), (logits,))
+    log_probs, entropies = AnswerTerms.apply(logits, tokens)
+    expected = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(log_probs, expected.log_prob(tokens))
+    torch.testing.assert_close(entropies, expected.entropy())
+    barred = logits.detach().clone()
+    barred[..., 6] = -math.inf  # as models do with a padded vocabulary
+    terms = AnswerTerms.apply(barred.requires_grad_(), tokens)
+    terms.sum().backward()
+    assert terms.isfinite().all() and barred.grad.isfinite().all()
 
 
 def test_a_task_with_a_known_optimum_is_learned_and_the_entropy_bonus_keeps_the_entropy_up(build):

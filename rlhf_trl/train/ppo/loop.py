@@ -1,5 +1,5 @@
-"""What stands in for parts of TRL's PPO loop: the entropy of a distribution, the order of the prompts, the sampling in
-chunks, and the beginning and the end of the loop.
+"""What stands in for parts of TRL's PPO loop: the terms of an answer's tokens, the order of the prompts, the sampling
+in chunks, and the beginning and the end of the loop.
 """
 
 import contextlib
@@ -13,35 +13,37 @@ import torch
 from accelerate import skip_first_batches
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.special import entr
 from transformers import TrainerCallback
 from trl.experimental.ppo import ppo_trainer as trl_loop
+from trl.trainer.utils import selective_log_softmax
 
 LARGE = 2**31  # bytes of resident memory from which it is worth the time to give some back
 
 
-class Entropy(torch.autograd.Function):
-    """Entropy of the distributions of logits z, (B, T, V) -> (B, T), in nats: H = log sum exp z - sum_v p(v) z(v).
+class AnswerTerms(torch.autograd.Function):
+    """Log-probabilities l of tokens and entropies H, in nats: logits z (B, T, V) and tokens (B, T) -> (2, B, T).
 
-    Its gradient, -p(v) (log p(v) + H), is made from z again, so that nothing of that size is held in between.
+    With g the gradient of l and h that of H, the one of z(v) is g (1[v is the token] - p(v)) - h p(v) (log p(v) + H).
+    It is made from z again, a row at a time, so that nothing else of z's size is held in between.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        return torch.stack([_entropy(row.log_softmax(-1)) for row in logits])
+    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, index)
+        entropies = torch.stack([entr(z.softmax(-1)).sum(-1) for z in logits])
+        return torch.stack((selective_log_softmax(logits, index), entropies))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (logits,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, index = ctx.saved_tensors
         result = torch.empty_like(logits)
-        for row, (z, scale) in enumerate(zip(logits, grad, strict=True)):
-            log_p = z.log_softmax(-1)
-            result[row] = -log_p.exp() * (log_p + _entropy(log_p)[:, None]) * scale[:, None]
-        return result
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p).sum(-1)
+        for row, z, tokens, g, h in zip(result, logits, index, *grad[..., None], strict=True):
+            p = z.softmax(-1)
+            terms = entr(p)
+            row.copy_(h * terms - p * (g + h * terms.sum(-1, keepdim=True)))
+            row.scatter_add_(-1, tokens[:, None], g)
+        return result, None
 
 
 class LeaveLoop(Exception):
@@ -89,14 +91,6 @@ class Batches:
             yield batch
 
 
-_gather = trl_loop.selective_log_softmax
-
-
-def log_probs_of(logits: Tensor, index: Tensor) -> Tensor:
-    """Read the log-probabilities of tokens (B, T) off logits (B, T, V); those of `generate_in_chunks` are (B, T)."""
-    return logits if logits.ndim == 2 else _gather(logits, index)
-
-
 def generate_in_chunks(
     model: Any, queries: Tensor, chunk: int, pad_token_id: int, generation_config: Any
 ) -> tuple[Tensor, Tensor]:
@@ -106,7 +100,7 @@ def generate_in_chunks(
     log_probs: list[Tensor] = []
     for start in range(0, len(queries), chunk):
         rows, logits = trl_loop.generate(model, queries[start : start + chunk], pad_token_id, generation_config)
-        log_probs += _gather(logits, rows[:, queries.shape[1] :])
+        log_probs += selective_log_softmax(logits, rows[:, queries.shape[1] :])
         tokens += rows
         del logits  # before the next chunk has its own
     together = pad_sequence(tokens, batch_first=True, padding_value=pad_token_id)

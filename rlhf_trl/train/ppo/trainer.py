@@ -95,7 +95,6 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         self._measured: dict[str, list[float]] = defaultdict(list)
         self._tokens = self._new_tokens = 0
         self._first_mini_batch = False
-        self._output: Any = None
         inner = self.accelerator.unwrap_model(self.model)
         if inner is not self.model:
             # The loop and the saving reach for these on the distributed wrapper; they must not be registered twice.
@@ -111,7 +110,6 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
             self.shared.generation_config.eos_token_id = ends
         self._generate = self.shared.generate
         self.shared.generate = self._generate_and_measure
-        self.model.register_forward_hook(self._keep_output, with_kwargs=True)
         self._backward = self.accelerator.backward
         self.accelerator.backward = self._backward_with_entropy
 
@@ -130,7 +128,7 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         # Without the cache: it would keep the rounded weights of before the first update.
         precision = torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=False)
         sampling = mock.patch.object(trl_loop, "batch_generation", loop.generate_in_chunks)
-        with precision, sampling, mock.patch.object(trl_loop, "selective_log_softmax", loop.log_probs_of):
+        with precision, sampling, mock.patch.object(trl_loop, "selective_log_softmax", self._measure_answers):
             try:
                 super().train()
             except loop.LeaveLoop:
@@ -211,17 +209,17 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         self._new_tokens += int(kwargs["attention_mask"].sum()) + sum(lengths)
         return output
 
-    def _keep_output(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if torch.is_grad_enabled():
-            policy_output, _ = output
-            self._output = policy_output.logits.kept, kwargs["attention_mask"][:, self.shared.context_length :]
+    def _measure_answers(self, logits: Tensor, index: Tensor) -> Tensor:
+        """Read log-probabilities (B, T) off logits (B, T, V); those of `generate_in_chunks` are (B, T) already."""
+        if logits.ndim == 2:
+            return logits
+        log_probs, entropy = loop.AnswerTerms.apply(logits, index)
+        mask = index != self.processing_class.pad_token_id
+        self._entropy = (entropy * mask).sum() / mask.sum().clamp(min=1)
+        return log_probs
 
     def _backward_with_entropy(self, loss: Tensor, **kwargs: Any) -> None:
-        logits, mask = self._output
-        self._output = None
-        # The loop has divided these logits by the temperature in place; the last position predicts nothing.
-        with torch.set_grad_enabled(self.args.entropy_coef != 0):
-            entropy = (loop.Entropy.apply(logits[:, :-1]) * mask).sum() / mask.sum()
+        entropy = self._entropy
         self._measured["entropy"].append(entropy.item())
         # DeepSpeed divides by the accumulation steps that it was built with, those of the whole batch.
         scale = self.args.num_mini_batches if self.is_deepspeed_enabled else 1
