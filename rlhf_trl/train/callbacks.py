@@ -253,6 +253,8 @@ class Interrupt(TrainerCallback):
             self.signal = int(seen) and (self.signal or signal.SIGTERM)
         if self.signal:
             control.should_save = control.should_training_stop = True
+            if args.save_strategy == "best":  # an evaluation would take this request back
+                control.should_evaluate = False
 
 
 class AtomicCheckpoints:

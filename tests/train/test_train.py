@@ -27,7 +27,7 @@ from rlhf_trl.run.files import read_json, read_jsonl
 from rlhf_trl.run.layout import RunDir
 from rlhf_trl.run.states import step_states
 from rlhf_trl.train import step as train_module
-from rlhf_trl.train.callbacks import Health, History
+from rlhf_trl.train.callbacks import Health, History, Interrupt
 from rlhf_trl.train.step import build_stage_config, build_trainer, train
 
 ALIGNED = ("rm", "dpo", "grpo", *(["ppo"] if not NO_PPO else []))
@@ -244,6 +244,18 @@ def test_a_diverging_run_stops_and_saves_nothing(copy, stage):
         copy.train(stage, "learning_rate=1e38")
     assert not copy.adapter(stage).exists()
     assert not copy.done(stage).exists()
+
+
+def test_a_stop_saves_a_checkpoint_though_the_last_one_was_better(copy, monkeypatch):
+    def stop(self, args, state, control, **_):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Interrupt, "on_step_begin", stop)
+    with pytest.raises(SystemExit):
+        copy.train("dpo", "eval_strategy=steps", "eval_steps=1", "save_strategy=best", "metric_for_best_model=loss",
+                   "learning_rate=1e-12")  # fmt: skip
+    assert {path.name for path in copy.checkpoints("dpo").iterdir()} >= {"checkpoint-1", "checkpoint-2"}
 
 
 def test_fp16_may_leave_out_steps_whose_gradient_overflows():
