@@ -9,12 +9,11 @@ State is the bytes of weights, gradients and optimizer alone.
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from bench_evaluate import SHARED, clock, open_run, save_adapter
+from bench_evaluate import SHARED, clock, compare, open_run, save_adapter
 
 RECIPE = """
 name: bench
@@ -40,14 +39,7 @@ def main(model: str) -> dict[str, dict[str, float]]:
             path = Path(folder) / "bench.yaml"
             data, bf16 = SHARED / "hh-rlhf", str(dtype != "float32").lower()
             path.write_text(RECIPE.format(model=model, dtype=dtype, data=data, bf16=bf16))
-            results = {}
-            for way in ("make", "stock", "ours"):
-                done = subprocess.run([sys.executable, __file__, way, str(path)], stdout=subprocess.PIPE, text=True,
-                                      check=True)  # fmt: skip
-                if way != "make":
-                    results[way] = json.loads(done.stdout.splitlines()[-1])
-                    print(dtype, way, results[way], flush=True)
-            ratios[dtype] = {key: results["ours"][key] / results["stock"][key] for key in results["ours"]}
+            ratios[dtype] = compare(__file__, path, "stock")
     return ratios
 
 
