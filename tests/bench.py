@@ -377,7 +377,7 @@ def ppo(_, model):
         memory = {"float32": 0.5, "bfloat16": 0.65}[dtype]
         yield (
             f"PPO, peak memory of stock, {dtype}",
-            f"{ratio['peak_mb']:.2f} ×",
+            f"{ratio['peak_mb']:.3f} ×",
             f"{memory} ×",
             ratio["peak_mb"] <= memory,
         )
