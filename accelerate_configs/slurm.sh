@@ -5,8 +5,8 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HEAD
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export HEAD=${HEAD%%$'\n'*}  # the first line; `| head` would end a scontrol that is still writing, and this script
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # seconds for the last step and its checkpoint, after a signal
 srun bash -c 'accelerate launch \
     --config_file accelerate_configs/multi_node.yaml \

@@ -31,7 +31,7 @@ def launch(copy, tmp_path):
 
     SLURM is played by two programs: one names the nodes, and one starts the command on each, here all on this machine.
     """
-    for name, text in (("scontrol", "echo 127.0.0.1; echo other"),
+    for name, text in (("scontrol", "echo 127.0.0.1; seq 99999"),
                        ("srun", 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!')):  # fmt: skip
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
