@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo import ppo_trainer as trl_loop
+from trl.trainer.utils import selective_log_softmax
 
 from rlhf_trl.recipe.errors import UserError
 from rlhf_trl.run.files import read_json, write_json
@@ -213,17 +214,18 @@ class PPOTrainer(AtomicCheckpoints, trl_ppo.PPOTrainer):
         """Read log-probabilities (B, T) off logits (B, T, V); those of `generate_in_chunks` are (B, T) already."""
         if logits.ndim == 2:
             return logits
+        if not torch.is_grad_enabled():  # of the reference
+            return selective_log_softmax(logits, index)
         log_probs, entropy = loop.AnswerTerms.apply(logits, index)
         mask = index != self.processing_class.pad_token_id
         self._entropy = (entropy * mask).sum() / mask.sum().clamp(min=1)
         return log_probs
 
     def _backward_with_entropy(self, loss: Tensor, **kwargs: Any) -> None:
-        entropy = self._entropy
-        self._measured["entropy"].append(entropy.item())
+        self._measured["entropy"].append(self._entropy.item())
         # DeepSpeed divides by the accumulation steps that it was built with, those of the whole batch.
         scale = self.args.num_mini_batches if self.is_deepspeed_enabled else 1
-        self._backward(scale * (loss - self.args.entropy_coef * entropy), **kwargs)
+        self._backward(scale * (loss - self.args.entropy_coef * self._entropy), **kwargs)
         if self.is_deepspeed_enabled and self.accelerator.sync_gradients:  # it has made the step by now
             self._record_norm(float(self.model.get_global_grad_norm()))
         # Accelerate's autocast keeps the rounded weights of the first forward pass for as long as ours lasts.
